@@ -1,0 +1,145 @@
+"""The vocabulary of schemes, word for word compressed-tensors' own (`config_groups` of `quantization_config`)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Strategy = Literal["tensor", "token", "channel", "group"]
+
+
+class SchemeError(ValueError):
+    """A scheme that is malformed or that this runtime does not run."""
+
+
+@dataclass(frozen=True)
+class QuantizationArgs:
+    """How one tensor is quantized: symmetric integers of `num_bits`.
+
+    Weights: strategy "group" (`group_size` set) or "channel". Activations: "tensor" with dynamic=False
+    (static; the layer stores `input_scale` [1]) or "token" with dynamic=True.
+    """
+
+    num_bits: int
+    strategy: Strategy
+    group_size: int | None = None
+    dynamic: bool = False
+    symmetric: bool = True
+    type: Literal["int"] = "int"
+
+    def __post_init__(self) -> None:
+        if self.type != "int" or not self.symmetric:
+            raise SchemeError(f"only symmetric integer quantization is supported, not {self.type}, "
+                              f"symmetric={self.symmetric}")
+        if self.num_bits not in (4, 8):
+            raise SchemeError(f"num_bits must be 4 or 8, not {self.num_bits}")
+        if (self.strategy == "group") != (self.group_size is not None):
+            raise SchemeError(f"group_size goes with strategy 'group', not with {self.strategy!r}")
+        if self.group_size is not None and self.group_size not in (32, 64, 128):
+            raise SchemeError(f"group_size must be 32, 64 or 128, not {self.group_size}")
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "num_bits": self.num_bits,
+            "type": self.type,
+            "symmetric": self.symmetric,
+            "strategy": self.strategy,
+            "group_size": self.group_size,
+            "dynamic": self.dynamic,
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> QuantizationArgs:
+        try:
+            strategy = data["strategy"]
+            return cls(
+                num_bits=int(data["num_bits"]),
+                strategy=strategy,
+                group_size=int(data["group_size"]) if strategy == "group" else None,
+                dynamic=bool(data.get("dynamic", False)),
+                symmetric=bool(data.get("symmetric", True)),
+                type=data.get("type", "int"),
+            )
+        except (KeyError, TypeError) as error:
+            raise SchemeError(f"malformed quantization args {dict(data)!r}: {error}") from None
+
+
+@dataclass(frozen=True)
+class LayerScheme:
+    """One config group: weights, and activations where they are quantized."""
+
+    weights: QuantizationArgs
+    input_activations: QuantizationArgs | None
+
+    def __post_init__(self) -> None:
+        if self.weights.dynamic or self.weights.strategy not in ("group", "channel"):
+            raise SchemeError(f"weights must be quantized per group or per channel, not {self.weights}")
+        act = self.input_activations
+        if act is not None and (act.num_bits, act.strategy, act.dynamic) not in (
+            (8, "tensor", False), (8, "token", True)
+        ):
+            raise SchemeError(f"activations must be 8-bit, static per tensor or dynamic per token, not {act}")
+
+
+INT8_STATIC = QuantizationArgs(num_bits=8, strategy="tensor", dynamic=False)
+INT8_DYNAMIC = QuantizationArgs(num_bits=8, strategy="token", dynamic=True)
+
+
+class ModuleSchemes:
+    """A checkpoint's `quantization_config`, asked module by module: which scheme, or none (the module is float)."""
+
+    def __init__(self, quantization_config: Mapping[str, Any]) -> None:
+        method = quantization_config.get("quant_method")
+        if method != "compressed-tensors":
+            raise SchemeError(f"quantization method {method!r} is not supported; only compressed-tensors is")
+        groups = quantization_config.get("config_groups")
+        if not isinstance(groups, Mapping) or not groups:
+            raise SchemeError("quantization_config has no config_groups")
+        kv_cache = quantization_config.get("kv_cache_scheme")
+        if kv_cache is not None:
+            raise SchemeError("kv_cache_scheme is not supported; the KV cache's type is chosen when serving")
+        ignore = quantization_config.get("ignore") or []
+        self._ignore = _patterns(ignore)
+        self._exact: dict[str, LayerScheme] = {}
+        self._groups: list[tuple[list[re.Pattern[str]], bool, LayerScheme]] = []
+        for name, group in groups.items():
+            if not isinstance(group, Mapping) or not isinstance(group.get("weights"), Mapping):
+                raise SchemeError(f"config group {name!r} has no weights")
+            packing = group.get("format") or quantization_config.get("format")
+            if packing != "pack-quantized":
+                raise SchemeError(f"config group {name!r} has format {packing!r}; only pack-quantized is supported")
+            if group.get("output_activations"):
+                raise SchemeError(f"config group {name!r} quantizes output activations, which is not supported")
+            act = group.get("input_activations")
+            scheme = LayerScheme(
+                QuantizationArgs.from_dict(group["weights"]),
+                QuantizationArgs.from_dict(act) if act else None,
+            )
+            targets = group.get("targets") or []
+            for target in targets:
+                if isinstance(target, str) and not target.startswith("re:") and target != "Linear":
+                    self._exact[target] = scheme
+            self._groups.append((_patterns(targets), "Linear" in targets, scheme))
+
+    def scheme(self, module: str) -> LayerScheme | None:
+        """Exact names go before patterns, patterns before the class name `Linear`, as in compressed-tensors."""
+        if any(pattern.match(module) for pattern in self._ignore):
+            return None
+        if module in self._exact:
+            return self._exact[module]
+        for patterns, _, scheme in self._groups:
+            if any(pattern.match(module) for pattern in patterns):
+                return scheme
+        return next((scheme for _, every_linear, scheme in self._groups if every_linear), None)
+
+
+def _patterns(targets: Any) -> list[re.Pattern[str]]:
+    """`re:` targets match from the start of a module's name, others match it whole."""
+    if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
+        raise SchemeError(f"targets and ignore must be lists of strings, not {targets!r}")
+    try:
+        return [re.compile(t[3:] if t.startswith("re:") else re.escape(t) + r"\Z") for t in targets]
+    except re.error as error:
+        raise SchemeError(f"malformed pattern among {targets!r}: {error}") from None

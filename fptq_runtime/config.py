@@ -1,0 +1,81 @@
+"""What a model is and how an engine runs it: frozen, pure data, no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+KVCacheDtype = Literal["float32", "bf16", "int8"]
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary position embedding, with Hugging Face's names for its scaling parameters."""
+
+    theta: float
+    rope_type: Literal["default", "linear", "llama3"] = "default"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 0
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A dense decoder, whichever family it comes from.
+
+    sliding_window holds from layer `first_sliding_layer` on; the layers before attend to everything.
+    """
+
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    norm: Literal["rms", "layer"]
+    norm_eps: float
+    activation: Literal["silu_mul", "gelu_tanh"]
+    rope: RopeConfig | None = None
+    alibi: bool = False
+    sliding_window: int | None = None
+    first_sliding_layer: int = 0
+    tie_word_embeddings: bool = False
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Limits of one engine. Sizes are in tokens, memory in bytes.
+
+    block_size: tokens per KV block, 16, 32, 64 or 128 (what the attention kernels accept).
+    max_waiting_requests, max_waiting_tokens: bounds of the queue; past them a request is refused.
+    threads: 0 means what the machine, its affinity mask and its cgroup quota allow.
+    """
+
+    max_model_len: int
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 512
+    block_size: int = 32
+    kv_cache_dtype: KVCacheDtype = "int8"
+    kv_cache_memory: int = 512 << 20
+    enable_prefix_caching: bool = True
+    max_waiting_requests: int = 256
+    max_waiting_tokens: int = 1 << 20
+    threads: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "kv_cache_memory",
+                     "max_waiting_requests", "max_waiting_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.block_size not in (16, 32, 64, 128):
+            raise ValueError(f"block_size must be 16, 32, 64 or 128, not {self.block_size}")
+        if self.kv_cache_dtype not in ("float32", "bf16", "int8"):
+            raise ValueError(f"kv_cache_dtype must be bf16 or int8, not {self.kv_cache_dtype!r}")
+        if self.threads < 0:
+            raise ValueError(f"threads must be 0 (automatic) or more, not {self.threads}")

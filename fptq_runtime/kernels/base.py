@@ -1,0 +1,184 @@
+"""The contract between a model and a backend: parameters, one step's input, the ops, and who runs them.
+
+A decoder is a function of `Ops` and nothing else. A backend that computes eagerly hands it ops whose values are
+tensors; a backend that compiles hands it ops that record, once, and keeps the program.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from fptq_runtime.config import KVCacheDtype
+
+V = TypeVar("V")
+
+Int32Array = npt.NDArray[np.int32]
+Float32Array = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class ActivationQuant:
+    """int8 quantization of a linear layer's input: q = clamp(round(x / scale), -128, 127), half to even.
+
+    scale: the static per-tensor scale; None means dynamic per token, scale = max|x| / 127.5 of each row
+    (compressed-tensors' symmetric formula).
+    """
+
+    scale: float | None = None
+
+
+@dataclass
+class QuantizedWeight:
+    """W[n, k] = codes[n, k] · scale[n, k // group_size]."""
+
+    codes: torch.Tensor  # int8 [N, K], within ±2^(num_bits-1)
+    scale: torch.Tensor  # float [N, K / group_size]
+    num_bits: Literal[4, 8]
+    group_size: int  # K where quantized per channel
+
+
+@dataclass
+class Linear:
+    """y = x · Wᵀ + bias. `act` says how x is quantized before; None leaves it in float."""
+
+    name: str
+    weight: torch.Tensor | QuantizedWeight  # [N, K]
+    bias: torch.Tensor | None = None  # [N]
+    act: ActivationQuant | None = None
+
+
+@dataclass
+class Norm:
+    """RMSNorm (no bias) or LayerNorm over the last dimension."""
+
+    kind: Literal["rms", "layer"]
+    weight: torch.Tensor  # [H]
+    bias: torch.Tensor | None  # [H]
+    eps: float
+
+
+@dataclass
+class Embedding:
+    weight: torch.Tensor  # [V, H]
+
+
+Parameter = Linear | Norm | Embedding
+
+
+@dataclass
+class AttentionSpec:
+    """Causal grouped-query attention of one layer; query head h reads KV head h // (num_heads / num_kv_heads).
+
+    sliding_window: a query at position p sees keys at positions > p - sliding_window.
+    rope: cos and sin, each float32 [max positions, head_dim / 2], the halves paired as (i, i + head_dim / 2).
+    alibi_slopes: float32 [num_heads]; slope · key position is added to the score.
+    q_norm, k_norm: RMSNorm over head_dim, before rope.
+    """
+
+    layer: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    softmax_scale: float
+    sliding_window: int | None = None
+    rope: tuple[torch.Tensor, torch.Tensor] | None = None
+    alibi_slopes: torch.Tensor | None = None
+    q_norm: Norm | None = None
+    k_norm: Norm | None = None
+
+
+@dataclass(frozen=True)
+class StepInput:
+    """One step: M tokens of S sequences, packed one sequence after the other.
+
+    Rows query_start_loc[s] to query_start_loc[s + 1] belong to sequence s, at consecutive positions that end with
+    seq_lens[s] - 1. slot = block · block_size + offset within the block.
+    """
+
+    token_ids: Int32Array  # [M]
+    positions: Int32Array  # [M]
+    slot_mapping: Int32Array  # [M]
+    query_start_loc: Int32Array  # [S + 1]
+    seq_lens: Int32Array  # [S], tokens in the cache after this step
+    block_tables: Int32Array  # [S, max blocks], rows padded with 0
+    logits_rows: Int32Array  # [R], which of the M rows need logits; R may be 0
+
+
+@dataclass(frozen=True)
+class StepLimits:
+    """The largest step an executor must take, and its KV cache."""
+
+    max_tokens: int
+    max_seqs: int
+    max_logits_rows: int
+    max_model_len: int
+    num_blocks: int
+    block_size: int
+    kv_dtype: KVCacheDtype
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+
+
+class Ops(Protocol[V]):
+    """The network's vocabulary. Float values are float32 [rows, width]; a value made with `act` set is quantized
+    and only a linear with that same `act` may read it. Parameters are what `Backend.prepare` returned."""
+
+    def embed(self, table: Any) -> V:
+        """Rows of the table for the step's token ids. [M, H]"""
+        ...
+
+    def norm(self, x: V, norm: Any, act: ActivationQuant | None) -> V:
+        """Normalise each row, then quantize."""
+        ...
+
+    def linear(self, x: V, linear: Any, residual: V | None = None) -> V:
+        """x · Wᵀ + bias + residual. [rows, N]"""
+        ...
+
+    def activation(self, x: V, kind: Literal["silu_mul", "gelu_tanh"], act: ActivationQuant | None) -> V:
+        """silu_mul: silu(x[:, :I]) · x[:, I:], [M, 2I] to [M, I]; gelu_tanh keeps the width. Then quantize."""
+        ...
+
+    def rope_and_cache(self, qkv: V, attention: Any) -> V:
+        """Split q | k | v rows, q/k norm, rope, write k and v to the cache. Returns q. [M, heads · head_dim]"""
+        ...
+
+    def attention(self, q: V, attention: Any, act: ActivationQuant | None) -> V:
+        """Paged causal attention that reads every key and value from the cache, then quantize. [M, heads · dim]"""
+        ...
+
+    def select_rows(self, x: V) -> V:
+        """The step's logits_rows. [R, H]"""
+        ...
+
+
+class Executor(Protocol):
+    """A model bound to a backend, a KV cache and the limits it was compiled for."""
+
+    def step(self, batch: StepInput) -> Float32Array:
+        """Run one step and return logits [R, V]; the array is the caller's to keep."""
+        ...
+
+
+class Backend(Protocol):
+    name: str
+
+    def prepare(self, parameter: Any) -> Any:
+        """Take a Linear, Norm, Embedding or AttentionSpec into the backend's own form. The caller drops its tensors
+        afterwards, so that a model loads with little more memory than its packed weights."""
+        ...
+
+    def compile(self, forward: Callable[[Ops[Any]], Any], limits: StepLimits) -> Executor:
+        """`forward` returns the logits value; each compiled executor has a KV cache of its own."""
+        ...
+
+    def describe(self) -> dict[str, str]:
+        """What really runs: ISA and kernel by kind of layer, for /info and `fptq bench`."""
+        ...

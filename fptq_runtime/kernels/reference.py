@@ -1,0 +1,195 @@
+"""Every op in plain torch, float32: the oracle, the quantizer's forward, and a backend for any machine.
+
+Quantized inputs are fake-quantized floats, so autograd passes through. Weights are dequantized once, at 4 bytes each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+
+from fptq_runtime.artifact.numerics import dequantize, fake_quantize, token_scale
+from fptq_runtime.config import KVCacheDtype
+from fptq_runtime.kernels.base import (
+    ActivationQuant,
+    AttentionSpec,
+    Embedding,
+    Float32Array,
+    Linear,
+    Norm,
+    Ops,
+    QuantizedWeight,
+    StepInput,
+    StepLimits,
+)
+
+
+class ReferenceBackend:
+    name = "reference"
+
+    def prepare(self, parameter: Any) -> Any:
+        if isinstance(parameter, Linear):
+            weight = parameter.weight
+            if isinstance(weight, QuantizedWeight):
+                weight = dequantize(weight.codes, weight.scale)
+            bias = None if parameter.bias is None else parameter.bias.float()
+            return replace(parameter, weight=weight.float(), bias=bias)
+        if isinstance(parameter, Norm):
+            return _float_norm(parameter)
+        if isinstance(parameter, AttentionSpec):
+            return replace(parameter, q_norm=_float_norm(parameter.q_norm), k_norm=_float_norm(parameter.k_norm))
+        return parameter
+
+    def compile(self, forward: Callable[[Ops[Any]], Any], limits: StepLimits) -> ReferenceExecutor:
+        return ReferenceExecutor(forward, limits)
+
+    def describe(self) -> dict[str, str]:
+        return {"backend": "reference", "kernel": f"torch {torch.__version__}, float32, fake-quantized"}
+
+
+class ReferenceCache:
+    """Paged keys and values, stored as the floats that a dtype's codes stand for. Each [layers, slots, heads, dim]."""
+
+    def __init__(self, limits: StepLimits) -> None:
+        shape = (limits.num_layers, limits.num_blocks * limits.block_size, limits.num_kv_heads, limits.head_dim)
+        self.block_size = limits.block_size
+        self.dtype = limits.kv_dtype
+        self.keys = torch.zeros(shape)
+        self.values = torch.zeros(shape)
+
+    def write(self, layer: int, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+        self.keys[layer, slots] = round_kv(keys, self.dtype)
+        self.values[layer, slots] = round_kv(values, self.dtype)
+
+    def read(self, layer: int, block_table: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of positions 0 to length - 1. Each [length, heads, dim]"""
+        positions = torch.arange(length)
+        slots = block_table[positions // self.block_size] * self.block_size + positions % self.block_size
+        return self.keys[layer, slots], self.values[layer, slots]
+
+
+class ReferenceExecutor:
+    def __init__(self, forward: Callable[[Ops[Any]], Any], limits: StepLimits) -> None:
+        self._forward = forward
+        self._cache = ReferenceCache(limits)
+
+    def step(self, batch: StepInput) -> Float32Array:
+        with torch.inference_mode():
+            logits: torch.Tensor = self._forward(ReferenceOps(batch, self._cache))
+            return logits.numpy()
+
+
+class ReferenceOps:
+    """The ops of one step. cache None: every sequence is whole in the batch and attends to itself alone, its keys and
+    values rounded as `kv_dtype` would."""
+
+    def __init__(self, batch: StepInput, cache: ReferenceCache | None, kv_dtype: KVCacheDtype = "float32") -> None:
+        self.batch = batch
+        self._cache = cache
+        self._kv_dtype = kv_dtype
+        self._positions = torch.from_numpy(batch.positions).long()
+        self._own_kv: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def embed(self, table: Embedding) -> torch.Tensor:
+        return F.embedding(torch.from_numpy(self.batch.token_ids).long(), table.weight).float()
+
+    def norm(self, x: torch.Tensor, norm: Norm, act: ActivationQuant | None) -> torch.Tensor:
+        return self.quantize(_normalise(x, norm), act)
+
+    def linear(self, x: torch.Tensor, linear: Linear, residual: torch.Tensor | None = None) -> torch.Tensor:
+        assert isinstance(linear.weight, torch.Tensor)
+        y = F.linear(x, linear.weight, linear.bias)
+        return y if residual is None else y + residual
+
+    def activation(self, x: torch.Tensor, kind: Literal["silu_mul", "gelu_tanh"],
+                   act: ActivationQuant | None) -> torch.Tensor:
+        if kind == "gelu_tanh":
+            return self.quantize(F.gelu(x, approximate="tanh"), act)
+        gate, up = x.chunk(2, dim=-1)
+        return self.quantize(F.silu(gate) * up, act)
+
+    def rope_and_cache(self, qkv: torch.Tensor, attention: AttentionSpec) -> torch.Tensor:
+        heads, kv_heads, dim = attention.num_heads, attention.num_kv_heads, attention.head_dim
+        rows = qkv.reshape(-1, heads + 2 * kv_heads, dim)
+        q, k, v = torch.split(rows, [heads, kv_heads, kv_heads], dim=1)  # each [M, its heads, D]
+        if attention.q_norm is not None:
+            q = _normalise(q, attention.q_norm)
+        if attention.k_norm is not None:
+            k = _normalise(k, attention.k_norm)
+        if attention.rope is not None:
+            cos, sin = (table[self._positions][:, None] for table in attention.rope)  # [M, 1, D / 2]
+            q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
+        if self._cache is None:
+            self._own_kv = round_kv(k, self._kv_dtype), round_kv(v, self._kv_dtype)
+        else:
+            self._cache.write(attention.layer, torch.from_numpy(self.batch.slot_mapping).long(), k, v)
+        return q.reshape(-1, heads * dim)
+
+    def attention(self, q: torch.Tensor, attention: AttentionSpec, act: ActivationQuant | None) -> torch.Tensor:
+        batch = self.batch
+        rows = q.reshape(-1, attention.num_heads, attention.head_dim)
+        attended = []
+        for s, length in enumerate(batch.seq_lens.tolist()):
+            first, last = batch.query_start_loc[s : s + 2].tolist()
+            if self._cache is None:
+                assert self._own_kv is not None
+                k, v = (kv[first:last] for kv in self._own_kv)
+            else:
+                k, v = self._cache.read(attention.layer, torch.from_numpy(batch.block_tables[s]).long(), length)
+            attended.append(_attend(rows[first:last], k, v, self._positions[first:last], attention))
+        return self.quantize(torch.cat(attended).reshape(q.shape), act)
+
+    def select_rows(self, x: torch.Tensor) -> torch.Tensor:
+        return x.index_select(0, torch.from_numpy(self.batch.logits_rows).long())
+
+    def quantize(self, x: torch.Tensor, act: ActivationQuant | None) -> torch.Tensor:
+        if act is None:
+            return x
+        return fake_quantize(x, token_scale(x) if act.scale is None else act.scale)
+
+
+def round_kv(x: torch.Tensor, dtype: KVCacheDtype) -> torch.Tensor:
+    """What a cache of that dtype gives back; int8 has one scale a token and head. Shape [..., dim]."""
+    if dtype == "float32":
+        return x
+    if dtype == "bf16":
+        return x.bfloat16().float()
+    return fake_quantize(x, token_scale(x))
+
+
+def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor,
+            attention: AttentionSpec) -> torch.Tensor:
+    """q [Q, heads, D] against k, v [T, kv heads, D] at positions 0..T-1. Returns [Q, heads, D]."""
+    repeats = attention.num_heads // attention.num_kv_heads
+    keys, values = (x.repeat_interleave(repeats, dim=1).transpose(0, 1) for x in (k, v))  # [heads, T, D]
+    key_positions = torch.arange(k.shape[0])
+    distance = positions[:, None] - key_positions  # [Q, T]
+    hidden = distance < 0
+    if attention.sliding_window is not None:
+        hidden = hidden | (distance >= attention.sliding_window)
+    bias = torch.zeros(distance.shape).masked_fill(hidden, float("-inf"))
+    if attention.alibi_slopes is not None:
+        bias = bias + attention.alibi_slopes[:, None, None] * key_positions.float()  # [heads, Q, T]
+    out = F.scaled_dot_product_attention(q.transpose(0, 1), keys, values, attn_mask=bias, scale=attention.softmax_scale)
+    return out.transpose(0, 1)
+
+
+def _normalise(x: torch.Tensor, norm: Norm) -> torch.Tensor:
+    if norm.kind == "layer":
+        return F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps)
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.eps) * norm.weight
+
+
+def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def _float_norm(norm: Norm | None) -> Any:
+    if norm is None:
+        return None
+    return replace(norm, weight=norm.weight.float(), bias=None if norm.bias is None else norm.bias.float())

@@ -1,0 +1,333 @@
+"""One `ModelSpec` per Hugging Face architecture: its config, its tensor names, and how it fuses them."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from fptq_runtime.config import ModelConfig, RopeConfig
+from fptq_runtime.kernels.base import Embedding, Linear, Norm, QuantizedWeight
+from fptq_runtime.models.decoder import Block, Head, Stem
+
+
+class ModelError(ValueError):
+    """A config that is malformed, or a model that this runtime does not run. One line, for the user."""
+
+
+class Fields:
+    """A config.json, read with a type and a bound for every value that is believed."""
+
+    def __init__(self, data: Mapping[str, Any], where: str = "config.json") -> None:
+        self.data = data
+        self.where = where
+
+    def integer(self, name: str, default: int | None = None, low: int = 1, high: int = 1 << 20) -> int:
+        value = self.data.get(name)
+        value = default if value is None else value
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            raise ModelError(f"{self.where}: {name} must be an integer between {low} and {high}, not {value!r}")
+        return value
+
+    def number(self, name: str, default: float | None = None, low: float = 0.0, high: float = 1e12) -> float:
+        value = self.data.get(name)
+        value = default if value is None else value
+        if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+            raise ModelError(f"{self.where}: {name} must be a number between {low:g} and {high:g}, not {value!r}")
+        return float(value)
+
+    def flag(self, name: str, default: bool) -> bool:
+        value = self.data.get(name)
+        value = default if value is None else value
+        if not isinstance(value, bool):
+            raise ModelError(f"{self.where}: {name} must be true or false, not {value!r}")
+        return value
+
+    def only(self, name: str, allowed: Sequence[Any], default: Any) -> Any:
+        value = self.data.get(name, default)
+        if value not in allowed:
+            supported = ", ".join(map(repr, allowed))
+            raise ModelError(f"{self.where}: {name} {value!r} is not supported; only {supported} is")
+        return value
+
+    def token_ids(self, name: str, vocab_size: int) -> tuple[int, ...]:
+        value = self.data.get(name)
+        values = [] if value is None else value if isinstance(value, list) else [value]
+        for item in values:
+            if isinstance(item, bool) or not isinstance(item, int) or not 0 <= item < vocab_size:
+                raise ModelError(f"{self.where}: {name} must be token ids below {vocab_size}, not {value!r}")
+        return tuple(values)
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Module names as the checkpoint has them; those of a layer are relative to `layers`.{index}.
+
+    qkv and up list the modules whose rows are stacked. interleaved_qkv: the one fused module holds its rows as
+    [head, (q, k, v), head_dim]. bare_prefix: what some checkpoints of the family leave out of every name.
+    """
+
+    architecture: str
+    parse: Callable[[Fields], ModelConfig]
+    embedding: str = "model.embed_tokens"
+    embedding_norm: str | None = None
+    layers: str = "model.layers"
+    input_norm: str = "input_layernorm"
+    qkv: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    interleaved_qkv: bool = False
+    q_norm: str | None = None
+    k_norm: str | None = None
+    o: str = "self_attn.o_proj"
+    mlp_norm: str = "post_attention_layernorm"
+    up: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
+    down: str = "mlp.down_proj"
+    final_norm: str = "model.norm"
+    lm_head: str = "lm_head"
+    bare_prefix: str = "model."
+
+    def layer(self, index: int, module: str) -> str:
+        return f"{self.layers}.{index}.{module}"
+
+    def qkv_sizes(self, config: ModelConfig) -> tuple[int, ...]:
+        """Rows of each module in `qkv`."""
+        q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        return (q + 2 * kv,) if self.interleaved_qkv else (q, kv, kv)
+
+    def up_sizes(self, config: ModelConfig) -> tuple[int, ...]:
+        return (config.intermediate_size,) * len(self.up)
+
+    def qkv_order(self, config: ModelConfig) -> torch.Tensor | None:
+        """order[j]: which checkpoint row stands at row j of the stacked q | k | v; None where they are the same."""
+        if not self.interleaved_qkv:
+            return None
+        rows = torch.arange(config.num_heads * 3 * config.head_dim)
+        return rows.reshape(config.num_heads, 3, config.head_dim).transpose(0, 1).flatten()
+
+    def stem_modules(self, stem: Stem) -> list[tuple[str, Embedding | Norm]]:
+        modules: list[tuple[str, Embedding | Norm]] = [(self.embedding, stem.embedding)]
+        if self.embedding_norm is not None and stem.norm is not None:
+            modules.append((self.embedding_norm, stem.norm))
+        return modules
+
+    def block_modules(self, config: ModelConfig, index: int, block: Block) -> list[tuple[str, Linear | Norm]]:
+        """A block's parameters under the checkpoint's names, unfused: the inverse of loading."""
+        modules: list[tuple[str, Linear | Norm]] = []
+        modules += [(self.input_norm, block.input_norm), (self.mlp_norm, block.mlp_norm)]
+        modules += unfuse(block.qkv, self.qkv, self.qkv_sizes(config), self.qkv_order(config))
+        modules += [(self.o, block.o)]
+        modules += unfuse(block.up, self.up, self.up_sizes(config), None)
+        modules += [(self.down, block.down)]
+        for name, norm in ((self.q_norm, block.attention.q_norm), (self.k_norm, block.attention.k_norm)):
+            if name is not None:
+                modules.append((name, norm))
+        return [(self.layer(index, name), module) for name, module in modules]
+
+    def head_modules(self, head: Head) -> list[tuple[str, Linear | Norm]]:
+        return [(self.final_norm, head.norm), (self.lm_head, head.lm_head)]
+
+
+def fuse(name: str, parts: Sequence[Linear], order: torch.Tensor | None) -> Linear:
+    """Stack linears that read the same input. Raises ModelError where their schemes differ."""
+    first = parts[0]
+    if any(part.act != first.act for part in parts):
+        raise ModelError(f"{name}: {', '.join(p.name for p in parts)} read one input but quantize it differently")
+    biases = [part.bias for part in parts]
+    if any(bias is None for bias in biases) != all(bias is None for bias in biases):
+        biases = [torch.zeros(_rows(p)) if p.bias is None else p.bias for p in parts]
+    bias = None if biases[0] is None else torch.cat([b for b in biases if b is not None])
+    weights = [part.weight for part in parts]
+    weight: torch.Tensor | QuantizedWeight
+    if isinstance(weights[0], QuantizedWeight):
+        quantized = [w for w in weights if isinstance(w, QuantizedWeight)]
+        if len({(w.num_bits, w.group_size) for w in quantized}) != 1 or len(quantized) != len(weights):
+            raise ModelError(f"{name}: {', '.join(p.name for p in parts)} are fused but quantized differently")
+        weight = replace(weights[0], codes=torch.cat([w.codes for w in quantized]),
+                         scale=torch.cat([w.scale for w in quantized]))
+    else:
+        floats = [w for w in weights if isinstance(w, torch.Tensor)]
+        if len(floats) != len(weights):
+            raise ModelError(f"{name}: {', '.join(p.name for p in parts)} are fused but quantized differently")
+        weight = floats[0] if len(floats) == 1 else torch.cat(floats)
+    fused = Linear(name, weight, bias, first.act)
+    return fused if order is None else _take_rows(fused, name, order)
+
+
+def unfuse(linear: Linear, names: Sequence[str], sizes: Sequence[int],
+           order: torch.Tensor | None) -> list[tuple[str, Linear]]:
+    """The inverse of `fuse`."""
+    restored = linear if order is None else _take_rows(linear, linear.name, order.argsort())
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    return [
+        (name, _take_rows(restored, name, slice(start, start + size)))
+        for name, start, size in zip(names, starts, sizes, strict=True)
+    ]
+
+
+def _rows(linear: Linear) -> int:
+    weight = linear.weight
+    return int((weight.codes if isinstance(weight, QuantizedWeight) else weight).shape[0])
+
+
+def _take_rows(linear: Linear, name: str, rows: torch.Tensor | slice) -> Linear:
+    weight = linear.weight
+    taken = (
+        replace(weight, codes=weight.codes[rows], scale=weight.scale[rows])
+        if isinstance(weight, QuantizedWeight)
+        else weight[rows]
+    )
+    return Linear(name, taken, None if linear.bias is None else linear.bias[rows], linear.act)
+
+
+def _rope(fields: Fields, max_position_embeddings: int) -> RopeConfig:
+    """transformers 5 writes rope_parameters; before it was rope_theta beside rope_scaling."""
+    data = fields.data
+    parameters = data.get("rope_parameters") or data.get("rope_scaling") or {}
+    if not isinstance(parameters, Mapping):
+        raise ModelError(f"config.json: rope_parameters must be an object, not {parameters!r}")
+    rope = Fields({"rope_theta": data.get("rope_theta"), "rope_type": parameters.get("type", "default"), **parameters},
+                  "config.json: rope_parameters")
+    rope.only("partial_rotary_factor", (None, 1, 1.0), None)
+    rope_type = rope.only("rope_type", ("default", "linear", "llama3"), "default")
+    theta = rope.number("rope_theta", 10000.0, low=1.0)
+    if rope_type == "default":
+        return RopeConfig(theta)
+    factor = rope.number("factor", low=1.0, high=1e6)
+    if rope_type == "linear":
+        return RopeConfig(theta, "linear", factor)
+    return RopeConfig(
+        theta, "llama3", factor,
+        low_freq_factor=rope.number("low_freq_factor", low=1e-6),
+        high_freq_factor=rope.number("high_freq_factor", low=1e-6),
+        original_max_position_embeddings=rope.integer(
+            "original_max_position_embeddings", max_position_embeddings, high=1 << 24),
+    )
+
+
+def _llama(fields: Fields) -> ModelConfig:
+    """Llama's fields, which Mistral, Qwen2 and Qwen3 share."""
+    fields.only("hidden_act", ("silu",), "silu")
+    vocab_size = fields.integer("vocab_size", high=1 << 22)
+    hidden_size = fields.integer("hidden_size", high=1 << 16)
+    num_heads = fields.integer("num_attention_heads", high=1 << 10)
+    num_kv_heads = fields.integer("num_key_value_heads", num_heads, high=1 << 10)
+    if num_heads % num_kv_heads:
+        raise ModelError(f"config.json: {num_heads} attention heads are not a multiple of {num_kv_heads} KV heads")
+    if fields.data.get("head_dim") is None and hidden_size % num_heads:
+        raise ModelError(f"config.json: hidden_size {hidden_size} is not a multiple of {num_heads} attention heads")
+    head_dim = fields.integer("head_dim", hidden_size // num_heads, low=2, high=1 << 10)
+    if head_dim % 2:
+        raise ModelError(f"config.json: head_dim {head_dim} must be even for rotary embedding")
+    max_positions = fields.integer("max_position_embeddings", 2048, high=1 << 24)
+    bos = fields.token_ids("bos_token_id", vocab_size)
+    return ModelConfig(
+        architecture="LlamaForCausalLM",
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        intermediate_size=fields.integer("intermediate_size", high=1 << 19),
+        num_layers=fields.integer("num_hidden_layers", high=1 << 10),
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        max_position_embeddings=max_positions,
+        norm="rms",
+        norm_eps=fields.number("rms_norm_eps", 1e-6, high=1.0),
+        activation="silu_mul",
+        rope=_rope(fields, max_positions),
+        tie_word_embeddings=fields.flag("tie_word_embeddings", False),
+        bos_token_id=bos[0] if bos else None,
+        eos_token_ids=fields.token_ids("eos_token_id", vocab_size),
+    )
+
+
+def _mistral(fields: Fields) -> ModelConfig:
+    window = fields.data.get("sliding_window")
+    return replace(
+        _llama(fields), architecture="MistralForCausalLM",
+        sliding_window=None if window is None else fields.integer("sliding_window", high=1 << 24),
+    )
+
+
+def _qwen2(fields: Fields) -> ModelConfig:
+    config = replace(_llama(fields), architecture="Qwen2ForCausalLM")
+    if not fields.flag("use_sliding_window", False) or fields.data.get("sliding_window") is None:
+        return config
+    first = fields.integer("max_window_layers", config.num_layers, low=0)
+    kinds = ["full_attention" if i < first else "sliding_attention" for i in range(config.num_layers)]
+    fields.only("layer_types", (None, kinds), None)
+    return replace(config, sliding_window=fields.integer("sliding_window", high=1 << 24), first_sliding_layer=first)
+
+
+def _qwen3(fields: Fields) -> ModelConfig:
+    defaulted = Fields({**fields.data, "head_dim": fields.data.get("head_dim", 128)})
+    return replace(_qwen2(defaulted), architecture="Qwen3ForCausalLM")
+
+
+def _bloom(fields: Fields) -> ModelConfig:
+    if fields.flag("apply_residual_connection_post_layernorm", False):
+        raise ModelError("config.json: apply_residual_connection_post_layernorm is not supported")
+    vocab_size = fields.integer("vocab_size", high=1 << 22)
+    hidden_name = next((n for n in ("hidden_size", "n_embed") if fields.data.get(n) is not None), "hidden_size")
+    layers_name = "n_layer" if fields.data.get("n_layer") is not None else "num_hidden_layers"
+    heads_name = "n_head" if fields.data.get("n_head") is not None else "num_attention_heads"
+    hidden_size = fields.integer(hidden_name, high=1 << 16)
+    num_heads = fields.integer(heads_name, high=1 << 10)
+    if hidden_size % num_heads:
+        raise ModelError(f"config.json: {hidden_name} {hidden_size} is not a multiple of {num_heads} attention heads")
+    bos = fields.token_ids("bos_token_id", vocab_size)
+    return ModelConfig(
+        architecture="BloomForCausalLM",
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        intermediate_size=4 * hidden_size,
+        num_layers=fields.integer(layers_name, high=1 << 10),
+        num_heads=num_heads,
+        num_kv_heads=num_heads,
+        head_dim=hidden_size // num_heads,
+        max_position_embeddings=fields.integer("seq_length", 2048, high=1 << 24),
+        norm="layer",
+        norm_eps=fields.number("layer_norm_epsilon", 1e-5, high=1.0),
+        activation="gelu_tanh",
+        alibi=True,
+        tie_word_embeddings=fields.flag("tie_word_embeddings", True),
+        bos_token_id=bos[0] if bos else None,
+        eos_token_ids=fields.token_ids("eos_token_id", vocab_size),
+    )
+
+
+SPECS = (
+    ModelSpec("LlamaForCausalLM", _llama),
+    ModelSpec("MistralForCausalLM", _mistral),
+    ModelSpec("Qwen2ForCausalLM", _qwen2),
+    ModelSpec("Qwen3ForCausalLM", _qwen3, q_norm="self_attn.q_norm", k_norm="self_attn.k_norm"),
+    ModelSpec(
+        "BloomForCausalLM",
+        _bloom,
+        embedding="transformer.word_embeddings",
+        embedding_norm="transformer.word_embeddings_layernorm",
+        layers="transformer.h",
+        qkv=("self_attention.query_key_value",),
+        interleaved_qkv=True,
+        o="self_attention.dense",
+        up=("mlp.dense_h_to_4h",),
+        down="mlp.dense_4h_to_h",
+        final_norm="transformer.ln_f",
+        bare_prefix="transformer.",
+    ),
+)
+
+
+def parse_config(config: Mapping[str, Any]) -> tuple[ModelSpec, ModelConfig]:
+    """The spec and the bounded configuration of a config.json. Raises ModelError."""
+    names = config.get("architectures")
+    if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):
+        raise ModelError(f"config.json: architectures must name one architecture, not {names!r}")
+    for spec in SPECS:
+        if spec.architecture == names[0]:
+            return spec, spec.parse(Fields(config))
+    known = [spec.architecture for spec in SPECS]
+    close = difflib.get_close_matches(names[0], known, 1, 0.8)
+    meant = f"; did you mean {close[0]}?" if close else ""
+    raise ModelError(f"architecture {names[0]!r} is not supported{meant} Supported: {', '.join(known)}")

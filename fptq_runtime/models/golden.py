@@ -1,0 +1,84 @@
+"""Golden logits: what the quantizer saw, kept in the artifact, checked again on every machine that serves it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from fptq_runtime.kernels.base import Backend, Float32Array, StepInput, StepLimits
+from fptq_runtime.models.decoder import Decoder
+
+TOLERANCE = 1e-2  # of max |logit|: integer parts are exact everywhere, float reductions differ between ISAs
+KEPT = 16  # best logits kept for each position
+
+
+class GoldenMismatch(ValueError):
+    """This machine's kernels do not reproduce the artifact's logits."""
+
+
+def compute_golden(decoder: Decoder, backend: Backend, prompt_token_ids: Sequence[int]) -> dict[str, Any]:
+    """The prompt and, for each of its positions, the best logits (ids, values) and the largest magnitude."""
+    logits = prompt_logits(decoder, backend, prompt_token_ids)
+    best = np.argsort(-logits, axis=-1, kind="stable")[:, :KEPT]
+    return {
+        "prompt_token_ids": [int(token) for token in prompt_token_ids],
+        "token_ids": best.tolist(),
+        "logits": [[float(v) for v in row] for row in np.take_along_axis(logits, best, -1)],
+        "max_abs": [float(v) for v in np.abs(logits).max(-1)],
+    }
+
+
+def check_golden(decoder: Decoder, backend: Backend, golden: Mapping[str, Any]) -> float:
+    """The largest deviation, relative to max |logit| of its position. Raises GoldenMismatch above TOLERANCE, or where
+    the top token differs although the golden margin exceeds TOLERANCE."""
+    try:
+        ids = np.asarray(golden["token_ids"], dtype=np.int64)  # [T, KEPT]
+        expected = np.asarray(golden["logits"], dtype=np.float64)
+        scale = np.asarray(golden["max_abs"], dtype=np.float64)  # [T]
+        prompt = [int(token) for token in golden["prompt_token_ids"]]
+    except (KeyError, TypeError, ValueError) as error:
+        raise GoldenMismatch(f"the golden logits are malformed: {error!r}") from None
+    vocab = decoder.config.vocab_size
+    well_formed = (
+        prompt
+        and ids.ndim == 2
+        and ids.size
+        and ids.shape == expected.shape
+        and len(ids) == len(prompt) == len(scale)
+        and 0 <= min(prompt) <= max(prompt) < vocab
+        and 0 <= ids.min() <= ids.max() < vocab
+    )
+    if not well_formed:
+        raise GoldenMismatch("the golden logits are malformed")
+    logits = prompt_logits(decoder, backend, prompt)
+    scale = np.maximum(scale, 1e-6)
+    deviation = float((np.abs(np.take_along_axis(logits, ids, -1) - expected).max(-1) / scale).max())
+    if not deviation <= TOLERANCE:
+        raise GoldenMismatch(f"golden logits differ by {deviation:.2%} of max |logit|, more than {TOLERANCE:.0%}")
+    margin = (expected[:, 0] - expected[:, 1]) / scale if ids.shape[1] > 1 else np.zeros(len(ids))
+    wrong = (logits.argmax(-1) != ids[:, 0]) & (margin > TOLERANCE)
+    if wrong.any():
+        raise GoldenMismatch(f"the top token differs from the golden one at position {int(wrong.argmax())}")
+    return deviation
+
+
+def prompt_logits(decoder: Decoder, backend: Backend, prompt_token_ids: Sequence[int]) -> Float32Array:
+    """Logits of every position of one prompt, computed whole with a float32 KV cache. [T, V]"""
+    config, length = decoder.config, len(prompt_token_ids)
+    limits = StepLimits(
+        max_tokens=length, max_seqs=1, max_logits_rows=length, max_model_len=length, num_blocks=-(-length // 16),
+        block_size=16, kv_dtype="float32", num_layers=config.num_layers, num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+    )
+    rows = np.arange(length, dtype=np.int32)
+    return backend.compile(decoder, limits).step(StepInput(
+        token_ids=np.asarray(prompt_token_ids, dtype=np.int32),
+        positions=rows,
+        slot_mapping=rows,
+        query_start_loc=np.array([0, length], dtype=np.int32),
+        seq_lens=np.array([length], dtype=np.int32),
+        block_tables=np.arange(limits.num_blocks, dtype=np.int32)[None],
+        logits_rows=rows,
+    ))

@@ -1,0 +1,262 @@
+"""A checkpoint's tensors, memory-mapped and checked, as the decoder's parameters, one block at a time."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from contextlib import suppress
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from fptq_runtime.artifact.numerics import unpack_codes
+from fptq_runtime.artifact.scheme import LayerScheme, ModuleSchemes, SchemeError
+from fptq_runtime.kernels.base import (
+    ActivationQuant,
+    AttentionSpec,
+    Backend,
+    Embedding,
+    Linear,
+    Norm,
+    QuantizedWeight,
+)
+from fptq_runtime.models.decoder import Block, Decoder, Head, Stem, prepare_block
+from fptq_runtime.models.families import fuse, parse_config
+from fptq_runtime.models.layers import alibi_slopes, rope_tables
+
+MAX_JSON_BYTES = 64 << 20
+FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is missing, damaged or inconsistent. One line, for the user."""
+
+
+class Checkpoint:
+    """A model directory: config.json and safetensors, float or compressed-tensors (pack-quantized)."""
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        if not self.path.is_dir():
+            raise CheckpointError(f"{self.path} is not a directory")
+        self.config = read_json(self.path / "config.json")
+        self.spec, self.model_config = parse_config(self.config)
+        quantization = self.config.get("quantization_config")
+        self.schemes = None if quantization is None else _schemes(quantization)
+        self._files = self._open()
+
+    @property
+    def quantized(self) -> bool:
+        return self.schemes is not None
+
+    def _open(self) -> dict[str, Any]:
+        """Which open file holds each tensor."""
+        index = self.path / "model.safetensors.index.json"
+        single = self.path / "model.safetensors"
+        if index.is_file():
+            weight_map = read_json(index).get("weight_map")
+            if not isinstance(weight_map, Mapping) or not weight_map:
+                raise CheckpointError(f"{index.name} has no weight_map")
+            shards = {str(shard) for shard in weight_map.values()}
+            if any(Path(shard).name != shard or not shard.endswith(".safetensors") for shard in shards):
+                raise CheckpointError(f"{index.name} names a shard that is not a .safetensors file beside it")
+        elif single.is_file():
+            shards = {single.name}
+        else:
+            pickled = [p.name for p in self.path.glob("*") if p.suffix in (".bin", ".pt", ".pth", ".ckpt")]
+            if pickled:
+                raise CheckpointError(f"{self.path} has only pickled weights ({pickled[0]}), which can run code when "
+                                      "loaded; convert the model to safetensors first")
+            raise CheckpointError(f"{self.path} has no model.safetensors")
+        files: dict[str, Any] = {}
+        for shard in sorted(shards):
+            try:
+                handle: Any = safe_open(self.path / shard, framework="pt")
+                files.update(dict.fromkeys(handle.keys(), handle))
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(f"{self.path / shard} is not a readable safetensors file: {error}") from None
+        return files
+
+    def has(self, name: str) -> bool:
+        return self._find(name) is not None
+
+    def _find(self, name: str) -> str | None:
+        """The stored name: some checkpoints leave out the family's prefix."""
+        bare = name.removeprefix(self.spec.bare_prefix)
+        return next((candidate for candidate in (name, bare) if candidate in self._files), None)
+
+    def tensor(self, name: str, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...] = FLOAT_DTYPES) -> torch.Tensor:
+        """A tensor, memory-mapped where its file allows. Raises CheckpointError unless shape and dtype are right."""
+        found = self._find(name)
+        if found is None:
+            raise CheckpointError(f"{self.path} has no tensor {name!r}")
+        try:
+            tensor: torch.Tensor = self._files[found].get_tensor(found)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{name} cannot be read: {error}") from None
+        if tensor.shape != shape:
+            raise CheckpointError(f"{name} has shape {list(tensor.shape)}, but config.json asks for {list(shape)}")
+        if tensor.dtype not in dtypes:
+            raise CheckpointError(f"{name} is {_dtype(tensor.dtype)}, not {' or '.join(map(_dtype, dtypes))}")
+        return tensor
+
+    def linear(self, name: str, n: int, k: int) -> Linear:
+        """The linear layer `name`, [n, k], in float or quantized as the config says."""
+        bias = self.tensor(f"{name}.bias", (n,)) if self.has(f"{name}.bias") else None
+        scheme = None if self.schemes is None else self.schemes.scheme(name)
+        if scheme is None:
+            return Linear(name, self.tensor(f"{name}.weight", (n, k)), bias)
+        return Linear(name, self._quantized_weight(name, n, k, scheme), bias, self._activation(name, scheme))
+
+    def _quantized_weight(self, name: str, n: int, k: int, scheme: LayerScheme) -> QuantizedWeight:
+        bits = scheme.weights.num_bits
+        group = scheme.weights.group_size or k
+        if k % group:
+            raise CheckpointError(f"{name}: {k} input features are not a multiple of the group size {group}")
+        if self.has(f"{name}.weight_g_idx"):
+            raise CheckpointError(f"{name} has weight_g_idx: act-order without static groups is not supported")
+        shape = self.tensor(f"{name}.weight_shape", (2,), (torch.int64, torch.int32))
+        if shape.tolist() != [n, k]:
+            raise CheckpointError(f"{name}.weight_shape is {shape.tolist()}, but config.json asks for {[n, k]}")
+        packed = self.tensor(f"{name}.weight_packed", (n, math.ceil(k * bits / 32)), (torch.int32,))
+        scale = self.tensor(f"{name}.weight_scale", (n, k // group))
+        if not bool(torch.isfinite(scale).all()):
+            raise CheckpointError(f"{name}.weight_scale holds values that are not finite")
+        return QuantizedWeight(unpack_codes(packed, bits, k), scale, 4 if bits == 4 else 8, group)
+
+    def _activation(self, name: str, scheme: LayerScheme) -> ActivationQuant:
+        if scheme.input_activations is None:
+            raise CheckpointError(f"{name} has quantized weights but float activations, which is not supported yet; "
+                                  "this runtime needs 8-bit activations")
+        if scheme.input_activations.dynamic:
+            return ActivationQuant()
+        scale = float(self.tensor(f"{name}.input_scale", (1,)))
+        if not (math.isfinite(scale) and scale > 0):
+            raise CheckpointError(f"{name}.input_scale must be finite and positive, not {scale}")
+        return ActivationQuant(scale)
+
+    def norm(self, name: str, size: int) -> Norm:
+        config = self.model_config
+        bias = self.tensor(f"{name}.bias", (size,)) if config.norm == "layer" else None
+        return Norm(config.norm, self.tensor(f"{name}.weight", (size,)), bias, config.norm_eps)
+
+    @cached_property
+    def rope(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Shared by all layers."""
+        config = self.model_config
+        if config.rope is None:
+            return None
+        return rope_tables(config.rope, config.head_dim, config.max_position_embeddings)
+
+
+def load_stem(checkpoint: Checkpoint) -> Stem:
+    spec, config = checkpoint.spec, checkpoint.model_config
+    embedding = Embedding(checkpoint.tensor(f"{spec.embedding}.weight", (config.vocab_size, config.hidden_size)))
+    if spec.embedding_norm is None:
+        return Stem(embedding)
+    return Stem(embedding, checkpoint.norm(spec.embedding_norm, config.hidden_size))
+
+
+def load_block(checkpoint: Checkpoint, index: int) -> Block:
+    spec, config = checkpoint.spec, checkpoint.model_config
+    hidden, heads = config.hidden_size, config.num_heads * config.head_dim
+
+    def stacked(name: str, modules: tuple[str, ...], sizes: tuple[int, ...], order: torch.Tensor | None) -> Linear:
+        parts = [checkpoint.linear(spec.layer(index, m), n, hidden) for m, n in zip(modules, sizes, strict=True)]
+        return fuse(name, parts, order)
+
+    def head_norm(name: str | None) -> Norm | None:
+        return None if name is None else checkpoint.norm(spec.layer(index, name), config.head_dim)
+
+    attention = AttentionSpec(
+        layer=index,
+        num_heads=config.num_heads,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        softmax_scale=config.head_dim**-0.5,
+        sliding_window=config.sliding_window if index >= config.first_sliding_layer else None,
+        rope=checkpoint.rope,
+        alibi_slopes=alibi_slopes(config.num_heads) if config.alibi else None,
+        q_norm=head_norm(spec.q_norm),
+        k_norm=head_norm(spec.k_norm),
+    )
+    return Block(
+        input_norm=checkpoint.norm(spec.layer(index, spec.input_norm), hidden),
+        qkv=stacked(f"layers.{index}.qkv", spec.qkv, spec.qkv_sizes(config), spec.qkv_order(config)),
+        attention=attention,
+        o=_renamed(checkpoint.linear(spec.layer(index, spec.o), hidden, heads), f"layers.{index}.o"),
+        mlp_norm=checkpoint.norm(spec.layer(index, spec.mlp_norm), hidden),
+        up=stacked(f"layers.{index}.up", spec.up, spec.up_sizes(config), None),
+        down=_renamed(checkpoint.linear(spec.layer(index, spec.down), hidden, config.intermediate_size),
+                      f"layers.{index}.down"),
+    )
+
+
+def load_head(checkpoint: Checkpoint) -> Head:
+    spec, config = checkpoint.spec, checkpoint.model_config
+    stored = checkpoint.has(f"{spec.lm_head}.weight") or checkpoint.has(f"{spec.lm_head}.weight_packed")
+    tied = config.tie_word_embeddings or not stored
+    lm_head = (
+        Linear(spec.lm_head, checkpoint.tensor(f"{spec.embedding}.weight", (config.vocab_size, config.hidden_size)))
+        if tied
+        else checkpoint.linear(spec.lm_head, config.vocab_size, config.hidden_size)
+    )
+    return Head(checkpoint.norm(spec.final_norm, config.hidden_size), lm_head)
+
+
+def load_model(checkpoint: Checkpoint, backend: Backend) -> Decoder:
+    """Give every parameter to the backend, block by block, so that little more than its packed form is ever held."""
+    stem, head = load_stem(checkpoint), load_head(checkpoint)
+    blocks = [
+        prepare_block(load_block(checkpoint, index), backend)
+        for index in range(checkpoint.model_config.num_layers)
+    ]
+    return Decoder(
+        checkpoint.model_config,
+        Stem(backend.prepare(stem.embedding), None if stem.norm is None else backend.prepare(stem.norm)),
+        blocks,
+        Head(backend.prepare(head.norm), backend.prepare(head.lm_head), head.lm_head.act),
+    )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a model directory. Raises CheckpointError."""
+    try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise CheckpointError(f"{path} is larger than {MAX_JSON_BYTES >> 20} MiB")
+        data = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path.parent} has no {path.name}") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not readable JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path} must hold a JSON object")
+    return data
+
+
+def eos_token_ids(checkpoint: Checkpoint) -> tuple[int, ...]:
+    """End-of-sequence ids: generation_config.json's where it names some, else config.json's."""
+    with suppress(CheckpointError):
+        value = read_json(checkpoint.path / "generation_config.json").get("eos_token_id")
+        ids = value if isinstance(value, list) else [value]
+        if all(isinstance(i, int) and 0 <= i < checkpoint.model_config.vocab_size for i in ids):
+            return tuple(ids)
+    return checkpoint.model_config.eos_token_ids
+
+
+def _schemes(quantization: Any) -> ModuleSchemes:
+    if not isinstance(quantization, Mapping):
+        raise SchemeError("config.json: quantization_config must be an object")
+    return ModuleSchemes(quantization)
+
+
+def _renamed(linear: Linear, name: str) -> Linear:
+    return Linear(name, linear.weight, linear.bias, linear.act)
+
+
+def _dtype(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

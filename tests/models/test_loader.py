@@ -1,0 +1,167 @@
+"""What a damaged, foreign or hostile checkpoint is answered with."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from fptq_runtime.artifact.scheme import SchemeError
+from fptq_runtime.models.families import SPECS, ModelError, parse_config
+from fptq_runtime.models.loader import Checkpoint, CheckpointError, load_block, load_head, load_stem
+from fptq_runtime.models.tokenizer import ChatTemplateError, Tokenizer
+from tests.models.hf import FAMILIES, save_random
+
+DEMO = Path(__file__).parents[2] / "fptq_runtime" / "demo"
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("llama")
+    save_random("llama", path)
+    return path
+
+
+@pytest.fixture
+def copy(llama: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(llama, tmp_path / "model"))
+
+
+def change_config(path: Path, **changes: Any) -> None:
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, **changes}))
+
+
+def load_everything(path: Path) -> None:
+    checkpoint = Checkpoint(path)
+    load_stem(checkpoint)
+    load_head(checkpoint)
+    for index in range(checkpoint.model_config.num_layers):
+        load_block(checkpoint, index)
+
+
+def assert_refused(path: Path, *words: str) -> None:
+    with pytest.raises((CheckpointError, ModelError, SchemeError)) as caught:
+        load_everything(path)
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message, message
+
+
+@pytest.mark.parametrize(("changes", "words"), [
+    ({"hidden_size": 10**12}, ["hidden_size", "1000000000000"]),
+    ({"num_hidden_layers": -1}, ["num_hidden_layers", "-1"]),
+    ({"vocab_size": "many"}, ["vocab_size", "'many'"]),
+    ({"vocab_size": True}, ["vocab_size", "True"]),
+    ({"num_key_value_heads": 5}, ["6 attention heads", "5 KV heads"]),
+    ({"hidden_act": "relu"}, ["hidden_act", "relu"]),
+    ({"architectures": ["LlamaForCausualLM"]}, ["did you mean LlamaForCausalLM"]),
+    ({"architectures": ["GPT2LMHeadModel"]}, ["GPT2LMHeadModel", "not supported"]),
+    ({"architectures": None}, ["architectures"]),
+    ({"eos_token_id": 10**9}, ["eos_token_id"]),
+    ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, ["rope_type", "dynamic"]),
+    ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, ["factor"]),
+    ({"intermediate_size": 137}, ["mlp.gate_proj.weight", "[136, 96]", "[137, 96]"]),
+    ({"num_hidden_layers": 4}, ["no tensor", "model.layers.3"]),
+    ({"quantization_config": {"quant_method": "gptq"}}, ["gptq", "compressed-tensors"]),
+])
+def test_config_is_refused_by_name(copy: Path, changes: dict[str, Any], words: list[str]) -> None:
+    change_config(copy, **changes)
+    assert_refused(copy, *words)
+
+
+@pytest.mark.parametrize("keep", [0, 4, 100, 0.5, 0.99])
+def test_truncated_weights_are_refused(copy: Path, keep: float) -> None:
+    weights = copy / "model.safetensors"
+    data = weights.read_bytes()
+    weights.write_bytes(data[: int(keep * len(data)) if keep < 1 else int(keep)])
+    assert_refused(copy, "model.safetensors", "not a readable safetensors file")
+
+
+def test_pickled_weights_are_refused(copy: Path) -> None:
+    (copy / "model.safetensors").rename(copy / "pytorch_model.bin")
+    assert_refused(copy, "pytorch_model.bin", "safetensors")
+
+
+def test_integer_weights_are_refused(copy: Path) -> None:
+    tensors = load_file(copy / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].to(torch.int64)
+    save_file(tensors, copy / "model.safetensors")
+    assert_refused(copy, "model.norm.weight", "int64")
+
+
+def test_shard_outside_the_directory_is_refused(copy: Path) -> None:
+    index = {"weight_map": {"model.norm.weight": "../model.safetensors"}}
+    (copy / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert_refused(copy, "shard")
+
+
+def test_missing_parts_are_named(copy: Path, tmp_path: Path) -> None:
+    assert_refused(tmp_path / "nowhere", "nowhere", "not a directory")
+    (copy / "config.json").write_text("{")
+    assert_refused(copy, "config.json", "not readable JSON")
+    (copy / "config.json").unlink()
+    assert_refused(copy, "no config.json")
+
+
+def test_tokenizer_errors(copy: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"no tokenizer\.json"):
+        Tokenizer(copy)
+    (copy / "tokenizer.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="cannot be loaded"):
+        Tokenizer(copy)
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers(-10, 10**7) | st.floats(allow_nan=True) | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
+    max_leaves=4,
+)
+
+
+@given(st.sampled_from(SPECS), st.data())
+def test_no_config_raises_anything_else(spec: Any, data: st.DataObject) -> None:
+    names = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim",
+             "num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "rope_theta", "rope_parameters",
+             "rope_scaling", "tie_word_embeddings", "sliding_window", "use_sliding_window", "layer_types", "n_layer",
+             "n_head", "eos_token_id", "bos_token_id", "hidden_act"]
+    base = {**FAMILIES["llama"][1], "architectures": [spec.architecture]}
+    changes = data.draw(st.dictionaries(st.sampled_from(names), json_values, min_size=1, max_size=4))
+    with contextlib.suppress(ModelError):
+        parse_config({**base, **changes})
+
+
+def test_chat_template_writes_special_tokens_once() -> None:
+    tokenizer = Tokenizer(DEMO)
+    ids = tokenizer.apply_chat_template([{"role": "user", "content": "Once upon a time"}])
+    assert ids[: len(tokenizer.encode("Once upon a time"))] == tokenizer.encode("Once upon a time")
+    assert ids.count(tokenizer.bos_token_id) == 1
+
+
+def test_chat_template_errors_are_the_clients(tmp_path: Path) -> None:
+    model = Path(shutil.copytree(DEMO, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors")))
+    (model / "chat_template.jinja").write_text("{{ raise_exception('roles must alternate') }}")
+    with pytest.raises(ChatTemplateError, match="roles must alternate"):
+        Tokenizer(model).apply_chat_template([{"role": "user", "content": "hello"}])
+    (model / "chat_template.jinja").unlink()
+    with pytest.raises(ChatTemplateError, match="no chat template"):
+        Tokenizer(model).apply_chat_template([{"role": "user", "content": "hello"}])
+
+
+@given(st.text(max_size=60))
+def test_streamed_text_is_the_decoded_text(text: str) -> None:
+    tokenizer = Tokenizer(DEMO)
+    prompt = tokenizer.encode("Once upon a time")
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    stream = tokenizer.stream(prompt_token_ids=prompt)
+    streamed = "".join(piece for token in ids if (piece := stream.step(token)) is not None)
+    assert tokenizer.decode(prompt + ids).startswith(tokenizer.decode(prompt) + streamed)
