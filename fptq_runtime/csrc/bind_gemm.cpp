@@ -1,0 +1,193 @@
+// The kernels one by one, on arrays, for any ISA this machine runs: what tests and `fptq bench` measure.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/shared_ptr.h>
+#include <nanobind/stl/string.h>
+
+#include <cstdint>
+#include <cstring>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "dispatch.h"
+#include "pack.h"
+
+namespace nb = nanobind;
+
+namespace fptq {
+namespace {
+
+template <class T>
+using Matrix = nb::ndarray<T, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+template <class T>
+using Vector = nb::ndarray<T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+template <class T>
+using NumpyMatrix = nb::ndarray<nb::numpy, T, nb::ndim<2>>;
+
+void require(bool condition, const char* message) {
+  if (!condition) throw std::invalid_argument(message);
+}
+
+template <class T>
+NumpyMatrix<T> to_numpy(std::vector<T> values, size_t rows, size_t columns) {
+  auto* owned = new std::vector<T>(std::move(values));
+  nb::capsule owner(owned, [](void* p) noexcept { delete static_cast<std::vector<T>*>(p); });
+  return NumpyMatrix<T>(owned->data(), {rows, columns}, owner);
+}
+
+// Activations and the memory behind them.
+class QuantizedRows {
+ public:
+  QuantizedRows(const Matrix<const float>& x, std::optional<float> scale, const std::string& isa)
+      : rows_(x.shape(0)),
+        padded_k_((x.shape(1) + kSumGroup - 1) / kSumGroup * kSumGroup),
+        codes_((rows_ + kTileRows - 1) / kTileRows * kTileRows * padded_k_),
+        scales_(rows_),
+        sums_(rows_ * padded_k_ / kSumGroup) {
+    require(rows_ > 0 && padded_k_ > 0, "x must have rows and columns");
+    require(!scale || *scale > 0, "the static scale must be positive");
+    Activations view = activations(static_cast<int>(x.shape(1)));
+    const Kernels& kernels = kernels_for(isa);
+    nb::gil_scoped_release release;
+    for (size_t m = 0; m < rows_; ++m)
+      kernels.quantize_row(x.data() + m * x.shape(1), static_cast<int>(m), scale.value_or(0.0f), view);
+  }
+
+  Activations activations(int k) { return {codes_.data(), scales_.data(), sums_.data(), static_cast<int>(rows_), k}; }
+  size_t rows() const { return rows_; }
+  size_t padded_k() const { return padded_k_; }
+
+  NumpyMatrix<int8_t> codes() const {
+    std::vector<int8_t> plain(rows_ * padded_k_);
+    for (size_t m = 0; m < rows_; ++m) {
+      for (size_t s = 0; s < padded_k_ / 4; ++s) {
+        const size_t step = m / kTileRows * (padded_k_ / 4) + s;
+        std::memcpy(&plain[m * padded_k_ + 4 * s], &codes_[(step * kTileRows + m % kTileRows) * 4], 4);
+      }
+    }
+    return to_numpy(std::move(plain), rows_, padded_k_);
+  }
+  NumpyMatrix<float> scales() const { return to_numpy(scales_, rows_, 1); }
+  NumpyMatrix<int32_t> sums() const { return to_numpy(sums_, rows_, padded_k_ / kSumGroup); }
+
+ private:
+  size_t rows_, padded_k_;
+  std::vector<int8_t> codes_;
+  std::vector<float> scales_;
+  std::vector<int32_t> sums_;
+};
+
+struct Span {
+  int begin, end;
+};
+
+Span span(std::optional<std::pair<int, int>> given, int count, const char* message) {
+  if (!given) return {0, count};
+  require(0 <= given->first && given->first <= given->second && given->second <= count, message);
+  return {given->first, given->second};
+}
+
+using OptionalVector = std::optional<Vector<const float>>;
+using OptionalMatrix = std::optional<Matrix<const float>>;
+using OptionalSpan = std::optional<std::pair<int, int>>;
+
+Epilogue epilogue(const Matrix<float>& out, const OptionalVector& bias, const OptionalMatrix& residual, size_t m,
+                  int n) {
+  const size_t columns = n;
+  require(out.shape(0) == m && out.shape(1) == columns, "out must be [M, N]");
+  require(!bias || bias->shape(0) == columns, "bias must be [N]");
+  require(!residual || (residual->shape(0) == m && residual->shape(1) == columns), "residual must be [M, N]");
+  return {bias ? bias->data() : nullptr, residual ? residual->data() : nullptr, out.data()};
+}
+
+int panels(int n) { return (n + kPanelCols - 1) / kPanelCols; }
+
+void gemm(const PackedWeight& weight, QuantizedRows& x, const Matrix<float>& out, const OptionalVector& bias,
+          const OptionalMatrix& residual, OptionalSpan rows, OptionalSpan columns, const std::string& isa) {
+  const size_t padded_k = (weight.k + kSumGroup - 1) / kSumGroup * kSumGroup;
+  require(x.padded_k() == padded_k, "x and the weight differ in K");
+  const Kernels& kernels = kernels_for(isa);
+  const Epilogue e = epilogue(out, bias, residual, x.rows(), weight.n);
+  const Span m = span(rows, static_cast<int>(x.rows()), "rows out of range");
+  const Span p = span(columns, panels(weight.n), "panels out of range");
+  const Activations view = x.activations(weight.k);
+  nb::gil_scoped_release release;
+  (weight.bits == 4 ? kernels.gemm_int4 : kernels.gemm_int8)(view, weight, e, m.begin, m.end, p.begin, p.end);
+}
+
+void gemm_float(const FloatWeight& weight, const Matrix<const float>& x, const Matrix<float>& out,
+                const OptionalVector& bias, const OptionalMatrix& residual, OptionalSpan rows, OptionalSpan columns,
+                const std::string& isa) {
+  require(x.shape(1) == static_cast<size_t>(weight.k), "x and the weight differ in K");
+  const Kernels& kernels = kernels_for(isa);
+  const Epilogue e = epilogue(out, bias, residual, x.shape(0), weight.n);
+  const Span m = span(rows, static_cast<int>(x.shape(0)), "rows out of range");
+  const Span p = span(columns, panels(weight.n), "panels out of range");
+  nb::gil_scoped_release release;
+  kernels.gemm_float(x.data(), weight, e, m.begin, m.end, p.begin, p.end);
+}
+
+}  // namespace
+
+void bind_gemm(nb::module_& m) {
+  nb::class_<PackedWeight>(m, "PackedWeight", "int4 or int8 weight codes and scales in the kernels' layout.")
+      .def_ro("n", &PackedWeight::n)
+      .def_ro("k", &PackedWeight::k)
+      .def_ro("bits", &PackedWeight::bits);
+  nb::class_<FloatWeight>(m, "FloatWeight", "float32 or bfloat16 weights in the kernels' layout.")
+      .def_ro("n", &FloatWeight::n)
+      .def_ro("k", &FloatWeight::k);
+
+  m.def("pack_weight",
+        [](const Matrix<const int8_t>& codes, const Matrix<const float>& scale, int group_size, int bits) {
+          const size_t n = codes.shape(0), k = codes.shape(1);
+          require(n <= INT32_MAX && k <= INT32_MAX && group_size > 0, "a weight or group size that cannot be");
+          const size_t groups = (k + group_size - 1) / group_size;
+          require(scale.shape(0) == n && scale.shape(1) == groups, "scale must be [N, ceil(K / group_size)]");
+          nb::gil_scoped_release release;
+          return pack_weight(codes.data(), scale.data(), static_cast<int>(n), static_cast<int>(k), group_size, bits);
+        },
+        nb::arg("codes"), nb::arg("scale"), nb::arg("group_size"), nb::arg("bits"),
+        "codes int8 [N, K] within ±2^(bits-1), scale float32 [N, ceil(K / group_size)]; group_size a multiple of 32,\n"
+        "or K for one scale per channel. Raises ValueError.");
+
+  const auto pack = [](const void* data, bool bf16, size_t n, size_t k) {
+    require(n <= INT32_MAX && k <= INT32_MAX, "a weight that cannot be");
+    nb::gil_scoped_release release;
+    return pack_float(data, bf16, static_cast<int>(n), static_cast<int>(k));
+  };
+  m.def("pack_float",
+        [pack](const Matrix<const float>& weight) {
+          return pack(weight.data(), false, weight.shape(0), weight.shape(1));
+        },
+        nb::arg("weight"), "weight float32 [N, K], or the bits of bfloat16 as int16 [N, K].");
+  m.def("pack_float",
+        [pack](const Matrix<const int16_t>& weight) {
+          return pack(weight.data(), true, weight.shape(0), weight.shape(1));
+        },
+        nb::arg("weight"));
+
+  nb::class_<QuantizedRows>(m, "QuantizedRows", "int8 rows as the GEMM reads them.")
+      .def(nb::init<const Matrix<const float>&, std::optional<float>, const std::string&>(), nb::arg("x"),
+           nb::arg("scale") = nb::none(), nb::arg("isa") = "",
+           "x float32 [M, K]; scale: the static one, None: dynamic per row.")
+      .def_prop_ro("codes", &QuantizedRows::codes, nb::rv_policy::automatic, "int8 [M, K rounded up to 32]")
+      .def_prop_ro("scales", &QuantizedRows::scales, nb::rv_policy::automatic, "float32 [M, 1]")
+      .def_prop_ro("sums", &QuantizedRows::sums, nb::rv_policy::automatic, "int32 [M, ceil(K / 32)], of the codes");
+
+  const auto define = [&m](const char* name, auto function, const char* doc) {
+    m.def(name, function, nb::arg("weight"), nb::arg("x"), nb::arg("out"), nb::arg("bias") = nb::none(),
+          nb::arg("residual") = nb::none(), nb::arg("rows") = nb::none(), nb::arg("panels") = nb::none(),
+          nb::arg("isa") = "", doc);
+  };
+  define("gemm", &gemm,
+         "out [M, N] = x · Wᵀ + bias + residual, for rows (begin, end) and 64-column panels (begin, end) only.");
+  define("gemm_float", &gemm_float, "The same with float32 x [M, K] and a FloatWeight.");
+}
+
+}  // namespace fptq

@@ -1,0 +1,148 @@
+// The module: parameters, programs and the pool. Arrays arrive as addresses; kernels/cpu.py checks dtype, contiguity
+// and shape, program.cpp every index.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/shared_ptr.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <stdexcept>
+
+#include "program.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace fptq {
+
+void bind_gemm(nb::module_& m);
+
+namespace {
+
+template <class T>
+const T* at(uintptr_t address) {
+  return reinterpret_cast<const T*>(address);
+}
+
+FloatType float_type(const std::string& name) {
+  if (name == "float32") return FloatType::kFloat32;
+  if (name == "bfloat16") return FloatType::kBfloat16;
+  if (name == "float16") return FloatType::kFloat16;
+  throw std::invalid_argument("an embedding must be float32, bfloat16 or float16, not " + name);
+}
+
+KvType kv_type(const std::string& name) {
+  if (name == "float32") return KvType::kFloat32;
+  if (name == "bf16") return KvType::kBfloat16;
+  if (name == "int8") return KvType::kInt8;
+  throw std::invalid_argument("kv_dtype must be float32, bf16 or int8, not " + name);
+}
+
+using NormPointer = std::shared_ptr<const NormParameter>;
+
+std::shared_ptr<AttentionParameter> make_attention(
+    int layer, int num_heads, int num_kv_heads, int head_dim, float softmax_scale, int sliding_window,
+    uintptr_t rope_cos, uintptr_t rope_sin, int rope_positions, std::vector<float> alibi_slopes,
+    std::shared_ptr<NormParameter> q_norm, std::shared_ptr<NormParameter> k_norm) {
+  if (num_heads < 1 || num_kv_heads < 1 || num_heads % num_kv_heads)
+    throw std::invalid_argument("num_heads must be a multiple of num_kv_heads, not " + std::to_string(num_heads) +
+                                " of " + std::to_string(num_kv_heads));
+  if (head_dim < 1 || head_dim > kMaxHeadDim || (rope_cos && head_dim % 2))
+    throw std::invalid_argument("head_dim must be even and at most " + std::to_string(kMaxHeadDim) + ", not " +
+                                std::to_string(head_dim));
+  if (sliding_window < 0) throw std::invalid_argument("sliding_window must be positive");
+  if (!alibi_slopes.empty() && alibi_slopes.size() != static_cast<size_t>(num_heads))
+    throw std::invalid_argument("alibi_slopes must be [num_heads]");
+  for (const auto& norm : {q_norm, k_norm})
+    if (norm && norm->weight.size() != static_cast<size_t>(head_dim))
+      throw std::invalid_argument("q_norm and k_norm must be [head_dim]");
+  auto attention = std::make_shared<AttentionParameter>();
+  attention->layer = layer;
+  attention->rope_positions = rope_positions;
+  attention->alibi_slopes = std::move(alibi_slopes);
+  attention->q_norm = q_norm;
+  attention->k_norm = k_norm;
+  const NormView none{};
+  attention->view = {num_heads, num_kv_heads, head_dim, softmax_scale, sliding_window,
+                     at<float>(rope_cos), at<float>(rope_sin),
+                     attention->alibi_slopes.empty() ? nullptr : attention->alibi_slopes.data(),
+                     q_norm ? q_norm->view() : none, k_norm ? k_norm->view() : none};
+  return attention;
+}
+
+std::shared_ptr<LinearParameter> make_linear(std::string name, std::shared_ptr<PackedWeight> packed,
+                                             std::shared_ptr<FloatWeight> float_weight, std::vector<float> bias,
+                                             Act act) {
+  if (!packed == !float_weight) throw std::invalid_argument(name + ": give one weight");
+  if (packed && !act) throw std::invalid_argument(name + ": integer weights need a quantized input");
+  if (float_weight && act) throw std::invalid_argument(name + ": float weights need a float input");
+  auto linear = std::make_shared<LinearParameter>(
+      LinearParameter{std::move(name), packed, float_weight, std::move(bias), act});
+  if (!linear->bias.empty() && linear->bias.size() != static_cast<size_t>(linear->n()))
+    throw std::invalid_argument(linear->name + ": bias must be [N]");
+  return linear;
+}
+
+}  // namespace
+}  // namespace fptq
+
+NB_MODULE(_native, m) {
+  using namespace fptq;
+
+  m.def("available_isas", &available_isas, "ISA paths that this build and this CPU have, best first.");
+  m.def("kernel_names", [](const std::string& isa) {
+    const Kernels& kernels = kernels_for(isa);
+    return std::vector<std::string>{kernels.isa, kernels.gemm_int4_name, kernels.gemm_int8_name,
+                                    kernels.gemm_float_name};
+  }, "isa"_a, "[ISA path, int4 GEMM, int8 GEMM, float GEMM]. Empty: the best path. Raises ValueError.");
+
+  bind_gemm(m);
+
+  nb::class_<ThreadPool>(m, "ThreadPool").def(nb::init<int>(), "threads"_a).def_prop_ro("threads", &ThreadPool::threads);
+
+  nb::class_<EmbeddingParameter>(m, "Embedding")
+      .def("__init__", [](EmbeddingParameter* self, uintptr_t address, const std::string& dtype, int vocab, int width) {
+        new (self) EmbeddingParameter{at<void>(address), float_type(dtype), vocab, width};
+      }, "address"_a, "dtype"_a, "vocab"_a, "width"_a);
+
+  nb::class_<NormParameter>(m, "Norm")
+      .def("__init__", [](NormParameter* self, std::vector<float> weight, std::vector<float> bias, float eps, bool layer) {
+        if (!bias.empty() && bias.size() != weight.size()) throw std::invalid_argument("a norm's bias must be as wide as its weight");
+        new (self) NormParameter{std::move(weight), std::move(bias), eps, layer};
+      }, "weight"_a, "bias"_a, "eps"_a, "layer"_a);
+
+  nb::class_<LinearParameter>(m, "Linear")
+      .def(nb::new_(&make_linear), "name"_a, "packed"_a.none(), "float_weight"_a.none(), "bias"_a, "act"_a.none());
+
+  nb::class_<AttentionParameter>(m, "Attention")
+      .def(nb::new_(&make_attention), "layer"_a, "num_heads"_a, "num_kv_heads"_a, "head_dim"_a, "softmax_scale"_a,
+           "sliding_window"_a, "rope_cos"_a, "rope_sin"_a, "rope_positions"_a, "alibi_slopes"_a, "q_norm"_a.none(),
+           "k_norm"_a.none());
+
+  nb::class_<Program>(m, "Program")
+      .def("__init__", [](Program* self, std::shared_ptr<ThreadPool> pool, const std::string& isa, int max_tokens,
+                          int max_seqs, int max_logits_rows, int max_model_len, int num_blocks, int block_size,
+                          const std::string& kv_dtype, int num_layers, int num_kv_heads, int head_dim) {
+        new (self) Program(std::move(pool), isa, Limits{max_tokens, max_seqs, max_logits_rows, max_model_len, num_blocks,
+                                                        block_size, kv_type(kv_dtype), num_layers, num_kv_heads, head_dim});
+      }, "pool"_a, "isa"_a, nb::kw_only(), "max_tokens"_a, "max_seqs"_a, "max_logits_rows"_a, "max_model_len"_a,
+         "num_blocks"_a, "block_size"_a, "kv_dtype"_a, "num_layers"_a, "num_kv_heads"_a, "head_dim"_a)
+      .def("embed", &Program::embed, "table"_a)
+      .def("norm", &Program::norm, "x"_a, "norm"_a, "act"_a.none())
+      .def("linear", &Program::linear, "x"_a, "linear"_a, "residual"_a.none())
+      .def("activation", &Program::activation, "x"_a, "kind"_a, "act"_a.none())
+      .def("rope_and_cache", &Program::rope_and_cache, "qkv"_a, "attention"_a)
+      .def("attention", &Program::attention, "q"_a, "attention"_a, "act"_a.none())
+      .def("select_rows", &Program::select_rows, "x"_a)
+      .def("finish", &Program::finish, "logits"_a)
+      .def_prop_ro("logits_width", &Program::logits_width)
+      .def("step", [](Program& program, uintptr_t token_ids, uintptr_t positions, uintptr_t slot_mapping, int tokens,
+                      uintptr_t query_start_loc, uintptr_t seq_lens, int seqs, uintptr_t block_tables, int table_width,
+                      uintptr_t logits_rows, int rows, uintptr_t logits) {
+        program.step({at<int32_t>(token_ids), at<int32_t>(positions), at<int32_t>(slot_mapping), tokens,
+                      at<int32_t>(query_start_loc), at<int32_t>(seq_lens), seqs, at<int32_t>(block_tables), table_width,
+                      at<int32_t>(logits_rows), rows, reinterpret_cast<float*>(logits)});
+      }, nb::call_guard<nb::gil_scoped_release>(),
+         "Addresses of int32 arrays (and of the float32 logits) with their lengths. Raises ValueError before writing.");
+}

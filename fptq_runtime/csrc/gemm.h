@@ -1,0 +1,228 @@
+// The GEMMs and the row quantizer of one ISA: included by kernels.cpp, which CMake compiles once per ISA with
+// FPTQ_NS naming the namespace. Nothing here may call a function template of the standard library: an out-of-line
+// copy of it could be the one that another ISA's code is linked to.
+//
+// Every output is one fixed sequence of float operations, whatever M, tile, ISA or thread computes it: groups in
+// ascending k, one fma each from an exact int32; then fma(sum, row scale, bias); then + residual.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#include "kernels.h"
+
+namespace fptq::FPTQ_NS {
+namespace {
+
+// A few groups of one tile, R rows by one 64-column panel.
+struct Tile {
+  const int8_t* a;       // row r of step s at a + (s · kTileRows + r) · 4
+  const uint8_t* w;      // the panel from the first group on
+  const int32_t* sums;   // row r's sums of 32 codes at sums + r · sum_stride
+  ptrdiff_t sum_stride;
+  const float* scales;   // [groups][64]
+  float* f;              // [R][64], the float sums so far
+};
+
+struct FloatTile {
+  const float* x;   // [R][ldx]
+  ptrdiff_t ldx;
+  const void* w;    // [k][64]
+  float* f;         // [R][64]
+};
+
+inline int smaller(int a, int b) { return a < b ? a : b; }
+
+// What the unsigned weight codes (code + zero) add to a group's dot product: zero · Σ a, to be subtracted. Wraps as
+// the accumulators do: only the difference must fit in 32 bits.
+inline int32_t zero_point(const int32_t* sums, int count, uint32_t zero) {
+  uint32_t total = 0;
+  for (int i = 0; i < count; ++i) {
+    total += static_cast<uint32_t>(sums[i]);
+    asm("" : "+r"(total));   // count is mostly 4: vectorizing costs more than it saves
+  }
+  return static_cast<int32_t>(0u - zero * total);
+}
+
+}  // namespace
+}  // namespace fptq::FPTQ_NS
+
+// Each defines add_groups<Bits, R>(tile, groups, steps), which adds `groups` groups of `steps` · 4 codes to f, and
+// add_products<Bf16, R>(tile, k).
+#if defined(__AVX512VNNI__)
+#include "gemm_avx512.h"
+#elif defined(__AVX2__)
+#include "gemm_avx2.h"
+#else
+#include "gemm_generic.h"
+#endif
+
+namespace fptq::FPTQ_NS {
+namespace {
+
+constexpr int kChunkRows = 8 * kTileRows;   // rows whose float sums are kept at once
+constexpr int kBlockSteps = 64;             // steps of k that every tile of a chunk reads before the next, from L1
+
+template <int Bits>
+void add_groups(int rows, const Tile& tile, int groups, int steps) {
+  switch (rows) {
+    case 1: return add_groups<Bits, 1>(tile, groups, steps);
+    case 2: return add_groups<Bits, 2>(tile, groups, steps);
+    case 3: return add_groups<Bits, 3>(tile, groups, steps);
+    case 4: return add_groups<Bits, 4>(tile, groups, steps);
+    case 5: return add_groups<Bits, 5>(tile, groups, steps);
+    default: return add_groups<Bits, 6>(tile, groups, steps);
+  }
+}
+
+template <bool Bf16>
+void add_products(int rows, const FloatTile& tile, int k) {
+  switch (rows) {
+    case 1: return add_products<Bf16, 1>(tile, k);
+    case 2: return add_products<Bf16, 2>(tile, k);
+    case 3: return add_products<Bf16, 3>(tile, k);
+    case 4: return add_products<Bf16, 4>(tile, k);
+    case 5: return add_products<Bf16, 5>(tile, k);
+    default: return add_products<Bf16, 6>(tile, k);
+  }
+}
+
+// Row m's 64 float sums to out. scale is 1 for float weights, which leaves f + bias.
+void store_row(const float* f, float scale, const Epilogue& e, int m, int n0, int n) {
+  const ptrdiff_t row = static_cast<ptrdiff_t>(m) * n + n0;
+  const int width = smaller(kPanelCols, n - n0);
+  float* out = e.out + row;
+  float values[kPanelCols];
+  for (int j = 0; j < kPanelCols; ++j) values[j] = 0;
+  if (e.bias) std::memcpy(values, e.bias + n0, width * sizeof(float));
+  for (int j = 0; j < kPanelCols; ++j) values[j] = __builtin_fmaf(f[j], scale, values[j]);
+  if (e.residual) {
+    const float* residual = e.residual + row;
+#pragma GCC ivdep
+    for (int j = 0; j < width; ++j) out[j] = values[j] + residual[j];
+  } else {
+    std::memcpy(out, values, width * sizeof(float));
+  }
+}
+
+template <int Bits>
+void gemm_int(const Activations& x, const PackedWeight& w, const Epilogue& e, int m0, int m1, int p0, int p1) {
+  const int steps = (w.k + kSumGroup - 1) / kSumGroup * (kSumGroup / 4);
+  const int group_steps = w.group_size / 4;
+  const int groups = (steps + group_steps - 1) / group_steps;
+  const int whole_groups = steps / group_steps;   // the last group may be cut short by K
+  const int block = group_steps < kBlockSteps ? kBlockSteps / group_steps : 1;
+  const ptrdiff_t step_bytes = kPanelCols * 4 * Bits / 8;
+  const ptrdiff_t sum_stride = steps * 4 / kSumGroup;
+  alignas(64) float f[kChunkRows * kPanelCols];
+
+  for (int p = p0; p < p1; ++p) {
+    const uint8_t* panel = w.data + p * steps * step_bytes;
+    const float* scales = w.scales + static_cast<ptrdiff_t>(p) * groups * kPanelCols;
+    for (int c0 = m0, c1; c0 < m1; c0 = c1) {
+      c1 = smaller(m1, (c0 / kTileRows + kChunkRows / kTileRows) * kTileRows);
+      std::memset(f, 0, static_cast<size_t>(c1 - c0) * kPanelCols * sizeof(float));
+      for (int g = 0, count; g < groups; g += count) {
+        count = g < whole_groups ? smaller(block, whole_groups - g) : 1;
+        const int s = g * group_steps;
+        for (int m = c0, rows; m < c1; m += rows) {
+          rows = smaller(kTileRows - m % kTileRows, c1 - m);
+          const Tile tile{
+              x.codes + ((m / kTileRows * static_cast<ptrdiff_t>(steps) + s) * kTileRows + m % kTileRows) * 4,
+              panel + s * step_bytes,
+              x.sums + m * sum_stride + s * 4 / kSumGroup,
+              sum_stride,
+              scales + static_cast<ptrdiff_t>(g) * kPanelCols,
+              f + (m - c0) * kPanelCols};
+          add_groups<Bits>(rows, tile, count, smaller(group_steps, steps - s));
+        }
+      }
+      for (int m = c0; m < c1; ++m) store_row(f + (m - c0) * kPanelCols, x.scales[m], e, m, p * kPanelCols, w.n);
+    }
+  }
+}
+
+template <bool Bf16>
+void gemm_float_as(const float* x, const FloatWeight& w, const Epilogue& e, int m0, int m1, int p0, int p1) {
+  constexpr int kBlock = 128;
+  constexpr ptrdiff_t kElement = Bf16 ? 2 : 4;
+  alignas(64) float f[kChunkRows * kPanelCols];
+  for (int p = p0; p < p1; ++p) {
+    const char* panel = static_cast<const char*>(w.data) + static_cast<ptrdiff_t>(p) * w.k * kPanelCols * kElement;
+    for (int c0 = m0, c1; c0 < m1; c0 = c1) {
+      c1 = smaller(m1, c0 + kChunkRows);
+      std::memset(f, 0, static_cast<size_t>(c1 - c0) * kPanelCols * sizeof(float));
+      for (int k = 0; k < w.k; k += kBlock) {
+        for (int m = c0, rows; m < c1; m += rows) {
+          rows = smaller(kTileRows, c1 - m);
+          const FloatTile tile{x + static_cast<ptrdiff_t>(m) * w.k + k, w.k, panel + k * kPanelCols * kElement,
+                               f + (m - c0) * kPanelCols};
+          add_products<Bf16>(rows, tile, smaller(kBlock, w.k - k));
+        }
+      }
+      for (int m = c0; m < c1; ++m) store_row(f + (m - c0) * kPanelCols, 1.0f, e, m, p * kPanelCols, w.n);
+    }
+  }
+}
+
+void gemm_int4(const Activations& x, const PackedWeight& w, const Epilogue& e, int m0, int m1, int p0, int p1) {
+  gemm_int<4>(x, w, e, m0, m1, p0, p1);
+}
+
+void gemm_int8(const Activations& x, const PackedWeight& w, const Epilogue& e, int m0, int m1, int p0, int p1) {
+  gemm_int<8>(x, w, e, m0, m1, p0, p1);
+}
+
+void gemm_float(const float* x, const FloatWeight& w, const Epilogue& e, int m0, int m1, int p0, int p1) {
+  (w.bf16 ? gemm_float_as<true> : gemm_float_as<false>)(x, w, e, m0, m1, p0, p1);
+}
+
+// compressed-tensors' symmetric int8: scale = max|x| / 127.5 (float32 epsilon where that is 0), codes half to even.
+// A NaN or infinity in a dynamic row makes its scale, and so its outputs, NaN or infinite: the other rows are safe.
+void quantize_row(const float* x, int m, float static_scale, Activations& out) {
+  const int blocks = (out.k + kSumGroup - 1) / kSumGroup;
+  float scale = static_scale;
+  if (!(scale > 0)) {
+    int32_t max_bits = 0;   // of |x|: integers order as floats do, with NaN above infinity
+    for (int i = 0; i < out.k; ++i) {
+      int32_t bits;
+      std::memcpy(&bits, x + i, 4);
+      bits &= 0x7fffffff;
+      max_bits = bits > max_bits ? bits : max_bits;
+    }
+    std::memcpy(&scale, &max_bits, 4);
+    scale /= 127.5f;
+    if (scale == 0) scale = 0x1p-23f;
+  }
+  out.scales[m] = scale;
+
+  constexpr float kRound = 0x1.8p23f;   // adding it rounds to an integer, half to even
+  int8_t* codes = out.codes + (m / kTileRows * static_cast<ptrdiff_t>(blocks) * kSumGroup * kTileRows) +
+                  m % kTileRows * 4;
+  int32_t* sums = out.sums + m * static_cast<ptrdiff_t>(blocks);
+  for (int b = 0; b < blocks; ++b) {
+    const float* block = x + b * kSumGroup;
+    float padded[kSumGroup];
+    if (out.k - b * kSumGroup < kSumGroup) {
+      std::memset(padded, 0, sizeof padded);
+      std::memcpy(padded, block, (out.k - b * kSumGroup) * sizeof(float));
+      block = padded;
+    }
+    int8_t q[kSumGroup];
+    int32_t sum = 0;
+    for (int i = 0; i < kSumGroup; ++i) {
+      float v = block[i] / scale;
+      v = v < 127.0f ? v : 127.0f;   // NaN becomes 127
+      v = v > -128.0f ? v : -128.0f;
+      const int32_t code = static_cast<int32_t>((v + kRound) - kRound);
+      sum += code;
+      q[i] = static_cast<int8_t>(code);
+    }
+    sums[b] = sum;
+    for (int i = 0; i < kSumGroup; i += 4) std::memcpy(codes + (b * kSumGroup + i) * kTileRows, q + i, 4);
+  }
+}
+
+}  // namespace
+}  // namespace fptq::FPTQ_NS

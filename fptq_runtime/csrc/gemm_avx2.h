@@ -1,0 +1,259 @@
+// AVX2 tiles, with vpdpbusd where the compiler may use AVX-VNNI. Sixteen registers hold 6 rows of 16 columns, so a
+// group is passed over several times, from L1. A "half" is 32 bytes of a packed line. See gemm.h.
+#pragma once
+
+#include <immintrin.h>
+
+namespace fptq::FPTQ_NS {
+namespace {
+
+#if defined(__AVXVNNI__)
+constexpr const char* kGemmInt4Name = "int4 x int8, AVX-VNNI";
+constexpr const char* kGemmInt8Name = "int8 x int8, AVX-VNNI";
+#else
+constexpr const char* kGemmInt4Name = "int4 x int8, AVX2";
+constexpr const char* kGemmInt8Name = "int8 x int8, AVX2";
+#endif
+constexpr const char* kGemmFloatName = "float32, AVX2";
+
+inline __m256i load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+
+using Int32Alias [[gnu::may_alias]] = int32_t;
+
+// f[8] += float(acc) · scales[8]
+inline void scale_add(float* f, __m256i acc, const float* scales) {
+  _mm256_storeu_ps(f, _mm256_fmadd_ps(_mm256_cvtepi32_ps(acc), _mm256_loadu_ps(scales), _mm256_loadu_ps(f)));
+}
+
+// Where the low-nibble columns of half h of a step start; the high ones are 16 further.
+constexpr int low_column(int h) { return h / 2 * 32 + h % 2 * 8; }
+
+// The inner products are in assembly because GCC 12 otherwise broadcasts all rows first and spills the accumulators.
+#if defined(__AVXVNNI__)
+
+// acc0 += w0 · a, acc1 += w1 · a, four unsigned by four signed bytes a lane.
+inline void dot(__m256i& acc0, __m256i& acc1, __m256i w0, __m256i w1, const int8_t* a) {
+  __m256i x;
+  asm("vpbroadcastd %[a], %[x]\n\t"
+      "%{vex%} vpdpbusd %[x], %[w0], %[acc0]\n\t"
+      "%{vex%} vpdpbusd %[x], %[w1], %[acc1]"
+      : [acc0] "+x"(acc0), [acc1] "+x"(acc1), [x] "=&x"(x)
+      : [w0] "x"(w0), [w1] "x"(w1), [a] "m"(*reinterpret_cast<const Int32Alias*>(a)));
+}
+
+// One group: R rows by V vectors of 8 columns from vector v0 on. With 4 bits two of them are one half, low and high.
+template <int Bits, int R, int V>
+void add_vectors(const Tile& t, int steps, int v0) {
+  constexpr int kLoads = Bits == 4 ? V / 2 : V;
+  const __m256i nibble = _mm256_set1_epi8(15);
+  __m256i acc[R][V];
+#pragma GCC unroll 6
+  for (int r = 0; r < R; ++r) {
+    const int32_t zero = zero_point(t.sums + r * t.sum_stride, steps / 8, Bits == 4 ? 8 : 128);
+    // A byte as it stands is low + 16 · high, of which the low columns' sum is subtracted at the end.
+    const int32_t odd = Bits == 4 ? static_cast<int32_t>(17u * static_cast<uint32_t>(zero)) : zero;
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) acc[r][v] = _mm256_set1_epi32(v % 2 ? odd : zero);
+  }
+  const int8_t* a = t.a;
+  const uint8_t* w = t.w + 32 * (Bits == 4 ? v0 / 2 : v0);
+  for (int s = 0; s < steps; ++s, a += kTileRows * 4, w += kPanelCols * Bits / 2) {
+#pragma GCC unroll 8
+    for (int v = 0; v < V; v += 2) {
+      const __m256i w1 = load(w + 32 * (Bits == 4 ? v / 2 : v + 1));
+      const __m256i w0 = Bits == 4 ? _mm256_and_si256(w1, nibble) : load(w + 32 * v);
+#pragma GCC unroll 6
+      for (int r = 0; r < R; ++r) dot(acc[r][v], acc[r][v + 1], w0, w1, a + 4 * r);
+    }
+    for (int l = 0; l < kLoads; l += 2) _mm_prefetch(reinterpret_cast<const char*>(w + 2048 + 32 * l), _MM_HINT_T0);
+  }
+#pragma GCC unroll 6
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+    for (int v = 0; v < V; v += 2) {
+      const int column = Bits == 4 ? low_column((v0 + v) / 2) : 8 * (v0 + v);
+      const int next = column + (Bits == 4 ? 16 : 8);
+      if constexpr (Bits == 4) acc[r][v + 1] = _mm256_sub_epi32(acc[r][v + 1], acc[r][v]);
+      scale_add(t.f + r * kPanelCols + column, acc[r][v], t.scales + column);
+      scale_add(t.f + r * kPanelCols + next, acc[r][v + 1], t.scales + next);
+    }
+  }
+}
+
+template <int Bits, int R>
+void add_group(const Tile& t, int steps) {
+  constexpr int kAtOnce = R == 1 ? 8 : R <= 3 ? 4 : 2;   // as many as leave no accumulator in memory
+  for (int v = 0; v < kPanelCols / 8; v += kAtOnce) add_vectors<Bits, R, kAtOnce>(t, steps, v);
+}
+
+#else
+
+// sum0 += w0 · a, sum1 += w1 · a in pairs, unsigned by signed bytes.
+inline void dot_pairs(__m256i& sum0, __m256i& sum1, __m256i w0, __m256i w1, const int8_t* a) {
+  __m256i x, product;
+  asm("vpbroadcastd %[a], %[x]\n\t"
+      "vpmaddubsw %[x], %[w0], %[product]\n\t"
+      "vpaddw %[product], %[sum0], %[sum0]\n\t"
+      "vpmaddubsw %[x], %[w1], %[x]\n\t"
+      "vpaddw %[x], %[sum1], %[sum1]"
+      : [sum0] "+x"(sum0), [sum1] "+x"(sum1), [x] "=&x"(x), [product] "=&x"(product)
+      : [w0] "x"(w0), [w1] "x"(w1), [a] "m"(*reinterpret_cast<const Int32Alias*>(a)));
+}
+
+// acc0 += w0 · a, acc1 += w1 · a in pairs, both sides widened to int16.
+inline void dot_wide(__m256i& acc0, __m256i& acc1, __m256i w0, __m256i w1, const int8_t* a) {
+  __m256i x, product;
+  asm("vpbroadcastd %[a], %x[x]\n\t"
+      "vpmovsxbw %x[x], %[x]\n\t"
+      "vpmaddwd %[x], %[w0], %[product]\n\t"
+      "vpaddd %[product], %[acc0], %[acc0]\n\t"
+      "vpmaddwd %[x], %[w1], %[x]\n\t"
+      "vpaddd %[x], %[acc1], %[acc1]"
+      : [acc0] "+x"(acc0), [acc1] "+x"(acc1), [x] "=&x"(x), [product] "=&x"(product)
+      : [w0] "x"(w0), [w1] "x"(w1), [a] "m"(*reinterpret_cast<const Int32Alias*>(a)));
+}
+
+// One group of 4-bit weights: R rows, H halves from half h0 on. Products are summed as int16 over 32 k, which is safe:
+// 2 · 8 · 15 · 128 < 2^15.
+template <int R, int H>
+void add_nibbles(const Tile& t, int steps, int h0) {
+  const __m256i nibble = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
+  __m256i acc[R][H * 2];
+  for (int r = 0; r < R; ++r) {
+    const int32_t zero = zero_point(t.sums + r * t.sum_stride, steps / 8, 8);
+    for (int c = 0; c < H * 2; ++c) acc[r][c] = _mm256_set1_epi32(zero);
+  }
+  const int8_t* a = t.a;
+  const uint8_t* w = t.w + 32 * h0;
+  for (int s = 0; s < steps; s += 8) {
+    __m256i sum[R][H * 2];
+    for (int r = 0; r < R; ++r)
+      for (int c = 0; c < H * 2; ++c) sum[r][c] = _mm256_setzero_si256();
+#pragma GCC unroll 1
+    for (int i = 0; i < 8; ++i, a += kTileRows * 4, w += 128) {
+      _mm_prefetch(reinterpret_cast<const char*>(w + 2048), _MM_HINT_T0);
+#pragma GCC unroll 4
+      for (int h = 0; h < H; ++h) {
+        const __m256i p = load(w + 32 * h);
+        const __m256i low = _mm256_and_si256(p, nibble);
+        const __m256i high = _mm256_and_si256(_mm256_srli_epi16(p, 4), nibble);
+#pragma GCC unroll 6
+        for (int r = 0; r < R; ++r) dot_pairs(sum[r][h * 2], sum[r][h * 2 + 1], low, high, a + 4 * r);
+      }
+    }
+#pragma GCC unroll 6
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+      for (int c = 0; c < H * 2; ++c)
+        acc[r][c] = _mm256_add_epi32(acc[r][c], _mm256_madd_epi16(sum[r][c], ones));
+    }
+  }
+  for (int r = 0; r < R; ++r) {
+    for (int h = 0; h < H; ++h) {
+      const int column = low_column(h0 + h);
+      float* f = t.f + r * kPanelCols + column;
+      scale_add(f, acc[r][h * 2], t.scales + column);
+      // The packed scale of a high column is divided by 16.
+      scale_add(f + 16, _mm256_slli_epi32(acc[r][h * 2 + 1], 4), t.scales + column + 16);
+    }
+  }
+}
+
+// One group of 8-bit weights: R rows, 4 · Q columns from c0 on. Widened to int16, because vpmaddubsw would saturate;
+// a register then holds two partial sums of each of four columns.
+template <int R, int Q>
+void add_bytes(const Tile& t, int steps, int c0) {
+  __m256i acc[R][Q];
+#pragma GCC unroll 6
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int q = 0; q < Q; ++q) acc[r][q] = _mm256_setzero_si256();
+  const int8_t* a = t.a;
+  const uint8_t* w = t.w + 4 * c0;
+  for (int s = 0; s < steps; ++s, a += kTileRows * 4, w += 256) {
+    _mm_prefetch(reinterpret_cast<const char*>(w + 2048), _MM_HINT_T0);
+#pragma GCC unroll 8
+    for (int q = 0; q < Q; q += 2) {
+      const __m256i w0 = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w + 16 * q)));
+      const __m256i w1 = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w + 16 * q + 16)));
+#pragma GCC unroll 6
+      for (int r = 0; r < R; ++r) dot_wide(acc[r][q], acc[r][q + 1], w0, w1, a + 4 * r);
+    }
+  }
+#pragma GCC unroll 6
+  for (int r = 0; r < R; ++r) {
+    const __m256i zero = _mm256_set1_epi32(zero_point(t.sums + r * t.sum_stride, steps / 8, 128));
+#pragma GCC unroll 4
+    for (int q = 0; q < Q; q += 2) {
+      // hadd works within 128-bit lanes: columns 0 1 4 5 2 3 6 7
+      const __m256i pairs = _mm256_permute4x64_epi64(_mm256_hadd_epi32(acc[r][q], acc[r][q + 1]), 0xd8);
+      scale_add(t.f + r * kPanelCols + c0 + 4 * q, _mm256_add_epi32(pairs, zero), t.scales + c0 + 4 * q);
+    }
+  }
+}
+
+template <int Bits, int R>
+void add_group(const Tile& t, int steps) {
+  if constexpr (Bits == 4) {
+    constexpr int kAtOnce = R == 1 ? 2 : 1;
+    for (int h = 0; h < 4; h += kAtOnce) add_nibbles<R, kAtOnce>(t, steps, h);
+  } else {
+    constexpr int kAtOnce = R == 1 ? 8 : R <= 3 ? 4 : 2;
+    for (int c = 0; c < kPanelCols; c += 4 * kAtOnce) add_bytes<R, kAtOnce>(t, steps, c);
+  }
+}
+
+#endif
+
+template <int Bits, int R>
+void add_groups(const Tile& t, int groups, int steps) {
+  Tile group = t;
+  for (int g = 0; g < groups; ++g) {
+    add_group<Bits, R>(group, steps);
+    group.a += steps * kTileRows * 4;
+    group.w += steps * (kPanelCols * Bits / 2);
+    group.sums += steps / 8;
+    group.scales += kPanelCols;
+  }
+}
+
+template <bool Bf16, int R>
+void add_products(const FloatTile& t, int k) {
+  constexpr int kVectors = R == 1 ? 8 : R <= 3 ? 4 : 2;   // of 8 columns
+  for (int c0 = 0; c0 < kPanelCols; c0 += 8 * kVectors) {
+    __m256 acc[R][kVectors];
+#pragma GCC unroll 6
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+      for (int c = 0; c < kVectors; ++c) acc[r][c] = _mm256_loadu_ps(t.f + r * kPanelCols + c0 + 8 * c);
+    }
+    const char* w = static_cast<const char*>(t.w) + c0 * (Bf16 ? 2 : 4);
+    for (int i = 0; i < k; ++i) {
+      __m256 v[kVectors];
+#pragma GCC unroll 8
+      for (int c = 0; c < kVectors; ++c) {
+        if constexpr (Bf16) {
+          const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(w + 16 * c));
+          v[c] = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
+        } else {
+          v[c] = _mm256_loadu_ps(reinterpret_cast<const float*>(w + 32 * c));
+        }
+      }
+      w += kPanelCols * (Bf16 ? 2 : 4);
+#pragma GCC unroll 6
+      for (int r = 0; r < R; ++r) {
+        const __m256 x = _mm256_set1_ps(t.x[r * t.ldx + i]);
+#pragma GCC unroll 8
+        for (int c = 0; c < kVectors; ++c) acc[r][c] = _mm256_fmadd_ps(v[c], x, acc[r][c]);
+      }
+    }
+#pragma GCC unroll 6
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+      for (int c = 0; c < kVectors; ++c) _mm256_storeu_ps(t.f + r * kPanelCols + c0 + 8 * c, acc[r][c]);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace fptq::FPTQ_NS

@@ -1,0 +1,67 @@
+// Tiles in plain C++, for machines without AVX2. See gemm.h.
+#pragma once
+
+namespace fptq::FPTQ_NS {
+namespace {
+
+constexpr const char* kGemmInt4Name = "int4 x int8, plain C++";
+constexpr const char* kGemmInt8Name = "int8 x int8, plain C++";
+constexpr const char* kGemmFloatName = "float32, plain C++";
+
+template <int Bits, int R>
+void add_groups(const Tile& t, int groups, int steps) {
+  const uint8_t* w = t.w;
+  const int8_t* a = t.a;
+  for (int g = 0; g < groups; ++g) {
+    int32_t acc[R][kPanelCols] = {};
+    for (int s = 0; s < steps; ++s, a += kTileRows * 4) {
+      int16_t codes[4][kPanelCols];   // [k][column]
+      for (int b = 0; b < 4; ++b) {
+        if constexpr (Bits == 4) {
+          for (int j = 0; j < kPanelCols; ++j) {
+            const int byte = w[j / 32 * 64 + j % 16 * 4 + b];
+            codes[b][j] = static_cast<int16_t>((byte >> (j / 16 % 2 * 4) & 15) - 8);
+          }
+        } else {
+          for (int j = 0; j < kPanelCols; ++j) codes[b][j] = static_cast<int16_t>(w[4 * j + b] - 128);
+        }
+      }
+      w += kPanelCols * 4 * Bits / 8;
+      for (int r = 0; r < R; ++r) {
+        for (int b = 0; b < 4; ++b) {
+          for (int j = 0; j < kPanelCols; ++j) acc[r][j] += static_cast<int16_t>(codes[b][j] * a[4 * r + b]);
+        }
+      }
+    }
+    for (int r = 0; r < R; ++r) {
+      for (int j = 0; j < kPanelCols; ++j) {
+        const int high = Bits == 4 && j / 16 % 2 ? 16 : 1;   // the packed scale of a high column is divided by 16
+        float& f = t.f[r * kPanelCols + j];
+        f = __builtin_fmaf(static_cast<float>(acc[r][j] * high), t.scales[g * kPanelCols + j], f);
+      }
+    }
+  }
+}
+
+template <bool Bf16, int R>
+void add_products(const FloatTile& t, int k) {
+  for (int i = 0; i < k; ++i) {
+    float v[kPanelCols];
+    if constexpr (Bf16) {
+      for (int j = 0; j < kPanelCols; ++j) {
+        const uint32_t bits = static_cast<uint32_t>(static_cast<const uint16_t*>(t.w)[i * kPanelCols + j]) << 16;
+        std::memcpy(v + j, &bits, 4);
+      }
+    } else {
+      std::memcpy(v, static_cast<const float*>(t.w) + i * kPanelCols, sizeof v);
+    }
+    for (int r = 0; r < R; ++r) {
+      const float x = t.x[r * t.ldx + i];
+      float* f = t.f + r * kPanelCols;
+      for (int j = 0; j < kPanelCols; ++j) f[j] = __builtin_fmaf(v[j], x, f[j]);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace fptq::FPTQ_NS

@@ -1,0 +1,55 @@
+// What an ISA must provide. kernels.cpp is compiled once per ISA with that ISA's -m flags, in a namespace of its own;
+// dispatch.cpp chooses a table by cpuid (or FPTQ_ISA) at run time.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace fptq {
+
+constexpr int kTileRows = 6;       // rows of an activation panel
+constexpr int kPanelCols = 64;     // columns of a weight panel
+constexpr int kSumGroup = 32;      // activations carry one sum per 32 k; a weight group is a multiple of it
+
+// int8 activations of M rows, written panel by panel as the GEMM reads them:
+// codes [ceil(M/6)][Kp/4][6][4], zero beyond K, unread beyond M; Kp = K rounded up to 32.
+struct Activations {
+  int8_t* codes;
+  float* scales;   // [M], the row's scale (the same static one everywhere, or dynamic)
+  int32_t* sums;   // [M][Kp/32], sums of the codes
+  int rows;
+  int k;
+};
+
+// Integer weights in "x32" panels. 4 bits: [N/64][Kp/4][2 lines of 64 bytes]; line l, byte 4j+b holds
+// W[64p + 32l + j][4s+b] + 8 in the low nibble and W[64p + 32l + 16 + j][4s+b] + 8 in the high one.
+// 8 bits: [N/64][Kp/4][4 lines of 64 bytes]; line l, byte 4j+b holds W[64p + 16l + j][4s+b] + 128.
+// scales [N/64][groups][64] float, those of high-nibble columns divided by 16; N rounded up to 64 with zero scales.
+struct PackedWeight {
+  uint8_t* data;
+  float* scales;
+  int n, k, group_size, bits;   // group_size == k rounded up to 32 where quantized per channel
+};
+
+// Float weights for layers that stay in float: panels [N/64][K][64], float32 or bf16, N rounded up with zeros.
+struct FloatWeight {
+  void* data;
+  bool bf16;
+  int n, k;
+};
+
+// out[m][n] = scales[m] · Σ_g scale[n][g] · acc[m][n][g] + bias[n] + residual[m][n], for rows m0..m1 and
+// 64-column panels p0..p1. Groups are added in ascending order with one fma each, so the bits do not
+// depend on M, tiles or threads.
+struct Epilogue {
+  const float* bias;       // [N] or null
+  const float* residual;   // [M][N] or null; may alias out
+  float* out;              // [M][N]
+};
+
+using GemmFn = void (*)(const Activations&, const PackedWeight&, const Epilogue&, int m0, int m1, int p0, int p1);
+using FloatGemmFn = void (*)(const float* x, const FloatWeight&, const Epilogue&, int m0, int m1, int p0, int p1);
+// Quantizes row m of x (K floats) into `out`. static_scale > 0: that scale; 0: dynamic, max|x| / 127.5.
+using QuantizeRowFn = void (*)(const float* x, int m, float static_scale, Activations& out);
+
+}  // namespace fptq

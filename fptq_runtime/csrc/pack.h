@@ -1,0 +1,18 @@
+// Packing into the layouts of kernels.h. The returned weight owns its memory.
+#pragma once
+
+#include <memory>
+
+#include "kernels.h"
+
+namespace fptq {
+
+// codes [N][K] within ±2^(bits-1), scale [N][ceil(K / group_size)]; bits 4 or 8; group_size a multiple of 32, or K for
+// one scale per channel. Throws std::invalid_argument.
+std::shared_ptr<const PackedWeight> pack_weight(const int8_t* codes, const float* scale, int n, int k, int group_size,
+                                                int bits);
+
+// weight [N][K], float32 or the bits of bf16.
+std::shared_ptr<const FloatWeight> pack_float(const void* weight, bool bf16, int n, int k);
+
+}  // namespace fptq

@@ -1,0 +1,467 @@
+#include "program.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <new>
+#include <stdexcept>
+
+namespace fptq {
+
+namespace {
+
+constexpr size_t kLine = 64;
+constexpr long kMinParallelFloats = 8192;       // below these, waking the pool costs more than the work
+constexpr double kMinParallelProducts = 150e3;
+constexpr int kMinSplitChunks = 4;
+constexpr size_t kMaxPartials = size_t{16} << 20;
+
+template <class... Parts>
+[[noreturn]] void refuse(const Parts&... parts) {
+  std::string message;
+  const auto text = [](const auto& part) {
+    if constexpr (std::is_arithmetic_v<std::decay_t<decltype(part)>>) return std::to_string(part);
+    else return std::string(part);
+  };
+  ((message += text(parts)), ...);
+  throw std::invalid_argument(message);
+}
+
+void check_range(const char* name, int index, long value, long end) {
+  if (value < 0 || value >= end) refuse(name, "[", index, "] is ", value, ", not within 0..", end - 1);
+}
+
+size_t lines(size_t bytes) { return (bytes + kLine - 1) / kLine * kLine; }
+
+}  // namespace
+
+Program::Program(std::shared_ptr<ThreadPool> pool, const std::string& isa, const Limits& limits)
+    : pool_(std::move(pool)), kernels_(kernels_for(isa)), limits_(limits) {
+  const auto positive = [](const char* name, int value) {
+    if (value < 1) refuse(name, " must be at least 1, not ", value);
+  };
+  positive("max_tokens", limits.max_tokens);
+  positive("max_seqs", limits.max_seqs);
+  positive("max_logits_rows", limits.max_logits_rows);
+  positive("max_model_len", limits.max_model_len);
+  positive("num_blocks", limits.num_blocks);
+  positive("num_layers", limits.num_layers);
+  positive("num_kv_heads", limits.num_kv_heads);
+  positive("head_dim", limits.head_dim);
+  if (limits.block_size < kKeyBlock || kKvChunk % limits.block_size)
+    refuse("block_size must be 16, 32, 64 or 128, not ", limits.block_size);
+  if (limits.head_dim > kMaxHeadDim) refuse("head_dim must be at most ", kMaxHeadDim, ", not ", limits.head_dim);
+  if (limits.num_blocks > std::numeric_limits<int32_t>::max() / limits.block_size)
+    refuse("num_blocks · block_size must fit in 32 bits, num_blocks is ", limits.num_blocks);
+
+  const int padded_dim = round_up(limits.head_dim, 16);
+  const size_t slots = static_cast<size_t>(limits.num_blocks) * limits.block_size * limits.num_kv_heads;
+  const size_t element = limits.kv_type == KvType::kFloat32 ? 4 : limits.kv_type == KvType::kBfloat16 ? 2 : 1;
+  const size_t scales = limits.kv_type == KvType::kInt8 ? slots * sizeof(float) : 0;
+  for (int layer = 0; layer < limits.num_layers; ++layer) {
+    KvCache cache{limits.kv_type, limits.block_size, limits.num_kv_heads, limits.head_dim, padded_dim,
+                  allocate(slots * limits.head_dim * element), allocate(slots * padded_dim * element), nullptr, nullptr};
+    if (scales) {
+      cache.k_scale = reinterpret_cast<float*>(allocate(scales));
+      cache.v_scale = reinterpret_cast<float*>(allocate(scales));
+    }
+    cache_.push_back(cache);
+  }
+}
+
+// Zeroed, and touched page by page as it is used.
+char* Program::allocate(size_t bytes) {
+  void* memory = std::calloc(1, bytes + 2 * kLine);
+  if (!memory) throw std::bad_alloc();
+  memory_.emplace_back(static_cast<char*>(memory), std::free);
+  return reinterpret_cast<char*>(lines(reinterpret_cast<size_t>(memory)));
+}
+
+const Program::Value& Program::value(int id, const char* op) const {
+  if (id < 0 || id >= static_cast<int>(values_.size())) refuse(op, ": no value ", id);
+  if (logits_ >= 0) refuse(op, ": the program is finished");
+  return values_[id];
+}
+
+const Program::Value& Program::float_value(int id, int width, const char* op) const {
+  const Value& x = value(id, op);
+  if (x.act) refuse(op, " reads floats, but its input is quantized");
+  if (x.width != width) refuse(op, " reads rows of ", width, ", but its input has ", x.width);
+  return x;
+}
+
+int Program::define(int width, bool selected, Act act, std::vector<int> reads, int in_place) {
+  if (logits_ >= 0) refuse("the program is finished");
+  if (act && !(std::isfinite(*act) && *act >= 0)) refuse("a static activation scale must be positive and finite");
+  const int write = static_cast<int>(values_.size());
+  for (int id : reads) values_[id].last_use = static_cast<int>(ops_.size());
+  values_.push_back({width, selected, act});
+  ops_.push_back({std::move(reads), write, in_place, nullptr});
+  return write;
+}
+
+void Program::record(std::function<void(const StepView&)> run) { ops_.back().run = std::move(run); }
+
+float* Program::floats(int id, const StepView& step) const {
+  return id == logits_ ? step.logits : reinterpret_cast<float*>(values_[id].data);
+}
+
+// A quantized value's memory: codes, scales, sums, each on its own lines, sized for `capacity` rows.
+size_t Program::bytes(const Value& value) const {
+  const size_t rows = capacity(value);
+  if (!value.act) return lines(rows * value.width * sizeof(float));
+  const size_t k = round_up(value.width, kSumGroup), panels = ceil_div(static_cast<int>(rows), kTileRows);
+  return lines(panels * kTileRows * k) + lines(rows * sizeof(float)) + lines(rows * (k / kSumGroup) * sizeof(int32_t));
+}
+
+Activations Program::activations(int id, const StepView& step) const {
+  const Value& value = values_[id];
+  const size_t rows = capacity(value), k = round_up(value.width, kSumGroup);
+  char* scales = value.data + lines(ceil_div(static_cast<int>(rows), kTileRows) * kTileRows * k);
+  char* sums = scales + lines(rows * sizeof(float));
+  return {reinterpret_cast<int8_t*>(value.data), reinterpret_cast<float*>(scales), reinterpret_cast<int32_t*>(sums),
+          this->rows(id, step), value.width};
+}
+
+// f(row, thread) for each row of a value. Rows of one activation panel share cache lines, so a task takes whole panels
+// where there are enough of them.
+template <class F>
+void Program::each_row(int id, const StepView& step, F f) const {
+  const int rows = this->rows(id, step);
+  if (static_cast<long>(rows) * values_[id].width < kMinParallelFloats) {
+    for (int row = 0; row < rows; ++row) f(row, 0);
+    return;
+  }
+  const int unit = rows >= 4 * kTileRows * pool_->threads() ? kTileRows : 1;
+  pool_->run(ceil_div(rows, unit), [&](int task, int thread) {
+    for (int row = task * unit; row < std::min(rows, (task + 1) * unit); ++row) f(row, thread);
+  });
+}
+
+int Program::embed(std::shared_ptr<const EmbeddingParameter> table) {
+  vocab_ = vocab_ ? std::min(vocab_, table->vocab) : table->vocab;
+  const int out = define(table->width, false, {}, {}, -1);
+  const size_t row_bytes = static_cast<size_t>(table->width) * (table->type == FloatType::kFloat32 ? 4 : 2);
+  record([=, this_ = this](const StepView& step) {
+    float* y = this_->floats(out, step);
+    this_->each_row(out, step, [&](int row, int) {
+      this_->kernels_.widen_row(static_cast<const char*>(table->data) + step.token_ids[row] * row_bytes, table->type,
+                                table->width, y + static_cast<size_t>(row) * table->width);
+    });
+  });
+  return out;
+}
+
+int Program::norm(int x, std::shared_ptr<const NormParameter> norm, Act act) {
+  const NormView view = norm->view();
+  const bool selected = float_value(x, view.n, "norm").selected;
+  const int out = define(view.n, selected, act, {x}, -1);
+  record([=, this_ = this](const StepView& step) {
+    const float* in = this_->floats(x, step);
+    (void)norm;  // keeps what `view` points at
+    if (!act) {
+      float* y = this_->floats(out, step);
+      this_->each_row(out, step, [&](int row, int) {
+        this_->kernels_.norm_row(view, in + static_cast<size_t>(row) * view.n, y + static_cast<size_t>(row) * view.n);
+      });
+      return;
+    }
+    Activations y = this_->activations(out, step);
+    this_->each_row(out, step, [&](int row, int thread) {
+      float* scratch = this_->row_scratch_[thread].data();
+      this_->kernels_.norm_row(view, in + static_cast<size_t>(row) * view.n, scratch);
+      this_->kernels_.quantize_row(scratch, row, *act, y);
+    });
+  });
+  return out;
+}
+
+int Program::activation(int x, const std::string& kind, Act act) {
+  if (kind != "silu_mul" && kind != "gelu_tanh") refuse("activation must be silu_mul or gelu_tanh, not ", kind);
+  const bool gated = kind == "silu_mul";
+  const int in_width = value(x, "activation").width, width = gated ? in_width / 2 : in_width;
+  const bool selected = float_value(x, gated ? 2 * width : width, "activation").selected;
+  const int out = define(width, selected, act, {x}, -1);
+  const auto apply = gated ? kernels_.silu_mul_row : kernels_.gelu_tanh_row;
+  record([=, this_ = this](const StepView& step) {
+    const float* in = this_->floats(x, step);
+    if (!act) {
+      float* y = this_->floats(out, step);
+      this_->each_row(out, step, [&](int row, int) {
+        apply(in + static_cast<size_t>(row) * in_width, width, y + static_cast<size_t>(row) * width);
+      });
+      return;
+    }
+    Activations y = this_->activations(out, step);
+    this_->each_row(out, step, [&](int row, int thread) {
+      float* scratch = this_->row_scratch_[thread].data();
+      apply(in + static_cast<size_t>(row) * in_width, width, scratch);
+      this_->kernels_.quantize_row(scratch, row, *act, y);
+    });
+  });
+  return out;
+}
+
+int Program::quantize(int x, Act act) {
+  if (!act) return x;
+  const Value in_value = values_[x];
+  const int out = define(in_value.width, in_value.selected, act, {x}, -1);
+  record([=, this_ = this](const StepView& step) {
+    const float* in = this_->floats(x, step);
+    Activations y = this_->activations(out, step);
+    this_->each_row(out, step, [&](int row, int) {
+      this_->kernels_.quantize_row(in + static_cast<size_t>(row) * in_value.width, row, *act, y);
+    });
+  });
+  return out;
+}
+
+int Program::linear(int x, std::shared_ptr<const LinearParameter> linear, std::optional<int> residual) {
+  const Value in = value(x, linear->name.c_str());
+  const int n = linear->n(), k = linear->k();
+  if (in.width != k) refuse(linear->name, " reads rows of ", k, ", but its input has ", in.width);
+  if (in.act != linear->act) refuse(linear->name, ": its input is not quantized as its `act` says");
+  std::vector<int> reads{x};
+  if (residual) {
+    if (float_value(*residual, n, linear->name.c_str()).selected != in.selected)
+      refuse(linear->name, ": input and residual have different rows");
+    reads.push_back(*residual);
+  }
+  const int out = define(n, in.selected, {}, reads, residual.value_or(-1));
+  record([=, this_ = this](const StepView& step) {
+    const int m = this_->rows(out, step);
+    if (m == 0) return;
+    const Epilogue epilogue{linear->bias.empty() ? nullptr : linear->bias.data(),
+                            residual ? this_->floats(*residual, step) : nullptr, this_->floats(out, step)};
+    const int panels = ceil_div(n, kPanelCols);
+    const auto multiply = [&](int m0, int m1, int p0, int p1) {
+      if (linear->packed) {
+        const auto gemm = linear->packed->bits == 4 ? this_->kernels_.gemm_int4 : this_->kernels_.gemm_int8;
+        gemm(this_->activations(x, step), *linear->packed, epilogue, m0, m1, p0, p1);
+      } else {
+        this_->kernels_.gemm_float(this_->floats(x, step), *linear->float_weight, epilogue, m0, m1, p0, p1);
+      }
+    };
+    const int threads = this_->pool_->threads();
+    if (threads == 1 || static_cast<double>(m) * n * k < kMinParallelProducts) return multiply(0, m, 0, panels);
+    constexpr int kRows = 16 * kTileRows;  // a tile's activations stay in L2 while its panels stream past
+    const int row_blocks = ceil_div(m, kRows);
+    const int groups = std::min(panels, ceil_div(4 * threads, row_blocks));
+    this_->pool_->run(groups * row_blocks, [&](int task, int) {
+      const int group = task / row_blocks, row = task % row_blocks * kRows;
+      multiply(row, std::min(m, row + kRows), static_cast<int>(static_cast<long>(panels) * group / groups),
+               static_cast<int>(static_cast<long>(panels) * (group + 1) / groups));
+    });
+  });
+  return out;
+}
+
+void Program::check(const AttentionParameter& attention) const {
+  const AttentionView& a = attention.view;
+  if (attention.layer < 0 || attention.layer >= limits_.num_layers)
+    refuse("attention layer ", attention.layer, " is outside the cache's ", limits_.num_layers, " layers");
+  if (a.num_kv_heads != limits_.num_kv_heads || a.head_dim != limits_.head_dim)
+    refuse("attention layer ", attention.layer, " does not fit the cache: ", a.num_kv_heads, " KV heads of ", a.head_dim,
+           " against ", limits_.num_kv_heads, " of ", limits_.head_dim);
+  if (a.rope_cos && attention.rope_positions < limits_.max_model_len)
+    refuse("max_model_len ", limits_.max_model_len, " exceeds the rope table's ", attention.rope_positions, " positions");
+}
+
+int Program::rope_and_cache(int qkv, std::shared_ptr<const AttentionParameter> attention) {
+  check(*attention);
+  const AttentionView& a = attention->view;
+  const int width = (a.num_heads + 2 * a.num_kv_heads) * a.head_dim, q_width = a.num_heads * a.head_dim;
+  if (float_value(qkv, width, "rope_and_cache").selected) refuse("rope_and_cache must come before select_rows");
+  const int out = define(q_width, false, {}, {qkv}, -1);
+  record([=, this_ = this](const StepView& step) {
+    const float* in = this_->floats(qkv, step);
+    float* q = this_->floats(out, step);
+    const KvCache& cache = this_->cache_[attention->layer];
+    this_->each_row(qkv, step, [&](int row, int) {
+      this_->kernels_.rope_and_cache_row(attention->view, cache, step.positions[row], step.slot_mapping[row],
+                                         in + static_cast<size_t>(row) * width, q + static_cast<size_t>(row) * q_width);
+    });
+  });
+  return out;
+}
+
+int Program::attention(int q, std::shared_ptr<const AttentionParameter> attention, Act act) {
+  check(*attention);
+  const int width = attention->view.num_heads * attention->view.head_dim;
+  if (float_value(q, width, "attention").selected) refuse("attention must come before select_rows");
+  const int out = define(width, false, {}, {q}, -1);
+  record([=, this_ = this](const StepView& step) {
+    this_->attend(*attention, this_->floats(q, step), this_->floats(out, step), step);
+  });
+  return quantize(out, act);
+}
+
+void Program::attend(const AttentionParameter& attention, const float* q, float* out, const StepView& step) {
+  const AttentionView& a = attention.view;
+  const KvCache& cache = cache_[attention.layer];
+  const int group = a.num_heads / a.num_kv_heads;
+  const int heads = std::min(group, kTileQueries), tokens = kTileQueries / heads;
+
+  tiles_.clear();
+  long keys = 0, chunks = 0;
+  for (int s = 0; s < step.seqs; ++s) {
+    const int begin = step.query_start_loc[s], end = step.query_start_loc[s + 1];
+    for (int h = 0; h < a.num_kv_heads; ++h) {
+      for (int head = 0; head < group; head += heads) {
+        for (int row = begin; row < end; row += tokens) {
+          AttentionTile tile{q, out, step.block_tables + static_cast<size_t>(s) * step.table_width,
+                             row, step.positions[row], std::min(tokens, end - row),
+                             h, h * group + head, std::min(heads, group - head), 0, 0, nullptr};
+          const int last = tile.position + tile.tokens - 1;
+          if (a.sliding_window) tile.first_chunk = std::max(0, tile.position - a.sliding_window + 1) / kKvChunk;
+          tile.chunks = last / kKvChunk - tile.first_chunk + 1;
+          keys += static_cast<long>(tile.tokens) * tile.heads * std::min(tile.chunks * kKvChunk, last + 1);
+          chunks += tile.chunks;
+          tiles_.push_back(tile);
+        }
+      }
+    }
+  }
+
+  const int threads = pool_->threads(), count = static_cast<int>(tiles_.size());
+  const auto run = [&](const std::vector<AttentionTile>& tiles) {
+    pool_->run(static_cast<int>(tiles.size()), [&](int task, int) {
+      kernels_.attention_tile(a, cache, tiles[task]);
+    });
+  };
+  if (threads == 1 || keys * a.head_dim < kMinParallelFloats * 4) {
+    for (const AttentionTile& tile : tiles_) kernels_.attention_tile(a, cache, tile);
+    return;
+  }
+  const size_t partial = static_cast<size_t>(partial_size(cache.padded_dim)) * kTileQueries;
+  if (count >= 2 * threads || chunks < kMinSplitChunks * static_cast<long>(count) || chunks * partial > kMaxPartials)
+    return run(tiles_);
+
+  // Few tiles over long contexts: share out each tile's chunks, then merge them in order.
+  const int part_chunks = std::max<int>(2, static_cast<int>(chunks / (4 * threads)));
+  if (partials_.size() < chunks * partial) partials_.resize(chunks * partial);
+  parts_.clear();
+  float* next = partials_.data();
+  for (AttentionTile& tile : tiles_) {
+    const size_t chunk_size = static_cast<size_t>(partial_size(cache.padded_dim)) * tile.tokens * tile.heads;
+    tile.partials = next;
+    for (int c = 0; c < tile.chunks; c += part_chunks) {
+      AttentionTile part = tile;
+      part.first_chunk += c;
+      part.chunks = std::min(part_chunks, tile.chunks - c);
+      part.partials += c * chunk_size;
+      parts_.push_back(part);
+    }
+    next += tile.chunks * chunk_size;
+  }
+  run(parts_);
+  pool_->run(count, [&](int task, int) { kernels_.merge_partials(a, tiles_[task]); });
+}
+
+int Program::select_rows(int x) {
+  const Value in = value(x, "select_rows");
+  if (float_value(x, in.width, "select_rows").selected) refuse("select_rows reads token rows");
+  const int out = define(in.width, true, {}, {x}, -1);
+  record([=, this_ = this](const StepView& step) {
+    for (int row = 0; row < step.rows; ++row)
+      std::memcpy(this_->floats(out, step) + static_cast<size_t>(row) * in.width,
+                  this_->floats(x, step) + static_cast<size_t>(step.logits_rows[row]) * in.width,
+                  in.width * sizeof(float));
+  });
+  return out;
+}
+
+void Program::finish(int logits) {
+  const Value& result = value(logits, "finish");
+  if (logits + 1 != static_cast<int>(values_.size()) || !result.selected || result.act)
+    refuse("a program must end with its logits: floats of the selected rows");
+
+  struct Buffer {
+    char* data;
+    size_t size;
+  };
+  std::vector<Buffer> free;
+  std::vector<Buffer> of(values_.size(), Buffer{nullptr, 0});
+  int widest = 0;
+  for (size_t i = 0; i < ops_.size(); ++i) {
+    const Op& op = ops_[i];
+    Value& out = values_[op.write];
+    const size_t size = bytes(out);
+    const auto dies = [&](int id) { return values_[id].last_use == static_cast<int>(i); };
+    bool taken = false;
+    if (op.write != logits) {
+      if (op.in_place >= 0 && dies(op.in_place)) {
+        of[op.write] = of[op.in_place];
+        taken = true;
+      } else {
+        auto best = free.end();
+        for (auto it = free.begin(); it != free.end(); ++it)
+          if (it->size >= size && (best == free.end() || it->size < best->size)) best = it;
+        if (best != free.end()) {
+          of[op.write] = *best;
+          free.erase(best);
+        } else {
+          of[op.write] = {allocate(size), size};
+        }
+      }
+      out.data = of[op.write].data;
+      if (out.last_use < 0) free.push_back(of[op.write]);
+    }
+    std::vector<int> reads = op.reads;
+    std::sort(reads.begin(), reads.end());
+    reads.erase(std::unique(reads.begin(), reads.end()), reads.end());
+    for (int id : reads)
+      if (dies(id) && !(taken && id == op.in_place)) free.push_back(of[id]);
+    widest = std::max(widest, out.width);
+  }
+  row_scratch_.assign(pool_->threads(), std::vector<float>(widest));
+  logits_ = logits;
+}
+
+void Program::check(const StepView& step) const {
+  if (logits_ < 0) refuse("the program is not finished");
+  if (step.tokens < 1 || step.tokens > limits_.max_tokens)
+    refuse("a step takes 1 to ", limits_.max_tokens, " tokens, not ", step.tokens);
+  if (step.seqs < 1 || step.seqs > limits_.max_seqs)
+    refuse("a step takes 1 to ", limits_.max_seqs, " sequences, not ", step.seqs);
+  if (step.rows < 0 || step.rows > limits_.max_logits_rows)
+    refuse("a step takes at most ", limits_.max_logits_rows, " logits rows, not ", step.rows);
+  if (step.query_start_loc[0] != 0) refuse("query_start_loc[0] is ", step.query_start_loc[0], ", not 0");
+  for (int s = 0; s < step.seqs; ++s) {
+    const int begin = step.query_start_loc[s], end = step.query_start_loc[s + 1];
+    if (end < begin || end > step.tokens)
+      refuse("query_start_loc[", s + 1, "] is ", end, ", not within ", begin, "..", step.tokens);
+    const int length = step.seq_lens[s], count = end - begin;
+    if (length < count || length > limits_.max_model_len || length < 1)
+      refuse("seq_lens[", s, "] is ", length, ", not within ", std::max(1, count), "..", limits_.max_model_len);
+    const int blocks = ceil_div(length, limits_.block_size);
+    if (blocks > step.table_width)
+      refuse("block_tables[", s, "] holds ", step.table_width, " blocks, but ", length, " tokens need ", blocks);
+    const int32_t* table = step.block_tables + static_cast<size_t>(s) * step.table_width;
+    for (int b = 0; b < blocks; ++b) check_range("block_tables", s, table[b], limits_.num_blocks);
+    for (int row = begin; row < end; ++row) {
+      const int position = length - end + row;
+      if (step.positions[row] != position)
+        refuse("positions[", row, "] is ", step.positions[row], ", but sequence ", s, " has position ", position, " there");
+      const int slot = table[position / limits_.block_size] * limits_.block_size + position % limits_.block_size;
+      if (step.slot_mapping[row] != slot)
+        refuse("slot_mapping[", row, "] is ", step.slot_mapping[row], ", but block_tables put position ", position,
+               " into slot ", slot);
+    }
+  }
+  if (step.query_start_loc[step.seqs] != step.tokens)
+    refuse("query_start_loc ends with ", step.query_start_loc[step.seqs], ", but there are ", step.tokens, " tokens");
+  if (vocab_)
+    for (int row = 0; row < step.tokens; ++row) check_range("token_ids", row, step.token_ids[row], vocab_);
+  for (int row = 0; row < step.rows; ++row) check_range("logits_rows", row, step.logits_rows[row], step.tokens);
+}
+
+void Program::step(const StepView& step) {
+  check(step);
+  std::lock_guard<std::mutex> lock(pool_->mutex());
+  for (const Op& op : ops_) op.run(step);
+}
+
+}  // namespace fptq

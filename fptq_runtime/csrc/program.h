@@ -1,0 +1,146 @@
+// A model's step as a straight line of ops over buffers, recorded once and run with one call.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "dispatch.h"
+#include "thread_pool.h"
+
+namespace fptq {
+
+// How a linear's input is quantized: nothing: float; 0: dynamic per token; else the static scale.
+using Act = std::optional<float>;
+
+struct LinearParameter {
+  std::string name;
+  std::shared_ptr<const PackedWeight> packed;       // one of the two
+  std::shared_ptr<const FloatWeight> float_weight;
+  std::vector<float> bias;                          // [N] or empty
+  Act act;
+  int n() const { return packed ? packed->n : float_weight->n; }
+  int k() const { return packed ? packed->k : float_weight->k; }
+};
+
+struct NormParameter {
+  std::vector<float> weight, bias;  // bias may be empty
+  float eps;
+  bool layer;
+  NormView view() const {
+    return {weight.data(), bias.empty() ? nullptr : bias.data(), eps, static_cast<int>(weight.size()), layer};
+  }
+};
+
+// Memory at `data` and the rope tables belong to the caller and must outlive every program that uses them.
+struct EmbeddingParameter {
+  const void* data;  // [vocab][width]
+  FloatType type;
+  int vocab, width;
+};
+
+struct AttentionParameter {
+  int layer;
+  AttentionView view;   // its pointers lead here or to the caller's rope tables
+  int rope_positions;
+  std::vector<float> alibi_slopes;
+  std::shared_ptr<const NormParameter> q_norm, k_norm;
+};
+
+struct Limits {
+  int max_tokens, max_seqs, max_logits_rows, max_model_len, num_blocks, block_size;
+  KvType kv_type;
+  int num_layers, num_kv_heads, head_dim;
+};
+
+// One step's arrays, as kernels/base.py's StepInput describes them.
+struct StepView {
+  const int32_t* token_ids;
+  const int32_t* positions;
+  const int32_t* slot_mapping;
+  int tokens;                     // M
+  const int32_t* query_start_loc;
+  const int32_t* seq_lens;
+  int seqs;                       // S
+  const int32_t* block_tables;    // [S][table_width]
+  int table_width;
+  const int32_t* logits_rows;
+  int rows;                       // R
+  float* logits;                  // [R][width of the logits value]
+};
+
+// Every recording function returns the id of the value it defines and throws std::invalid_argument where an operand
+// does not fit. Not thread-safe, but programs on several threads may share a pool.
+class Program {
+ public:
+  Program(std::shared_ptr<ThreadPool> pool, const std::string& isa, const Limits& limits);
+  Program(const Program&) = delete;
+  Program& operator=(const Program&) = delete;
+
+  int embed(std::shared_ptr<const EmbeddingParameter> table);
+  int norm(int x, std::shared_ptr<const NormParameter> norm, Act act);
+  int linear(int x, std::shared_ptr<const LinearParameter> linear, std::optional<int> residual);
+  int activation(int x, const std::string& kind, Act act);
+  int rope_and_cache(int qkv, std::shared_ptr<const AttentionParameter> attention);
+  int attention(int q, std::shared_ptr<const AttentionParameter> attention, Act act);
+  int select_rows(int x);
+  // Ends the recording with the last value as logits, and allocates the buffers.
+  void finish(int logits);
+
+  int logits_width() const { return values_.at(logits_).width; }
+
+  // Checks every index, then runs. Throws std::invalid_argument, and then nothing was written.
+  void step(const StepView& step);
+
+ private:
+  struct Value {
+    int width;
+    bool selected;          // rows are logits_rows, not tokens
+    Act act;
+    int last_use = -1;      // op
+    char* data = nullptr;   // null for the logits, which go to the step's own array
+  };
+  struct Op {
+    std::vector<int> reads;
+    int write;
+    int in_place;           // a value that the result may overwrite, or -1
+    std::function<void(const StepView&)> run;
+  };
+  using Memory = std::unique_ptr<char, void (*)(void*)>;
+
+  int define(int width, bool selected, Act act, std::vector<int> reads, int in_place);
+  void record(std::function<void(const StepView&)> run);
+  int quantize(int x, Act act);
+  const Value& value(int id, const char* op) const;
+  const Value& float_value(int id, int width, const char* op) const;
+  void check(const AttentionParameter& attention) const;
+  void check(const StepView& step) const;
+  int capacity(const Value& value) const { return value.selected ? limits_.max_logits_rows : limits_.max_tokens; }
+  size_t bytes(const Value& value) const;
+  char* allocate(size_t bytes);
+
+  int rows(int id, const StepView& step) const { return values_[id].selected ? step.rows : step.tokens; }
+  float* floats(int id, const StepView& step) const;
+  Activations activations(int id, const StepView& step) const;
+  template <class F>
+  void each_row(int id, const StepView& step, F f) const;
+  void attend(const AttentionParameter& attention, const float* q, float* out, const StepView& step);
+
+  const std::shared_ptr<ThreadPool> pool_;
+  const Kernels& kernels_;
+  const Limits limits_;
+  std::vector<Memory> memory_;
+  std::vector<KvCache> cache_;   // a layer each
+  std::vector<Value> values_;
+  std::vector<Op> ops_;
+  std::vector<std::vector<float>> row_scratch_;   // a row for each thread
+  std::vector<AttentionTile> tiles_, parts_;
+  std::vector<float> partials_;
+  int vocab_ = 0;
+  int logits_ = -1;
+};
+
+}  // namespace fptq

@@ -1,0 +1,89 @@
+#include "thread_pool.h"
+
+#include <chrono>
+
+namespace fptq {
+
+namespace {
+
+constexpr auto kSpin = std::chrono::microseconds(40);
+
+inline void pause() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  __asm__ __volatile__("yield");
+#endif
+}
+
+}  // namespace
+
+ThreadPool::ThreadPool(int threads) : threads_(threads), shares_(new Share[threads]) {
+  for (int thread = 1; thread < threads; ++thread) workers_.emplace_back([this, thread] { loop(thread); });
+}
+
+ThreadPool::~ThreadPool() {
+  {
+    std::lock_guard<std::mutex> lock(sleep_mutex_);
+    stopping_ = true;
+  }
+  wake_.notify_all();
+  for (auto& worker : workers_) worker.join();
+}
+
+void ThreadPool::start(int tasks, Function function, const void* context) {
+  const uint32_t job = job_.load(std::memory_order_relaxed) + 1;
+  function_.store(function, std::memory_order_relaxed);
+  context_.store(context, std::memory_order_relaxed);
+  remaining_.store(tasks, std::memory_order_relaxed);
+  for (int thread = 0; thread < threads_; ++thread) {
+    const uint32_t begin = static_cast<uint64_t>(tasks) * thread / threads_;
+    shares_[thread].end.store(static_cast<uint64_t>(tasks) * (thread + 1) / threads_, std::memory_order_relaxed);
+    shares_[thread].ticket.store(static_cast<uint64_t>(job) << 32 | begin, std::memory_order_release);
+  }
+  job_.store(job);  // sequentially consistent with sleepers_: a worker going to sleep sees the job, or we see it
+  if (sleepers_.load() > 0) {
+    { std::lock_guard<std::mutex> lock(sleep_mutex_); }
+    wake_.notify_all();
+  }
+  work(job, 0);
+  for (int spins = 0; remaining_.load(std::memory_order_acquire) != 0; ++spins) {
+    if (spins < 4096) pause();
+    else std::this_thread::yield();  // a worker holding the last task may have lost its core
+  }
+}
+
+void ThreadPool::work(uint32_t job, int thread) {
+  const Function function = function_.load(std::memory_order_relaxed);
+  const void* context = context_.load(std::memory_order_relaxed);
+  for (int i = 0; i < threads_; ++i) {
+    Share& share = shares_[(thread + i) % threads_];
+    uint64_t ticket = share.ticket.load(std::memory_order_acquire);
+    while (ticket >> 32 == job && static_cast<uint32_t>(ticket) < share.end.load(std::memory_order_relaxed)) {
+      if (!share.ticket.compare_exchange_weak(ticket, ticket + 1, std::memory_order_acq_rel)) continue;
+      function(context, static_cast<int>(static_cast<uint32_t>(ticket)), thread);
+      remaining_.fetch_sub(1, std::memory_order_release);
+      ticket = share.ticket.load(std::memory_order_acquire);
+    }
+  }
+}
+
+void ThreadPool::loop(int thread) {
+  uint32_t seen = 0;
+  while (true) {
+    auto deadline = std::chrono::steady_clock::now() + kSpin;
+    while (job_.load(std::memory_order_acquire) == seen && !stopping_.load(std::memory_order_relaxed)) {
+      for (int i = 0; i < 16 && job_.load(std::memory_order_relaxed) == seen; ++i) pause();
+      if (std::chrono::steady_clock::now() < deadline) continue;
+      std::unique_lock<std::mutex> lock(sleep_mutex_);
+      sleepers_.fetch_add(1);
+      wake_.wait(lock, [&] { return job_.load() != seen || stopping_; });
+      sleepers_.fetch_sub(1);
+    }
+    if (stopping_) return;
+    seen = job_.load(std::memory_order_acquire);
+    work(seen, thread);
+  }
+}
+
+}  // namespace fptq

@@ -1,0 +1,268 @@
+"""The native CPU backend: packs parameters, records a model once into a native program, steps it with one call."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from fptq_runtime import _native
+from fptq_runtime.kernels.base import (
+    ActivationQuant,
+    AttentionSpec,
+    Embedding,
+    Float32Array,
+    Int32Array,
+    Linear,
+    Norm,
+    Ops,
+    QuantizedWeight,
+    StepInput,
+    StepLimits,
+)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A native parameter and the tensors whose memory it points into."""
+
+    native: Any
+    tensors: tuple[torch.Tensor, ...] = ()
+
+
+class CpuBackend:
+    """Runs on `threads` threads (0: `available_threads()`) over one ISA path.
+
+    isa: "generic", "avx2", "avxvnni" or "avx512vnni"; None takes $FPTQ_ISA, or the best that this CPU has. Raises
+    ValueError for a path that is unknown or that this CPU lacks.
+    """
+
+    name = "native"
+
+    def __init__(self, threads: int = 0, isa: str | None = None) -> None:
+        if threads < 0:
+            raise ValueError(f"threads must be 0 (automatic) or more, not {threads}")
+        self._isa, self._int4, self._int8, self._float = _native.kernel_names(
+            os.environ.get("FPTQ_ISA", "") if isa is None else isa
+        )
+        self._pool = _native.ThreadPool(threads or available_threads())
+
+    def prepare(self, parameter: Any) -> Prepared:
+        if isinstance(parameter, Linear):
+            return Prepared(_prepare_linear(parameter))
+        if isinstance(parameter, Norm):
+            return Prepared(_prepare_norm(parameter))
+        if isinstance(parameter, Embedding):
+            weight = parameter.weight.contiguous()
+            vocab, width = weight.shape
+            dtype = str(weight.dtype).removeprefix("torch.")
+            return Prepared(_native.Embedding(weight.data_ptr(), dtype, vocab, width), (weight,))
+        if isinstance(parameter, AttentionSpec):
+            return _prepare_attention(parameter)
+        raise TypeError(f"cannot prepare a {type(parameter).__name__}")
+
+    def compile(self, forward: Callable[[Ops[Any]], Any], limits: StepLimits) -> CpuExecutor:
+        program = _native.Program(
+            self._pool,
+            self._isa,
+            max_tokens=limits.max_tokens,
+            max_seqs=limits.max_seqs,
+            max_logits_rows=limits.max_logits_rows,
+            max_model_len=limits.max_model_len,
+            num_blocks=limits.num_blocks,
+            block_size=limits.block_size,
+            kv_dtype=limits.kv_dtype,
+            num_layers=limits.num_layers,
+            num_kv_heads=limits.num_kv_heads,
+            head_dim=limits.head_dim,
+        )
+        ops = CaptureOps(program)
+        program.finish(forward(ops))
+        return CpuExecutor(program, ops.parameters)
+
+    def describe(self) -> dict[str, str]:
+        return {
+            "backend": "native",
+            "isa": self._isa,
+            "threads": str(self._pool.threads),
+            "linear int4": self._int4,
+            "linear int8": self._int8,
+            "linear float": self._float,
+            "attention": f"paged, float32 arithmetic, {self._isa}",
+        }
+
+
+class CaptureOps:
+    """Records each op into a native program; a value is the id the program gave it."""
+
+    def __init__(self, program: _native.Program) -> None:
+        self._program = program
+        self.parameters: list[Prepared] = []
+
+    def embed(self, table: Prepared) -> int:
+        return self._program.embed(self._use(table))
+
+    def norm(self, x: int, norm: Prepared, act: ActivationQuant | None) -> int:
+        return self._program.norm(x, self._use(norm), _act(act))
+
+    def linear(self, x: int, linear: Prepared, residual: int | None = None) -> int:
+        return self._program.linear(x, self._use(linear), residual)
+
+    def activation(self, x: int, kind: Literal["silu_mul", "gelu_tanh"], act: ActivationQuant | None) -> int:
+        return self._program.activation(x, kind, _act(act))
+
+    def rope_and_cache(self, qkv: int, attention: Prepared) -> int:
+        return self._program.rope_and_cache(qkv, self._use(attention))
+
+    def attention(self, q: int, attention: Prepared, act: ActivationQuant | None) -> int:
+        return self._program.attention(q, self._use(attention), _act(act))
+
+    def select_rows(self, x: int) -> int:
+        return self._program.select_rows(x)
+
+    def _use(self, parameter: Prepared) -> Any:
+        self.parameters.append(parameter)
+        return parameter.native
+
+
+class CpuExecutor:
+    """One recorded program and its KV cache. Steps are for one thread at a time."""
+
+    def __init__(self, program: _native.Program, parameters: list[Prepared]) -> None:
+        self._program = program
+        self._parameters = parameters  # the program points into their tensors
+
+    def step(self, batch: StepInput) -> Float32Array:
+        """Logits [R, V]. Raises ValueError, and leaves the cache as it was, where an array or an index is wrong."""
+        tokens = batch.token_ids.size
+        seqs = batch.seq_lens.size
+        rows = batch.logits_rows.size
+        table_width = batch.block_tables.shape[-1]
+        logits = np.empty((rows, self._program.logits_width), dtype=np.float32)
+        self._program.step(
+            _address("token_ids", batch.token_ids, (tokens,)),
+            _address("positions", batch.positions, (tokens,)),
+            _address("slot_mapping", batch.slot_mapping, (tokens,)),
+            tokens,
+            _address("query_start_loc", batch.query_start_loc, (seqs + 1,)),
+            _address("seq_lens", batch.seq_lens, (seqs,)),
+            seqs,
+            _address("block_tables", batch.block_tables, (seqs, table_width)),
+            table_width,
+            _address("logits_rows", batch.logits_rows, (rows,)),
+            rows,
+            logits.ctypes.data,
+        )
+        return logits
+
+
+def available_threads() -> int:
+    """min(CPUs of the affinity mask, their physical cores, the cgroup's CPU quota), at least 1.
+
+    A spinning pool that exceeds any of them loses to a smaller one.
+    """
+    cpus = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+    cores = {_read(Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")) or str(cpu) for cpu in cpus}
+    return max(1, min(len(cpus), len(cores), int(_cgroup_quota(Path("/")))))
+
+
+def _cgroup_quota(root: Path) -> float:
+    """CPUs that the process's cgroup (v1 or v2) and its parents may use; infinity is 1e9."""
+    quota = 1e9
+    for line in _read(root / "proc/self/cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        base = root / "sys/fs/cgroup" / ("cpu" if controllers else "")
+        group = base / path.lstrip("/")
+        for directory in (group, *group.parents):
+            if controllers:
+                limit = [_read(directory / "cpu.cfs_quota_us"), _read(directory / "cpu.cfs_period_us")]
+            else:
+                limit = _read(directory / "cpu.max").split()
+            if len(limit) == 2 and all(part.isdigit() and int(part) for part in limit):
+                quota = min(quota, int(limit[0]) / int(limit[1]))
+            if directory == base:
+                break
+    return quota
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return ""
+
+
+def _act(act: ActivationQuant | None) -> float | None:
+    """The native form: None is float, 0 dynamic, else the static scale."""
+    if act is None:
+        return None
+    if act.scale is None:
+        return 0.0
+    if not act.scale > 0:
+        raise ValueError(f"a static activation scale must be positive, not {act.scale}")
+    return act.scale
+
+
+def _address(name: str, array: Int32Array, shape: tuple[int, ...]) -> int:
+    if array.dtype != np.int32 or array.shape != shape or not array.flags.c_contiguous:
+        raise ValueError(f"{name} must be a contiguous int32 array of shape {shape}, not {array.dtype} {array.shape}")
+    return array.ctypes.data
+
+
+def _floats(tensor: torch.Tensor | None) -> list[float]:
+    return [] if tensor is None else tensor.float().tolist()
+
+
+def _prepare_linear(linear: Linear) -> Any:
+    weight, act = linear.weight, _act(linear.act)
+    if isinstance(weight, QuantizedWeight):
+        if act is None:
+            raise ValueError(f"{linear.name}: the native backend has no kernel for {weight.num_bits}-bit weights "
+                             f"with float activations; quantize its input or use the reference backend")
+        packed = _native.pack_weight(weight.codes.contiguous().numpy(), weight.scale.float().contiguous().numpy(),
+                                     weight.group_size, weight.num_bits)
+        return _native.Linear(linear.name, packed, None, _floats(linear.bias), act)
+    if act is not None:
+        raise ValueError(f"{linear.name}: the native backend has no kernel for float weights with quantized "
+                         f"activations; quantize the weight or use the reference backend")
+    if weight.dtype == torch.bfloat16:
+        kept = _native.pack_float(weight.contiguous().view(torch.int16).numpy())
+    else:
+        kept = _native.pack_float(weight.float().contiguous().numpy())
+    return _native.Linear(linear.name, None, kept, _floats(linear.bias), None)
+
+
+def _prepare_norm(norm: Norm) -> Any:
+    return _native.Norm(_floats(norm.weight), _floats(norm.bias), norm.eps, norm.kind == "layer")
+
+
+def _prepare_attention(spec: AttentionSpec) -> Prepared:
+    rope: tuple[torch.Tensor, ...] = ()
+    if spec.rope is not None:
+        rope = tuple(table.float().contiguous() for table in spec.rope)
+        if any(table.shape != rope[0].shape or table.shape[-1] * 2 != spec.head_dim for table in rope):
+            raise ValueError(f"rope tables must be [positions, {spec.head_dim // 2}], not {tuple(rope[0].shape)}")
+    if spec.sliding_window is not None and spec.sliding_window < 1:
+        raise ValueError(f"sliding_window must be at least 1, not {spec.sliding_window}")
+    native = _native.Attention(
+        layer=spec.layer,
+        num_heads=spec.num_heads,
+        num_kv_heads=spec.num_kv_heads,
+        head_dim=spec.head_dim,
+        softmax_scale=spec.softmax_scale,
+        sliding_window=spec.sliding_window or 0,
+        rope_cos=rope[0].data_ptr() if rope else 0,
+        rope_sin=rope[1].data_ptr() if rope else 0,
+        rope_positions=rope[0].shape[0] if rope else 0,
+        alibi_slopes=_floats(spec.alibi_slopes),
+        q_norm=None if spec.q_norm is None else _prepare_norm(spec.q_norm),
+        k_norm=None if spec.k_norm is None else _prepare_norm(spec.k_norm),
+    )
+    return Prepared(native, rope)

@@ -1,0 +1,161 @@
+"""Random decoders with every option a family may have, and the steps of a scheduler that mixes sequences."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from fptq_runtime.artifact.numerics import quantize_weight
+from fptq_runtime.config import KVCacheDtype, ModelConfig, RopeConfig
+from fptq_runtime.kernels.base import (
+    ActivationQuant,
+    AttentionSpec,
+    Backend,
+    Embedding,
+    Linear,
+    Norm,
+    QuantizedWeight,
+    StepInput,
+    StepLimits,
+)
+from fptq_runtime.models.decoder import Block, Decoder, Head, Stem, prepare_block
+from fptq_runtime.models.layers import alibi_slopes, rope_tables
+
+VOCAB = 97
+
+
+@dataclass(frozen=True)
+class Options:
+    hidden: int = 64
+    intermediate: int = 96
+    layers: int = 2
+    heads: int = 4
+    kv_heads: int = 2
+    head_dim: int = 16
+    norm: Literal["rms", "layer"] = "rms"
+    activation: Literal["silu_mul", "gelu_tanh"] = "silu_mul"
+    rope: bool = True
+    alibi: bool = False
+    window: int | None = None
+    qk_norm: bool = False
+    bias: bool = False
+    embedding_norm: bool = False
+    act: Literal["float", "static", "dynamic"] = "float"
+    bits: Literal[4, 8] = 4
+    group_size: int | None = 32
+    dtype: torch.dtype = torch.float32
+    max_len: int = 1024
+
+
+def limits(options: Options, kv_dtype: KVCacheDtype = "float32", block_size: int = 32, num_blocks: int = 80,
+           max_tokens: int = 1024) -> StepLimits:
+    return StepLimits(
+        max_tokens=max_tokens, max_seqs=8, max_logits_rows=max_tokens, max_model_len=options.max_len,
+        num_blocks=num_blocks, block_size=block_size, kv_dtype=kv_dtype, num_layers=options.layers,
+        num_kv_heads=options.kv_heads, head_dim=options.head_dim,
+    )
+
+
+def make_decoder(options: Options, backend: Backend, seed: int = 0) -> Decoder:
+    """The same parameters for every backend."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape: int, scale: float = 1.0) -> torch.Tensor:
+        return (torch.randn(shape, generator=generator) * scale).to(options.dtype)
+
+    def linear(name: str, n: int, k: int) -> Linear:
+        weight: torch.Tensor | QuantizedWeight = random(n, k, scale=k**-0.5)
+        bias = random(n, scale=0.1) if options.bias else None
+        if options.act == "float":
+            return Linear(name, weight, bias)
+        codes, scale = quantize_weight(weight, options.bits, options.group_size)
+        act = ActivationQuant(0.03 if options.act == "static" else None)
+        return Linear(name, QuantizedWeight(codes, scale, options.bits, options.group_size or k), bias, act)
+
+    def norm(width: int) -> Norm:
+        bias = random(width, scale=0.1) if options.norm == "layer" else None
+        return Norm(options.norm, 1 + random(width, scale=0.1), bias, 1e-5)
+
+    heads, kv_heads, dim, hidden = options.heads, options.kv_heads, options.head_dim, options.hidden
+    rope = rope_tables(RopeConfig(10000.0), dim, options.max_len) if options.rope else None
+    up = options.intermediate * (2 if options.activation == "silu_mul" else 1)
+    blocks = []
+    for layer in range(options.layers):
+        qkv = linear("qkv", (heads + 2 * kv_heads) * dim, hidden)
+        attention = AttentionSpec(
+            layer, heads, kv_heads, dim, dim**-0.5, options.window, rope,
+            alibi_slopes(heads) if options.alibi else None,
+            Norm("rms", 1 + random(dim, scale=0.1), None, 1e-6) if options.qk_norm else None,
+            Norm("rms", 1 + random(dim, scale=0.1), None, 1e-6) if options.qk_norm else None,
+        )
+        block = Block(norm(hidden), qkv, attention, linear("o", hidden, heads * dim), norm(hidden),
+                      linear("up", up, hidden), linear("down", hidden, options.intermediate))
+        blocks.append(prepare_block(block, backend))
+    head = linear("lm_head", VOCAB, hidden)
+    config = ModelConfig("Test", VOCAB, hidden, options.intermediate, options.layers, heads, kv_heads, dim,
+                         options.max_len, options.norm, 1e-5, options.activation)
+    return Decoder(
+        config,
+        Stem(backend.prepare(Embedding(random(VOCAB, hidden))),
+             backend.prepare(norm(hidden)) if options.embedding_norm else None),
+        blocks,
+        Head(backend.prepare(norm(hidden)), backend.prepare(head), head.act),
+    )
+
+
+def int32(values: Any) -> np.ndarray[Any, np.dtype[np.int32]]:
+    return np.asarray(values, dtype=np.int32)
+
+
+@dataclass
+class Tokens:
+    token_ids: Sequence[int]
+    table: list[int]
+    computed: int = 0
+
+
+@dataclass
+class Batcher:
+    """Hands out blocks in random order and packs steps."""
+
+    limits: StepLimits
+    rng: np.random.Generator
+    free: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.free = self.rng.permutation(self.limits.num_blocks).tolist()
+
+    def sequence(self, token_ids: Sequence[int]) -> Tokens:
+        count = -(-len(token_ids) // self.limits.block_size)
+        return Tokens(token_ids, [self.free.pop() for _ in range(count)])
+
+    def release(self, sequence: Tokens) -> None:
+        self.free.extend(sequence.table)
+
+    def step(self, parts: Sequence[tuple[Tokens, int]]) -> StepInput:
+        """The next `count` tokens of each sequence, logits for all of them."""
+        size = self.limits.block_size
+        token_ids: list[int] = []
+        positions: list[int] = []
+        slots: list[int] = []
+        starts, lens = [0], []
+        tables = np.zeros((len(parts), max(len(s.table) for s, _ in parts)), dtype=np.int32)
+        for i, (sequence, count) in enumerate(parts):
+            span = range(sequence.computed, sequence.computed + count)
+            token_ids += [sequence.token_ids[p] for p in span]
+            positions += span
+            slots += [sequence.table[p // size] * size + p % size for p in span]
+            sequence.computed += count
+            starts.append(starts[-1] + count)
+            lens.append(sequence.computed)
+            tables[i, : len(sequence.table)] = sequence.table
+        return StepInput(int32(token_ids), int32(positions), int32(slots), int32(starts), int32(lens), tables,
+                         int32(range(len(token_ids))))
+
+
+def random_tokens(rng: np.random.Generator, length: int) -> list[int]:
+    return rng.integers(0, VOCAB, length).tolist()
