@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,7 +71,7 @@ def prepare_block(block: Block, backend: Backend) -> Block:
 class Decoder:
     """embed → blocks → rows → head. The parts are callable one by one, which is how the quantizer walks them."""
 
-    def __init__(self, config: ModelConfig, stem: Stem, blocks: list[Block], head: Head) -> None:
+    def __init__(self, config: ModelConfig, stem: Stem, blocks: Iterable[Block], head: Head) -> None:
         self.config = config
         self.stem = stem
         self.blocks = blocks

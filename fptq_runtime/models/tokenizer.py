@@ -61,6 +61,15 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         return bool(self._tokenizer.chat_template)
 
+    def info(self) -> dict[str, Any]:
+        """The special tokens by their role, and the chat template."""
+        tokenizer = self._tokenizer
+        return {
+            **{role: str(token) for role, token in tokenizer.special_tokens_map.items() if isinstance(token, str)},
+            "chat_template": tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None,
+            "vocab_size": len(tokenizer),
+        }
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
         return ids

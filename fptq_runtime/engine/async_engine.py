@@ -1,0 +1,205 @@
+"""The engine on a thread of its own, and its outputs as asyncio streams."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from types import TracebackType
+
+from fptq_runtime.engine.engine import Engine, QueueFullError
+from fptq_runtime.engine.output import RequestOutput
+from fptq_runtime.engine.request import FinishReason, SamplingParams
+from fptq_runtime.engine.stats import StepStats
+
+logger = logging.getLogger(__name__)
+
+STOP_SECONDS = 30.0  # how long stop() waits for the step that runs
+
+
+class EngineDeadError(RuntimeError):
+    """The engine's thread has ended; nothing more can be served."""
+
+
+class RequestStream:
+    """One request's outputs, in order, until every sequence has a finish_reason. Leaving `async with` aborts what is
+    unfinished. Belongs to the event loop that added the request."""
+
+    def __init__(self, request_id: str, num_sequences: int, abort: Callable[[str], None]) -> None:
+        self.request_id = request_id
+        self.unfinished = set(range(num_sequences))
+        self._abort = abort
+        self._outputs: asyncio.Queue[RequestOutput] = asyncio.Queue()
+        self._undelivered = num_sequences  # sequences whose end the consumer has not seen
+
+    def put(self, output: RequestOutput) -> None:
+        if output.index in self.unfinished:
+            self._outputs.put_nowait(output)
+            if output.finish_reason is not None:
+                self.unfinished.discard(output.index)
+
+    def abort(self) -> None:
+        """Stop generating; the stream then ends with FinishReason.ABORT."""
+        if self.unfinished:
+            self._abort(self.request_id)
+
+    def __aiter__(self) -> RequestStream:
+        return self
+
+    async def __anext__(self) -> RequestOutput:
+        if self._undelivered == 0:
+            raise StopAsyncIteration
+        output = await self._outputs.get()
+        if output.finish_reason is not None:
+            self._undelivered -= 1
+        return output
+
+    async def __aenter__(self) -> RequestStream:
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                        traceback: TracebackType | None) -> None:
+        self.abort()
+
+
+class AsyncEngine:
+    """Runs engine.step() on its own thread while there is work, and sleeps otherwise.
+
+    All methods belong to one event loop and never wait for a step. on_stats is called on the engine's thread.
+    error: what ended the thread, if anything did; every open stream has then ended with FinishReason.ERROR.
+    """
+
+    def __init__(self, engine: Engine, on_stats: Callable[[StepStats], None] | None = None) -> None:
+        self.engine = engine
+        self.error: BaseException | None = None
+        self.draining = False
+        self._on_stats = on_stats
+        self._streams: dict[str, RequestStream] = {}  # only touched on the event loop
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._idle = asyncio.Event()  # no stream is open
+        self._idle.set()
+        self._work = threading.Condition()
+        self._stopping = False
+        self._last_progress = time.monotonic()
+        self._thread = threading.Thread(target=self._run, name="fptq-engine", daemon=True)
+
+    @property
+    def num_running(self) -> int:
+        return self.engine.num_running
+
+    @property
+    def num_waiting(self) -> int:
+        return self.engine.num_waiting
+
+    @property
+    def seconds_since_progress(self) -> float:
+        """Since the step that runs began, or since the thread died with work left; 0 when idle."""
+        return time.monotonic() - self._last_progress if self.engine.has_unfinished_requests else 0.0
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def add_request(self, request_id: str, prompt_token_ids: Sequence[int], params: SamplingParams) -> RequestStream:
+        """Raises RequestError, QueueFullError, or EngineDeadError."""
+        if self.draining:
+            raise QueueFullError(1.0, "draining")
+        with self._work:
+            if self.error is not None or self._stopping:
+                raise EngineDeadError("the engine has stopped")
+            if not self.engine.has_unfinished_requests:
+                self._last_progress = time.monotonic()
+            self.engine.add_request(request_id, prompt_token_ids, params)
+            stream = RequestStream(request_id, params.n, self._abort)
+            self._loop = asyncio.get_running_loop()
+            self._streams[request_id] = stream
+            self._idle.clear()
+            self._work.notify()
+        return stream
+
+    async def drain(self, timeout: float) -> bool:
+        """Refuse what is new and wait for what runs, at most `timeout` seconds; then abort the rest. True where
+        nothing had to be aborted."""
+        self.draining = True
+        if await self._wait_idle(timeout):
+            return True
+        for stream in list(self._streams.values()):
+            stream.abort()
+        await self._wait_idle(STOP_SECONDS)
+        return False
+
+    def stop(self) -> None:
+        """End the thread after the step that runs; open streams end with FinishReason.ABORT."""
+        with self._work:
+            self._stopping = True
+            self._work.notify()
+        if self._thread.is_alive():
+            self._thread.join(STOP_SECONDS)
+
+    async def _wait_idle(self, timeout: float) -> bool:
+        try:
+            await asyncio.wait_for(self._idle.wait(), timeout)
+        except asyncio.TimeoutError:
+            return False
+        return True
+
+    def _abort(self, request_id: str) -> None:
+        self.engine.abort(request_id)
+        with self._work:
+            self._work.notify()
+
+    def _run(self) -> None:
+        reason = FinishReason.ABORT
+        try:
+            while self._wait_for_work():
+                outputs, stats = self.engine.step()
+                self._last_progress = time.monotonic()
+                self._post(self._deliver, outputs)
+                self._publish(stats)
+        except BaseException as error:
+            logger.exception("the engine has died")
+            reason = FinishReason.ERROR
+            with self._work:
+                self.error = error
+        self._post(self._end_all, reason)
+
+    def _wait_for_work(self) -> bool:
+        with self._work:
+            self._work.wait_for(lambda: self._stopping or self.engine.has_unfinished_requests)
+            return not self._stopping
+
+    def _publish(self, stats: StepStats) -> None:
+        if self._on_stats is None:
+            return
+        try:
+            self._on_stats(stats)
+        except Exception:
+            logger.exception("publishing a step's stats failed")
+
+    def _post(self, deliver: Callable[..., None], argument: object) -> None:
+        """One wakeup of the event loop a step, however many tokens it made."""
+        if self._loop is None or not argument:
+            return
+        try:
+            self._loop.call_soon_threadsafe(deliver, argument)
+        except RuntimeError:  # the loop is closed: nobody listens any more
+            logger.debug("outputs dropped: the event loop is closed")
+
+    def _deliver(self, outputs: list[RequestOutput]) -> None:
+        for output in outputs:
+            stream = self._streams.get(output.request_id)
+            if stream is None:
+                continue
+            stream.put(output)
+            if not stream.unfinished:
+                del self._streams[output.request_id]
+        if not self._streams:
+            self._idle.set()
+
+    def _end_all(self, reason: FinishReason) -> None:
+        self._deliver([
+            RequestOutput(stream.request_id, index, (), "", (), reason)
+            for stream in self._streams.values()
+            for index in sorted(stream.unfinished)
+        ])

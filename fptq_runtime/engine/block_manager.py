@@ -1,0 +1,123 @@
+"""Who holds which KV block, and which block holds which text. No torch.
+
+A block is in use (reference count > 0), or it is free. Of the free ones some still hold a cached prefix; those are
+given out last, least recently used first. Only full blocks are ever shared, so no block is written by two sequences.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import OrderedDict
+from collections.abc import Iterable
+from hashlib import blake2b
+
+from fptq_runtime.engine.request import Request
+
+
+class BlockManager:
+    def __init__(self, num_blocks: int, block_size: int, enable_prefix_caching: bool) -> None:
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.enable_prefix_caching = enable_prefix_caching
+        self._ref_counts = [0] * num_blocks
+        self._blank = list(range(num_blocks - 1, -1, -1))  # free, nothing worth keeping; a stack
+        self._evictable: OrderedDict[int, None] = OrderedDict()  # free but cached, the oldest first
+        self._block_of: dict[bytes, int] = {}
+        self._hash_of: dict[int, bytes] = {}
+
+    @property
+    def num_free_blocks(self) -> int:
+        return len(self._blank) + len(self._evictable)
+
+    @property
+    def usage(self) -> float:
+        """Share of the blocks that sequences hold."""
+        return 1 - self.num_free_blocks / self.num_blocks
+
+    def blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.block_size)
+
+    def find_prefix(self, request: Request) -> list[int]:
+        """Cached blocks of the longest known prefix that leaves at least one token to compute."""
+        if not self.enable_prefix_caching:
+            return []
+        blocks = []
+        for index in range((request.num_tokens - 1) // self.block_size):
+            block = self._block_of.get(self._block_hash(request, index))
+            if block is None:
+                break
+            blocks.append(block)
+        return blocks
+
+    def free_blocks_after(self, prefix: Iterable[int]) -> int:
+        """How many blocks would still be free, were these cached ones taken."""
+        return self.num_free_blocks - sum(block in self._evictable for block in prefix)
+
+    def share(self, request: Request, prefix: Iterable[int]) -> None:
+        """Start a sequence's block table with cached blocks."""
+        for block in prefix:
+            self._ref_counts[block] += 1
+            self._evictable.pop(block, None)
+            request.block_table.append(block)
+
+    def allocate(self, request: Request, num_tokens: int) -> bool:
+        """Let the block table hold num_tokens. False, and nothing changes, where too few blocks are free."""
+        missing = self.blocks_for(num_tokens) - len(request.block_table)
+        if missing > self.num_free_blocks:
+            return False
+        for _ in range(missing):
+            if self._blank:
+                block = self._blank.pop()
+            else:
+                block, _ = self._evictable.popitem(last=False)
+                del self._block_of[self._hash_of.pop(block)]
+            self._ref_counts[block] = 1
+            request.block_table.append(block)
+        return True
+
+    def publish(self, request: Request, num_computed_before: int) -> None:
+        """Offer for sharing the blocks that became full since num_computed_before tokens were computed."""
+        if not self.enable_prefix_caching:
+            return
+        for index in range(num_computed_before // self.block_size, request.num_computed_tokens // self.block_size):
+            digest, block = self._block_hash(request, index), request.block_table[index]
+            if digest not in self._block_of and block not in self._hash_of:
+                self._block_of[digest] = block
+                self._hash_of[block] = digest
+
+    def free(self, request: Request) -> None:
+        """Give back a sequence's blocks. Its last ones are the first to be evicted: a prefix is shared more often."""
+        for block in reversed(request.block_table):
+            self._ref_counts[block] -= 1
+            if self._ref_counts[block] == 0:
+                if block in self._hash_of:
+                    self._evictable[block] = None
+                else:
+                    self._blank.append(block)
+        request.block_table = array("i")
+
+    def check_integrity(self, holders: Iterable[Request]) -> None:
+        """Raise AssertionError unless the books agree with the sequences that hold blocks."""
+        counts = [0] * self.num_blocks
+        for request in holders:
+            assert len(set(request.block_table)) == len(request.block_table), "a block stands twice in a table"
+            for block in request.block_table:
+                counts[block] += 1
+        assert counts == self._ref_counts, "reference counts differ from the block tables"
+        free = [*self._blank, *self._evictable]
+        assert len(free) == len(set(free)), "a block is free twice"
+        assert set(free) == {block for block, count in enumerate(counts) if count == 0}, "free and used blocks overlap"
+        assert self._block_of == {digest: block for block, digest in self._hash_of.items()}, "the cache maps differ"
+        assert not self._hash_of.keys() & set(self._blank), "a blank block is cached"
+        assert self._evictable.keys() <= self._hash_of.keys(), "an evictable block is not cached"
+
+    def _block_hash(self, request: Request, index: int) -> bytes:
+        """What block `index` holds: a digest of its tokens and, through its parent's digest, of all before them.
+        128 bits, so that two texts never share a block by chance."""
+        hashes, size = request.block_hashes, self.block_size
+        while len(hashes) <= index:
+            start = len(hashes) * size
+            parent = hashes[-1] if hashes else b""
+            tokens = array("i", request.token_ids[start : start + size]).tobytes()
+            hashes.append(blake2b(parent + tokens, digest_size=16).digest())
+        return hashes[index]

@@ -1,0 +1,360 @@
+"""One step after another: take in requests, schedule, execute, sample, say what happened."""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from fptq_runtime.config import EngineConfig
+from fptq_runtime.engine.batch import build_step_input
+from fptq_runtime.engine.block_manager import BlockManager
+from fptq_runtime.engine.kv_cache import step_limits
+from fptq_runtime.engine.output import RequestOutput, TextStream, TokenLogprobs
+from fptq_runtime.engine.request import FinishReason, Request, RequestStatus, SamplingParams
+from fptq_runtime.engine.sampler import sample, token_logprobs
+from fptq_runtime.engine.scheduler import ScheduledRequest, Scheduler, SchedulerOutput
+from fptq_runtime.engine.stats import FinishedStats, StepStats
+from fptq_runtime.kernels.base import Backend, Float32Array
+from fptq_runtime.models.decoder import Decoder
+from fptq_runtime.models.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+DRAIN_RATE_SECONDS = 30.0  # how far back the measured drain rate looks
+RETRY_AFTER_SECONDS = (1.0, 60.0)
+
+
+class RequestError(ValueError):
+    """A prompt or parameter that can never be served. The message is for the client."""
+
+
+class QueueFullError(Exception):
+    """Too much is waiting. retry_after: seconds until what waits now should have been started, from the measured
+    rate. reason: queue_full, or draining where the server shuts down."""
+
+    def __init__(self, retry_after: float, reason: str = "queue_full") -> None:
+        super().__init__(f"{reason}: retry after {retry_after:.0f} s")
+        self.retry_after = retry_after
+        self.reason = reason
+
+
+@dataclass
+class _Sequence:
+    """What the engine keeps of a request beside what the scheduler needs."""
+
+    request: Request
+    text: TextStream
+    prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=lambda: [None])
+
+
+@dataclass
+class _Step:
+    """What one step has to say."""
+
+    outputs: list[RequestOutput] = field(default_factory=list)
+    stats: StepStats = field(default_factory=StepStats)
+
+
+class Engine:
+    """Continuous batching over one model.
+
+    add_request and abort may be called from any thread, also while a step runs; they take effect at the next step.
+    step belongs to one thread. Raises ValueError where the configuration does not fit the model.
+    eos_token_ids: those of the model's config unless given.
+    """
+
+    def __init__(self, decoder: Decoder, backend: Backend, config: EngineConfig, tokenizer: Tokenizer,
+                 eos_token_ids: Sequence[int] | None = None) -> None:
+        self.config = config
+        self.model_config = decoder.config
+        self.backend = backend
+        self.tokenizer = tokenizer
+        self._eos_token_ids = frozenset(decoder.config.eos_token_ids if eos_token_ids is None else eos_token_ids)
+        limits = step_limits(decoder.config, config)
+        self.num_blocks = limits.num_blocks
+        self._scheduler = Scheduler(
+            BlockManager(limits.num_blocks, config.block_size, config.enable_prefix_caching),
+            limits.max_seqs,
+            limits.max_tokens,
+            limits.max_logits_rows - limits.max_seqs,
+        )
+        self._executor = backend.compile(decoder, limits)
+        self._live: dict[tuple[str, int], _Sequence] = {}
+        self._drain_rate = _DrainRate()
+        # Shared between threads, under the lock.
+        self._lock = threading.Lock()
+        self._inbox: list[_Sequence] = []
+        self._to_abort: list[str] = []
+        self._unfinished: dict[str, int] = {}  # sequences by request
+        self._num_unfinished = 0
+        self._waiting_tokens = 0
+
+    @property
+    def has_unfinished_requests(self) -> bool:
+        return bool(self._unfinished)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._scheduler.running)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._scheduler.waiting) + len(self._inbox)
+
+    def add_request(self, request_id: str, prompt_token_ids: Sequence[int], params: SamplingParams) -> None:
+        """Queue a request. Raises RequestError where it can never run, QueueFullError where it cannot now."""
+        self.validate(prompt_token_ids, params)
+        sequences = []
+        for request in Request.expand(request_id, prompt_token_ids, params):
+            stream = self.tokenizer.stream(params.skip_special_tokens, prompt_token_ids)
+            sequences.append(_Sequence(request, TextStream(stream, params.stop)))
+        tokens = len(prompt_token_ids) * params.n
+        with self._lock:
+            if request_id in self._unfinished:
+                raise RequestError(f"a request with id {request_id!r} is already running")
+            if self._num_unfinished + params.n > self.config.max_num_seqs + self.config.max_waiting_requests or (
+                self._waiting_tokens and self._waiting_tokens + tokens > self.config.max_waiting_tokens
+            ):
+                raise QueueFullError(self._retry_after())
+            self._inbox += sequences
+            self._unfinished[request_id] = params.n
+            self._num_unfinished += params.n
+            self._waiting_tokens += tokens
+
+    def abort(self, request_id: str) -> None:
+        """Finish a request's sequences with FinishReason.ABORT; one that is unknown or finished is left alone."""
+        with self._lock:
+            if request_id in self._unfinished:
+                self._to_abort.append(request_id)
+
+    def step(self) -> tuple[list[RequestOutput], StepStats]:
+        """Compute one batch. What one sequence breaks finishes that sequence with FinishReason.ERROR; what the
+        executor breaks, those that were in the batch."""
+        started = time.monotonic()
+        step = _Step()
+        self._receive(step)
+        plan = self._scheduler.schedule()
+        for request in plan.admitted:
+            request.scheduled_time = started
+            step.stats.queue_seconds.append(started - request.arrival_time)
+        if plan.scheduled:
+            logits = self._execute(plan)
+            if logits is None:
+                for item in plan.scheduled:
+                    self._emit(step, self._live[item.request.key], finish_reason=FinishReason.ERROR)
+            else:
+                self._advance(step, plan, logits)
+        elif self._scheduler.running or self._scheduler.waiting:
+            raise RuntimeError("sequences are left but none can be scheduled")
+        self._account(step, plan, time.monotonic() - started)
+        return step.outputs, step.stats
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError where an invariant is broken. For tests, between steps."""
+        self._scheduler.check_integrity()
+        queued = [*self._scheduler.running, *self._scheduler.waiting]
+        assert {request.key for request in queued} == self._live.keys()
+        assert self._num_unfinished == sum(self._unfinished.values()) == len(queued) + len(self._inbox)
+
+    def validate(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> None:
+        length, limit = len(prompt_token_ids), self.config.max_model_len
+        vocab_size = self.model_config.vocab_size
+        if length == 0:
+            raise RequestError("the prompt is empty; it needs at least one token")
+        if length + min(params.max_tokens, 1) > limit:
+            raise RequestError(f"the prompt has {length} tokens, but this model's context is {limit} tokens including "
+                               "at least one of output; shorten the prompt")
+        if min(prompt_token_ids) < 0 or max(prompt_token_ids) >= vocab_size:
+            raise RequestError(f"prompt token ids must be between 0 and {vocab_size - 1}")
+        for name, ids in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
+            for token_id in ids:
+                if not 0 <= token_id < vocab_size:
+                    raise RequestError(f"{name}: token id {token_id} is not between 0 and {vocab_size - 1}")
+        if params.n > self.config.max_num_seqs + self.config.max_waiting_requests:
+            raise RequestError(f"n {params.n} exceeds the {self.config.max_num_seqs} running and "
+                               f"{self.config.max_waiting_requests} waiting sequences that this server takes")
+
+    def _retry_after(self) -> float:
+        rate = self._drain_rate.per_second
+        low, high = RETRY_AFTER_SECONDS
+        return low if rate == 0 else min(max((self.num_waiting + 1) / rate, low), high)
+
+    def _receive(self, step: _Step) -> None:
+        """Queue what was added since the last step, then drop what was aborted."""
+        with self._lock:
+            added, self._inbox = self._inbox, []
+            aborted, self._to_abort = set(self._to_abort), []
+        for sequence in added:
+            self._live[sequence.request.key] = sequence
+            self._scheduler.add(sequence.request)
+        if aborted:
+            for sequence in [s for s in self._live.values() if s.request.request_id in aborted]:
+                self._emit(step, sequence, finish_reason=FinishReason.ABORT)
+
+    def _execute(self, plan: SchedulerOutput) -> Float32Array | None:
+        try:
+            return self._executor.step(build_step_input(plan, self.config.block_size))
+        except Exception:
+            logger.exception("a step failed; its %d sequences end with an error", len(plan.scheduled))
+            return None
+
+    def _advance(self, step: _Step, plan: SchedulerOutput, logits: Float32Array) -> None:
+        """Draw a token for every sequence that has caught up, then tell what each of them gained."""
+        drawn: list[int | None] = []
+        chosen: list[tuple[TokenLogprobs, ...]] = []
+        row = 0
+        for item in plan.scheduled:
+            token_id: int | None = None
+            logprobs: tuple[TokenLogprobs, ...] = ()
+            try:
+                token_id, logprobs = self._draw(item, logits[row : row + item.num_logits])
+            except Exception:
+                self._fail(step, item.request)
+            row += item.num_logits
+            drawn.append(token_id)
+            chosen.append(logprobs)
+        self._scheduler.update(plan, drawn)
+        now = time.monotonic()
+        for item, token_id, logprobs in zip(plan.scheduled, drawn, chosen, strict=True):
+            if item.request.status is not RequestStatus.FINISHED:
+                try:
+                    self._report(step, self._live[item.request.key], token_id, logprobs, now)
+                except Exception:
+                    self._fail(step, item.request)
+
+    def _fail(self, step: _Step, request: Request) -> None:
+        """What went wrong concerns one sequence alone: it ends, and nothing else does."""
+        logger.exception("request %s, sequence %d ends with an error", request.request_id, request.index)
+        self._emit(step, self._live[request.key], finish_reason=FinishReason.ERROR)
+
+    def _draw(self, item: ScheduledRequest, rows: Float32Array) -> tuple[int | None, tuple[TokenLogprobs, ...]]:
+        """rows: the logits that the schedule asked for. [num_logits, V]"""
+        request, params = item.request, item.request.params
+        if params.prompt_logprobs is not None and request.needs_prompt_logits:
+            known = self._live[request.key].prompt_logprobs
+            # The row at position p tells of the token at p + 1; after a preemption rows may come a second time.
+            for position in range(len(known) - 1, min(item.start + item.num_tokens, request.num_prompt_tokens - 1)):
+                known.append(token_logprobs(rows[position - item.start], request.token_ids[position + 1],
+                                            params.prompt_logprobs))
+        if not item.samples:
+            return None, ()
+        token_id = sample(rows[-1], request, self._eos_token_ids)
+        if params.logprobs is None:
+            return token_id, ()
+        return token_id, (token_logprobs(rows[-1], token_id, params.logprobs),)
+
+    def _report(self, step: _Step, sequence: _Sequence, token_id: int | None, logprobs: tuple[TokenLogprobs, ...],
+                now: float) -> None:
+        request = sequence.request
+        if token_id is not None:
+            self._note_token(step, request, now)
+            text, reason, stop_reason = self._read(sequence, token_id)
+            self._emit(step, sequence, (token_id,), text, logprobs, reason, stop_reason)
+        elif request.params.max_tokens == 0 and request.num_computed_tokens == request.num_tokens:
+            self._emit(step, sequence, finish_reason=FinishReason.LENGTH)
+
+    def _read(self, sequence: _Sequence, token_id: int) -> tuple[str, FinishReason | None, str | int | None]:
+        """The text that a drawn token makes certain, and whether and why the sequence ends with it."""
+        request, params = sequence.request, sequence.request.params
+        if token_id in self._eos_token_ids and not params.ignore_eos:
+            return sequence.text.flush(), FinishReason.STOP, None
+        if token_id in params.stop_token_ids:
+            return sequence.text.flush(), FinishReason.STOP, token_id
+        stoppable = params.min_tokens == 0 or request.num_output_tokens > params.min_tokens
+        text, stop = sequence.text.step(token_id, stoppable)
+        if stop is not None:
+            return text, FinishReason.STOP, stop
+        if request.num_output_tokens >= params.max_tokens or request.num_tokens >= self.config.max_model_len:
+            return text + sequence.text.flush(), FinishReason.LENGTH, None
+        return text, None, None
+
+    def _emit(self, step: _Step, sequence: _Sequence, token_ids: tuple[int, ...] = (), text: str = "",
+              logprobs: tuple[TokenLogprobs, ...] = (), finish_reason: FinishReason | None = None,
+              stop_reason: str | int | None = None) -> None:
+        """Report an event and, with a finish_reason, let go of the sequence."""
+        request = sequence.request
+        prompt_logprobs = None
+        if request.params.prompt_logprobs is not None and request.index == 0 \
+                and request.num_output_tokens == len(token_ids) \
+                and len(sequence.prompt_logprobs) == request.num_prompt_tokens:
+            prompt_logprobs = tuple(sequence.prompt_logprobs)
+        step.outputs.append(RequestOutput(
+            request_id=request.request_id,
+            index=request.index,
+            token_ids=token_ids,
+            text=text,
+            logprobs=logprobs,
+            finish_reason=finish_reason,
+            stop_reason=stop_reason,
+            num_prompt_tokens=request.num_prompt_tokens,
+            num_cached_tokens=request.num_cached_tokens,
+            num_output_tokens=request.num_output_tokens,
+            prompt_logprobs=prompt_logprobs,
+        ))
+        if finish_reason is None:
+            return
+        self._scheduler.finish(request)
+        del self._live[request.key]
+        with self._lock:
+            self._num_unfinished -= 1
+            self._unfinished[request.request_id] -= 1
+            if self._unfinished[request.request_id] == 0:
+                del self._unfinished[request.request_id]
+        arrival, scheduled, first = request.arrival_time, request.scheduled_time, request.first_token_time
+        step.stats.finished.append(FinishedStats(
+            reason=finish_reason.value,
+            num_prompt_tokens=request.num_prompt_tokens,
+            num_output_tokens=request.num_output_tokens,
+            queue_seconds=None if scheduled is None else scheduled - arrival,
+            time_to_first_token=None if first is None else first - arrival,
+            end_to_end_seconds=time.monotonic() - arrival,
+        ))
+
+    def _note_token(self, step: _Step, request: Request, now: float) -> None:
+        step.stats.generated_tokens += 1
+        if request.last_token_time is None:
+            request.first_token_time = now
+            step.stats.time_to_first_token.append(now - request.arrival_time)
+        else:
+            step.stats.inter_token_seconds.append(now - request.last_token_time)
+        request.last_token_time = now
+
+    def _account(self, step: _Step, plan: SchedulerOutput, seconds: float) -> None:
+        scheduler, stats = self._scheduler, step.stats
+        stats.num_running = len(scheduler.running)
+        stats.num_waiting = self.num_waiting
+        stats.kv_usage = scheduler.blocks.usage
+        stats.batch_tokens = plan.num_tokens
+        stats.step_seconds = seconds
+        stats.prompt_tokens = sum(max(0, min(item.start + item.num_tokens, item.request.num_prompt_tokens) - item.start)
+                                  for item in plan.scheduled)
+        stats.preemptions = len(plan.preempted)
+        if self.config.enable_prefix_caching:
+            stats.prefix_query_tokens = sum(request.num_prompt_tokens for request in plan.admitted)
+            stats.prefix_hit_tokens = sum(request.num_cached_tokens for request in plan.admitted)
+        self._drain_rate.add(len(stats.finished), seconds)
+        with self._lock:
+            queued = [*scheduler.waiting, *(sequence.request for sequence in self._inbox)]
+            self._waiting_tokens = sum(request.num_tokens for request in queued)
+
+
+class _DrainRate:
+    """Sequences finished per second of work; what is long past counts less and less."""
+
+    def __init__(self) -> None:
+        self._finished = 0.0
+        self._seconds = 0.0
+
+    def add(self, finished: int, seconds: float) -> None:
+        decay = math.exp(-seconds / DRAIN_RATE_SECONDS)
+        self._finished = self._finished * decay + finished
+        self._seconds = self._seconds * decay + seconds
+
+    @property
+    def per_second(self) -> float:
+        """0 before anything was measured."""
+        return self._finished / self._seconds if self._seconds else 0.0

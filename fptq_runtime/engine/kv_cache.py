@@ -1,0 +1,66 @@
+"""How large the KV cache is, and the largest step an executor must take."""
+
+from __future__ import annotations
+
+from fptq_runtime.config import EngineConfig, KVCacheDtype, ModelConfig
+from fptq_runtime.kernels.base import StepLimits
+
+# Rows of logits for echoed prompts are few enough that their buffer stays below this; a vocabulary of 150,000 gets
+# 111 rows a step, one of 32,000 all of a default step.
+MAX_LOGITS_BYTES = 64 << 20
+
+_ELEMENT_BYTES = {"float32": 4, "bf16": 2, "int8": 1}
+_SCALE_BYTES = {"float32": 0, "bf16": 0, "int8": 4}  # a token and head
+
+
+def token_bytes(model: ModelConfig, dtype: KVCacheDtype) -> int:
+    """Keys and values of one token in all layers."""
+    head = model.head_dim * _ELEMENT_BYTES[dtype] + _SCALE_BYTES[dtype]
+    return 2 * model.num_layers * model.num_kv_heads * head
+
+
+def cache_tokens(model: ModelConfig, dtype: KVCacheDtype, block_size: int, memory: int) -> int:
+    """Tokens that whole blocks of that much memory hold; slots are numbered in 31 bits."""
+    blocks = memory // (token_bytes(model, dtype) * block_size)
+    return min(blocks, (1 << 31) // block_size - 1) * block_size
+
+
+def step_limits(model: ModelConfig, config: EngineConfig) -> StepLimits:
+    """Raises ValueError where the cache cannot hold one sequence of max_model_len tokens, or the model's positions
+    end before it."""
+    if config.max_model_len > model.max_position_embeddings:
+        raise ValueError(f"max_model_len {config.max_model_len} exceeds the model's {model.max_position_embeddings} "
+                         "positions; lower max_model_len")
+    tokens = cache_tokens(model, config.kv_cache_dtype, config.block_size, config.kv_cache_memory)
+    if tokens < config.max_model_len:
+        needed = -(-config.max_model_len // config.block_size) * config.block_size
+        needed *= token_bytes(model, config.kv_cache_dtype)
+        raise ValueError(
+            f"a KV cache of {format_bytes(config.kv_cache_memory)} ({config.kv_cache_dtype}) holds {tokens} tokens, "
+            f"fewer than max_model_len {config.max_model_len}, which needs {format_bytes(needed)}; raise "
+            "kv_cache_memory or lower max_model_len"
+        )
+    # No step is larger than all sequences at their greatest length.
+    max_tokens = min(config.max_num_batched_tokens, config.max_num_seqs * config.max_model_len)
+    prompt_logits = max(1, min(max_tokens, MAX_LOGITS_BYTES // (4 * model.vocab_size)))
+    max_seqs = min(config.max_num_seqs, max_tokens)
+    return StepLimits(
+        max_tokens=max_tokens,
+        max_seqs=max_seqs,
+        max_logits_rows=max_seqs + prompt_logits,
+        max_model_len=config.max_model_len,
+        num_blocks=tokens // config.block_size,
+        block_size=config.block_size,
+        kv_dtype=config.kv_cache_dtype,
+        num_layers=model.num_layers,
+        num_kv_heads=model.num_kv_heads,
+        head_dim=model.head_dim,
+    )
+
+
+def format_bytes(size: int) -> str:
+    """1.5 MiB, rounded up so that what is printed as needed is enough."""
+    for unit, shift in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
+        if size >= 1 << shift:
+            return f"{-(-size * 10 >> shift) / 10:g} {unit}"
+    return f"{size} bytes"

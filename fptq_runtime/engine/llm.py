@@ -1,0 +1,125 @@
+"""Load a model into an engine, and generate offline."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fptq_runtime.artifact.io import check_files, is_artifact
+from fptq_runtime.config import EngineConfig, ModelConfig
+from fptq_runtime.engine.engine import Engine, QueueFullError
+from fptq_runtime.engine.kv_cache import cache_tokens, format_bytes
+from fptq_runtime.engine.output import RequestOutput, TokenLogprobs
+from fptq_runtime.engine.request import FinishReason, SamplingParams
+from fptq_runtime.kernels.select import select_backend
+from fptq_runtime.models.golden import check_golden
+from fptq_runtime.models.loader import Checkpoint, eos_token_ids, load_model
+from fptq_runtime.models.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+Prompt = str | Sequence[int]
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One generated sequence. logprobs and prompt_logprobs are empty unless asked for."""
+
+    prompt_token_ids: tuple[int, ...]
+    token_ids: tuple[int, ...]
+    text: str
+    finish_reason: FinishReason
+    stop_reason: str | int | None
+    logprobs: tuple[TokenLogprobs, ...]
+    prompt_logprobs: tuple[TokenLogprobs | None, ...]
+
+
+class LLM:
+    """Offline generation: `LLM("artifact").generate(["Once upon a time"], SamplingParams(max_tokens=64))`.
+
+    path: a model directory, quantized or float. Options are EngineConfig's fields.
+    """
+
+    def __init__(self, path: str | Path, *, backend: str = "auto", **options: Any) -> None:
+        self.engine = load_engine(path, backend=backend, **options)
+
+    def generate(self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+                 ) -> list[list[Completion]]:
+        """Completions of every prompt (text or token ids), params.n of each, in the prompts' order.
+
+        params: one for all, or one for each. Raises RequestError before anything runs where a prompt cannot.
+        """
+        if isinstance(prompts, str):
+            raise TypeError("prompts must be a list; put the one prompt into a list")
+        each = [params or SamplingParams()] * len(prompts) if params is None or isinstance(params, SamplingParams) \
+            else list(params)
+        if len(each) != len(prompts):
+            raise ValueError(f"{len(prompts)} prompts but {len(each)} params; give one for all or one for each")
+        token_ids = [self.engine.tokenizer.encode(p) if isinstance(p, str) else list(p) for p in prompts]
+        for ids, param in zip(token_ids, each, strict=True):
+            self.engine.validate(ids, param)
+        pending = deque(range(len(prompts)))
+        events: dict[tuple[str, int], list[RequestOutput]] = {
+            (str(i), k): [] for i, param in enumerate(each) for k in range(param.n)
+        }
+        while pending or self.engine.has_unfinished_requests:
+            try:
+                while pending:
+                    self.engine.add_request(str(pending[0]), token_ids[pending[0]], each[pending[0]])
+                    pending.popleft()
+            except QueueFullError:
+                pass  # the step below makes room
+            for output in self.engine.step()[0]:
+                events[output.request_id, output.index].append(output)
+        return [
+            [_completion(token_ids[i], events[str(i), k]) for k in range(param.n)]
+            for i, param in enumerate(each)
+        ]
+
+
+def load_engine(path: str | Path, *, backend: str = "auto", max_model_len: int | None = None, **options: Any) -> Engine:
+    """An engine for a model directory; an artifact's files and golden logits are checked first.
+
+    max_model_len: the model's own unless given, or what the KV cache holds where that is less. options: the other
+    fields of EngineConfig. Raises ValueError (ArtifactError, CheckpointError, GoldenMismatch, …), one line.
+    """
+    manifest = check_files(Path(path)) if is_artifact(Path(path)) else None
+    checkpoint = Checkpoint(path)
+    model = checkpoint.model_config
+    config = EngineConfig(max_model_len=max_model_len or model.max_position_embeddings, **options)
+    if max_model_len is None:
+        config = _fit(config, model)
+    kernels = select_backend(backend, config.threads)
+    decoder = load_model(checkpoint, kernels)
+    if manifest is not None:
+        deviation = check_golden(decoder, kernels, manifest.golden)
+        logger.info("golden logits agree within %.1e of max |logit|", deviation)
+    return Engine(decoder, kernels, config, Tokenizer(path), eos_token_ids(checkpoint))
+
+
+def _fit(config: EngineConfig, model: ModelConfig) -> EngineConfig:
+    """Lower max_model_len to what the KV cache holds."""
+    tokens = cache_tokens(model, config.kv_cache_dtype, config.block_size, config.kv_cache_memory)
+    if not 0 < tokens < config.max_model_len:
+        return config
+    logger.warning("the model's context of %d tokens is lowered to %d, what a KV cache of %s holds; raise "
+                   "kv_cache_memory for more", config.max_model_len, tokens, format_bytes(config.kv_cache_memory))
+    return replace(config, max_model_len=tokens)
+
+
+def _completion(prompt_token_ids: list[int], events: list[RequestOutput]) -> Completion:
+    last = events[-1]
+    assert last.finish_reason is not None
+    return Completion(
+        prompt_token_ids=tuple(prompt_token_ids),
+        token_ids=tuple(token_id for event in events for token_id in event.token_ids),
+        text="".join(event.text for event in events),
+        finish_reason=last.finish_reason,
+        stop_reason=last.stop_reason,
+        logprobs=tuple(entry for event in events for entry in event.logprobs),
+        prompt_logprobs=next((event.prompt_logprobs for event in events if event.prompt_logprobs), ()),
+    )

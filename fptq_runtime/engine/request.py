@@ -1,0 +1,135 @@
+"""A request and what its sender asked for. No torch."""
+
+from __future__ import annotations
+
+import enum
+import math
+import secrets
+import time
+from array import array
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+MAX_LOGPROBS = 20
+MAX_STOP_STRINGS = 16
+MAX_N = 64
+
+
+class FinishReason(str, enum.Enum):
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How tokens are drawn; OpenAI's and vLLM's names and meanings.
+
+    temperature 0 is greedy. top_k 0 and top_p 1 are off. Penalties: repetition multiplies (prompt and output),
+    presence and frequency subtract (output only). seed None draws one for the request. logprobs: how many top
+    alternatives to return beside the chosen token's own; prompt_logprobs the same for every prompt token.
+    stop strings are cut from the text. min_tokens: until so many are out, neither an end-of-sequence or stop id is
+    drawn nor a stop string looked for. Raises ValueError that names the parameter.
+    """
+
+    n: int = 1
+    max_tokens: int = 16
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    skip_special_tokens: bool = True
+
+    def __post_init__(self) -> None:
+        def check(name: str, ok: bool, allowed: str) -> None:
+            if not ok:
+                raise ValueError(f"{name} must be {allowed}, not {getattr(self, name)!r}")
+
+        check("n", 1 <= self.n <= MAX_N, f"between 1 and {MAX_N}")
+        check("max_tokens", self.max_tokens >= 0, "at least 0")
+        check("min_tokens", 0 <= self.min_tokens <= self.max_tokens, "between 0 and max_tokens")
+        check("temperature", 0 <= self.temperature <= 100, "between 0 and 100")
+        check("top_p", 0 < self.top_p <= 1, "in (0, 1]")
+        check("top_k", self.top_k >= 0, "0 (off) or more")
+        check("min_p", 0 <= self.min_p <= 1, "in [0, 1]")
+        check("repetition_penalty", 0 < self.repetition_penalty <= 100, "in (0, 100]")
+        check("presence_penalty", -2 <= self.presence_penalty <= 2, "between -2 and 2")
+        check("frequency_penalty", -2 <= self.frequency_penalty <= 2, "between -2 and 2")
+        check("logit_bias", all(k >= 0 and math.isfinite(v) and abs(v) <= 100 for k, v in self.logit_bias.items()),
+              "token ids to values between -100 and 100")
+        check("seed", self.seed is None or -(1 << 63) <= self.seed < 1 << 64, "a 64-bit integer")
+        check("stop", not isinstance(self.stop, str) and len(self.stop) <= MAX_STOP_STRINGS and all(self.stop),
+              f"at most {MAX_STOP_STRINGS} non-empty strings")
+        for name in ("logprobs", "prompt_logprobs"):
+            value = getattr(self, name)
+            check(name, value is None or 0 <= value <= MAX_LOGPROBS, f"between 0 and {MAX_LOGPROBS}")
+
+
+class RequestStatus(enum.Enum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+class Request:
+    """One sequence on its way through the engine (a request with n > 1 becomes n of these).
+
+    Tokens are computed when their keys and values are in the cache: the scheduler moves num_computed_tokens towards
+    num_tokens, and a token is sampled when they meet.
+    """
+
+    def __init__(self, request_id: str, index: int, prompt_token_ids: Sequence[int], params: SamplingParams, seed: int,
+                 arrival_time: float) -> None:
+        self.request_id = request_id
+        self.index = index
+        self.params = params
+        self.seed = seed
+        self.token_ids = list(prompt_token_ids)  # the prompt, then what was sampled
+        self.num_prompt_tokens = len(prompt_token_ids)
+        self.num_computed_tokens = 0
+        self.num_cached_tokens = 0  # prompt tokens found in the prefix cache when first scheduled
+        self.num_preemptions = 0
+        self.block_table = array("i")  # copied into every step's input, hence not a list
+        self.block_hashes: list[bytes] = []  # of the full blocks hashed so far
+        self.status = RequestStatus.WAITING
+        self.arrival_time = arrival_time
+        self.scheduled_time: float | None = None
+        self.first_token_time: float | None = None
+        self.last_token_time: float | None = None
+
+    @classmethod
+    def expand(cls, request_id: str, prompt_token_ids: Sequence[int], params: SamplingParams) -> list[Request]:
+        """The n sequences of one request. Sequence i is seeded with seed + i, as if it had been sent alone so."""
+        seed = secrets.randbits(63) if params.seed is None else params.seed
+        now = time.monotonic()
+        return [cls(request_id, i, prompt_token_ids, params, seed + i, now) for i in range(params.n)]
+
+    @property
+    def key(self) -> tuple[str, int]:
+        return self.request_id, self.index
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def needs_prompt_logits(self) -> bool:
+        """Every prompt position's logits are wanted, and the prompt is not known to be through. They are reported
+        once, by sequence 0."""
+        return self.params.prompt_logprobs is not None and self.index == 0 and self.num_output_tokens == 0

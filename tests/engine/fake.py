@@ -1,0 +1,147 @@
+"""A tiny model whose next token depends on every token it reads *through the cache*: one wrong block, slot or stale
+entry changes what comes out. It lets the engine be tested without kernels."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from fptq_runtime.config import EngineConfig, ModelConfig
+from fptq_runtime.engine.engine import Engine
+from fptq_runtime.engine.output import RequestOutput
+from fptq_runtime.engine.request import SamplingParams
+from fptq_runtime.kernels.base import StepInput, StepLimits
+
+VOCAB = 97
+EOS = 0
+MODEL = ModelConfig(
+    architecture="FakeForCausalLM", vocab_size=VOCAB, hidden_size=1, intermediate_size=1, num_layers=1, num_heads=1,
+    num_kv_heads=1, head_dim=1, max_position_embeddings=1 << 20, norm="rms", norm_eps=1e-5, activation="silu_mul",
+    eos_token_ids=(EOS,),
+)
+TOKEN_BYTES = 10  # keys and values, a byte each, and their two scales
+
+
+def logits_after(token_ids: Sequence[int]) -> np.ndarray:
+    """The fake model: a row of logits that a whole text determines. [VOCAB]"""
+    digest = hashlib.blake2b(np.asarray(token_ids, dtype=np.int32).tobytes(), digest_size=8).digest()
+    row = np.random.Generator(np.random.Philox(int.from_bytes(digest, "big"))).normal(size=VOCAB)
+    return (4 * row).astype(np.float32)
+
+
+class FakeExecutor:
+    """`before` may raise, `after` may spoil the logits; every batch is checked against the contract."""
+
+    def __init__(self, limits: StepLimits) -> None:
+        self.limits = limits
+        self.cache = np.full(limits.num_blocks * limits.block_size, -1, dtype=np.int32)
+        self.batches: list[StepInput] = []
+        self.before: Callable[[StepInput], None] = lambda batch: None
+        self.after: Callable[[np.ndarray], np.ndarray] = lambda logits: logits
+
+    def step(self, batch: StepInput) -> np.ndarray:
+        self.before(batch)
+        limits, size = self.limits, self.limits.block_size
+        assert 0 < len(batch.token_ids) <= limits.max_tokens
+        assert 0 < len(batch.seq_lens) <= limits.max_seqs
+        assert len(batch.logits_rows) <= limits.max_logits_rows
+        assert batch.seq_lens.max() <= limits.max_model_len
+        assert len(set(batch.slot_mapping.tolist())) == len(batch.slot_mapping)
+        for array in vars(batch).values():
+            assert array.dtype == np.int32
+            assert array.flags.c_contiguous
+        self.batches.append(batch)
+        self.cache[batch.slot_mapping] = batch.token_ids
+        rows = []
+        for row in batch.logits_rows:
+            sequence = int(np.searchsorted(batch.query_start_loc, row, side="right")) - 1
+            positions = np.arange(batch.positions[row] + 1)
+            slots = batch.block_tables[sequence, positions // size] * size + positions % size
+            assert slots[-1] == batch.slot_mapping[row]
+            rows.append(logits_after(self.cache[slots]))
+        return self.after(np.array(rows, dtype=np.float32).reshape(-1, VOCAB))
+
+
+class FakeBackend:
+    name = "fake"
+
+    def prepare(self, parameter: Any) -> Any:
+        return parameter
+
+    def compile(self, forward: Any, limits: StepLimits) -> FakeExecutor:
+        self.executor = FakeExecutor(limits)
+        return self.executor
+
+    def describe(self) -> dict[str, str]:
+        return {}
+
+
+class FakeDecoder:
+    config = MODEL
+
+
+class FakeTokenStream:
+    """Token t is the character chr(t); one below 32 stays open until the next."""
+
+    def __init__(self) -> None:
+        self.open = ""
+
+    def step(self, token_id: int) -> str | None:
+        text = self.open + spelled(token_id)
+        self.open = text if token_id < 32 else ""
+        return None if self.open else text
+
+
+class FakeTokenizer:
+    def stream(self, skip_special_tokens: bool = True, prompt_token_ids: Sequence[int] = ()) -> FakeTokenStream:
+        return FakeTokenStream()
+
+
+def spelled(token_id: int) -> str:
+    return chr(0x100 + token_id) if token_id < 32 else chr(token_id)
+
+
+def make_engine(*, max_model_len: int = 256, num_blocks: int = 64, **options: Any) -> Engine:
+    """An engine over the fake model; its executor is engine.backend.executor."""
+    block_size = options.setdefault("block_size", 16)
+    config = EngineConfig(max_model_len=max_model_len, kv_cache_memory=num_blocks * block_size * TOKEN_BYTES, **options)
+    return Engine(FakeDecoder(), FakeBackend(), config, FakeTokenizer())  # type: ignore[arg-type]
+
+
+def run(engine: Engine, check: bool = True) -> dict[tuple[str, int], list[RequestOutput]]:
+    """Step until nothing is left. Events by sequence."""
+    events: dict[tuple[str, int], list[RequestOutput]] = {}
+    while engine.has_unfinished_requests:
+        for output in engine.step()[0]:
+            events.setdefault((output.request_id, output.index), []).append(output)
+        if check:
+            engine.check_integrity()
+    return events
+
+
+def tokens(events: Sequence[RequestOutput]) -> list[int]:
+    return [token for event in events for token in event.token_ids]
+
+
+def text(events: Sequence[RequestOutput]) -> str:
+    return "".join(event.text for event in events)
+
+
+def solo(prompt: Sequence[int], params: SamplingParams, **options: Any) -> dict[int, list[RequestOutput]]:
+    """What a request gives alone, in one chunk, on a cold engine. Events by index."""
+    engine = make_engine(max_num_batched_tokens=4096, **options)
+    engine.add_request("solo", prompt, params)
+    return {index: events for (_, index), events in run(engine).items()}
+
+
+def gist(events: Sequence[RequestOutput]) -> tuple[Any, ...]:
+    """All that must not depend on the company a request keeps."""
+    last = events[-1]
+    return (
+        [(event.token_ids, event.text, event.logprobs, event.prompt_logprobs) for event in events],
+        last.finish_reason,
+        last.stop_reason,
+    )

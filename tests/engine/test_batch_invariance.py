@@ -1,0 +1,148 @@
+"""Bit for bit the same tokens and log-probabilities, whatever company a request keeps: real kernels, real weights."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fptq_runtime
+from fptq_runtime.artifact.numerics import quantize_weight
+from fptq_runtime.config import EngineConfig, KVCacheDtype
+from fptq_runtime.engine.engine import Engine
+from fptq_runtime.engine.kv_cache import token_bytes
+from fptq_runtime.engine.output import RequestOutput
+from fptq_runtime.engine.request import SamplingParams
+from fptq_runtime.kernels.base import ActivationQuant, Backend, Linear, QuantizedWeight
+from fptq_runtime.models.decoder import Block, Decoder, Head, Stem, prepare_block
+from fptq_runtime.models.loader import Checkpoint, load_block, load_head, load_stem
+from fptq_runtime.models.tokenizer import Tokenizer
+from tests.engine.fake import gist, run
+
+DEMO = Path(fptq_runtime.__file__).parent / "demo"
+VOCAB = Checkpoint(DEMO).model_config.vocab_size
+MAX_LEN = 192
+
+
+def quantized(linear: Linear, act: ActivationQuant, num_bits: int = 4) -> Linear:
+    assert isinstance(linear.weight, torch.Tensor)
+    codes, scale = quantize_weight(linear.weight.float(), num_bits, 128)
+    return replace(linear, weight=QuantizedWeight(codes, scale, 4 if num_bits == 4 else 8, 128), act=act)
+
+
+def w4a8_decoder(backend: Backend) -> Decoder:
+    """The demo model, its linears rounded to nearest: dynamic and static activations, and a last layer left in
+    float."""
+    checkpoint = Checkpoint(DEMO)
+    config = checkpoint.model_config
+    stem, head = load_stem(checkpoint), load_head(checkpoint)
+
+    def block(index: int) -> Block:
+        loaded = load_block(checkpoint, index)
+        if index == config.num_layers - 1:
+            return loaded
+        act = ActivationQuant() if index % 2 else ActivationQuant(0.05)
+        return replace(loaded, qkv=quantized(loaded.qkv, act), o=quantized(loaded.o, ActivationQuant()),
+                       up=quantized(loaded.up, act), down=quantized(loaded.down, ActivationQuant()))
+
+    lm_head = quantized(head.lm_head, ActivationQuant(), num_bits=8)
+    return Decoder(config, Stem(backend.prepare(stem.embedding)),
+                   [prepare_block(block(i), backend) for i in range(config.num_layers)],
+                   Head(backend.prepare(head.norm), backend.prepare(lm_head), lm_head.act))
+
+
+@pytest.fixture(scope="module")
+def native() -> tuple[Decoder, Backend]:
+    pytest.importorskip("fptq_runtime._native", reason="the native extension is not built")
+    from fptq_runtime.kernels.cpu import CpuBackend
+
+    backend = CpuBackend(threads=2)
+    return w4a8_decoder(backend), backend
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer(DEMO)
+
+
+def engine_for(native: tuple[Decoder, Backend], tokenizer: Tokenizer, num_tokens: int = 4096, **options: Any) -> Engine:
+    config = EngineConfig(max_model_len=MAX_LEN, **options)
+    memory = num_tokens * token_bytes(native[0].config, config.kv_cache_dtype)
+    config = replace(config, kv_cache_memory=memory)
+    return Engine(*native, config, tokenizer)
+
+
+def requests(generator: random.Random, count: int) -> list[tuple[list[int], SamplingParams]]:
+    shared = [[generator.randrange(VOCAB) for _ in range(80)] for _ in range(2)]
+    made = []
+    for _ in range(count):
+        prompt = generator.choice(shared)[: generator.randrange(1, 81)]
+        prompt += [generator.randrange(VOCAB) for _ in range(generator.randrange(0, 50))]
+        made.append((prompt, SamplingParams(
+            max_tokens=generator.randrange(1, 60),
+            temperature=generator.choice([0.0, 0.0, 1.0]),
+            top_p=generator.choice([1.0, 0.9]),
+            seed=generator.randrange(1 << 30),
+            logprobs=generator.choice([0, 1, 5]),
+            prompt_logprobs=generator.choice([None, None, 1]),
+            ignore_eos=generator.random() < 0.5,
+        )))
+    return made
+
+
+def solo(engine: Engine, prompt: Sequence[int], params: SamplingParams) -> list[RequestOutput]:
+    engine.add_request("solo", prompt, params)
+    return run(engine, check=False)["solo", 0]
+
+
+@pytest.mark.parametrize("kv_dtype", ["int8", "bf16"])
+@pytest.mark.parametrize(("options", "num_tokens"), [
+    ({}, 4096),
+    ({"max_num_batched_tokens": 7}, 4096),
+    ({"max_num_batched_tokens": 61, "max_num_seqs": 5, "block_size": 16}, 4096),
+    ({"max_num_batched_tokens": 33, "enable_prefix_caching": False, "block_size": 64}, 4096),
+    ({"max_num_batched_tokens": 128, "max_num_seqs": 12, "block_size": 16}, 320),
+], ids=["wide", "tiny chunks", "few at a time", "no prefix cache", "preempted"])
+def test_each_request_gives_what_it_gives_alone(native: tuple[Decoder, Backend], tokenizer: Tokenizer,
+                                                kv_dtype: KVCacheDtype, options: dict[str, Any],
+                                                num_tokens: int) -> None:
+    alone = engine_for(native, tokenizer, max_num_batched_tokens=MAX_LEN, enable_prefix_caching=False,
+                       kv_cache_dtype=kv_dtype)
+    company = engine_for(native, tokenizer, num_tokens, kv_cache_dtype=kv_dtype, **options)
+    generator = random.Random(str(options))
+    sent = requests(generator, 32)
+    events: dict[str, list[RequestOutput]] = {str(i): [] for i in range(32)}
+    arrivals, preemptions, hits = list(range(32)), 0, 0
+    while arrivals or company.has_unfinished_requests:
+        for _ in range(generator.randrange(0, 8)):
+            if arrivals:
+                company.add_request(str(arrivals[0]), *sent[arrivals.pop(0)])
+        outputs, stats = company.step()
+        preemptions += stats.preemptions
+        hits += stats.prefix_hit_tokens
+        for output in outputs:
+            events[output.request_id].append(output)
+    assert (preemptions > 0) == (num_tokens < 4096), preemptions
+    assert (hits > 0) == company.config.enable_prefix_caching
+    for i, (prompt, params) in enumerate(sent):
+        assert gist(events[str(i)]) == gist(solo(alone, prompt, params))
+
+
+def test_the_second_time_comes_from_the_cache(native: tuple[Decoder, Backend], tokenizer: Tokenizer) -> None:
+    engine = engine_for(native, tokenizer)
+    prompt = list(range(100, 200))
+    params = SamplingParams(max_tokens=40, temperature=0, logprobs=5, ignore_eos=True)
+    first = solo(engine, prompt, params)
+    again = solo(engine, prompt, params)
+    assert (first[0].num_cached_tokens, again[0].num_cached_tokens) == (0, 96)
+    assert gist(first) == gist(again)
+    context = prompt + [token for event in first for token in event.token_ids]
+    scored = solo(engine, context, SamplingParams(max_tokens=0, prompt_logprobs=5))[0].prompt_logprobs
+    assert scored is not None
+    decoded = tuple(entry for event in first for entry in event.logprobs)
+    assert scored[len(prompt) :] == decoded, "scoring a text gives the bits that decoding it gave"

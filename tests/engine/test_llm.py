@@ -1,0 +1,109 @@
+"""Oracle: transformers' generate on the same float model."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import fptq_runtime
+from fptq_runtime.engine.engine import RequestError
+from fptq_runtime.engine.llm import LLM, load_engine
+from fptq_runtime.engine.request import FinishReason, SamplingParams
+
+DEMO = Path(fptq_runtime.__file__).parent / "demo"
+PROMPTS = ["Once upon a time", "The old man looked at the sea and", "“Where is the king?” she asked."]
+
+
+@pytest.fixture(scope="module", params=["reference", "native"])
+def llm(request: pytest.FixtureRequest) -> LLM:
+    if request.param == "native":
+        pytest.importorskip("fptq_runtime._native", reason="the native extension is not built")
+    return LLM(DEMO, backend=request.param, kv_cache_dtype="float32", threads=2, kv_cache_memory=64 << 20)
+
+
+@pytest.fixture(scope="module")
+def oracle() -> Any:
+    return AutoModelForCausalLM.from_pretrained(DEMO, dtype=torch.float32)
+
+
+def test_greedy_is_what_transformers_generates(llm: LLM, oracle: Any) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(DEMO)
+    results = llm.generate(PROMPTS, SamplingParams(max_tokens=40, temperature=0, ignore_eos=True, logprobs=1))
+    for prompt, [completion] in zip(PROMPTS, results, strict=True):
+        ids = tokenizer(prompt, return_tensors="pt").input_ids
+        assert completion.prompt_token_ids == tuple(ids[0].tolist())
+        with torch.inference_mode():
+            whole = oracle.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=40, min_new_tokens=40,
+                                    do_sample=False)
+            logprobs = oracle(whole).logits[0].double().log_softmax(-1)
+        expected = whole[0, ids.shape[1] :].tolist()
+        assert list(completion.token_ids) == expected
+        given = [entry.logprob for entry in completion.logprobs]
+        rows = range(ids.shape[1] - 1, whole.shape[1] - 1)
+        assert given == pytest.approx([float(logprobs[r, t]) for r, t in zip(rows, expected, strict=True)], abs=2e-3)
+        text = tokenizer.decode(whole[0], skip_special_tokens=True)
+        prompt_text = tokenizer.decode(ids[0], skip_special_tokens=True)
+        assert prompt_text + completion.text == text
+        assert completion.finish_reason is FinishReason.LENGTH
+
+
+def test_each_prompt_has_its_own_params_and_place(llm: LLM) -> None:
+    params = [SamplingParams(max_tokens=i + 1, n=i % 3 + 1, seed=i, ignore_eos=True) for i in range(5)]
+    results = llm.generate([[5 + i] for i in range(5)], params)
+    assert [len(r) for r in results] == [1, 2, 3, 1, 2]
+    for i, completions in enumerate(results):
+        assert {len(c.token_ids) for c in completions} == {i + 1}
+        assert {c.prompt_token_ids for c in completions} == {(5 + i,)}
+
+
+def test_prompt_logprobs(llm: LLM) -> None:
+    [[completion]] = llm.generate([PROMPTS[1]], SamplingParams(max_tokens=0, prompt_logprobs=2))
+    entries = completion.prompt_logprobs
+    assert entries[0] is None
+    assert [entry.token_id for entry in entries[1:] if entry] == list(completion.prompt_token_ids[1:])
+    assert completion.token_ids == ()
+
+
+def test_bad_prompts_are_refused_before_anything_runs(llm: LLM) -> None:
+    with pytest.raises(RequestError, match="context is 1024"):
+        llm.generate([[1], [1] * 2000])
+    assert not llm.engine.has_unfinished_requests
+    with pytest.raises(ValueError, match="2 prompts but 1 params"):
+        llm.generate(["a", "b"], [SamplingParams()])
+    with pytest.raises(TypeError, match="list"):
+        llm.generate("a")
+
+
+def test_more_prompts_than_the_queue_holds() -> None:
+    llm = LLM(DEMO, backend="reference", max_num_seqs=2, max_waiting_requests=2, kv_cache_memory=32 << 20)
+    assert len(llm.generate([[1]] * 9, SamplingParams(max_tokens=1))) == 9
+
+
+def test_the_context_is_what_the_cache_holds(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        engine = load_engine(DEMO, backend="reference", kv_cache_memory=1 << 20)
+    assert 0 < engine.config.max_model_len < 1024
+    assert f"lowered to {engine.config.max_model_len}" in caplog.text
+    with pytest.raises(ValueError, match="max_model_len 1024, which needs"):
+        load_engine(DEMO, backend="reference", kv_cache_memory=1 << 20, max_model_len=1024)
+    with pytest.raises(ValueError, match="raise kv_cache_memory"):
+        load_engine(DEMO, backend="reference", kv_cache_memory=1 << 10)
+
+
+def test_the_end_of_sequence_is_generation_configs(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(DEMO, model)
+    llm = LLM(model, backend="reference", kv_cache_memory=32 << 20)
+    [[free]] = llm.generate([PROMPTS[0]], SamplingParams(max_tokens=6, temperature=0))
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, free.token_ids[3]]}))
+    llm = LLM(model, backend="reference", kv_cache_memory=32 << 20)
+    [[ended]] = llm.generate([PROMPTS[0]], SamplingParams(max_tokens=6, temperature=0))
+    assert ended.finish_reason is FinishReason.STOP
+    assert ended.token_ids == free.token_ids[: free.token_ids.index(free.token_ids[3]) + 1]
