@@ -1,0 +1,317 @@
+"""The artifact directory: written whole or not at all, and checked file by file before it is believed.
+
+fptq.json (the `Manifest`) is written last and lists every other file with its size and sha256; its own digest covers
+its bytes with the digest itself zeroed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors.torch import save_file
+
+MANIFEST = "fptq.json"
+_NO_DIGEST = "0" * 64
+_MANIFEST_LIMIT = 256 << 20  # bytes of fptq.json that are read at all
+
+
+class ArtifactError(ValueError):
+    """An artifact that is damaged, incomplete or in the way. One line, for the user."""
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TextRecord(_Record):
+    """Which tokens something was measured on. sha256 is of the text as read, or of the token ids where random."""
+
+    name: str
+    sha256: str
+    tokens: int
+
+
+class LayerRecord(_Record):
+    """One quantized linear (its modules read the same input).
+
+    range: max |x| of its input before any transform, peak_position the token position that set it. Errors are squared
+    and relative to the float output, averaged over tokens: `activation_error` from quantizing the input alone,
+    `error` from input and weights.
+    """
+
+    name: str
+    kind: Literal["qkv", "o", "up", "down", "head"]
+    modules: tuple[str, ...]
+    range: float
+    peak_position: int
+    equalized: bool
+    activations: Literal["static", "dynamic", "float"]
+    reason: str
+    input_scale: float | None
+    num_bits: int
+    group_size: int | None
+    activation_error: float
+    error: float
+
+
+class Quality(_Record):
+    """Perplexity of the source model and of the artifact on one text, in windows of `window` tokens."""
+
+    text: TextRecord
+    window: int
+    perplexity_before: float
+    perplexity_after: float
+
+
+class Provenance(_Record):
+    """What the artifact was made from. source_files maps every file of the source to its sha256."""
+
+    source: str
+    revision: str | None
+    architecture: str
+    source_files: dict[str, str]
+    calibration: TextRecord
+    num_samples: int
+    sample_length: int
+    seed: int
+    fptq_version: str
+
+
+class FileRecord(_Record):
+    size: int
+    sha256: str
+
+
+class Manifest(_Record):
+    """fptq.json."""
+
+    format_version: Literal[1] = 1
+    recipe: dict[str, Any]
+    provenance: Provenance
+    layers: tuple[LayerRecord, ...]
+    quality: Quality
+    golden: dict[str, Any]
+    files: dict[str, FileRecord] = Field(default_factory=dict)
+    digest: str = _NO_DIGEST
+
+    def to_json(self) -> str:
+        """The file's text, with its digest filled in."""
+        text = json.dumps(self.model_copy(update={"digest": _NO_DIGEST}).model_dump(), indent=1) + "\n"
+        return _set_digest(text, hashlib.sha256(text.encode()).hexdigest())
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files but fptq.json."""
+        return sum(record.size for record in self.files.values())
+
+
+def _set_digest(text: str, digest: str) -> str:
+    head, _, tail = text.rpartition(f'"{_NO_DIGEST}"')
+    return f'{head}"{digest}"{tail}'
+
+
+def is_artifact(path: Path) -> bool:
+    return (path / MANIFEST).is_file()
+
+
+def read_manifest(path: Path) -> Manifest:
+    """fptq.json of an artifact, its digest checked. Raises ArtifactError."""
+    file = path / MANIFEST
+    try:
+        if file.stat().st_size > _MANIFEST_LIMIT:
+            raise ArtifactError(f"{file} is too large to be a manifest")
+        text = file.read_text(encoding="utf-8")
+        if not text:
+            raise ArtifactError(f"{path} is unfinished: the run that was writing it stopped before its end")
+        manifest = Manifest.model_validate(json.loads(text))
+    except FileNotFoundError:
+        raise ArtifactError(f"{path} is not an fptq artifact: it has no {MANIFEST}") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise ArtifactError(f"{file} is damaged: {error}") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise ArtifactError(f"{file} is damaged or of another version: {where}: {first['msg']}") from None
+    head, _, tail = text.rpartition(f'"{manifest.digest}"')
+    if hashlib.sha256(f'{head}"{_NO_DIGEST}"{tail}'.encode()).hexdigest() != manifest.digest:
+        raise ArtifactError(f"{file} is damaged: its contents do not match its digest")
+    return manifest
+
+
+def verify(path: Path) -> Manifest:
+    """Re-read and hash every file. Raises ArtifactError that names the files that are damaged, missing or foreign."""
+    manifest = read_manifest(path)
+    bad = []
+    for name, record in manifest.files.items():
+        file = path / name
+        if not file.is_file():
+            bad.append(f"{name} is missing")
+        elif file.stat().st_size != record.size:
+            bad.append(f"{name} has {file.stat().st_size} bytes, not {record.size}")
+        elif hash_file(file) != record.sha256:
+            bad.append(f"{name} does not match its sha256")
+    bad += [f"{file.name} is not part of the artifact" for file in sorted(path.glob("*.safetensors*"))
+            if file.name not in manifest.files]
+    if bad:
+        raise ArtifactError(f"{path} is damaged: {'; '.join(bad)}")
+    return manifest
+
+
+def check_files(path: Path) -> Manifest:
+    """`verify`, skipped where this user verified the same artifact before and no size or mtime has changed since."""
+    manifest = read_manifest(path)
+    stamp = cache_directory() / "verified" / f"{hashlib.sha256(str(path.resolve()).encode()).hexdigest()}.json"
+    try:
+        state = {name: [s.st_size, s.st_mtime_ns] for name in manifest.files for s in ((path / name).stat(),)}
+    except FileNotFoundError as error:
+        raise ArtifactError(f"{path} is damaged: {Path(error.filename).name} is missing") from None
+    expected = json.dumps({"digest": manifest.digest, "files": state})
+    try:
+        if stamp.read_text() == expected:
+            return manifest
+    except OSError:
+        pass
+    verify(path)
+    try:
+        stamp.parent.mkdir(parents=True, exist_ok=True)
+        _write_file(stamp.with_suffix(f".{os.getpid()}"), expected).replace(stamp)
+    except OSError:
+        pass  # a read-only home only costs the next load another full check
+    return manifest
+
+
+def cache_directory() -> Path:
+    """Where fptq keeps what it can rebuild: $XDG_CACHE_HOME/fptq, by default ~/.cache/fptq."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fptq"
+
+
+def hash_file(path: Path) -> str:
+    """sha256 in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+class ArtifactWriter:
+    """Builds an artifact in a hidden sibling of `out` and renames it into place on `commit`.
+
+    Leaving the `with` block without a commit removes everything. Tensors are written in shards of at most shard_bytes,
+    each as soon as it is full. Raises ArtifactError where `out` exists, unless it is empty or an artifact that
+    `overwrite` allows to replace.
+    """
+
+    def __init__(self, out: Path, overwrite: bool = False, shard_bytes: int = 4 << 30) -> None:
+        self._out = out.absolute()
+        self._shard_bytes = shard_bytes
+        self._pending: dict[str, torch.Tensor] = {}
+        self._pending_bytes = 0
+        self._shards: list[list[str]] = []
+        self._total_bytes = 0
+        if self._out.exists() and not (self._out.is_dir() and not any(self._out.iterdir())):
+            if not is_artifact(self._out):
+                raise ArtifactError(f"{out} exists and is not an fptq artifact; choose another output directory")
+            if not overwrite:
+                raise ArtifactError(f"{out} exists; choose another output directory or ask to overwrite it")
+
+    def __enter__(self) -> ArtifactWriter:
+        try:
+            self._out.parent.mkdir(parents=True, exist_ok=True)
+            self.directory = Path(tempfile.mkdtemp(prefix=f".{self._out.name}.partial-", dir=self._out.parent))
+            self.directory.chmod(0o755)
+            (self.directory / MANIFEST).touch()  # empty: whatever a killed run leaves is refused as unfinished
+        except OSError as error:
+            raise ArtifactError(f"cannot write to {self._out.parent}: {error.strerror}") from None
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None,
+                 traceback: TracebackType | None) -> None:
+        if self.directory.exists():
+            shutil.rmtree(self.directory)
+
+    def add_tensors(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        for name, tensor in tensors.items():
+            size = tensor.numel() * tensor.element_size()
+            if self._pending and self._pending_bytes + size > self._shard_bytes:
+                self._write_shard()
+            self._pending[name] = tensor.detach().clone(memory_format=torch.contiguous_format)
+            self._pending_bytes += size
+
+    def add_file(self, name: str, text: str) -> None:
+        _write_file(self.directory / name, text)
+
+    def copy_file(self, source: Path) -> None:
+        shutil.copyfile(source, self.directory / source.name)
+
+    def finish_tensors(self) -> None:
+        """Write what is pending and name the shards. The directory is loadable from here on."""
+        if self._pending:
+            self._write_shard()
+        if len(self._shards) == 1:
+            self._shard(0).rename(self.directory / "model.safetensors")
+            return
+        weight_map: dict[str, str] = {}
+        for i, names in enumerate(self._shards):
+            final = f"model-{i + 1:05}-of-{len(self._shards):05}.safetensors"
+            self._shard(i).rename(self.directory / final)
+            weight_map |= dict.fromkeys(names, final)
+        index = {"metadata": {"total_size": self._total_bytes}, "weight_map": weight_map}
+        self.add_file("model.safetensors.index.json", json.dumps(index, indent=1) + "\n")
+
+    def commit(self, manifest: Manifest) -> Manifest:
+        """Hash every file, write fptq.json and move the directory to where it belongs. Returns the manifest as
+        written."""
+        files = sorted(file for file in self.directory.iterdir() if file.name != MANIFEST)
+        for file in files:
+            _sync(file)
+        records = {file.name: FileRecord(size=file.stat().st_size, sha256=hash_file(file)) for file in files}
+        unsigned = manifest.model_copy(update={"files": records})
+        _write_file(self.directory / MANIFEST, unsigned.to_json())
+        _sync(self.directory)
+        if is_artifact(self._out):
+            # A directory cannot be renamed over a full one, so the old artifact steps aside first.
+            old = Path(tempfile.mkdtemp(prefix=f".{self._out.name}.old-", dir=self._out.parent))
+            self._out.rename(old / "artifact")
+            self.directory.rename(self._out)
+            shutil.rmtree(old)
+        else:
+            self.directory.rename(self._out)
+        _sync(self._out.parent)
+        return read_manifest(self._out)
+
+    def _shard(self, index: int) -> Path:
+        return self.directory / f"shard-{index}.safetensors"
+
+    def _write_shard(self) -> None:
+        save_file(self._pending, self._shard(len(self._shards)), metadata={"format": "pt"})
+        self._shards.append(list(self._pending))
+        self._total_bytes += self._pending_bytes
+        self._pending = {}
+        self._pending_bytes = 0
+
+
+def _write_file(path: Path, text: str) -> Path:
+    with path.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    return path
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,257 @@
+"""Calibration data, and what a block's inputs look like on it. Everything runs the decoder that is served."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+
+from fptq_runtime.artifact.io import TextRecord
+from fptq_runtime.config import ModelConfig
+from fptq_runtime.kernels.base import Linear, StepInput
+from fptq_runtime.kernels.reference import ReferenceOps
+from fptq_runtime.models.decoder import Block, Head, Stem, run_block, run_head, run_stem
+from fptq_runtime.models.tokenizer import Tokenizer
+
+Kind = Literal["qkv", "o", "up", "down", "head"]
+BLOCK_KINDS: tuple[Kind, ...] = ("qkv", "o", "up", "down")
+
+MINIBATCH_FLOATS = 1 << 22  # of a block's widest intermediate, 16 MiB: small enough for malloc to reuse
+SAMPLE_ROWS = 1024  # input rows kept of each linear, to measure errors on
+
+
+class CalibrationError(ValueError):
+    """Text that cannot be calibrated or measured on. One line, for the user."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """A named text; sha256 is of its bytes as read."""
+
+    name: str
+    content: str
+    sha256: str
+
+    def record(self, tokens: int) -> TextRecord:
+        return TextRecord(name=self.name, sha256=self.sha256, tokens=tokens)
+
+
+def read_text(path: Path | str) -> Text:
+    """A UTF-8 text file. Raises CalibrationError."""
+    try:
+        data = Path(path).read_bytes()
+        return _text(Path(path).name, data)
+    except OSError as error:
+        raise CalibrationError(f"cannot read {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise CalibrationError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
+
+
+def packaged_text(name: Literal["calibration", "heldout"]) -> Text:
+    """The text that comes with the package: public-domain tales; "heldout" is never calibrated on."""
+    data = resources.files("fptq_runtime.quantizer").joinpath("data", f"{name}.txt").read_bytes()
+    return _text(f"fptq {name}.txt", data)
+
+
+def _text(name: str, data: bytes) -> Text:
+    return Text(name, data.decode("utf-8"), hashlib.sha256(data).hexdigest())
+
+
+def bos_prefix(tokenizer: Tokenizer) -> list[int]:
+    """[BOS] where the tokenizer puts one before a prompt, as it will when the model is served; else []."""
+    first = tokenizer.encode("")[:1]
+    return first if first == [tokenizer.bos_token_id] else []
+
+
+def sample_windows(text: Text, tokenizer: Tokenizer, num_samples: int, length: int, seed: int) -> list[list[int]]:
+    """num_samples windows of `length` tokens, BOS included, at random places. Raises CalibrationError."""
+    bos = bos_prefix(tokenizer)
+    token_ids = tokenizer.encode(text.content, add_special_tokens=False)
+    body = length - len(bos)
+    if len(token_ids) < length:
+        raise CalibrationError(f"{text.name} has {len(token_ids)} tokens, fewer than one sample of {length}")
+    generator = torch.Generator().manual_seed(seed)
+    starts = torch.randint(len(token_ids) - body + 1, (num_samples,), generator=generator)
+    return [bos + token_ids[start : start + body] for start in starts.tolist()]
+
+
+def random_windows(tokenizer: Tokenizer, vocab_size: int, num_samples: int, length: int, seed: int) -> list[list[int]]:
+    """Windows of tokens drawn uniformly from the vocabulary, BOS first: calibration without data."""
+    bos = bos_prefix(tokenizer)
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randint(min(vocab_size, tokenizer.vocab_size), (num_samples, length - len(bos)), generator=generator)
+    return [bos + row for row in drawn.tolist()]
+
+
+def pack_windows(windows: Sequence[Sequence[int]]) -> StepInput:
+    """Whole sequences as one step without a cache; every row wants logits."""
+    lengths = [len(window) for window in windows]
+    total = sum(lengths)
+    return StepInput(
+        token_ids=np.concatenate([np.asarray(window, dtype=np.int32) for window in windows]),
+        positions=np.concatenate([np.arange(length, dtype=np.int32) for length in lengths]),
+        slot_mapping=np.zeros(total, dtype=np.int32),
+        query_start_loc=np.cumsum([0, *lengths], dtype=np.int32),
+        seq_lens=np.asarray(lengths, dtype=np.int32),
+        block_tables=np.zeros((len(windows), 1), dtype=np.int32),
+        logits_rows=np.arange(total, dtype=np.int32),
+    )
+
+
+OpsFactory = Callable[[StepInput], ReferenceOps]
+
+
+def _plain_ops(batch: StepInput) -> ReferenceOps:
+    return ReferenceOps(batch, None)
+
+
+class HiddenStates:
+    """The hidden states of a set of windows, in minibatches, taken through the model one part at a time."""
+
+    def __init__(self, config: ModelConfig, windows: Sequence[Sequence[int]]) -> None:
+        self._config = config
+        widest = max(2 * config.intermediate_size, (config.num_heads + 2 * config.num_kv_heads) * config.head_dim)
+        rows = max(1, MINIBATCH_FLOATS // widest)
+        self.batches: list[StepInput] = []
+        pending: list[Sequence[int]] = []
+        for window in windows:
+            if pending and sum(map(len, pending)) + len(window) > rows:
+                self.batches.append(pack_windows(pending))
+                pending = []
+            pending.append(window)
+        self.batches.append(pack_windows(pending))
+        self.states: list[torch.Tensor] = []  # [rows, hidden] each
+
+    @torch.inference_mode()
+    def run_stem(self, stem: Stem) -> None:
+        self.states = [run_stem(_plain_ops(batch), stem) for batch in self.batches]
+
+    @torch.inference_mode()
+    def run_block(self, block: Block) -> None:
+        self.states = list(self.block_outputs(block))
+
+    def block_outputs(self, block: Block, ops: OpsFactory = _plain_ops) -> Iterator[torch.Tensor]:
+        """What the block makes of each minibatch; the states stay as they are."""
+        for batch, state in zip(self.batches, self.states, strict=True):
+            yield run_block(ops(batch), self._config, block, state)
+
+    @torch.inference_mode()
+    def negative_log_likelihood(self, head: Head) -> tuple[float, int]:
+        """Sum over every token but the first of its window, in nats, and how many tokens that is."""
+        chunk = max(1, MINIBATCH_FLOATS // self._config.vocab_size)
+        total, count = 0.0, 0
+        for batch, state in zip(self.batches, self.states, strict=True):
+            predicts, target = next_tokens(batch)
+            for start in range(0, len(predicts), chunk):
+                rows = predicts[start : start + chunk]
+                logits = run_head(_plain_ops(batch), head, state[torch.from_numpy(rows)])
+                total += sum_nll(logits, target[start : start + chunk])
+            count += len(predicts)
+        return total, count
+
+
+def next_tokens(batch: StepInput) -> tuple[np.ndarray, np.ndarray]:
+    """Rows that have a next token in their own sequence, and that token's id."""
+    last = batch.query_start_loc[1:] - 1
+    rows = np.setdiff1d(np.arange(len(batch.token_ids)), last)
+    return rows, batch.token_ids[rows + 1]
+
+
+def sum_nll(logits: torch.Tensor, targets: np.ndarray) -> float:
+    """logits [R, V], targets [R]; accumulated in double precision."""
+    picked = logits.gather(1, torch.from_numpy(targets).long()[:, None])[:, 0]
+    return float((logits.logsumexp(-1).double() - picked.double()).sum())
+
+
+@dataclass
+class InputStats:
+    """One linear's input over the calibration set: per-channel moments, and some of its rows."""
+
+    amax: torch.Tensor  # [K], max |x|
+    square_sum: torch.Tensor  # [K], float64
+    rows: int
+    peak_position: int  # where in its sequence the largest |x| stands
+    sample: torch.Tensor  # [at most about SAMPLE_ROWS, K]
+
+    @property
+    def range(self) -> float:
+        return float(self.amax.max())
+
+    @property
+    def mean_square(self) -> torch.Tensor:
+        return (self.square_sum / self.rows).float()
+
+    def divide(self, scale: torch.Tensor) -> None:
+        """Follow a transform that divides the input's channels by `scale` [K]."""
+        self.amax = self.amax / scale
+        self.square_sum = self.square_sum / scale.double().square()
+        self.sample = self.sample / scale
+
+
+@dataclass
+class _Observed:
+    amax: torch.Tensor | None = None
+    square_sum: torch.Tensor | None = None
+    rows: int = 0
+    peak: float = -1.0
+    peak_position: int = 0
+    sample: list[torch.Tensor] = field(default_factory=list)
+
+    def update(self, x: torch.Tensor, batch: StepInput, stride: int) -> None:
+        amax, square_sum = x.abs().amax(0), x.square().sum(0).double()
+        self.amax = amax if self.amax is None else torch.maximum(self.amax, amax)
+        self.square_sum = square_sum if self.square_sum is None else self.square_sum + square_sum
+        self.rows += x.shape[0]
+        peak = float(amax.max())
+        if peak > self.peak:
+            self.peak = peak
+            self.peak_position = int(batch.positions[int(x.abs().amax(-1).argmax())])
+        self.sample.append(x[::stride].clone())
+
+    def stats(self, name: str) -> InputStats:
+        assert self.amax is not None and self.square_sum is not None
+        if not bool(torch.isfinite(self.square_sum).all()):
+            raise CalibrationError(f"the input of {name} is not finite on the calibration data; "
+                                   "the model's weights may be damaged")
+        return InputStats(self.amax, self.square_sum, self.rows, self.peak_position, torch.cat(self.sample))
+
+
+class _ObservingOps(ReferenceOps):
+    def __init__(self, batch: StepInput, observed: dict[int, _Observed], stride: int) -> None:
+        super().__init__(batch, None)
+        self._observed = observed
+        self._stride = stride
+
+    def linear(self, x: torch.Tensor, linear: Linear, residual: torch.Tensor | None = None) -> torch.Tensor:
+        self._observed[id(linear)].update(x, self.batch, self._stride)
+        return super().linear(x, linear, residual)
+
+
+@torch.inference_mode()
+def observe_block(states: HiddenStates, block: Block) -> dict[Kind, InputStats]:
+    """Run a float block over the states and describe the input of each of its linears."""
+    linears: dict[Kind, Linear] = {"qkv": block.qkv, "o": block.o, "up": block.up, "down": block.down}
+    observed = {id(linear): _Observed() for linear in linears.values()}
+    stride = _stride(states)
+    for _ in states.block_outputs(block, lambda batch: _ObservingOps(batch, observed, stride)):
+        pass
+    return {kind: observed[id(linear)].stats(linear.name) for kind, linear in linears.items()}
+
+
+@torch.inference_mode()
+def observe_head(states: HiddenStates, head: Head) -> InputStats:
+    observed = _Observed()
+    for batch, state in zip(states.batches, states.states, strict=True):
+        observed.update(_plain_ops(batch).norm(state, head.norm, None), batch, _stride(states))
+    return observed.stats(head.lm_head.name)
+
+
+def _stride(states: HiddenStates) -> int:
+    """Odd, so that sampled rows fall on every position of a window."""
+    return sum(state.shape[0] for state in states.states) // SAMPLE_ROWS | 1

@@ -1,0 +1,323 @@
+"""From a float checkpoint to an artifact: block by block, the quantized block feeding the next."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from fptq_runtime import __version__
+from fptq_runtime.artifact.io import ArtifactWriter, LayerRecord, Manifest, Provenance, Quality, TextRecord, hash_file
+from fptq_runtime.artifact.numerics import dequantize
+from fptq_runtime.artifact.scheme import LayerScheme
+from fptq_runtime.config import ModelConfig
+from fptq_runtime.kernels.base import Embedding, Linear, Norm, QuantizedWeight
+from fptq_runtime.kernels.reference import ReferenceBackend
+from fptq_runtime.models.decoder import Block, Decoder, Head, Stem, prepare_block
+from fptq_runtime.models.golden import compute_golden
+from fptq_runtime.models.loader import Checkpoint, load_block, load_head, load_stem
+from fptq_runtime.models.tokenizer import Tokenizer
+from fptq_runtime.quantizer.calibrate import (
+    BLOCK_KINDS,
+    HiddenStates,
+    Kind,
+    observe_block,
+    observe_head,
+    packaged_text,
+    random_windows,
+    read_text,
+    sample_windows,
+)
+from fptq_runtime.quantizer.evaluate import MAX_WINDOW, text_windows
+from fptq_runtime.quantizer.export import linear_scheme, module_tensors, quantization_config
+from fptq_runtime.quantizer.recipe import Recipe, RecipeError, load_recipe
+from fptq_runtime.quantizer.source import resolve_model
+from fptq_runtime.quantizer.steps.base import BlockWork, HeadWork, QuantizationError, Target, matches
+
+GOLDEN_TOKENS = 32
+COPIED = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
+    "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json",
+    "LICENSE*", "NOTICE*",
+)
+
+
+def quantize(
+    model: str | Path,
+    out: str | Path,
+    recipe: Recipe | str | Path = "fptq",
+    *,
+    calibration: str | Path | None = None,
+    num_samples: int = 64,
+    sample_length: int = 512,
+    text: str | Path | None = None,
+    text_tokens: int = 16384,
+    seed: int = 0,
+    overwrite: bool = False,
+    progress: bool = False,
+) -> Manifest:
+    """Quantize `model` (a directory, or a hub id as name or name@revision) into the artifact directory `out`.
+
+    calibration: a text file, "random" for random vocabulary tokens, None for the packaged text; num_samples windows of
+    sample_length tokens (at most the model's context) are drawn from it. text: what perplexity is measured on before
+    and after, its first text_tokens tokens; None is a packaged text that calibration never sees. The same seed on the
+    same machine gives the same bytes. Every error is a ValueError of one line; nothing is left at `out` then.
+    """
+    recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    source = resolve_model(str(model))
+    checkpoint = Checkpoint(source.path)
+    if checkpoint.quantized:
+        raise QuantizationError(f"{source.name} is quantized already; quantize the float model it was made from")
+    config = checkpoint.model_config
+    tokenizer = Tokenizer(source.path)
+    length = min(sample_length, config.max_position_embeddings)
+    measured_on = packaged_text("heldout") if text is None else read_text(text)
+    measured = text_windows(measured_on, tokenizer, config.max_position_embeddings, text_tokens)
+    calibrated_on, calibrated = _calibration(calibration, tokenizer, config, num_samples, length, seed)
+
+    with ArtifactWriter(Path(out), overwrite) as writer:
+        run = _Run(checkpoint, recipe, writer, calibrated, measured)
+        with tqdm(total=config.num_layers + 1, desc=f"quantizing {source.name}", unit="block",
+                  disable=not progress) as bar:
+            for _ in run.walk():
+                bar.update()
+        run.write_config()
+        for pattern in COPIED:
+            for file in sorted(source.path.glob(pattern)):
+                writer.copy_file(file)
+        provenance = Provenance(
+            source=source.name,
+            revision=source.revision,
+            architecture=config.architecture,
+            source_files={file.name: hash_file(file) for file in sorted(source.path.iterdir())
+                          if file.suffix in (".json", ".safetensors")},
+            calibration=calibrated_on,
+            num_samples=num_samples,
+            sample_length=length,
+            seed=seed,
+            fptq_version=__version__,
+        )
+        before, after, scored = run.perplexity()
+        return writer.commit(Manifest(
+            recipe=recipe.model_dump(mode="json"),
+            provenance=provenance,
+            layers=tuple(run.records),
+            quality=Quality(
+                text=measured_on.record(scored),
+                window=min(config.max_position_embeddings, MAX_WINDOW),
+                perplexity_before=before,
+                perplexity_after=after,
+            ),
+            golden=_golden(writer.directory, measured[0][:GOLDEN_TOKENS]),
+        ))
+
+
+def _calibration(
+    calibration: str | Path | None, tokenizer: Tokenizer, config: ModelConfig, num_samples: int, length: int, seed: int
+) -> tuple[TextRecord, list[list[int]]]:
+    if num_samples < 1 or length < 2:
+        raise QuantizationError("calibration needs at least one sample of two tokens")
+    if calibration == "random":
+        windows = random_windows(tokenizer, config.vocab_size, num_samples, length, seed)
+        digest = hashlib.sha256(np.asarray(windows, dtype=np.int32).tobytes()).hexdigest()
+        return TextRecord(name="random", sha256=digest, tokens=num_samples * length), windows
+    text = packaged_text("calibration") if calibration is None else read_text(calibration)
+    windows = sample_windows(text, tokenizer, num_samples, length, seed)
+    return text.record(num_samples * length), windows
+
+
+class _Run:
+    """One model on its way through a recipe. Three sets of hidden states go through it side by side: calibration
+    samples (quantized so far), and the measured text in float and quantized."""
+
+    def __init__(self, checkpoint: Checkpoint, recipe: Recipe, writer: ArtifactWriter,
+                 calibrated: Sequence[Sequence[int]], measured: Sequence[Sequence[int]]) -> None:
+        self.records: list[LayerRecord] = []
+        self._checkpoint = checkpoint
+        self._config = checkpoint.model_config
+        self._recipe = recipe
+        self._writer = writer
+        self._calibrated = HiddenStates(self._config, calibrated)
+        self._float = HiddenStates(self._config, measured)
+        self._quantized = HiddenStates(self._config, measured)
+        self._schemes: dict[str, LayerScheme] = {}
+        self._losses: list[float] = []
+        self._scored = 0
+        self._tied = False
+
+    def walk(self) -> Iterator[None]:
+        """Quantize and write everything; yields after each block and after the head."""
+        self._stem()
+        for index in range(self._config.num_layers):
+            self._block(index)
+            yield
+        self._head()
+        self._writer.finish_tensors()
+        yield
+
+    def perplexity(self) -> tuple[float, float, int]:
+        """Before, after, and how many tokens were scored."""
+        before, after = (math.exp(loss / self._scored) for loss in self._losses)
+        if not (math.isfinite(before) and math.isfinite(after)):
+            raise QuantizationError("the model's perplexity is not finite; its weights may be damaged")
+        return before, after, self._scored
+
+    def write_config(self) -> None:
+        spec = self._checkpoint.spec
+        ignore = [] if spec.lm_head in self._schemes else [spec.lm_head]
+        config = {
+            **self._checkpoint.config,
+            "tie_word_embeddings": self._tied,
+            "quantization_config": quantization_config(self._schemes, spec.lm_head, ignore),
+        }
+        self._writer.add_file("config.json", json.dumps(config, indent=2) + "\n")
+
+    def _stem(self) -> None:
+        stem = load_stem(self._checkpoint)
+        _refuse_not_finite(self._checkpoint.spec.stem_modules(stem))
+        for name, module in self._checkpoint.spec.stem_modules(stem):
+            self._writer.add_tensors(module_tensors(name, module))
+        backend = ReferenceBackend()
+        prepared = Stem(stem.embedding, None if stem.norm is None else backend.prepare(stem.norm))
+        for states in (self._calibrated, self._float, self._quantized):
+            states.run_stem(prepared)
+
+    def _block(self, index: int) -> None:
+        spec, config = self._checkpoint.spec, self._config
+        loaded = load_block(self._checkpoint, index)
+        modules = spec.block_modules(config, index, loaded)
+        _refuse_not_finite(modules)
+        block = prepare_block(loaded, ReferenceBackend())
+        if index == 0:
+            self._check_patterns(block)
+        self._float.run_block(block)
+        stats = observe_block(self._calibrated, block)
+        linears: dict[Kind, Linear] = {"qkv": block.qkv, "o": block.o, "up": block.up, "down": block.down}
+        norms: dict[Kind, Norm] = {"qkv": block.input_norm, "up": block.mlp_norm}
+        fused = {"qkv": spec.qkv, "o": (spec.o,), "up": spec.up, "down": (spec.down,)}
+        work = BlockWork(config, index, block, {
+            kind: Target(kind, linears[kind], tuple(spec.layer(index, name) for name in fused[kind]), stats[kind],
+                         norms.get(kind))
+            for kind in BLOCK_KINDS
+        })
+        with torch.inference_mode():
+            for step in self._recipe.steps:
+                step.apply(work)
+        for name, module in spec.block_modules(config, index, block):
+            self._writer.add_tensors(module_tensors(name, module))
+            if isinstance(module, Linear) and (scheme := linear_scheme(module)) is not None:
+                self._schemes[name] = scheme
+        self.records += [_record(target) for target in work.targets.values()]
+        quantized = _fake_quantized_block(block)
+        self._calibrated.run_block(quantized)
+        self._quantized.run_block(quantized)
+
+    def _head(self) -> None:
+        spec, backend = self._checkpoint.spec, ReferenceBackend()
+        loaded = load_head(self._checkpoint)
+        _refuse_not_finite(spec.head_modules(loaded))
+        head = Head(backend.prepare(loaded.norm), backend.prepare(loaded.lm_head))
+        loss, self._scored = self._float.negative_log_likelihood(head)
+        target = Target("head", head.lm_head, (spec.lm_head,), observe_head(self._calibrated, head), head.norm)
+        with torch.inference_mode():
+            for step in self._recipe.steps:
+                step.apply_head(HeadWork(self._config, head, target))
+        scheme = linear_scheme(head.lm_head)
+        self._tied = scheme is None and self._config.tie_word_embeddings
+        if scheme is not None:
+            self._schemes[spec.lm_head] = scheme
+        exported = head if scheme is not None else Head(head.norm, loaded.lm_head)
+        for name, module in spec.head_modules(exported):
+            if not (self._tied and name == spec.lm_head):
+                self._writer.add_tensors(module_tensors(name, module))
+        self.records.append(_record(target))
+        quantized = Head(head.norm, _fake_quantized(head.lm_head), head.lm_head.act)
+        self._losses = [loss, self._quantized.negative_log_likelihood(quantized)[0]]
+
+    def _check_patterns(self, block: Block) -> None:
+        """Before any work is done: the modules of every layer are named as those of this one."""
+        spec, config = self._checkpoint.spec, self._config
+        names = tuple(name for i in range(config.num_layers) for name, module in spec.block_modules(config, i, block)
+                      if isinstance(module, Linear))
+        for pattern in (pattern for step in self._recipe.steps for pattern in step.patterns()):
+            if not matches(pattern, names):
+                raise RecipeError(f"no linear layer of this model matches {pattern!r}; they are named like {names[0]}")
+
+
+def _refuse_not_finite(modules: Sequence[tuple[str, Linear | Norm | Embedding]]) -> None:
+    for name, module in modules:
+        bias = None if isinstance(module, Embedding) else module.bias
+        for suffix, tensor in (("weight", module.weight), ("bias", bias)):
+            if isinstance(tensor, torch.Tensor) and not bool(torch.isfinite(tensor).all()):
+                raise QuantizationError(f"{name}.{suffix} holds NaN or infinity; the checkpoint is damaged")
+
+
+def _fake_quantized(linear: Linear) -> Linear:
+    weight = linear.weight
+    if not isinstance(weight, QuantizedWeight):
+        return linear
+    return replace(linear, weight=dequantize(weight.codes, weight.scale))
+
+
+def _fake_quantized_block(block: Block) -> Block:
+    """As the runtime will compute it, in float."""
+    return replace(
+        block, qkv=_fake_quantized(block.qkv), o=_fake_quantized(block.o), up=_fake_quantized(block.up),
+        down=_fake_quantized(block.down), qkv_act=block.qkv.act, o_act=block.o.act, up_act=block.up.act,
+        down_act=block.down.act,
+    )
+
+
+def _record(target: Target) -> LayerRecord:
+    linear, weight = target.linear, target.linear.weight
+    activations: Literal["static", "dynamic", "float"] = (
+        "float" if linear.act is None else "dynamic" if linear.act.scale is None else "static"
+    )
+    per_channel = not isinstance(weight, QuantizedWeight) or weight.group_size == weight.codes.shape[1]
+    return LayerRecord(
+        name=linear.name,
+        kind=target.kind,
+        modules=target.modules,
+        range=target.range,
+        peak_position=target.stats.peak_position,
+        equalized=target.equalized,
+        activations=activations,
+        reason=target.reason,
+        input_scale=None if linear.act is None else linear.act.scale,
+        num_bits=weight.num_bits if isinstance(weight, QuantizedWeight) else 16,
+        group_size=weight.group_size if isinstance(weight, QuantizedWeight) and not per_channel else None,
+        activation_error=target.activation_error,
+        error=target.error,
+    )
+
+
+class _StreamedBlocks:
+    """Blocks that are loaded when they are reached: a pass over a model that does not fit in memory as floats."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+
+    def __iter__(self) -> Iterator[Block]:
+        for index in range(self._checkpoint.model_config.num_layers):
+            yield prepare_block(load_block(self._checkpoint, index), ReferenceBackend())
+
+
+def _golden(directory: Path, prompt: Sequence[int]) -> dict[str, object]:
+    """From the tensors as written, so that they are read back once before anybody else does."""
+    checkpoint, backend = Checkpoint(directory), ReferenceBackend()
+    stem, head = load_stem(checkpoint), load_head(checkpoint)
+    decoder = Decoder(
+        checkpoint.model_config,
+        Stem(stem.embedding, None if stem.norm is None else backend.prepare(stem.norm)),
+        _StreamedBlocks(checkpoint),
+        Head(backend.prepare(head.norm), backend.prepare(head.lm_head), head.lm_head.act),
+    )
+    return compute_golden(decoder, backend, prompt)

@@ -1,0 +1,82 @@
+"""A recipe: the ordered steps that make a float model a quantized one, from a preset or a YAML file."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from fptq_runtime.quantizer.steps.activations import Activations
+from fptq_runtime.quantizer.steps.fptq import Fptq
+from fptq_runtime.quantizer.steps.weights import Weights
+
+MAX_RECIPE_BYTES = 1 << 20
+
+AnyStep = Annotated[Fptq | Activations | Weights, Field(discriminator="type")]
+
+
+class RecipeError(ValueError):
+    """A recipe that does not exist or is malformed. One line, for the user."""
+
+
+class Recipe(BaseModel):
+    """Steps run in order on each block, then on the head; the last must quantize the weights."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    steps: tuple[AnyStep, ...] = Field(min_length=1)
+
+    def __init__(self, **data: Any) -> None:
+        """Raises RecipeError where pydantic would list every problem."""
+        try:
+            super().__init__(**data)
+        except ValidationError as error:
+            raise RecipeError(_one_line(error)) from None
+        kinds = [step.type for step in self.steps]
+        if kinds.count("weights") != 1 or kinds[-1] != "weights":
+            raise RecipeError("a recipe ends with one step of type 'weights'")
+        if not {"fptq", "activations"} & set(kinds):
+            raise RecipeError("a recipe needs a step that chooses activation schemes: 'fptq' or 'activations'")
+
+
+PRESETS = (
+    Recipe(name="fptq", steps=(Fptq(), Weights(clip="mse"))),
+    Recipe(name="rtn", steps=(Activations(scheme="static"), Weights())),
+    Recipe(name="rtn-dynamic", steps=(Activations(scheme="dynamic"), Weights())),
+)
+
+
+def load_recipe(name_or_path: str | Path) -> Recipe:
+    """A preset by name, or a YAML file of `steps` (and optionally `name`). Raises RecipeError."""
+    presets = {preset.name: preset for preset in PRESETS}
+    path = Path(name_or_path)
+    if str(name_or_path) in presets:
+        return presets[str(name_or_path)]
+    if not path.is_file():
+        close = difflib.get_close_matches(str(name_or_path), presets, 1)
+        meant = f"; did you mean {close[0]!r}?" if close else ""
+        raise RecipeError(f"{str(name_or_path)!r} is neither a preset ({', '.join(presets)}) nor a file{meant}")
+    try:
+        if path.stat().st_size > MAX_RECIPE_BYTES:
+            raise RecipeError(f"{path} is too large to be a recipe")
+        data = yaml.safe_load(path.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        raise RecipeError(f"{path} is not readable YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
+        raise RecipeError(f"{path} must hold a mapping with 'steps'")
+    try:
+        return Recipe(**{"name": path.stem, **data})
+    except RecipeError as error:
+        raise RecipeError(f"{path}: {error}") from None
+
+
+def _one_line(error: ValidationError) -> str:
+    """The first problem, and where it is: `steps.0.fptq.v2: unknown field`."""
+    first = error.errors()[0]
+    where = ".".join(map(str, first["loc"]))
+    message = "unknown field" if first["type"] == "extra_forbidden" else first["msg"].removeprefix("Value error, ")
+    return f"{where}: {message}"

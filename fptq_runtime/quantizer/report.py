@@ -1,0 +1,91 @@
+"""An artifact's manifest for a person."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from fptq_runtime.artifact.io import LayerRecord, Manifest, TextRecord
+
+POLICIES = ("static", "lae+static", "dynamic", "lae+dynamic", "float")
+
+
+def policy(record: LayerRecord) -> str:
+    """How a layer's input is quantized, as the policy table says it."""
+    return f"lae+{record.activations}" if record.equalized else record.activations
+
+
+def summarize(manifest: Manifest) -> str:
+    """What quantization did and cost: perplexity before and after, the policy table and the size."""
+    quality = manifest.quality
+    change = quality.perplexity_after / quality.perplexity_before - 1
+    return "\n".join((
+        f"perplexity {quality.perplexity_before:.3f} before, {quality.perplexity_after:.3f} after ({change:+.2%}) on "
+        f"{_text(quality.text)}, windows of {quality.window}",
+        "",
+        *_policy_table(manifest.layers),
+        "",
+        f"size {_size(manifest.size)} in {len(manifest.files)} files",
+    ))
+
+
+def inspect_text(manifest: Manifest) -> str:
+    """`summarize`, and where the artifact comes from, its recipe, and every layer."""
+    made = manifest.provenance
+    revision = f" at {made.revision}" if made.revision else ""
+    return "\n".join((
+        f"model       {made.source}{revision} ({made.architecture})",
+        f"made by     fptq {made.fptq_version}, seed {made.seed}",
+        f"calibration {_text(made.calibration)}, {made.num_samples} samples of {made.sample_length}",
+        f"recipe      {manifest.recipe['name']}",
+        *(f"  {_step(step)}" for step in manifest.recipe["steps"]),
+        "",
+        summarize(manifest),
+        "",
+        *_layer_table(manifest.layers),
+    ))
+
+
+def _policy_table(layers: Sequence[LayerRecord]) -> list[str]:
+    """One row a kind of layer, one column a policy in use."""
+    counts = Counter((layer.kind, policy(layer)) for layer in layers)
+    shown = [p for p in POLICIES if p in ("static", "lae+static", "dynamic") or any(key[1] == p for key in counts)]
+    kinds = dict.fromkeys(layer.kind for layer in layers)
+    rows = [["inputs", *shown, "weights"]]
+    for kind in kinds:
+        weights = dict.fromkeys(_weights(layer) for layer in layers if layer.kind == kind)
+        rows.append([kind, *(str(counts[kind, p]) for p in shown), ", ".join(weights)])
+    return _align(rows)
+
+
+def _layer_table(layers: Sequence[LayerRecord]) -> list[str]:
+    rows = [["layer", "range", "at", "policy", "why", "weights", "input error", "output error", "modules"]]
+    for layer in layers:
+        modules = [layer.modules[0], *(module.rpartition(".")[2] for module in layer.modules[1:])]
+        rows.append([layer.name, f"{layer.range:.2f}", str(layer.peak_position), policy(layer), layer.reason,
+                     _weights(layer), f"{layer.activation_error:.5f}", f"{layer.error:.5f}", " ".join(modules)])
+    return _align(rows)
+
+
+def _align(rows: list[list[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def _weights(layer: LayerRecord) -> str:
+    if layer.num_bits == 16:
+        return "float"
+    return f"int{layer.num_bits} " + ("per channel" if layer.group_size is None else f"group {layer.group_size}")
+
+
+def _step(step: dict[str, object]) -> str:
+    settings = (f"{name}={value}" for name, value in step.items() if name != "type" and value not in ({}, None))
+    return f"{step['type']}: {', '.join(settings)}"
+
+
+def _text(text: TextRecord) -> str:
+    return f"{text.name} ({text.tokens} tokens, sha256 {text.sha256[:12]})"
+
+
+def _size(size: int) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.2f} MB"

@@ -1,0 +1,121 @@
+"""What a recipe's step is, and what it works on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+
+import torch
+from pydantic import BaseModel, ConfigDict
+
+from fptq_runtime.artifact.numerics import absmax_scale, dequantize, fake_quantize, token_scale
+from fptq_runtime.config import ModelConfig
+from fptq_runtime.kernels.base import ActivationQuant, Linear, Norm, QuantizedWeight
+from fptq_runtime.models.decoder import Block, Head
+from fptq_runtime.quantizer.calibrate import InputStats, Kind
+
+
+class QuantizationError(ValueError):
+    """A model that this recipe cannot quantize. One line, for the user."""
+
+
+@dataclass
+class Target:
+    """One linear to quantize. Steps change `linear` (folds, then its quantized weight and `act`) and `stats`, which
+    follows every transform of the input."""
+
+    kind: Kind
+    linear: Linear
+    modules: tuple[str, ...]  # the checkpoint's names of what is fused here
+    stats: InputStats
+    norm: Norm | None  # the norm that this linear alone reads
+    range: float = field(init=False)  # max |x| before any transform
+    equalized: bool = False
+    reason: str = ""  # why the activations are quantized as they are
+    activation_error: float = 0.0
+    error: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.range = self.stats.range
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The float weight [N, K]; a step that needs it runs before the weights are quantized."""
+        if isinstance(self.linear.weight, QuantizedWeight):
+            raise QuantizationError(f"{self.linear.name} is quantized already; transforms go before `weights`")
+        return self.linear.weight
+
+    def set_act(self, act: ActivationQuant, reason: str) -> None:
+        """How this linear's input is quantized, and why."""
+        self.linear.act = act
+        self.reason = reason
+        self.activation_error = relative_error(self._output(act, self.weight), self._output(None, self.weight))
+
+    def set_weight(self, quantized: QuantizedWeight) -> None:
+        """Replace the float weight and measure the whole error against it."""
+        read = dequantize(quantized.codes, quantized.scale)
+        self.error = relative_error(self._output(self.linear.act, read), self._output(None, self.weight))
+        self.linear.weight = quantized
+
+    def _output(self, act: ActivationQuant | None, weight: torch.Tensor) -> torch.Tensor:
+        return quantize_rows(self.stats.sample, act) @ weight.T
+
+
+def relative_error(output: torch.Tensor, exact: torch.Tensor) -> float:
+    """Mean over rows of |y - exact|² / |exact|². Both [rows, N]"""
+    difference = (output - exact).square().sum(-1)
+    return float((difference / exact.square().sum(-1).clamp_min(1e-12)).mean())
+
+
+def static_act(amax: torch.Tensor) -> ActivationQuant:
+    """The per-tensor scheme whose scale covers the largest of amax [K]."""
+    return ActivationQuant(float(absmax_scale(amax.max(), 8)))
+
+
+def quantize_rows(x: torch.Tensor, act: ActivationQuant | None) -> torch.Tensor:
+    """Activations [rows, K] as the runtime will read them."""
+    if act is None:
+        return x
+    return fake_quantize(x, token_scale(x) if act.scale is None else act.scale)
+
+
+@dataclass
+class BlockWork:
+    """A float block in the quantizer's hands."""
+
+    config: ModelConfig
+    index: int
+    block: Block
+    targets: Mapping[Kind, Target]  # qkv, o, up, down
+
+
+@dataclass
+class HeadWork:
+    config: ModelConfig
+    head: Head
+    target: Target
+
+
+class Step(BaseModel):
+    """One step of a recipe: its settings, and what it does to each block and to the head.
+
+    A method is a subclass with a `type` of its own, listed in recipe.py.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    def apply(self, work: BlockWork) -> None:
+        """Change a block. Raises QuantizationError."""
+
+    def apply_head(self, work: HeadWork) -> None:
+        """Change the head. Raises QuantizationError."""
+
+    def patterns(self) -> tuple[str, ...]:
+        """Module-name patterns among the settings; each must name a module of the model."""
+        return ()
+
+
+def matches(pattern: str, modules: tuple[str, ...]) -> bool:
+    """Shell-style, as in "*.down_proj" or "model.layers.[01].*"."""
+    return any(fnmatchcase(module, pattern) for module in modules)

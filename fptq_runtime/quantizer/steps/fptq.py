@@ -1,0 +1,134 @@
+"""FPTQ (arXiv 2308.15987): logarithmic activation equalization and a scheme for every input, chosen by its range."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from pydantic import Field, PositiveFloat, model_validator
+
+from fptq_runtime.artifact.numerics import dequantize, quantize_weight
+from fptq_runtime.kernels.base import ActivationQuant
+from fptq_runtime.quantizer.folds import can_fold, fold, foldable_scale
+from fptq_runtime.quantizer.steps.base import (
+    BlockWork,
+    HeadWork,
+    Step,
+    Target,
+    matches,
+    quantize_rows,
+    relative_error,
+    static_act,
+)
+
+Policy = Literal["static", "lae", "dynamic"]
+
+SEARCHED_CEILINGS = (1.0, 0.8, 0.6, 0.5, 0.4, 0.3)  # of LAE's own
+
+
+@dataclass(frozen=True)
+class _Choice:
+    equalize: bool
+    dynamic: bool
+
+
+class Fptq(Step):
+    """With v = max |x| of a linear's input over the calibration set: v <= v0 static; v0 < v <= v1 LAE, then static;
+    v > v1 dynamic per token, after LAE wherever it has an exact fold.
+
+    floor: LAE scales below it are raised to it; 1e-5 is the paper's.
+    search: LAE leaves an outlier channel at log2(2 + m), a few times its neighbours, and there it costs the weights
+    of its group their precision. So s = max(1, m / t) is tried too, with t from LAE's own ceiling log2(2 + v)
+    downwards, and whichever has the least output error with int4 weights is kept. False is the paper's.
+    paper_policy: as published, no LAE above v1 and none on o and down, which go per token above v0.
+    safety: where the output error that the policy leads to, measured with int4 weights, is more than `safety` times
+    the error of going per token (with LAE or without), the input goes per token instead. None never asks.
+    favour: "static" doubles v0, v1 and what safety allows (faster), "dynamic" halves them (more accurate).
+    overrides: module-name pattern to policy, whatever the range or the error; the first match wins.
+    """
+
+    type: Literal["fptq"] = "fptq"
+    v0: PositiveFloat = 15.0
+    v1: PositiveFloat = 150.0
+    floor: PositiveFloat = 1.0
+    search: bool = True
+    paper_policy: bool = False
+    safety: float | None = Field(default=1.25, ge=1.0)
+    favour: Literal["static", "dynamic", "none"] = "none"
+    overrides: dict[str, Policy] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Fptq:
+        if self.v0 > self.v1:
+            raise ValueError(f"v0 ({self.v0:g}) must not be above v1 ({self.v1:g})")
+        return self
+
+    def patterns(self) -> tuple[str, ...]:
+        return tuple(self.overrides)
+
+    def apply(self, work: BlockWork) -> None:
+        for target in work.targets.values():
+            self._apply(work, target)
+
+    def apply_head(self, work: HeadWork) -> None:
+        work.target.set_act(ActivationQuant(), "head")
+
+    def _apply(self, work: BlockWork, target: Target) -> None:
+        policy, reason = self._policy(target)
+        equalizable = can_fold(work.config, target.kind) and (
+            not self.paper_policy or (policy == "lae" and target.kind in ("qkv", "up"))
+        )
+        dynamic = policy == "dynamic" or (policy == "lae" and not equalizable)
+        choice = _Choice(policy != "static" and equalizable, dynamic)
+        scale = self._scale(work, target, dynamic) if choice.equalize else torch.ones(())
+        if self.safety is not None and reason != "override":
+            alternatives = {_Choice(choice.equalize, True), _Choice(False, True)}
+            errors = {c: _error(target, scale if c.equalize else None, c.dynamic) for c in {choice, *alternatives}}
+            best = min(alternatives, key=lambda c: errors[c])
+            ratio = errors[choice] / max(errors[best], 1e-12)
+            if ratio > 1 + (self.safety - 1) * self._leniency:
+                choice, reason = best, f"{reason}, but {ratio:.2f}x the error"
+        if choice.equalize:
+            fold(work, target.kind, scale)
+        target.set_act(ActivationQuant() if choice.dynamic else static_act(target.stats.amax), reason)
+
+    def _scale(self, work: BlockWork, target: Target, dynamic: bool) -> torch.Tensor:
+        """What to divide the input by. [K]"""
+        amax = target.stats.amax
+        scales = [log_scale(amax, self.floor)]
+        if self.search:
+            ceiling = torch.log2(2 + amax.max())
+            scales += [(amax / (ceiling * fraction)).clamp_min(1) for fraction in SEARCHED_CEILINGS]
+        scales = [foldable_scale(work.config, target.kind, scale) for scale in scales]
+        return min(scales, key=lambda scale: _error(target, scale, dynamic)) if self.search else scales[0]
+
+    @property
+    def _leniency(self) -> float:
+        return {"static": 2.0, "dynamic": 0.5, "none": 1.0}[self.favour]
+
+    def _policy(self, target: Target) -> tuple[Policy, str]:
+        for pattern, policy in self.overrides.items():
+            if matches(pattern, target.modules):
+                return policy, "override"
+        if target.range <= self.v0 * self._leniency:
+            return "static", "v <= v0"
+        if target.range <= self.v1 * self._leniency:
+            return "lae", "v0 < v <= v1"
+        return "dynamic", "v > v1"
+
+
+def log_scale(amax: torch.Tensor, floor: float) -> torch.Tensor:
+    """LAE: s = m / log2(2 + m) with m = max |x| of each channel. [K]"""
+    return (amax / torch.log2(2 + amax)).clamp_min(floor)
+
+
+def _error(target: Target, scale: torch.Tensor | None, dynamic: bool) -> float:
+    """Output error on the sample with int4 group-128 weights, after dividing the input by `scale`."""
+    x, weight, amax = target.stats.sample, target.weight, target.stats.amax
+    exact = x @ weight.T
+    if scale is not None:
+        x, weight, amax = x / scale, weight * scale, amax / scale
+    quantized = dequantize(*quantize_weight(weight, 4, None if weight.shape[1] % 128 else 128))
+    act = ActivationQuant() if dynamic else static_act(amax)
+    return relative_error(quantize_rows(x, act) @ quantized.T, exact)

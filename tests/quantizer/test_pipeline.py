@@ -1,0 +1,242 @@
+"""From checkpoint to artifact. Oracles: transformers, which fake-quantizes with compressed-tensors, and its loader."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from fptq_runtime.artifact.io import Manifest, verify
+from fptq_runtime.config import ModelConfig
+from fptq_runtime.kernels.reference import ReferenceBackend
+from fptq_runtime.models.golden import check_golden, prompt_logits
+from fptq_runtime.models.loader import Checkpoint, load_model
+from fptq_runtime.quantizer.pipeline import quantize
+from fptq_runtime.quantizer.recipe import Recipe
+from fptq_runtime.quantizer.report import inspect_text, policy
+from fptq_runtime.quantizer.steps.fptq import Fptq
+from fptq_runtime.quantizer.steps.weights import Weights
+from tests.models.hf import FAMILIES
+from tests.quantizer.models import DEMO, STORIES, save_model, transplant_outliers
+
+SMALL: dict[str, Any] = {"num_samples": 4, "sample_length": 32, "text_tokens": 400}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("It was a bright cold day in the wood, and the clock was striking thirteen. " * 20)
+    return path
+
+
+def recipe(**settings: Any) -> Recipe:
+    """Static and per-token layers, folds of every kind: layer 1 is equalized, the MLP of layer 2 goes per token."""
+    overrides = {"*.1.*": "lae", "*.2.mlp*": "dynamic", "*": "static"}
+    return Recipe(name="mixed", steps=(Fptq(overrides=overrides), Weights(**settings)))
+
+
+def assert_transformers_agrees(artifact: Path, token_ids: list[int]) -> None:
+    """Nothing is missing or left over when transformers loads it, and its logits are ours."""
+    model, info = AutoModelForCausalLM.from_pretrained(artifact, dtype=torch.float32, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert not info["mismatched_keys"]
+    with torch.no_grad():
+        expected = model.eval()(torch.tensor([token_ids])).logits[0]
+    backend = ReferenceBackend()
+    ours = torch.from_numpy(prompt_logits(load_model(Checkpoint(artifact), backend), backend, token_ids))
+    deviation = (ours - expected).abs().amax(-1) / expected.abs().amax(-1)
+    assert deviation.max() <= 1e-3
+    top = expected.topk(2).values
+    clear = (top[:, 0] - top[:, 1]) > 1e-3 * expected.abs().amax(-1)
+    assert (ours.argmax(-1) == expected.argmax(-1))[clear].all()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("sizes", "head_bits"), [({}, 8), ({"hidden_size": 128}, 4), ({"hidden_size": 160}, 16)])
+def test_every_family(family: str, sizes: dict[str, int], head_bits: int, tmp_path: Path, text: Path) -> None:
+    """Hidden sizes that are a multiple of the group and that are not; all three heads."""
+    if family == "bloom" and sizes:
+        sizes = {**sizes, "n_head": 8}
+    source = tmp_path / "float"
+    float_model = save_model(family, source, **sizes)
+    made = recipe(head_bits=head_bits, group_size=32 if sizes.get("hidden_size") == 160 else 128)
+    manifest = quantize(source, tmp_path / "out", made, calibration="random", text=text, **SMALL)
+
+    acts = {record.activations for record in manifest.layers[:-1]}
+    assert acts == {"static", "dynamic"}
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["tie_word_embeddings"] == (head_bits == 16 and float_model.config.tie_word_embeddings)
+    token_ids = torch.randint(3, 260, (40,), generator=torch.Generator().manual_seed(1)).tolist()
+    assert_transformers_agrees(tmp_path / "out", [1, *token_ids])
+    backend = ReferenceBackend()
+    check_golden(load_model(Checkpoint(tmp_path / "out"), backend), backend, manifest.golden)
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Manifest]:
+    out = tmp_path_factory.mktemp("demo") / "out"
+    return out, quantize(DEMO, out, num_samples=16, text_tokens=6000)
+
+
+def test_demo(demo: tuple[Path, Manifest]) -> None:
+    out, manifest = demo
+    quality = manifest.quality
+    assert quality.perplexity_after < 1.06 * quality.perplexity_before
+    assert verify(out) == manifest
+    assert_transformers_agrees(out, manifest.golden["prompt_token_ids"])
+    assert {policy(record) for record in manifest.layers} >= {"static", "dynamic"}
+    shown = inspect_text(manifest)
+    for word in ("perplexity", "static", "lae", "dynamic", "down_proj", "fptq calibration.txt", "seed 0"):
+        assert word in shown
+
+
+@pytest.mark.skipif(not STORIES.is_dir(), reason="../shared is absent")
+def test_stories260k(tmp_path: Path, text: Path) -> None:
+    """K = 64 and 172: per channel."""
+    manifest = quantize(STORIES, tmp_path / "out", text=text, **{**SMALL, "num_samples": 16})
+    assert all(record.group_size is None for record in manifest.layers)
+    assert_transformers_agrees(tmp_path / "out", manifest.golden["prompt_token_ids"])
+
+
+@pytest.mark.slow
+def test_outlier_transplant(demo: tuple[Path, Manifest], tmp_path: Path) -> None:
+    source = transplant_outliers(DEMO, tmp_path / "outliers")
+
+    def loss(manifest: Manifest) -> float:
+        return manifest.quality.perplexity_after / manifest.quality.perplexity_before - 1
+
+    settings: dict[str, Any] = {"num_samples": 16, "text_tokens": 6000}
+    static = quantize(source, tmp_path / "rtn", "rtn", **settings)
+    fptq = quantize(source, tmp_path / "fptq", "fptq", **settings)
+    untouched = demo[1]
+    assert fptq.quality.perplexity_before == pytest.approx(untouched.quality.perplexity_before, rel=1e-3)
+    assert loss(static) > 1
+    assert loss(untouched) < 0.06
+    assert loss(fptq) <= 1.15 * loss(untouched) + 0.003
+    assert any(record.equalized for record in fptq.layers)
+    assert any(record.activations == "dynamic" for record in fptq.layers[:-1])
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    save_model("llama", tmp_path / "float", num_hidden_layers=1)
+    return tmp_path / "float"
+
+
+@pytest.mark.parametrize("calibration", ["random", "text"])
+def test_the_seed_decides_every_byte(source: Path, text: Path, tmp_path: Path, calibration: str) -> None:
+    given = text if calibration == "text" else "random"
+    outs = [tmp_path / "a", tmp_path / "b", tmp_path / "c"]
+    for out, seed in zip(outs, (5, 5, 6), strict=True):
+        quantize(source, out, calibration=given, text=text, seed=seed, **SMALL)
+    first, again, other = ({file.name: file.read_bytes() for file in out.iterdir()} for out in outs)
+    assert first == again
+    assert first != other
+
+
+def test_next_block_sees_the_quantized_one(tmp_path: Path, text: Path) -> None:
+    """The range of layer 1's input differs from the float model's, and only there."""
+    save_model("llama", tmp_path / "float")
+    args: dict[str, Any] = {"calibration": "random", "text": text, **SMALL}
+    eight = Recipe(name="a", steps=(Fptq(safety=None), Weights(num_bits=8)))
+    four = Recipe(name="b", steps=(Fptq(safety=None), Weights(num_bits=4)))
+    a, b = (quantize(tmp_path / "float", tmp_path / r.name, r, **args).layers for r in (eight, four))
+    assert [layer.range for layer in a[:4]] == [layer.range for layer in b[:4]]
+    assert all(x.range != y.range for x, y in zip(a[4:-1], b[4:-1], strict=True))
+
+
+def damage(path: Path, name: str, value: float) -> None:
+    tensors = load_file(path / "model.safetensors")
+    tensors[name] = tensors[name].clone()
+    if value != value:
+        tensors[name].view(-1)[7] = value
+    else:
+        tensors[name].fill_(value)
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(("name", "value", "message"), [
+    ("model.layers.0.mlp.down_proj.weight", float("nan"), "down_proj.weight holds NaN"),
+    ("model.embed_tokens.weight", float("nan"), "embed_tokens.weight holds NaN"),
+    ("model.norm.weight", float("nan"), "model.norm.weight holds NaN"),
+    ("model.layers.0.self_attn.o_proj.weight", 0.0, "every quantized weight is the same"),
+    ("model.layers.0.self_attn.o_proj.weight", 1.0, "every quantized weight is the same"),
+])
+def test_damaged_weights_are_refused(source: Path, text: Path, tmp_path: Path, name: str, value: float,
+                                     message: str) -> None:
+    damage(source, name, value)
+    with pytest.raises(ValueError, match=message) as error:
+        quantize(source, tmp_path / "out", calibration="random", text=text, **SMALL)
+    assert "\n" not in str(error.value)
+    assert [file.name for file in tmp_path.iterdir()] == ["float"], "nothing is left"
+
+
+def test_saturated_weights_are_refused(source: Path, text: Path, tmp_path: Path) -> None:
+    tensors = load_file(source / "model.safetensors")
+    name = "model.layers.0.mlp.down_proj.weight"
+    tensors[name] = tensors[name].sign()
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="ends of their range"):
+        quantize(source, tmp_path / "out", calibration="random", text=text, **SMALL)
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"recipe": "fpqt"}, "did you mean 'fptq'"),
+    ({"calibration": "absent.txt"}, "absent.txt"),
+    ({"text": "absent.txt"}, "absent.txt"),
+    ({"num_samples": 0}, "at least one sample"),
+    ({"recipe": Recipe(name="x", steps=(Fptq(overrides={"*.dwon_proj": "dynamic"}), Weights()))}, "dwon_proj"),
+    ({"model": "someone/some-model-that-is-nowhere"}, "someone/some-model-that-is-nowhere"),
+    ({"model": "nowhere"}, "neither a directory nor a hub id"),
+])
+def test_bad_input(source: Path, text: Path, tmp_path: Path, changes: dict[str, Any], message: str,
+                   monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    arguments = {"model": source, "out": tmp_path / "out", "calibration": "random", "text": text, **SMALL, **changes}
+    with pytest.raises(ValueError, match=message) as error:
+        quantize(**arguments)
+    assert "\n" not in str(error.value)
+    assert [file.name for file in tmp_path.iterdir()] == ["float"]
+
+
+@pytest.mark.parametrize(("missing", "message"), [
+    ("tokenizer.json", "tokenizer.json"), ("config.json", "config.json"), ("model.safetensors", "model.safetensors")])
+def test_missing_files(source: Path, tmp_path: Path, missing: str, message: str) -> None:
+    (source / missing).unlink()
+    with pytest.raises(ValueError, match=message):
+        quantize(source, tmp_path / "out")
+
+
+def test_an_artifact_is_not_quantized_again(source: Path, text: Path, tmp_path: Path) -> None:
+    quantize(source, tmp_path / "out", calibration="random", text=text, **SMALL)
+    with pytest.raises(ValueError, match="quantized already"):
+        quantize(tmp_path / "out", tmp_path / "again", calibration="random", text=text, **SMALL)
+
+
+def test_an_existing_output_is_kept(source: Path, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    quantize(source, out, calibration="random", text=text, **SMALL)
+    with pytest.raises(ValueError, match="exists"):
+        quantize(source, out, calibration="random", text=text, **SMALL)
+    manifest = quantize(source, out, "rtn", calibration="random", text=text, overwrite=True, **SMALL)
+    assert manifest.recipe["name"] == "rtn"
+    assert verify(out) == manifest
+    shutil.rmtree(out)
+    out.mkdir()
+    (out / "mine.txt").write_text("precious")
+    with pytest.raises(ValueError, match="not an fptq artifact"):
+        quantize(source, out, calibration="random", text=text, overwrite=True, **SMALL)
+    assert (out / "mine.txt").read_text() == "precious"
+
+
+def test_context_is_what_bounds_samples(source: Path, text: Path, tmp_path: Path) -> None:
+    manifest = quantize(source, tmp_path / "out", calibration="random", text=text, num_samples=2, text_tokens=400)
+    config: ModelConfig = Checkpoint(source).model_config
+    assert manifest.provenance.sample_length == config.max_position_embeddings
