@@ -1,0 +1,1 @@
+"""The HTTP server: everything that knows HTTP, and nothing that another layer imports."""

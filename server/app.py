@@ -1,0 +1,65 @@
+"""The application: every endpoint and everything around them, listed."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+
+from fptq_runtime import __version__
+from fptq_runtime.engine.async_engine import AsyncEngine
+from fptq_runtime.models.tokenizer import Tokenizer
+from server.auth import PUBLIC_PATHS, RequireKey
+from server.config import ModelCard, ServerConfig
+from server.errors import APIError, ErrorHandlers
+from server.logprobs import TokenTexts
+from server.metrics import Metrics
+from server.middleware import RequestContext, SizeLimits
+from server.routes.chat import chat_router
+from server.routes.completions import completions_router
+from server.routes.generate import generate_router
+from server.routes.models import models_router
+from server.routes.status import status_router
+from server.routes.tokens import tokens_router
+
+
+def create_app(engine: AsyncEngine, tokenizer: Tokenizer, config: ServerConfig, model: ModelCard,
+               metrics: Metrics) -> FastAPI:
+    """An app around an engine that has not been started; the lifespan starts and stops it. `metrics.record_step` is
+    what the engine was given as on_stats."""
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        engine.start()
+        yield
+        await asyncio.to_thread(engine.stop)
+
+    app = FastAPI(title="FPTQ Serve", version=__version__, lifespan=lifespan, redirect_slashes=False)
+    texts = TokenTexts(tokenizer)
+    for router in (
+        completions_router(engine, tokenizer, texts, model, config),
+        chat_router(engine, tokenizer, texts, model, config),
+        models_router(model),
+        generate_router(engine, tokenizer, texts, model, config),
+        tokens_router(tokenizer, model),
+        status_router(engine, model, config, metrics),
+    ):
+        app.include_router(router)
+    metrics.add_routes(app.openapi()["paths"])
+
+    handlers = ErrorHandlers(metrics)
+    app.add_exception_handler(APIError, handlers.api_error)
+    app.add_exception_handler(RequestValidationError, handlers.validation_error)
+    app.add_exception_handler(HTTPException, handlers.http_exception)
+
+    public = PUBLIC_PATHS | {"/metrics"} if config.public_metrics else PUBLIC_PATHS
+    # The last one added is the outermost.
+    app.add_middleware(SizeLimits, max_header_bytes=config.max_header_bytes, max_body_bytes=config.max_body_bytes,
+                       metrics=metrics)
+    app.add_middleware(RequireKey, keys=config.api_keys, public_paths=public, metrics=metrics)
+    app.add_middleware(RequestContext, metrics=metrics)
+    return app

@@ -1,0 +1,55 @@
+"""What the server is told at start: frozen, pure data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """Sizes in bytes, times in seconds.
+
+    api_keys: any one of them opens every endpoint; with none the server is open.
+    public_metrics: /metrics answers without a key.
+    stall_timeout: /livez fails when the engine has work and finished no step for this long.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_keys: tuple[str, ...] = ()
+    public_metrics: bool = False
+    drain_timeout: float = 30.0
+    stall_timeout: float = 120.0
+    keep_alive_interval: float = 15.0
+    max_body_bytes: int = 16 << 20
+    max_header_bytes: int = 64 << 10
+    max_prompts: int = 1024
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port <= 65535:
+            raise ValueError(f"port must be between 0 and 65535, not {self.port}")
+        if any(not key or not key.isascii() or not key.isprintable() or key != key.strip() for key in self.api_keys):
+            raise ValueError("an api key must be printable ASCII, not empty, and without spaces around it")
+        if not 0 <= self.drain_timeout < float("inf"):
+            raise ValueError(f"drain_timeout must be 0 or more seconds, not {self.drain_timeout}")
+        for name in ("stall_timeout", "keep_alive_interval", "max_body_bytes", "max_header_bytes", "max_prompts"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be more than 0, not {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """The served model, as clients see it.
+
+    created: Unix seconds. description, engine and kernels are reported as they are: what the model is, the engine's
+    limits, and which kernel runs each kind of layer.
+    """
+
+    id: str
+    created: int
+    max_model_len: int
+    vocab_size: int
+    description: Mapping[str, object] = field(default_factory=dict)
+    engine: Mapping[str, object] = field(default_factory=dict)
+    kernels: Mapping[str, str] = field(default_factory=dict)

@@ -1,0 +1,123 @@
+"""Every refusal in OpenAI's error body: one line that names the cause, never an exception's own text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+from fptq_runtime.engine.request import SamplingParams
+from server.metrics import Metrics
+from server.protocol import ErrorInfo, ErrorResponse
+
+MAX_MESSAGE = 400  # characters; a message may quote what the client sent
+
+TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorResponse}, "5XX": {"model": ErrorResponse}}
+REJECTION_REASONS = {401: "unauthorized", 413: "too_large", 429: "queue_full", 431: "too_large", 503: "draining"}
+
+
+class APIError(Exception):
+    """A request that gets `status` and one line for an answer. retry_after: seconds."""
+
+    def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None,
+                 retry_after: float | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.param = param
+        self.code = code
+        self.retry_after = retry_after
+
+    @property
+    def reason(self) -> str:
+        """The label under which the refusal is counted."""
+        return "failed" if self.status == 500 else REJECTION_REASONS.get(self.status, "invalid")
+
+    def body(self) -> str:
+        default = "invalid_request_error" if self.status < 500 else "server_error"
+        return ErrorResponse(error=ErrorInfo(
+            message=_printable(self.message),
+            type=TYPES.get(self.status, default),
+            param=None if self.param is None else _printable(self.param),
+            code=self.code,
+        )).model_dump_json()
+
+    def response(self) -> Response:
+        headers = {}
+        if self.retry_after is not None:
+            # Retry-After has whole seconds only; the SDKs read the milliseconds first.
+            headers["Retry-After"] = str(max(1, math.ceil(self.retry_after)))
+            headers["retry-after-ms"] = str(max(1, math.ceil(self.retry_after * 1000)))
+        if self.status == 401:
+            headers["WWW-Authenticate"] = "Bearer"
+        return Response(self.body(), self.status, headers, media_type="application/json")
+
+
+def bad_parameter(error: ValueError) -> APIError:
+    """The engine's refusal of a prompt or a parameter; its message begins with the parameter's name."""
+    name = str(error).split(" ", 1)[0].rstrip(":")
+    known = name == "prompt" or name in SamplingParams.__dataclass_fields__
+    return APIError(400, str(error), param=name if known else None)
+
+
+class ErrorHandlers:
+    """FastAPI's exception handlers; each refusal is counted."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+
+    def api_error(self, _: Request, error: Exception) -> Response:
+        assert isinstance(error, APIError)
+        self._metrics.record_rejection(error.reason)
+        return error.response()
+
+    def validation_error(self, request: Request, error: Exception) -> Response:
+        assert isinstance(error, RequestValidationError)
+        return self.api_error(request, describe_validation_error(error.errors()[0]))
+
+    def http_exception(self, request: Request, error: Exception) -> Response:
+        """What the framework itself refuses: no such path, wrong method, unreadable body."""
+        assert isinstance(error, HTTPException)
+        messages = {
+            400: "the request body cannot be read as JSON",
+            404: f"there is no endpoint {request.url.path}",
+            405: f"{request.url.path} does not take {request.method}",
+        }
+        response = self.api_error(request, APIError(error.status_code, messages.get(error.status_code, error.detail)))
+        response.headers.update(error.headers or {})
+        return response
+
+
+def describe_validation_error(error: Mapping[str, Any]) -> APIError:
+    """One pydantic error as one line. Names in angle brackets are the variants of a union, not the client's fields."""
+    where = [str(part) for part in error["loc"][1:] if not str(part).startswith("<") and part != "[key]"]
+    param = ".".join(where) or None
+    match error["type"]:
+        case "json_invalid":
+            return APIError(400, f"the request body is not valid JSON: {error['ctx']['error']}", code="invalid_json")
+        case "extra_forbidden":
+            return APIError(400, f"unknown field {param}", param=param, code="unknown_field")
+        case "not_supported":
+            return APIError(400, f"{param} {error['msg']}", param=param, code="not_supported")
+        case "string_unicode":
+            return APIError(400, "a field's name is not valid Unicode")
+        case "missing" if param is None:
+            return APIError(400, "the request has no body; send a JSON object")
+        case "missing":
+            return APIError(400, f"{param} is required", param=param, code="missing_field")
+    if param is None:
+        return APIError(400, "the request body must be a JSON object, sent with Content-Type: application/json")
+    message = str(error["msg"]).replace("Input should", "must", 1).replace("List should", "must", 1)
+    return APIError(400, f"{param} {message}" if message.startswith("must") else f"{param}: {message}", param=param)
+
+
+def _printable(text: str) -> str:
+    """One line that UTF-8 can carry, whatever the client put in it."""
+    line = " ".join(text.encode("utf-8", "backslashreplace").decode().split())
+    return line if len(line) <= MAX_MESSAGE else f"{line[:MAX_MESSAGE]}…"

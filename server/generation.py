@@ -1,0 +1,138 @@
+"""From an HTTP request to the engine and back: one place that submits, gathers, counts and gives up."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Literal
+
+from fptq_runtime.engine.async_engine import AsyncEngine, EngineDeadError, RequestStream
+from fptq_runtime.engine.engine import QueueFullError, RequestError
+from fptq_runtime.engine.output import RequestOutput, TokenLogprobs
+from fptq_runtime.engine.request import FinishReason, SamplingParams
+from server.errors import APIError, bad_parameter
+from server.protocol import PromptTokensDetails, Usage
+
+
+def openai_reason(reason: FinishReason | None) -> Literal["stop", "length"] | None:
+    """Of a sequence that was not given up; None while it runs."""
+    if reason is None:
+        return None
+    return "length" if reason is FinishReason.LENGTH else "stop"
+
+
+@dataclass
+class Choice:
+    """What one sequence has produced. texts: what became certain with each token."""
+
+    texts: list[str] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+
+
+class Generation:
+    """The sequences behind one HTTP request: sequence j of prompt i is choice i · n + j. Leaving `with` aborts
+    what has not finished."""
+
+    def __init__(self, engine: AsyncEngine, request_id: str, prompts: list[list[int]], params: SamplingParams) -> None:
+        """Raises APIError where the engine refuses a prompt; then none of them runs."""
+        self.id = request_id
+        self.prompts = prompts
+        self.n = params.n
+        self.prompt_logprobs: list[tuple[TokenLogprobs | None, ...] | None] = [None] * len(prompts)
+        self._completion_tokens = 0
+        self._cached_tokens = [0] * len(prompts)
+        self._streams: list[RequestStream] = []
+        try:
+            for i, prompt in enumerate(prompts):
+                self._streams.append(engine.add_request(f"{request_id}-{i}", prompt, params))
+        except RequestError as error:
+            self.abort()
+            raise bad_parameter(error) from None
+        except QueueFullError as error:
+            self.abort()
+            if error.reason == "draining":
+                raise APIError(503, "the server is shutting down", code="draining",
+                               retry_after=error.retry_after) from None
+            raise APIError(429, "the queue is full; try again later", code="queue_full",
+                           retry_after=error.retry_after) from None
+        except EngineDeadError:
+            raise APIError(503, "the engine has stopped", code="engine_stopped") from None
+
+    def __enter__(self) -> Generation:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 traceback: TracebackType | None) -> None:
+        self.abort()
+
+    def abort(self) -> None:
+        for stream in self._streams:
+            stream.abort()
+
+    def usage(self) -> Usage:
+        """So far. A prompt counts once, however many sequences it has."""
+        prompt_tokens = sum(map(len, self.prompts))
+        return Usage(
+            prompt_tokens=prompt_tokens,
+            completion_tokens=self._completion_tokens,
+            total_tokens=prompt_tokens + self._completion_tokens,
+            prompt_tokens_details=PromptTokensDetails(cached_tokens=sum(self._cached_tokens)),
+        )
+
+    async def outputs(self) -> AsyncGenerator[tuple[int, RequestOutput], None]:
+        """(choice, output) in the order of arrival. Raises APIError where the engine gives a sequence up."""
+        if len(self._streams) == 1:
+            async for output in self._streams[0]:
+                yield self._account(0, output)
+            return
+        arrived: asyncio.Queue[tuple[int, RequestOutput] | int | Exception] = asyncio.Queue()
+
+        async def forward(i: int, stream: RequestStream) -> None:
+            try:
+                async for output in stream:
+                    arrived.put_nowait((i, output))
+                arrived.put_nowait(i)
+            except Exception as error:
+                arrived.put_nowait(error)
+
+        tasks = [asyncio.create_task(forward(i, stream)) for i, stream in enumerate(self._streams)]
+        try:
+            unfinished = len(tasks)
+            while unfinished:
+                event = await arrived.get()
+                if isinstance(event, Exception):
+                    raise event
+                if isinstance(event, int):
+                    unfinished -= 1
+                else:
+                    yield self._account(*event)
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    async def collect(self) -> list[Choice]:
+        """Every choice, complete."""
+        choices = [Choice() for _ in range(len(self.prompts) * self.n)]
+        async for index, output in self.outputs():
+            choice = choices[index]
+            choice.texts.append(output.text)
+            choice.logprobs += output.logprobs
+            choice.finish_reason = output.finish_reason
+            choice.stop_reason = output.stop_reason
+        return choices
+
+    def _account(self, i: int, output: RequestOutput) -> tuple[int, RequestOutput]:
+        if output.finish_reason is FinishReason.ERROR:
+            raise APIError(500, "the engine failed on this request", code="engine_error")
+        if output.finish_reason is FinishReason.ABORT:
+            raise APIError(503, "the server stopped this request before its end", code="aborted")
+        if output.prompt_logprobs is not None:
+            self.prompt_logprobs[i] = output.prompt_logprobs
+        if output.index == 0:
+            self._cached_tokens[i] = output.num_cached_tokens
+        self._completion_tokens += len(output.token_ids)
+        return i * self.n + output.index, output

@@ -1,0 +1,161 @@
+"""Loads a model, opens the port, and serves until told to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import socket
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import uvicorn
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from fptq_runtime import __version__
+from fptq_runtime.engine.async_engine import AsyncEngine
+from fptq_runtime.engine.engine import Engine
+from fptq_runtime.engine.llm import load_engine
+from fptq_runtime.models.tokenizer import Tokenizer
+from server.app import create_app
+from server.config import ModelCard, ServerConfig
+from server.metrics import Metrics
+
+log = logging.getLogger("fptq.server")
+
+CLOSE_TIMEOUT = 10  # seconds that connections have to take their last bytes after the drain
+
+
+class AddressError(ValueError):
+    """The host and port cannot be served on."""
+
+
+def serve(path: Path | str, config: ServerConfig, *, model_id: str | None = None, backend: str = "auto",
+          **engine_options: Any) -> None:
+    """Serve a model directory until SIGTERM or SIGINT: then requests that run get config.drain_timeout seconds, and a
+    second signal ends them at once.
+
+    model_id: the name clients use, the directory's unless given. backend and engine_options are load_engine's.
+    Raises ValueError, one line, where the address, the model or an option cannot be used.
+    """
+    path = Path(path)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    with bind(config.host, config.port) as listener:  # before the model loads, which can take minutes
+        engine = load_engine(path, backend=backend, **engine_options)
+        model = model_card(model_id or path.resolve().name, engine)
+        metrics = Metrics(__version__, model)
+        async_engine = AsyncEngine(engine, metrics.record_step)
+        app = create_app(async_engine, Tokenizer(path), config, model, metrics)
+        Server(app, async_engine, config).run([listener])
+
+
+def model_card(model_id: str, engine: Engine) -> ModelCard:
+    config = engine.model_config
+    return ModelCard(
+        id=model_id,
+        created=int(time.time()),
+        max_model_len=engine.config.max_model_len,
+        vocab_size=config.vocab_size,
+        description={
+            "architecture": config.architecture,
+            "num_layers": config.num_layers,
+            "hidden_size": config.hidden_size,
+            "vocab_size": config.vocab_size,
+        },
+        engine=asdict(engine.config),
+        kernels={"backend": engine.backend.name, **engine.backend.describe()},
+    )
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket that owns the address and does not listen yet. Raises AddressError."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except (OSError, UnicodeError):
+        raise AddressError(f"{host} is not an address of this machine; use --host 127.0.0.1 or 0.0.0.0") from None
+    listener = socket.socket(family, kind, protocol)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        listener.close()
+        reasons = {
+            errno.EADDRINUSE: f"port {port} on {host} is already in use; stop what uses it or choose another --port",
+            errno.EACCES: f"port {port} needs privileges; choose a --port above 1023",
+            errno.EADDRNOTAVAIL: f"{host} is not an address of this machine; use --host 127.0.0.1 or 0.0.0.0",
+        }
+        raise AddressError(reasons.get(error.errno or 0, f"cannot bind {host} port {port}: {error.strerror}")) from None
+    return listener
+
+
+class BoundedHeadProtocol(HttpToolsProtocol):
+    """httptools collects headers without a limit; a connection that sends more than `max_head_bytes` before they end is
+    closed."""
+
+    max_head_bytes = 0
+    _head_bytes = 0
+    _in_head = True
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self._in_head:
+            self._head_bytes += len(data)
+            if self._head_bytes > self.max_head_bytes and not self.transport.is_closing():
+                self.send_400_response("The request's headers are too long.")
+
+    def on_message_begin(self) -> None:
+        self._in_head, self._head_bytes = True, 0
+        super().on_message_begin()
+
+    def on_headers_complete(self) -> None:
+        self._in_head = False
+        super().on_headers_complete()
+
+
+class Server(uvicorn.Server):
+    """uvicorn, with a drain between the signal and the exit: the port stays open and answers 503, so that a load
+    balancer sees /readyz fail while running requests end."""
+
+    def __init__(self, app: Any, engine: AsyncEngine, config: ServerConfig) -> None:
+        protocol = type("Protocol", (BoundedHeadProtocol,), {"max_head_bytes": 2 * config.max_header_bytes})
+        super().__init__(uvicorn.Config(
+            app,
+            http=protocol,
+            ws="none",
+            log_config=None,
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            timeout_keep_alive=75,  # above the usual 60 s of proxies, which must be the first to close
+            timeout_graceful_shutdown=CLOSE_TIMEOUT,
+        ))
+        self._engine = engine
+        self._drain_timeout = config.drain_timeout
+        self._drains: list[asyncio.Task[None]] = []
+
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        self._loop = asyncio.get_running_loop()
+        await super().serve(sockets)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        for listener in sockets or ():
+            host, port = listener.getsockname()[:2]
+            log.info("serving on http://%s:%d (OpenAI API under /v1, documentation at /docs)",
+                     f"[{host}]" if ":" in host else host, port)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self._loop.call_soon_threadsafe(self._begin_exit)
+
+    def _begin_exit(self) -> None:
+        timeout = 0.0 if self._engine.draining else self._drain_timeout
+        log.info("stopping: %s", f"running requests have {timeout:g} s to end" if timeout else "requests are aborted")
+        self._drains.append(self._loop.create_task(self._drain(timeout)))
+
+    async def _drain(self, timeout: float) -> None:
+        await self._engine.drain(timeout)
+        self.should_exit = True

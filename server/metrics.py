@@ -1,0 +1,111 @@
+"""Prometheus metrics of one app, in a registry of its own. docs/metrics.md describes each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    disable_created_metrics,
+    generate_latest,
+)
+
+from fptq_runtime.engine.request import FinishReason
+from fptq_runtime.engine.stats import StepStats
+from server.config import ModelCard
+
+SECONDS = (0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 0.75, 1, 2.5,
+           5, 10, 30, 60, 120)
+TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+REJECTIONS = ("queue_full", "draining", "invalid", "unauthorized", "too_large", "failed")
+STATUS_CLASSES = ("2xx", "3xx", "4xx", "5xx")
+OTHER_ROUTES = "other"
+
+
+class Metrics:
+    """Written by the engine's thread (record_step) and by the event loop (the rest); prometheus_client locks."""
+
+    def __init__(self, version: str, model: ModelCard) -> None:
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # they would double the number of series
+        self.registry = registry = CollectorRegistry()
+        ProcessCollector(registry=registry)
+
+        def histogram(name: str, text: str, buckets: Iterable[float] = SECONDS) -> Histogram:
+            return Histogram(name, text, buckets=tuple(buckets), registry=registry)
+
+        def counter(name: str, text: str, label: str | None = None, values: Iterable[str] = ()) -> Counter:
+            made = Counter(name, text, () if label is None else (label,), registry=registry)
+            for value in values:  # children that exist from the start let a rate see the first event
+                made.labels(value)
+            return made
+
+        def gauge(name: str, text: str) -> Gauge:
+            return Gauge(name, text, registry=registry)
+
+        self._queue = histogram("fptq_queue_seconds", "Arrival to first scheduled.")
+        self._first_token = histogram("fptq_time_to_first_token_seconds", "Arrival to first token.")
+        self._inter_token = histogram("fptq_inter_token_seconds", "Time between two tokens of a sequence.")
+        self._end_to_end = histogram("fptq_end_to_end_seconds", "Arrival to last token.")
+        self._step = histogram("fptq_step_seconds", "Duration of one engine step.")
+        self._batch = histogram("fptq_batch_tokens", "Tokens computed in one engine step.", TOKENS)
+        self._running = gauge("fptq_requests_running", "Sequences that take part in engine steps.")
+        self._waiting = gauge("fptq_requests_waiting", "Sequences in the queue.")
+        self._kv_usage = gauge("fptq_kv_cache_usage_ratio", "Share of the KV cache's blocks in use.")
+        self._prompt = counter("fptq_prompt_tokens", "Prompt tokens computed or found in the prefix cache.")
+        self._generated = counter("fptq_generated_tokens", "Tokens generated.")
+        self._finished = counter("fptq_requests_finished", "Sequences finished, by reason.", "reason",
+                                 (reason.value for reason in FinishReason))
+        self._rejected = counter("fptq_requests_rejected", "HTTP requests refused, by reason.", "reason", REJECTIONS)
+        self._preemptions = counter("fptq_preemptions", "Sequences sent back to the queue for want of KV blocks.")
+        self._prefix_query = counter("fptq_prefix_cache_query_tokens", "Prompt tokens looked up in the prefix cache.")
+        self._prefix_hit = counter("fptq_prefix_cache_hit_tokens", "Prompt tokens found in the prefix cache.")
+        self._routes: frozenset[str] = frozenset()
+        self._responses = Counter("fptq_http_responses", "HTTP responses, by route and class of status.",
+                                  ("route", "status"), registry=registry)
+        build = Gauge("fptq_build_info", "The server's version.", ("version",), registry=registry)
+        build.labels(version).set(1)
+        info = {key: str(value) for key, value in model.description.items() if isinstance(value, (str, int, float))}
+        names = ("model", "max_model_len", *sorted(info))
+        Gauge("fptq_model_info", "The served model.", names, registry=registry).labels(
+            model.id, str(model.max_model_len), *(info[key] for key in sorted(info))).set(1)
+
+    def add_routes(self, paths: Iterable[str]) -> None:
+        """Responses of these are told apart; all others count under one label."""
+        self._routes = frozenset(paths)
+        for path in (*self._routes, OTHER_ROUTES):
+            for status in STATUS_CLASSES:
+                self._responses.labels(path, status)
+
+    def record_step(self, stats: StepStats) -> None:
+        self._running.set(stats.num_running)
+        self._waiting.set(stats.num_waiting)
+        self._kv_usage.set(stats.kv_usage)
+        if stats.batch_tokens:
+            self._batch.observe(stats.batch_tokens)
+            self._step.observe(stats.step_seconds)
+        self._prompt.inc(stats.prompt_tokens + stats.prefix_hit_tokens)
+        self._generated.inc(stats.generated_tokens)
+        self._preemptions.inc(stats.preemptions)
+        self._prefix_query.inc(stats.prefix_query_tokens)
+        self._prefix_hit.inc(stats.prefix_hit_tokens)
+        for histogram, observed in ((self._queue, stats.queue_seconds), (self._first_token, stats.time_to_first_token),
+                                    (self._inter_token, stats.inter_token_seconds)):
+            for seconds in observed:
+                histogram.observe(seconds)
+        for finished in stats.finished:
+            self._finished.labels(finished.reason).inc()
+            self._end_to_end.observe(finished.end_to_end_seconds)
+
+    def record_rejection(self, reason: str) -> None:
+        self._rejected.labels(reason).inc()
+
+    def record_response(self, route: str, status: int) -> None:
+        self._responses.labels(route if route in self._routes else OTHER_ROUTES, f"{status // 100}xx").inc()
+
+    def exposition(self) -> bytes:
+        """The text format, version 0.0.4."""
+        return generate_latest(self.registry)

@@ -1,0 +1,421 @@
+"""Request and response bodies. A field we do not know is refused by name, and so is one that we cannot honour."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic_core import PydanticCustomError
+
+
+def _well_formed(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise PydanticCustomError("unicode", "must be valid Unicode, without lone surrogates") from None
+    return text
+
+
+def _variant(**types: str) -> Discriminator:
+    """Chooses a union's variant by the JSON type of the value, or of its first element, so that an error names the
+    client's field and one cause instead of every variant that did not match."""
+
+    def tag(value: Any) -> str | None:
+        kind = type(value).__name__
+        if kind == "list" and value:
+            kind += "_" + type(value[0]).__name__
+        return types.get(kind)
+
+    allowed = " or ".join(name.strip("<>") for name in dict.fromkeys(types.values()))
+    return Discriminator(tag, custom_error_type="variant", custom_error_message=f"must be {allowed}")
+
+
+def _unsupported(*harmless: Any) -> AfterValidator:
+    """Accepts null and the values that change nothing; clients send those by default."""
+
+    def check(value: Any) -> Any:
+        if value is None or any(type(value) is type(v) and value == v for v in harmless):
+            return value
+        raise PydanticCustomError("not_supported", "is not supported by this server")
+
+    return AfterValidator(check)
+
+
+def _token_id_key(key: str) -> str:
+    if key.isascii() and key.isdigit() and len(key) <= 10:
+        return key
+    raise PydanticCustomError("token_id", "must have token ids for keys")
+
+
+Text = Annotated[str, AfterValidator(_well_formed)]
+TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
+TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
+Prompt = Annotated[
+    Annotated[Text, Tag("<a string>")]
+    | Annotated[list[Text], Field(min_length=1, fail_fast=True), Tag("<a list of strings>")]
+    | Annotated[TokenIds, Tag("<a list of token ids>")]
+    | Annotated[list[TokenIds], Field(min_length=1, fail_fast=True), Tag("<a list of lists of token ids>")],
+    _variant(str="<a string>", list_str="<a list of strings>", list_int="<a list of token ids>",
+             list_list="<a list of lists of token ids>"),
+]
+Stop = Annotated[
+    Annotated[Text, Tag("<a string>")] | Annotated[list[Text], Field(fail_fast=True), Tag("<a list of strings>")],
+    _variant(str="<a string>", list="<a list of strings>", list_str="<a list of strings>"),
+]
+Seed = Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)]
+TopLogprobs = Annotated[int, Field(ge=0, le=20)]
+LogitBias = dict[Annotated[str, AfterValidator(_token_id_key)], Annotated[float, Field(ge=-100, le=100)]]
+Unsupported = Annotated[Any, _unsupported()]
+
+
+class Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class StreamOptions(Body):
+    """continuous_usage_stats: usage so far in every chunk."""
+
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+
+
+class SamplingBody(Body):
+    """What both OpenAI endpoints share. null means the default everywhere. `user`, `metadata` and the other labels that
+    OpenAI keeps with a request are accepted and not used. top_k -1 is off, as in vLLM."""
+
+    model: Text | None = None
+    n: int | None = None
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    min_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: LogitBias | None = None
+    seed: Seed | None = None
+    stop: Stop | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(fail_fast=True)] | None = None
+    ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None
+    add_special_tokens: bool | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    return_tokens_as_token_ids: bool | None = None
+    user: Text | None = None
+    metadata: dict[Text, Text] | None = None
+    safety_identifier: Text | None = None
+    prompt_cache_key: Text | None = None
+    store: Annotated[Any, _unsupported(False)] = None
+    service_tier: Annotated[Any, _unsupported("auto", "default")] = None
+    include_stop_str_in_output: Annotated[Any, _unsupported(False)] = None
+    use_beam_search: Annotated[Any, _unsupported(False)] = None
+
+
+class CompletionRequest(SamplingBody):
+    prompt: Prompt
+    echo: bool | None = None
+    logprobs: TopLogprobs | None = None
+    best_of: int | None = None
+    suffix: Unsupported = None
+
+
+class TextPart(Body):
+    type: Literal["text"]
+    text: Text
+
+
+def _refuse_part(kind: str) -> str:
+    raise PydanticCustomError("not_supported", "{kind} is not supported by this server", {"kind": kind})
+
+
+class OtherPart(Body):
+    """An image, a sound or a file: named, so that it can be refused by its name."""
+
+    model_config = ConfigDict(extra="ignore")
+    type: Annotated[str, AfterValidator(_refuse_part)]
+
+
+def _part_kind(part: Any) -> str:
+    other = isinstance(part, dict) and part.get("type") in ("image_url", "input_audio", "file", "video_url", "refusal")
+    return "<other>" if other else "<text>"
+
+
+ContentPart = Annotated[Annotated[TextPart, Tag("<text>")] | Annotated[OtherPart, Tag("<other>")],
+                        Discriminator(_part_kind)]
+Content = Annotated[
+    Annotated[Text, Tag("<a string>")]
+    | Annotated[list[ContentPart], Field(min_length=1, fail_fast=True), Tag("<a list of text parts>")],
+    _variant(str="<a string>", list_dict="<a list of text parts>"),
+]
+
+
+class ChatMessage(Body):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Content
+    name: Text | None = None
+    refusal: Unsupported = None
+    audio: Unsupported = None
+    function_call: Unsupported = None
+    tool_calls: Annotated[Any, _unsupported([])] = None
+
+
+class ChatTemplateOptions(Body):
+    """Variables that chat templates of the supported families read."""
+
+    enable_thinking: bool | None = None
+
+
+class ChatCompletionRequest(SamplingBody):
+    messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
+    logprobs: bool | None = None
+    top_logprobs: TopLogprobs | None = None
+    chat_template_kwargs: ChatTemplateOptions | None = None
+    tools: Annotated[Any, _unsupported([])] = None
+    tool_choice: Annotated[Any, _unsupported("none")] = None
+    parallel_tool_calls: Annotated[Any, _unsupported(True, False)] = None
+    functions: Annotated[Any, _unsupported([])] = None
+    function_call: Annotated[Any, _unsupported("none")] = None
+    response_format: Annotated[Any, _unsupported({"type": "text"})] = None
+    modalities: Annotated[Any, _unsupported(["text"])] = None
+    audio: Unsupported = None
+    prediction: Unsupported = None
+    reasoning_effort: Unsupported = None
+    web_search_options: Unsupported = None
+
+
+class GenerateParameters(Body):
+    """TGI's names. Greedy unless do_sample, temperature, top_k, top_p or min_p is given."""
+
+    do_sample: bool | None = None
+    max_new_tokens: Annotated[int, Field(ge=0)] | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    frequency_penalty: float | None = None
+    seed: Seed | None = None
+    stop: Annotated[list[Text], Field(fail_fast=True)] | None = None
+    truncate: Annotated[int, Field(ge=1)] | None = None
+    return_full_text: bool | None = None
+    details: bool | None = None
+    decoder_input_details: bool | None = None
+    top_n_tokens: TopLogprobs | None = None
+    best_of: Annotated[Any, _unsupported(1)] = None
+    typical_p: Annotated[Any, _unsupported(1, 1.0)] = None
+    watermark: Annotated[Any, _unsupported(False)] = None
+    grammar: Unsupported = None
+    adapter_id: Unsupported = None
+
+
+class GenerateRequest(Body):
+    inputs: Text
+    parameters: GenerateParameters | None = None
+
+
+class TokenizeRequest(Body):
+    """Either a prompt or, for a model with a chat template, messages."""
+
+    model: Text | None = None
+    prompt: Text | None = None
+    messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)] | None = None
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool | None = None
+    return_token_strs: bool | None = None
+
+
+class DetokenizeRequest(Body):
+    model: Text | None = None
+    tokens: Annotated[list[TokenId], Field(fail_fast=True)]
+    skip_special_tokens: bool | None = None
+
+
+class ErrorInfo(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorResponse(BaseModel):
+    error: ErrorInfo
+
+
+class PromptTokensDetails(BaseModel):
+    cached_tokens: int
+
+
+class Usage(BaseModel):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+
+
+class CompletionLogprobs(BaseModel):
+    """Parallel lists, an entry a token. The first prompt token has no probability."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
+
+
+class CompletionChoice(BaseModel):
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None
+    finish_reason: Literal["stop", "length"] | None
+
+
+class CompletionResponse(BaseModel):
+    """A whole completion, or one chunk of a stream."""
+
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage | None
+
+
+class TopLogprob(BaseModel):
+    token: str
+    logprob: float
+    bytes: list[int] | None
+
+
+class TokenLogprob(TopLogprob):
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(BaseModel):
+    content: list[TokenLogprob]
+
+
+class AssistantMessage(BaseModel):
+    role: Literal["assistant"] = "assistant"
+    content: str
+
+
+class ChatChoice(BaseModel):
+    index: int
+    message: AssistantMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: Literal["stop", "length"] | None
+
+
+class ChatCompletionResponse(BaseModel):
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+
+
+class ContentDelta(BaseModel):
+    content: str
+
+
+class ChatChunkChoice(BaseModel):
+    index: int
+    delta: AssistantMessage | ContentDelta
+    logprobs: ChatLogprobs | None
+    finish_reason: Literal["stop", "length"] | None
+
+
+class ChatCompletionChunk(BaseModel):
+    id: str
+    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+    created: int
+    model: str
+    choices: list[ChatChunkChoice]
+    usage: Usage | None
+
+
+class GenerateToken(BaseModel):
+    id: int
+    text: str
+    logprob: float | None
+    special: bool
+
+
+class PrefillToken(BaseModel):
+    id: int
+    text: str
+    logprob: float | None
+
+
+class GenerateDetails(BaseModel):
+    finish_reason: Literal["length", "eos_token", "stop_sequence"]
+    generated_tokens: int
+    seed: int | None
+    prefill: list[PrefillToken]
+    tokens: list[GenerateToken]
+    top_tokens: list[list[GenerateToken]] | None
+
+
+class GenerateResponse(BaseModel):
+    generated_text: str
+    details: GenerateDetails | None
+
+
+class StreamDetails(BaseModel):
+    finish_reason: Literal["length", "eos_token", "stop_sequence"]
+    generated_tokens: int
+    input_length: int
+    seed: int | None
+
+
+class GenerateEvent(BaseModel):
+    """One token; the last one carries the whole text and the details."""
+
+    index: int
+    token: GenerateToken
+    top_tokens: list[GenerateToken]
+    generated_text: str | None
+    details: StreamDetails | None
+
+
+class ModelInfo(BaseModel):
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str
+    max_model_len: int
+
+
+class ModelList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[ModelInfo]
+
+
+class TokenizeResponse(BaseModel):
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None
+
+
+class DetokenizeResponse(BaseModel):
+    prompt: str
+
+
+class Status(BaseModel):
+    status: str
+
+
+class Version(BaseModel):
+    version: str
+
+
+class Info(BaseModel):
+    version: str
+    model: dict[str, Any]
+    engine: dict[str, Any]
+    kernels: dict[str, str]

@@ -1,0 +1,28 @@
+"""/v1/models"""
+
+from __future__ import annotations
+
+from fastapi import APIRouter
+
+from server.config import ModelCard
+from server.errors import ERROR_RESPONSES
+from server.protocol import ModelInfo, ModelList
+from server.validation import check_model
+
+
+def models_router(model: ModelCard) -> APIRouter:
+    router = APIRouter(tags=["OpenAI"], responses=ERROR_RESPONSES)
+    info = ModelInfo(id=model.id, created=model.created, owned_by="fptq", max_model_len=model.max_model_len)
+
+    @router.get("/v1/models")
+    async def list_models() -> ModelList:
+        """The one model of this server."""
+        return ModelList(data=[info])
+
+    @router.get("/v1/models/{model_id:path}")
+    async def retrieve_model(model_id: str) -> ModelInfo:
+        """The model by its id, which may hold slashes."""
+        check_model(model_id, model)
+        return info
+
+    return router

@@ -1,0 +1,64 @@
+"""What operators and orchestrators ask: /livez /readyz /health /version /info /metrics."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.responses import PlainTextResponse, Response
+
+from fptq_runtime import __version__
+from fptq_runtime.engine.async_engine import AsyncEngine
+from server.config import ModelCard, ServerConfig
+from server.metrics import Metrics
+from server.protocol import Info, Status, Version
+
+UNAVAILABLE: dict[int | str, dict[str, Any]] = {"5XX": {"model": Status}}
+
+
+def status_router(engine: AsyncEngine, model: ModelCard, config: ServerConfig, metrics: Metrics) -> APIRouter:
+    router = APIRouter(tags=["status"])
+
+    def alive() -> str | None:
+        if engine.error is not None:
+            return "the engine has died"
+        if engine.seconds_since_progress > config.stall_timeout:
+            return "the engine makes no progress"
+        return None
+
+    def answer(problem: str | None) -> Response:
+        body = Status(status=problem or "ok").model_dump_json()
+        return Response(body, 503 if problem else 200, media_type="application/json")
+
+    @router.get("/livez", response_model=Status, responses=UNAVAILABLE)
+    async def livez() -> Response:
+        """200 while the engine makes progress, however loaded it is."""
+        return answer(alive())
+
+    @router.get("/readyz", response_model=Status, responses=UNAVAILABLE)
+    async def readyz() -> Response:
+        """200 while new requests are taken; the port opens once the model is loaded and its golden logits agree."""
+        return answer("draining" if engine.draining else alive())
+
+    @router.get("/health", response_model=Status, responses=UNAVAILABLE)
+    async def health() -> Response:
+        """The same as /readyz."""
+        return await readyz()
+
+    @router.get("/version")
+    async def version() -> Version:
+        return Version(version=__version__)
+
+    @router.get("/info")
+    async def info() -> Info:
+        """The model, the engine's limits, and the kernel that runs each kind of layer on this machine."""
+        described = {"id": model.id, "max_model_len": model.max_model_len, **model.description}
+        return Info(version=__version__, model=described, engine=dict(model.engine), kernels=dict(model.kernels))
+
+    @router.get("/metrics", response_class=PlainTextResponse)
+    async def prometheus() -> Response:
+        """Prometheus text format."""
+        return Response(metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
+
+    return router

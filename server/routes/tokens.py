@@ -1,0 +1,53 @@
+"""/tokenize, /detokenize and /tokenizer_info, as vLLM has them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter
+
+from fptq_runtime.models.tokenizer import Tokenizer
+from server.config import ModelCard
+from server.errors import ERROR_RESPONSES, APIError
+from server.protocol import DetokenizeRequest, DetokenizeResponse, TokenizeRequest, TokenizeResponse
+from server.validation import chat_prompt, check_model, check_text
+
+
+def tokens_router(tokenizer: Tokenizer, model: ModelCard) -> APIRouter:
+    router = APIRouter(tags=["tokens"], responses=ERROR_RESPONSES)
+
+    @router.post("/tokenize")
+    async def tokenize(body: TokenizeRequest) -> TokenizeResponse:
+        """Token ids of a prompt, or of messages under the chat template."""
+        check_model(body.model, model)
+        if (body.prompt is None) == (body.messages is None):
+            raise APIError(400, "give either prompt or messages", param="prompt")
+        if body.messages is not None:
+            if body.add_special_tokens:
+                raise APIError(400, "add_special_tokens is not supported with messages; the chat template writes the "
+                                    "special tokens", param="add_special_tokens", code="not_supported")
+            tokens = chat_prompt(body.messages, tokenizer, model, body.add_generation_prompt is not False)
+        else:
+            if body.add_generation_prompt:
+                raise APIError(400, "add_generation_prompt needs messages", param="add_generation_prompt")
+            text = check_text(body.prompt or "", "prompt", model)
+            tokens = tokenizer.encode(text, body.add_special_tokens is not False)
+        return TokenizeResponse(count=len(tokens), max_model_len=model.max_model_len, tokens=tokens,
+                                token_strs=[tokenizer.token(t) for t in tokens] if body.return_token_strs else None)
+
+    @router.post("/detokenize")
+    async def detokenize(body: DetokenizeRequest) -> DetokenizeResponse:
+        """The text of token ids, special tokens included unless skip_special_tokens is true."""
+        check_model(body.model, model)
+        unknown = [token for token in body.tokens if token >= model.vocab_size]
+        if unknown:
+            raise APIError(400, f"token id {unknown[0]} is outside the vocabulary of {model.vocab_size} tokens",
+                           param="tokens")
+        return DetokenizeResponse(prompt=tokenizer.decode(body.tokens, bool(body.skip_special_tokens)))
+
+    @router.get("/tokenizer_info")
+    async def tokenizer_info() -> dict[str, Any]:
+        """Special tokens and the chat template."""
+        return tokenizer.info()
+
+    return router

@@ -1,0 +1,121 @@
+"""From a request body to token ids and SamplingParams, for what needs the model to decide."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from fptq_runtime.engine.request import SamplingParams
+from fptq_runtime.models.tokenizer import ChatTemplateError, Tokenizer
+from server.config import ModelCard
+from server.errors import APIError, bad_parameter
+from server.protocol import ChatMessage, CompletionRequest, SamplingBody, TextPart
+
+MAX_CHARACTERS_PER_TOKEN = 64  # of a prompt: far above what text needs, and tokenizing stays quick
+
+SAME_NAME = ("n", "min_tokens", "temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty",
+             "frequency_penalty", "ignore_eos", "skip_special_tokens")
+
+
+def check_model(name: str | None, model: ModelCard) -> None:
+    if name is not None and name != model.id:
+        raise APIError(404, f"the model {name} does not exist; this server has {model.id}", param="model",
+                       code="model_not_found")
+
+
+def check_text(text: str, param: str, model: ModelCard) -> str:
+    """Refuses, before it is tokenized, text that cannot fit the context."""
+    if len(text) > MAX_CHARACTERS_PER_TOKEN * model.max_model_len:
+        raise APIError(400, f"{param} has {len(text)} characters; the context of {model.max_model_len} tokens cannot "
+                            f"hold it", param=param, code="context_length_exceeded")
+    return text
+
+
+def completion_prompts(body: CompletionRequest, tokenizer: Tokenizer, model: ModelCard,
+                       max_prompts: int) -> tuple[list[list[int]], list[str]]:
+    """Token ids of every prompt of the request, and what `echo` puts before each completion: the client's own text, or
+    what its token ids say."""
+    given: list[Any] = [body.prompt] if isinstance(body.prompt, str) or isinstance(body.prompt[0], int) \
+        else list(body.prompt)
+    if len(given) > max_prompts:
+        raise APIError(400, f"prompt has {len(given)} prompts; at most {max_prompts} are taken", param="prompt")
+    special = body.add_special_tokens is not False
+    prompts = [tokenizer.encode(check_text(prompt, "prompt", model), special) if isinstance(prompt, str) else prompt
+               for prompt in given]
+    if not body.echo:
+        return prompts, []
+    skip = body.skip_special_tokens is not False
+    return prompts, [prompt if isinstance(prompt, str) else tokenizer.decode(prompt, skip) for prompt in given]
+
+
+def chat_prompt(messages: list[ChatMessage], tokenizer: Tokenizer, model: ModelCard, add_generation_prompt: bool = True,
+                variables: Mapping[str, Any] | None = None) -> list[int]:
+    """Token ids of a conversation. Raises APIError where the model has no chat template or it refuses the messages."""
+    rendered = []
+    for message in messages:
+        content = message.content if isinstance(message.content, str) else "\n".join(
+            part.text for part in message.content if isinstance(part, TextPart))
+        rendered.append({"role": message.role, "content": content}
+                        | ({} if message.name is None else {"name": message.name}))
+    check_text("".join(m["content"] for m in rendered), "messages", model)
+    try:
+        return tokenizer.apply_chat_template(rendered, add_generation_prompt, **(variables or {}))
+    except ChatTemplateError as error:
+        raise APIError(400, str(error), param="messages", code="chat_template") from None
+
+
+def check_length(prompt: list[int], max_tokens: int, param: str, model: ModelCard) -> None:
+    """A prompt must leave room for a token, where one is to be generated; max_tokens beyond the context is an upper
+    bound that is not reached."""
+    if not prompt:
+        raise APIError(400, f"{param} is empty", param=param)
+    if len(prompt) + min(max_tokens, 1) > model.max_model_len:
+        raise APIError(400, f"{param} has {len(prompt)} tokens; the context of {model.max_model_len} tokens must hold "
+                            f"it and what is generated", param=param, code="context_length_exceeded")
+
+
+def max_tokens_of(body: SamplingBody) -> int | None:
+    """OpenAI renamed max_tokens; load generators send both."""
+    old, new = body.max_tokens, body.max_completion_tokens
+    if old is not None and new is not None and old != new:
+        raise APIError(400, f"max_tokens is {old} and max_completion_tokens is {new}; give one of them",
+                       param="max_completion_tokens")
+    return old if new is None else new
+
+
+def sampling_params(body: SamplingBody, **fields: Any) -> SamplingParams:
+    """The engine's parameters; `fields` are those that each endpoint reads in its own way."""
+    for name in SAME_NAME:
+        if (value := getattr(body, name)) is not None:
+            fields[name] = value
+    if body.top_k is not None:
+        fields["top_k"] = 0 if body.top_k == -1 else body.top_k
+    if body.stop is not None:
+        fields["stop"] = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop)
+    if body.stop_token_ids is not None:
+        fields["stop_token_ids"] = tuple(body.stop_token_ids)
+    if body.logit_bias is not None:
+        fields["logit_bias"] = {int(token): bias for token, bias in body.logit_bias.items()}
+    return make_params(seed=fold_seed(body.seed), **fields)
+
+
+def fold_seed(seed: int | None) -> int | None:
+    """OpenAI's seeds are signed, the engine's are not."""
+    return None if seed is None else seed % (1 << 63)
+
+
+def make_params(**fields: Any) -> SamplingParams:
+    try:
+        return SamplingParams(**fields)
+    except ValueError as error:
+        raise bad_parameter(error) from None
+
+
+def stream_usage(body: SamplingBody) -> tuple[bool, bool]:
+    """Whether a stream ends with its usage, and whether every chunk has it so far."""
+    options = body.stream_options
+    if options is None:
+        return False, False
+    if not body.stream:
+        raise APIError(400, "stream_options needs stream to be true", param="stream_options")
+    return bool(options.include_usage), bool(options.continuous_usage_stats)

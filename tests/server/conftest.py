@@ -1,0 +1,127 @@
+"""The real engine with the demo model, behind a real uvicorn server on the loopback interface."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from fastapi import FastAPI
+from prometheus_client.parser import text_string_to_metric_families
+
+from fptq_runtime import __version__
+from fptq_runtime.config import EngineConfig
+from fptq_runtime.engine.async_engine import AsyncEngine
+from fptq_runtime.engine.engine import Engine
+from fptq_runtime.kernels.base import Backend
+from fptq_runtime.kernels.select import select_backend
+from fptq_runtime.locate import find_artifact
+from fptq_runtime.models.decoder import Decoder
+from fptq_runtime.models.loader import Checkpoint, load_model
+from fptq_runtime.models.tokenizer import Tokenizer
+from server.app import create_app
+from server.config import ServerConfig
+from server.main import Server, bind, model_card
+from server.metrics import Metrics
+
+EOS = 1  # the demo model's
+
+
+@dataclass
+class Served:
+    """One running server."""
+
+    url: str
+    app: FastAPI
+    engine: AsyncEngine
+    http: httpx.Client
+    port: int
+
+
+@pytest.fixture(scope="session")
+def model_path() -> Path:
+    return find_artifact("demo")
+
+
+@pytest.fixture(scope="session")
+def decoder(model_path: Path) -> tuple[Decoder, Backend]:
+    backend = select_backend()
+    return load_model(Checkpoint(model_path), backend), backend
+
+
+@pytest.fixture(scope="session")
+def tokenizer(model_path: Path) -> Tokenizer:
+    return Tokenizer(model_path)
+
+
+@pytest.fixture(scope="session")
+def run_server(decoder: tuple[Decoder, Backend], tokenizer: Tokenizer) -> Callable[..., Any]:
+    """run_server(config, engine options…): a context manager that yields a Served."""
+
+    @contextmanager
+    def run(config: ServerConfig | None = None, tokenizer: Tokenizer = tokenizer, **options: Any) -> Iterator[Served]:
+        config = replace(config or ServerConfig(), port=0)
+        model, backend = decoder
+        limits = EngineConfig(**{"max_model_len": 1024, "max_num_seqs": 32} | options)
+        engine = Engine(model, backend, limits, tokenizer)
+        card = model_card("demo", engine)
+        metrics = Metrics(__version__, card)
+        async_engine = AsyncEngine(engine, metrics.record_step)
+        app = create_app(async_engine, tokenizer, config, card, metrics)
+        server = Server(app, async_engine, config)
+        listener = bind(config.host, 0)
+        port = listener.getsockname()[1]
+        thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
+        thread.start()
+        while not server.started:
+            assert thread.is_alive()
+            time.sleep(0.01)
+        url = f"http://127.0.0.1:{port}"
+        headers = {"Authorization": f"Bearer {config.api_keys[0]}"} if config.api_keys else {}
+        with httpx.Client(base_url=url, headers=headers, timeout=60) as http:
+            yield Served(url, app, async_engine, http, port)
+        server.should_exit = True
+        thread.join(30)
+        assert not thread.is_alive()
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def served(run_server: Callable[..., Any]) -> Iterator[Served]:
+    with run_server() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def client(served: Served) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=served.url + "/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+def events(text: str) -> list[dict[str, Any]]:
+    """The JSON of a stream's events, up to [DONE]."""
+    data = [line.removeprefix("data: ") for line in text.split("\n") if line.startswith("data: ")]
+    return [json.loads(line) for line in data if line != "[DONE]"]
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def metric(served: Served, name: str, **labels: str) -> float:
+    """The value of one sample of /metrics."""
+    families = text_string_to_metric_families(served.http.get("/metrics").text)
+    [value] = [s.value for family in families for s in family.samples if s.name == name and s.labels == labels]
+    return float(value)

@@ -1,0 +1,128 @@
+"""/v1/chat/completions through the openai SDK."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import openai
+import pytest
+
+from fptq_runtime.models.tokenizer import ChatTemplateError, Tokenizer
+from tests.server.conftest import Served
+
+MESSAGES: list[Any] = [{"role": "system", "content": "You tell tales."}, {"role": "user", "content": "Of a king."}]
+OPTIONS: dict[str, Any] = {"model": "demo", "messages": MESSAGES, "max_tokens": 10, "temperature": 0}
+
+
+def test_sdk(client: openai.OpenAI, tokenizer: Tokenizer) -> None:
+    answer = client.chat.completions.create(**OPTIONS)
+    assert answer.object == "chat.completion"
+    [choice] = answer.choices
+    assert choice.message.role == "assistant"
+    assert choice.finish_reason == "length"
+    assert answer.usage is not None
+    # The demo's template writes BOS itself; were it added again, the prompt would have a token more.
+    rendered = "You tell tales.\n\nOf a king.\n\n"
+    assert answer.usage.prompt_tokens == len(tokenizer.encode(rendered))
+    plain = client.completions.create(model="demo", prompt=rendered, max_tokens=10, temperature=0)
+    assert plain.choices[0].text == choice.message.content
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 1, "seed": 4, "n": 2}, {"logprobs": True, "top_logprobs": 2},
+                                     {"logprobs": True}], ids=str)
+def test_streaming(client: openai.OpenAI, options: dict[str, Any]) -> None:
+    body: Any = OPTIONS | options
+    whole = client.chat.completions.create(**body)
+    chunks = list(client.chat.completions.create(**body, stream=True, stream_options={"include_usage": True}))
+    assert chunks[-1].choices == []
+    assert chunks[-1].usage == whole.usage
+    for expected in whole.choices:
+        pieces = [chunk.choices[0] for chunk in chunks[:-1] if chunk.choices[0].index == expected.index]
+        assert pieces[0].delta.role == "assistant"
+        assert pieces[0].delta.content == ""
+        assert len(pieces) == 1 + 10, "the role, then one chunk a token"
+        assert "".join(piece.delta.content or "" for piece in pieces) == expected.message.content
+        assert [piece.finish_reason for piece in pieces] == [None] * 10 + ["length"]
+        streamed = [entry.token for piece in pieces if piece.logprobs for entry in piece.logprobs.content or []]
+        assert streamed == [entry.token for entry in (expected.logprobs.content or [] if expected.logprobs else [])]
+
+
+def test_async_sdk(served: Served) -> None:
+    async def run() -> tuple[str | None, str]:
+        async with openai.AsyncOpenAI(base_url=served.url + "/v1", api_key="none") as client:
+            whole = await client.chat.completions.create(**OPTIONS)
+            stream = await client.chat.completions.create(**OPTIONS, stream=True)
+            return whole.choices[0].message.content, "".join([c.choices[0].delta.content or "" async for c in stream])
+
+    whole, streamed = asyncio.run(run())
+    assert whole == streamed
+
+
+def test_logprobs(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.create(**OPTIONS, logprobs=True, top_logprobs=3)
+    assert answer.choices[0].logprobs is not None
+    entries = answer.choices[0].logprobs.content or []
+    assert len(entries) == 10
+    for entry in entries:
+        assert entry.bytes == list(entry.token.encode())
+        values = [top.logprob for top in entry.top_logprobs]
+        assert values == sorted(values, reverse=True)
+        assert (entry.top_logprobs[0].token, entry.top_logprobs[0].logprob) == (entry.token, entry.logprob)
+
+
+def test_text_parts(client: openai.OpenAI) -> None:
+    parts = [{"type": "text", "text": "You tell"}, {"type": "text", "text": "tales."}]
+    whole = client.chat.completions.create(**OPTIONS | {"messages": [{"role": "user", "content": "You tell\ntales."}]})
+    answer = client.chat.completions.create(**OPTIONS | {"messages": [{"role": "user", "content": parts}]})
+    assert answer.choices[0].message.content == whole.choices[0].message.content
+
+
+def test_max_completion_tokens_and_the_default(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.create(model="demo", messages=MESSAGES, max_completion_tokens=4)
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens <= 4
+    long = [{"role": "user", "content": "a king " * 500}]
+    answer = client.chat.completions.create(model="demo", messages=long, extra_body={"ignore_eos": True})  # type: ignore[arg-type]
+    assert answer.usage is not None
+    assert answer.usage.total_tokens == 1024
+
+
+@pytest.mark.parametrize(("extra", "param"), [
+    ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
+    ({"response_format": {"type": "json_object"}}, "response_format"),
+    ({"tool_choice": "auto"}, "tool_choice"),
+    ({"reasoning_effort": "high"}, "reasoning_effort"),
+    ({"top_logprobs": 2}, "top_logprobs"),
+    ({"echo": True}, "echo"),
+    ({"chat_template_kwargs": {"chat_template": "x"}}, "chat_template_kwargs.chat_template"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://x/"}}]}]},
+     "messages.0.content.0.type"),
+    ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role"),
+    ({"messages": [{"role": "assistant", "content": "x", "tool_calls": [{}]}]}, "messages.0.tool_calls"),
+    ({"messages": []}, "messages"),
+    ({"messages": [{"role": "user", "content": "king " * 2000}]}, "messages"),
+], ids=str)
+def test_refusals(served: Served, extra: dict[str, Any], param: str) -> None:
+    response = served.http.post("/v1/chat/completions", json={"messages": MESSAGES} | extra)
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == param
+    assert param in response.json()["error"]["message"]
+
+
+def test_harmless_fields(served: Served) -> None:
+    fields = {"tools": [], "tool_choice": "none", "response_format": {"type": "text"}, "modalities": ["text"],
+              "parallel_tool_calls": True, "metadata": {}, "store": False, "functions": None}
+    assert served.http.post("/v1/chat/completions", json=OPTIONS | fields).status_code == 200
+
+
+def test_no_chat_template(run_server: Callable[..., Any], tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+                          ) -> None:
+    monkeypatch.setattr(tokenizer._tokenizer, "chat_template", None)
+    with pytest.raises(ChatTemplateError):
+        tokenizer.apply_chat_template(MESSAGES)
+    with run_server() as served:
+        response = served.http.post("/v1/chat/completions", json={"messages": MESSAGES})
+        assert response.status_code == 400
+        assert "no chat template" in response.json()["error"]["message"]

@@ -1,0 +1,191 @@
+"""/v1/completions through the openai SDK, and what load generators and lm-eval send."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import openai
+import pytest
+
+from fptq_runtime.models.tokenizer import Tokenizer
+from tests.server.conftest import EOS, Served, events
+
+PROMPT = "Once upon a time there was a king who"
+
+
+def complete(served: Served, **body: Any) -> dict[str, Any]:
+    response = served.http.post("/v1/completions", json={"prompt": PROMPT, "max_tokens": 8, "temperature": 0} | body)
+    assert response.status_code == 200, response.text
+    result: dict[str, Any] = response.json()
+    return result
+
+
+def test_sdk(served: Served, client: openai.OpenAI, tokenizer: Tokenizer) -> None:
+    answer = client.completions.create(model="demo", prompt=PROMPT, max_tokens=12, temperature=0, user="someone")
+    assert answer.object == "text_completion"
+    assert answer.id.startswith("cmpl-")
+    [choice] = answer.choices
+    assert choice.finish_reason == "length"
+    assert choice.logprobs is None
+    assert answer.usage is not None
+    assert answer.usage.prompt_tokens == len(tokenizer.encode(PROMPT))
+    assert answer.usage.completion_tokens == 12
+    assert answer.usage.total_tokens == answer.usage.prompt_tokens + 12
+    ids = client.completions.create(model="demo", prompt=tokenizer.encode(PROMPT), max_tokens=12, temperature=0)
+    assert ids.choices[0].text == choice.text
+
+
+@pytest.mark.parametrize("options", [
+    {"temperature": 0}, {"temperature": 1.2, "seed": 7, "top_p": 0.9},
+    {"temperature": 1, "seed": 3, "stop": ["e", "the"]},
+    {"temperature": 1, "seed": 5, "n": 3, "logprobs": 2}, {"temperature": 0, "echo": True, "logprobs": 1},
+    {"temperature": 0, "echo": True, "n": 2}, {"temperature": 0, "echo": True, "max_tokens": 0, "logprobs": 0},
+], ids=str)
+def test_a_stream_is_the_whole_in_pieces(client: openai.OpenAI, options: dict[str, Any]) -> None:
+    body: Any = {"model": "demo", "prompt": [PROMPT, "The old woman"], "max_tokens": 10} | options
+    whole = client.completions.create(**body)
+    chunks = list(client.completions.create(**body, stream=True, stream_options={"include_usage": True}))
+    assert chunks[-1].choices == []
+    assert chunks[-1].usage == whole.usage
+    assert len({chunk.id for chunk in chunks}) == 1
+    for expected in whole.choices:
+        pieces = [chunk.choices[0] for chunk in chunks[:-1] if chunk.choices[0].index == expected.index]
+        assert "".join(piece.text for piece in pieces) == expected.text
+        assert [piece.finish_reason for piece in pieces] == [None] * (len(pieces) - 1) + [expected.finish_reason]
+        if expected.logprobs is None:
+            assert all(piece.logprobs is None for piece in pieces)
+            continue
+        for name in ("tokens", "text_offset"):
+            streamed = [value for piece in pieces for value in getattr(piece.logprobs, name)]
+            assert streamed == getattr(expected.logprobs, name)
+
+
+def test_async_sdk(served: Served) -> None:
+    async def run() -> tuple[str, str]:
+        async with openai.AsyncOpenAI(base_url=served.url + "/v1", api_key="none") as client:
+            body: Any = {"model": "demo", "prompt": PROMPT, "max_tokens": 8, "temperature": 0}
+            whole = await client.completions.create(**body)
+            pieces = [chunk.choices[0].text async for chunk in await client.completions.create(**body, stream=True)]
+            return whole.choices[0].text, "".join(pieces)
+
+    whole, streamed = asyncio.run(run())
+    assert whole == streamed
+
+
+def test_one_token_one_chunk(served: Served) -> None:
+    """Also where a token completes no text: load generators count chunks."""
+    body = {"prompt": PROMPT, "max_tokens": 40, "temperature": 2, "seed": 1, "ignore_eos": True, "stream": True,
+            "stop": None, "min_tokens": 40, "stream_options": {"include_usage": True, "continuous_usage_stats": True}}
+    chunks = events(served.http.post("/v1/completions", json=body).text)
+    assert [chunk["usage"]["completion_tokens"] for chunk in chunks] == [*range(1, 41), 40]
+    without = events(served.http.post("/v1/completions", json=body | {"stream_options": None}).text)
+    assert len(without) == 40
+    assert all(chunk["usage"] is None for chunk in without)
+
+
+def test_lm_eval_scoring_request(served: Served, tokenizer: Tokenizer) -> None:
+    """Every list has an entry for each prompt token and one for the generated token, EOS too; the best of the top ones
+    is the token's own value to the last bit where it is the greedy one."""
+    prompts = [tokenizer.encode("Once upon a time"), tokenizer.encode("The fox and the crow")]
+    answer = complete(served, model="demo", prompt=prompts, max_tokens=1, logprobs=1, echo=True, seed=1234,
+                      logit_bias={str(EOS): 100})
+    for prompt, choice in zip(prompts, answer["choices"], strict=True):
+        logprobs = choice["logprobs"]
+        assert {len(values) for values in logprobs.values()} == {len(prompt) + 1}
+        assert logprobs["tokens"][-1] == "</s>"
+        assert logprobs["token_logprobs"][0] is None
+        assert all(isinstance(value, float) for value in logprobs["token_logprobs"][1:])
+        for token, value, top in list(zip(logprobs["tokens"], logprobs["token_logprobs"], logprobs["top_logprobs"],
+                                          strict=True))[1:]:
+            assert top[token] == value
+            assert len(top) == (1 if value == max(top.values()) else 2)
+        assert "".join(logprobs["tokens"][1:-1]) == choice["text"]
+        for token, start in list(zip(logprobs["tokens"], logprobs["text_offset"], strict=True))[1:-1]:
+            assert choice["text"].startswith(token, start)
+
+
+def test_generated_logprobs_do_not_depend_on_echo(served: Served) -> None:
+    plain = complete(served, logprobs=3)["choices"][0]["logprobs"]
+    echoed = complete(served, logprobs=3, echo=True)["choices"][0]["logprobs"]
+    assert echoed["tokens"][-8:] == plain["tokens"]
+    assert echoed["token_logprobs"][-8:] == pytest.approx(plain["token_logprobs"], abs=1e-3)
+
+
+def test_tokens_as_ids_are_unique(served: Served) -> None:
+    logprobs = complete(served, logprobs=20, return_tokens_as_token_ids=True)["choices"][0]["logprobs"]
+    assert all(token.startswith("token_id:") for token in logprobs["tokens"])
+    assert all(len(top) in (20, 21) for top in logprobs["top_logprobs"])
+
+
+@pytest.mark.parametrize(("body", "param", "named"), [
+    ({"best_of": 2}, "best_of", "best_of"),
+    ({"suffix": "x"}, "suffix", "suffix"),
+    ({"model": "gpt-4"}, "model", "gpt-4"),
+    ({"prompt": [5] * 2000}, "prompt", "2000 tokens; the context of 1024"),
+    ({"prompt": [5] * 1024}, "prompt", "1024"),
+    ({"prompt": "x" * 100_000}, "prompt", "100000 characters; the context of 1024"),
+    ({"prompt": ["x"] * 1025}, "prompt", "1025"),
+    ({"prompt": "", "add_special_tokens": False}, "prompt", "empty"),
+    ({"max_tokens": 3, "max_completion_tokens": 4}, "max_completion_tokens", "3"),
+    ({"stream_options": {"include_usage": True}}, "stream_options", "stream"),
+    ({"stream": True, "echo": True, "logprobs": 1, "n": 2}, "echo", "n above 1"),
+    ({"logit_bias": {"99999": 1}}, "logit_bias", "99999"),
+    ({"include_stop_str_in_output": True}, "include_stop_str_in_output", "not supported"),
+    ({"frobnicate": 1}, "frobnicate", "unknown field frobnicate"),
+], ids=str)
+def test_refusals(served: Served, body: dict[str, Any], param: str, named: str) -> None:
+    response = served.http.post("/v1/completions", json={"prompt": "x"} | body)
+    assert response.status_code == (404 if param == "model" else 400)
+    error = response.json()["error"]
+    assert error["param"] == param
+    assert named in error["message"]
+    assert error["code"] == "model_not_found" or param != "model"
+
+
+def test_harmless_fields(served: Served) -> None:
+    """What clients send by default, and bounds beyond what is reached."""
+    fields: dict[str, Any] = {
+        "best_of": 1, "suffix": None, "store": False, "service_tier": "auto", "metadata": {"a": "b"}, "top_k": -1,
+        "include_stop_str_in_output": False, "max_completion_tokens": 3, "logit_bias": {}, "stop": [],
+    }
+    assert complete(served, max_tokens=3, **fields)["usage"]["completion_tokens"] == 3
+    beyond = complete(served, prompt=[5] * 1020, max_tokens=10_000, ignore_eos=True)
+    assert beyond["usage"]["completion_tokens"] == 4
+    assert beyond["choices"][0]["finish_reason"] == "length"
+
+
+@pytest.mark.parametrize("content", [
+    b'{"prompt": "\\ud800"}', b'{"prompt": "x", "\\ud800": 1}', b'{"prompt": "x", "stop": "\\ud800"}',
+    b'{"prompt": NaN}', b'{"prompt": "x", "temperature": NaN}', b'{"prompt": "x", "temperature": 1e999}',
+    b'{"prompt": "\xff"}', b"", b"{", b"[]",
+    b"[" * 100_000, b'{"prompt": "x", "seed": ' + b"9" * 5000 + b"}", b'{"prompt": "x", "logit_bias": {"\\ud800": 1}}',
+    b'{"prompt": "x", "logit_bias": {"1": Infinity}}', b'{"prompt": "x", "model": "\\u0000\\ud800"}',
+], ids=repr)
+def test_bodies_that_are_no_request(served: Served, content: bytes) -> None:
+    response = served.http.post("/v1/completions", content=content, headers={"Content-Type": "application/json"})
+    assert response.status_code == 400, response.text
+    assert set(json.loads(response.content)["error"]) == {"message", "type", "param", "code"}
+
+
+def test_nul_in_a_prompt(served: Served) -> None:
+    complete(served, prompt="a\0b", stop="\0", max_tokens=2)
+
+
+def test_32_streams_equal_their_solo_runs(served: Served) -> None:
+    if served.engine.engine.backend.name == "reference":
+        pytest.skip("only the native backend's arithmetic does not depend on the batch")
+    bodies: list[Any] = [{"model": "demo", "prompt": f"{PROMPT} had {i} sons", "max_tokens": 12, "temperature": 0.8,
+                          "seed": i, "stream": True, "extra_body": {"ignore_eos": True}} for i in range(32)]
+
+    async def text(client: openai.AsyncOpenAI, body: Any) -> str:
+        return "".join([chunk.choices[0].text async for chunk in await client.completions.create(**body)])
+
+    async def run() -> None:
+        async with openai.AsyncOpenAI(base_url=served.url + "/v1", api_key="none", max_retries=0) as client:
+            together = await asyncio.gather(*(text(client, body) for body in bodies))
+            for body, expected in zip(bodies, together, strict=True):
+                assert await text(client, body) == expected
+
+    asyncio.run(run())

@@ -1,0 +1,70 @@
+"""A full queue."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from fptq_runtime.engine.engine import QueueFullError
+from tests.server.conftest import Served, metric, wait_until
+
+
+def test_full_queue(run_server: Callable[..., Any]) -> None:
+    """Two sequences are taken, the third request is told when to come back; of a list of prompts all are or none is."""
+    with run_server(max_num_seqs=1, max_waiting_requests=1) as served:
+        async def run() -> None:
+            async with httpx.AsyncClient(base_url=served.url, timeout=60) as client:
+                body = {"prompt": "x", "max_tokens": 1000, "ignore_eos": True}
+                tasks = [asyncio.create_task(client.post("/v1/completions", json=body)) for _ in range(2)]
+                while served.engine.num_running + served.engine.num_waiting < 2:
+                    await asyncio.sleep(0.01)
+                for path, more in (("/v1/completions", {}), ("/v1/completions", {"stream": True}),
+                                   ("/generate_stream", None)):
+                    response = await client.post(path, json={"inputs": "x"} if more is None else body | more)
+                    assert response.status_code == 429
+                    assert int(response.headers["Retry-After"]) >= 1
+                    assert int(response.headers["retry-after-ms"]) >= 1
+                    assert response.json()["error"]["code"] == "queue_full"
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+
+        asyncio.run(run())
+        wait_until(lambda: served.engine.num_running + served.engine.num_waiting == 0)
+        assert metric(served, "fptq_requests_rejected_total", reason="queue_full") == 3
+        response = served.http.post("/v1/completions", json={"prompt": ["a", "b", "c"], "max_tokens": 1000,
+                                                             "ignore_eos": True})
+        assert response.status_code == 429
+        wait_until(lambda: metric(served, "fptq_requests_waiting") + metric(served, "fptq_requests_running") == 0)
+        assert served.http.post("/v1/completions", json={"prompt": "x", "max_tokens": 1}).status_code == 200
+
+
+def test_the_sdk_retries(client: openai.OpenAI, served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """openai's client waits as long as retry-after-ms says, and gets through."""
+    answers = [QueueFullError(0.01), QueueFullError(0.01, "draining")]
+    take = served.engine.add_request
+
+    def full_at_first(*args: Any) -> Any:
+        if answers:
+            raise answers.pop()
+        return take(*args)
+
+    monkeypatch.setattr(served.engine, "add_request", full_at_first)
+    answer = client.with_options(max_retries=2).completions.create(model="demo", prompt="x", max_tokens=1)
+    assert answer.usage is not None
+    assert not answers
+
+
+def test_prompts_are_taken_together(served: Served) -> None:
+    """One bad prompt among good ones: none of them runs."""
+    before = metric(served, "fptq_generated_tokens_total")
+    body = {"prompt": [[5], [99999]], "max_tokens": 50, "ignore_eos": True}
+    response = served.http.post("/v1/completions", json=body)
+    assert response.status_code == 400
+    wait_until(lambda: served.engine.num_running + served.engine.num_waiting == 0)
+    assert metric(served, "fptq_generated_tokens_total") - before < 50

@@ -1,0 +1,121 @@
+"""Binding, the bounded header parser, and the drain of a real process."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from server.config import ServerConfig
+from server.main import AddressError, bind
+from tests.server.conftest import events, wait_until
+
+
+def test_port_in_use() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(AddressError, match=f"port {port} on 127.0.0.1 is already in use"):
+            bind("127.0.0.1", port)
+
+
+@pytest.mark.parametrize("host", ["203.0.113.1", "no such host", "é" * 100])
+def test_not_our_address(host: str) -> None:
+    with pytest.raises(AddressError, match="is not an address of this machine"):
+        bind(host, 0)
+
+
+@pytest.mark.parametrize("options", [{"port": -1}, {"port": 65536}, {"drain_timeout": -1.0},
+                                     {"drain_timeout": float("nan")}, {"max_body_bytes": 0}], ids=str)
+def test_config(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(options))):
+        ServerConfig(**options)
+
+
+def test_headers_without_an_end(run_server: Callable[..., Any]) -> None:
+    """The connection is closed long before memory is; a request with a large body is not."""
+    with run_server(ServerConfig(max_header_bytes=10_000)) as served:
+        with socket.create_connection(("127.0.0.1", served.port), 30) as connection:
+            connection.sendall(b"GET /livez HTTP/1.1\r\nX-Long: ")
+            with pytest.raises(OSError):
+                connection.sendall(b"x" * 100_000_000)
+        assert served.http.post("/tokenize", json={"prompt": "x" * 60_000}).status_code == 200
+        assert served.http.get("/livez").status_code == 200
+
+
+@contextmanager
+def serving(model_path: Path, drain_timeout: float) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A server process on a free port, and its URL."""
+    program = ("from server.config import ServerConfig\nfrom server.main import serve\n"
+               f"serve({str(model_path)!r}, ServerConfig(port=0, drain_timeout={drain_timeout}), model_id='demo')\n")
+    process = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    try:
+        url = ""
+        for line in process.stderr:
+            if "serving on " in line:
+                url = line.split("serving on ")[1].split()[0]
+                break
+        assert url, "the server did not start"
+        yield process, url
+    finally:
+        process.kill()
+        process.wait()
+        process.stderr.close()
+
+
+def stream(url: str, max_tokens: int) -> list[dict[str, Any]]:
+    body = {"prompt": "Once upon a time", "max_tokens": max_tokens, "ignore_eos": True, "stream": True}
+    return events(httpx.post(url + "/v1/completions", json=body, timeout=120).text)
+
+
+def running(url: str) -> bool:
+    return "fptq_requests_running 2.0" in httpx.get(url + "/metrics").text
+
+
+def test_sigterm_lets_running_requests_end(model_path: Path) -> None:
+    with serving(model_path, drain_timeout=120) as (process, url), ThreadPoolExecutor(2) as pool:
+        streams = [pool.submit(stream, url, 1000) for _ in range(2)]
+        wait_until(lambda: running(url))
+        process.send_signal(signal.SIGTERM)
+
+        def refused() -> bool:
+            if all(future.done() for future in streams):
+                return True  # too quick a machine to see it
+            response = httpx.post(url + "/v1/completions", json={"prompt": "x", "max_tokens": 1})
+            assert response.status_code in (200, 503)
+            if response.status_code == 503:
+                assert int(response.headers["Retry-After"]) >= 1
+                assert response.json()["error"]["code"] == "draining"
+                assert httpx.get(url + "/readyz").status_code == 503
+                assert httpx.get(url + "/livez").status_code == 200
+            return response.status_code == 503
+
+        wait_until(refused)
+        assert [len(future.result()) for future in streams] == [1000, 1000]
+        assert streams[0].result()[-1]["choices"][0]["finish_reason"] == "length"
+        assert process.wait(60) == 0
+
+
+@pytest.mark.parametrize(("drain_timeout", "signals"), [(0.2, 1), (120.0, 2)], ids=["timeout", "second signal"])
+def test_the_rest_is_aborted(model_path: Path, drain_timeout: float, signals: int) -> None:
+    """After the drain's time, or at once when told twice; the clients learn it from an event."""
+    with serving(model_path, drain_timeout) as (process, url), ThreadPoolExecutor(2) as pool:
+        streams = [pool.submit(stream, url, 1000) for _ in range(2)]
+        wait_until(lambda: running(url))
+        process.send_signal(signal.SIGTERM)
+        if signals == 2:
+            wait_until(lambda: httpx.get(url + "/readyz").status_code == 503)
+            process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 0
+        for future in streams:
+            chunks = future.result()
+            assert chunks[-1].get("error", {}).get("code") == "aborted" or len(chunks) == 1000
