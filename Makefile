@@ -1,0 +1,48 @@
+# make serve | test | lint | bench | image | clean      PYTHON, VENV, CXX and TORCH_INDEX may be set on the command line.
+PYTHON ?= python3
+VENV ?= .venv
+ifeq ($(origin CXX),default)
+CXX := c++
+endif
+# CPU builds of torch; where it cannot be reached, torch comes from pip's own index.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+
+STAMP := $(VENV)/.installed
+NATIVE := $(wildcard CMakeLists.txt fptq_runtime/csrc/* fptq_runtime/csrc/*/*)
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
+PIP_INSTALL := $(PIP) install --constraint constraints.txt
+
+.PHONY: install serve test lint bench image clean
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt $(NATIVE)
+	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 10) else "Python 3.10 or newer is needed; $(PYTHON) is older: set PYTHON=")'
+	@command -v $(firstword $(CXX)) >/dev/null || { echo "A C++17 compiler is needed and '$(CXX)' is not there (Debian, Ubuntu: apt install g++)." >&2; exit 1; }
+	@test -x $(VENV)/bin/pip || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "Python's venv module is needed (Debian, Ubuntu: apt install python3-venv)." >&2; exit 1; }
+	@echo "Installing into $(VENV): minutes the first time."
+	$(PIP_INSTALL) pip scikit-build-core nanobind cmake ninja
+	$(PIP_INSTALL) --no-deps --retries 1 $(addprefix --extra-index-url ,$(TORCH_INDEX)) torch
+	CXX='$(CXX)' $(PIP_INSTALL) --no-build-isolation --editable '.[dev]'
+	@touch $@
+
+serve: $(STAMP)
+	$(VENV)/bin/fptq serve demo
+
+test: $(STAMP)
+	$(VENV)/bin/python -m pytest
+
+lint: $(STAMP)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
+
+bench: $(STAMP)
+	$(VENV)/bin/fptq bench demo
+
+image:
+	docker build --build-arg TORCH_INDEX=$(TORCH_INDEX) --tag fptq-serve .
+
+clean:
+	rm -rf $(VENV) build dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,334 @@
+"""The `fptq` command. Each command imports what it needs when it runs, so that help and errors come at once."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+import fptq_runtime
+
+Answer = tuple[dict[str, Any], str]  # for --json, and for people
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one command. Exit code 0, 1 (an error), 2 (wrong usage) or 130 (interrupted); errors are one line."""
+    try:
+        code = cli.main(arguments, prog_name="fptq", standalone_mode=False)
+        sys.stdout.flush()
+    except click.UsageError as error:
+        path = error.ctx.command_path if error.ctx else "fptq"
+        _fail(f"{_one_line(error.format_message()).rstrip('.')} (see `{path} --help`)", 2)
+    except click.ClickException as error:
+        _fail(_one_line(error.format_message()), error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains at exit
+        sys.exit(1)
+    except Exception as error:
+        if os.environ.get("FPTQ_DEBUG") == "1":
+            raise
+        _fail(_describe(error), 1)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(message: str, code: int) -> None:
+    click.echo(f"fptq: {message}", err=True)
+    sys.exit(code)
+
+
+def _describe(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    if isinstance(error, MemoryError):
+        return "out of memory"
+    if isinstance(error, (ValueError, OSError)):
+        return _one_line(str(error))
+    return _one_line(f"internal error: {type(error).__name__}: {error} (FPTQ_DEBUG=1 shows where)")
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+class Size(click.ParamType[int]):
+    """Bytes, as 512MiB or 2GiB."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", value.strip())
+        if match is None or match[2].upper() not in _UNITS:
+            self.fail(f"{value!r} is not a size like 512MiB or 2GiB", param, ctx)
+        return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+class ExistingFile(click.ParamType[Path]):
+    """A file to read; one of the given words stands for itself."""
+
+    name = "file"
+
+    def __init__(self, *words: str) -> None:
+        self.words = words
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        path = Path(value).expanduser()
+        if value in self.words:
+            return value
+        if not path.is_file():
+            from fptq_runtime.locate import did_you_mean
+
+            words = "".join(f" or {word}" for word in self.words)
+            self.fail(f"{value} is no file{words}{did_you_mean(path, *self.words)}", param, ctx)
+        return path
+
+
+class RecipeName(click.ParamType[str]):
+    """A preset's name, or a YAML file."""
+
+    name = "recipe"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if not Path(value).is_file():
+            from fptq_runtime.quantizer.recipe import PRESETS
+
+            ExistingFile(*(preset.name for preset in PRESETS)).convert(value, param, ctx)
+        return str(value)
+
+
+def answers(command: _Function) -> Any:
+    """Add --json to a command that returns (data, text): data is printed with --json, text without."""
+
+    @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout, all else on stderr.")
+    @functools.wraps(command)
+    def run(as_json: bool, **options: Any) -> None:
+        with contextlib.redirect_stdout(sys.stderr):
+            data, text = command(**options)
+        click.echo(json.dumps(data) if as_json else text)
+
+    return run
+
+
+def engine_options(command: _Function) -> _Function:
+    for option in reversed([
+        click.option("--max-model-len", type=click.IntRange(1), help="Longest prompt and answer together, in tokens "
+                     "(the model's own limit)."),
+        click.option("--max-num-seqs", type=click.IntRange(1), default=64, show_default=True,
+                     help="Most sequences in one step."),
+        click.option("--max-num-batched-tokens", type=click.IntRange(1), default=512, show_default=True,
+                     help="Most tokens in one step."),
+        click.option("--kv-cache-dtype", type=click.Choice(["bf16", "int8"]), default="int8", show_default=True),
+        click.option("--kv-cache-memory", type=Size(), default="512MiB", show_default=True,
+                     help="Memory for keys and values."),
+        click.option("--no-prefix-cache", "enable_prefix_caching", is_flag=True, flag_value=False, default=True,
+                     help="Compute every prompt from its start."),
+        backend_options,
+    ]):
+        command = option(command)
+    return command
+
+
+def backend_options(command: _Function) -> _Function:
+    for option in reversed([
+        click.option("--backend", type=click.Choice(["auto", "native", "reference"]), default="auto",
+                     show_default=True, help="native: C++; reference: torch, slow; auto: native where it was built."),
+        click.option("--threads", type=click.IntRange(0), default=0, help="0: what machine and quota allow."),
+    ]):
+        command = option(command)
+    return command
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(fptq_runtime.__version__, prog_name="fptq", message="%(prog)s %(version)s")
+def cli() -> None:
+    """Quantize a language model to W4A8 and serve it.
+
+    MODEL and ARTIFACT are a directory, a Hugging Face hub id, or `demo`, the small model that comes with fptq.
+    """
+
+
+@cli.command()
+@click.argument("model")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--recipe", type=RecipeName(), default="fptq", show_default=True, help="A preset, or a YAML file.")
+@click.option("--calibration", type=ExistingFile("random"), help="A text file, or `random` tokens "
+              "(public-domain tales that come with fptq).")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--revision", help="Branch, tag or commit of a hub model.")
+@click.option("--overwrite", is_flag=True, help="Replace an artifact at OUT.")
+@answers
+def quantize(model: str, out: Path, recipe: str, calibration: str | Path | None, seed: int, revision: str | None,
+             overwrite: bool) -> Answer:
+    """Quantize MODEL into the new directory OUT."""
+    from fptq_runtime.locate import find_model
+
+    source = find_model(model, revision)
+    from fptq_runtime.quantizer.pipeline import quantize
+    from fptq_runtime.quantizer.report import summarize
+
+    manifest = quantize(source, out, recipe, calibration=calibration, seed=seed, overwrite=overwrite, progress=True)
+    return manifest.model_dump(mode="json"), summarize(manifest)
+
+
+@cli.command()
+@click.argument("artifact")
+@click.option("--host", default="127.0.0.1", show_default=True)
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True)
+@click.option("--served-model-name", help="The model id that clients send (the artifact's name).")
+@engine_options
+@click.option("--api-key", "api_keys", multiple=True, envvar="FPTQ_API_KEY",
+              help="Clients must send it as a bearer token; may be given more than once.")
+@click.option("--public-metrics", is_flag=True, help="/metrics asks for no key.")
+@click.option("--drain-timeout", type=click.FloatRange(0), default=30.0, show_default=True,
+              help="Seconds that running requests get after SIGTERM.")
+def serve(artifact: str, host: str, port: int, served_model_name: str | None, api_keys: tuple[str, ...],
+          public_metrics: bool, drain_timeout: float, **options: Any) -> None:
+    """Serve ARTIFACT over HTTP."""
+    from fptq_runtime.locate import DEMO, find_artifact
+
+    path = find_artifact(artifact)
+    from fptq_runtime.models.loader import Checkpoint
+    from server.config import ServerConfig
+    from server.main import serve
+
+    if not Checkpoint(path).quantized:
+        raise ValueError(f"{artifact} is not quantized; make an artifact with `fptq quantize {artifact} OUT` first")
+    name = served_model_name or (DEMO if artifact == DEMO else None)
+    config = ServerConfig(host=host, port=port, api_keys=api_keys, public_metrics=public_metrics,
+                          drain_timeout=drain_timeout)
+    serve(path, config, model_id=name, **options)
+
+
+@cli.command("eval")
+@click.argument("model")
+@click.option("--text", type=ExistingFile(), required=True, help="A UTF-8 text file.")
+@click.option("--max-tokens", type=click.IntRange(2), help="Read only the first tokens of the text.")
+@click.option("--kv-cache-dtype", type=click.Choice(["bf16", "int8"]), default="bf16", show_default=True)
+@backend_options
+@answers
+def evaluate(model: str, text: Path, max_tokens: int | None, kv_cache_dtype: Any, backend: str, threads: int) -> Answer:
+    """Perplexity of MODEL, in float or quantized, on a text."""
+    from fptq_runtime.locate import find_artifact
+
+    path = find_artifact(model)
+    from fptq_runtime.kernels.select import select_backend
+    from fptq_runtime.quantizer.calibrate import read_text
+    from fptq_runtime.quantizer.evaluate import evaluate
+
+    result = evaluate(path, read_text(text), select_backend(backend, threads), max_tokens=max_tokens,
+                      kv_dtype=kv_cache_dtype, progress=True)
+    return asdict(result), (
+        f"perplexity {result.perplexity:.4f} on {result.text}: {result.tokens} tokens, windows of {result.window}"
+    )
+
+
+@cli.command()
+@click.argument("artifact")
+@click.argument("prompt")
+@click.option("--max-tokens", type=click.IntRange(1), default=64, show_default=True)
+@click.option("--temperature", type=click.FloatRange(0), default=1.0, show_default=True)
+@click.option("--top-p", type=float, default=1.0, show_default=True)
+@click.option("--top-k", type=click.IntRange(0), default=0, help="0: off.")
+@click.option("--seed", type=int)
+@click.option("--stop", multiple=True, help="Text to stop before; may be given more than once.")
+@click.option("--chat", is_flag=True, help="Put the prompt into the model's chat template.")
+@engine_options
+@answers
+def generate(artifact: str, prompt: str, max_tokens: int, temperature: float, top_p: float, top_k: int,
+             seed: int | None, stop: tuple[str, ...], chat: bool, **options: Any) -> Answer:
+    """Answer PROMPT with ARTIFACT."""
+    from fptq_runtime.engine.request import SamplingParams
+    from fptq_runtime.locate import load
+
+    params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed,
+                            stop=stop)
+    llm = load(artifact, **options)
+    messages = [{"role": "user", "content": prompt}]
+    [[answer]] = llm.generate([llm.engine.tokenizer.apply_chat_template(messages) if chat else prompt], params)
+    return {
+        "text": answer.text,
+        "finish_reason": answer.finish_reason.value,
+        "prompt_token_ids": answer.prompt_token_ids,
+        "token_ids": answer.token_ids,
+    }, answer.text
+
+
+@cli.command()
+@click.argument("artifact")
+@answers
+def inspect(artifact: str) -> Answer:
+    """What was done to ARTIFACT, layer by layer, and what it cost."""
+    from fptq_runtime.locate import find_artifact
+
+    path = find_artifact(artifact)
+    from fptq_runtime.artifact.io import read_manifest
+    from fptq_runtime.quantizer.report import inspect_text
+
+    manifest = read_manifest(path)
+    return manifest.model_dump(mode="json"), inspect_text(manifest)
+
+
+@cli.command()
+@click.argument("artifact")
+@backend_options
+@answers
+def verify(artifact: str, backend: str, threads: int) -> Answer:
+    """Check every hash of ARTIFACT, and its golden logits on this machine's kernels."""
+    from fptq_runtime.locate import find_artifact
+
+    path = find_artifact(artifact)
+    from fptq_runtime.artifact import io
+    from fptq_runtime.kernels.select import select_backend
+    from fptq_runtime.models.golden import check_golden
+    from fptq_runtime.models.loader import Checkpoint, load_model
+
+    manifest = io.verify(path)
+    kernels = select_backend(backend, threads)
+    deviation = check_golden(load_model(Checkpoint(path), kernels), kernels, manifest.golden)
+    return {"files": len(manifest.files), "bytes": manifest.size, "golden_deviation": deviation}, (
+        f"{len(manifest.files)} files match their hashes; golden logits differ by at most {deviation:.1e} of "
+        "max |logit|"
+    )
+
+
+@cli.command()
+@click.argument("artifact")
+@click.option("--batch", type=click.IntRange(1), multiple=True, default=(1, 2, 4, 8, 16), show_default=True,
+              help="Concurrent sequences; may be given more than once.")
+@click.option("--prompt-tokens", type=click.IntRange(1), default=128, show_default=True)
+@click.option("--output-tokens", type=click.IntRange(2), default=64, show_default=True)
+@click.option("--runs", type=click.IntRange(1), default=3, show_default=True, help="The median is printed.")
+@engine_options
+@answers
+def bench(artifact: str, batch: tuple[int, ...], prompt_tokens: int, output_tokens: int, runs: int, max_num_seqs: int,
+          **options: Any) -> Answer:
+    """Prefill and decode tokens per second of ARTIFACT, by batch size."""
+    from fptq_runtime.locate import load
+
+    engine = load(artifact, max_num_seqs=max(max_num_seqs, *batch), **options).engine
+    from fptq_runtime.bench import measure
+
+    kernels = engine.backend.describe()
+    results = [measure(engine, size, prompt_tokens, output_tokens, runs) for size in batch]
+    lines = [*(f"{kind}: {kernel}" for kind, kernel in kernels.items()),
+             f"{'batch':>5} {'prefill tok/s':>14} {'decode tok/s':>13} {'ms/step':>8}",
+             *(f"{r.batch:5} {r.prefill_tokens_per_second:14.0f} {r.decode_tokens_per_second:13.0f} {r.step_ms:8.2f}"
+               for r in results)]
+    return {
+        "artifact": artifact, "prompt_tokens": prompt_tokens, "output_tokens": output_tokens, "kernels": kernels,
+        "results": [asdict(result) for result in results],
+    }, "\n".join(lines)

@@ -1,0 +1,138 @@
+"""The command line by itself: exit codes, one-line errors, sizes, and what it does not import."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import fptq_runtime
+from fptq_runtime import cli, locate
+
+
+def run(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(arguments)
+    assert isinstance(exit_.value.code, int)
+    return exit_.value.code
+
+
+@pytest.fixture
+def failing(monkeypatch: pytest.MonkeyPatch) -> dict[str, BaseException]:
+    """`fptq fail` raises what is put under "error"."""
+    raised: dict[str, BaseException] = {}
+
+    @click.command()
+    def fail() -> None:
+        raise raised["error"]
+
+    monkeypatch.setitem(cli.cli.commands, "fail", fail)
+    monkeypatch.delenv("FPTQ_DEBUG", raising=False)
+    return raised
+
+
+@pytest.mark.parametrize(("error", "line"), [
+    (ValueError("the model\n  is odd"), "fptq: the model is odd\n"),
+    (FileNotFoundError(2, "No such file or directory", "x.json"), "fptq: x.json: No such file or directory\n"),
+    (MemoryError(), "fptq: out of memory\n"),
+    (KeyError("k"), "fptq: internal error: KeyError: 'k' (FPTQ_DEBUG=1 shows where)\n"),
+])
+def test_an_error_is_one_line(failing: dict[str, BaseException], capsys: pytest.CaptureFixture[str],
+                              monkeypatch: pytest.MonkeyPatch, error: BaseException, line: str) -> None:
+    failing["error"] = error
+    assert run("fail") == 1
+    assert capsys.readouterr() == ("", line)
+    monkeypatch.setenv("FPTQ_DEBUG", "1")
+    with pytest.raises(type(error)):
+        cli.main(["fail"])
+
+
+def test_interrupt_is_quiet(failing: dict[str, BaseException], capsys: pytest.CaptureFixture[str]) -> None:
+    failing["error"] = KeyboardInterrupt()
+    assert run("fail") == 130
+    assert capsys.readouterr().err.strip() == ""
+
+
+def test_wrong_usage_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("serve", "demo", "--port", "99999") == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("fptq: ")
+    assert err.count("\n") == 1
+    assert "fptq serve --help" in err
+
+
+def test_help_of_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    for name in cli.cli.commands:
+        assert run(name, "--help") == 0
+        assert f"Usage: fptq {name}" in capsys.readouterr().out
+
+
+def test_help_and_a_typo_import_no_torch() -> None:
+    program = ("import sys\nfrom fptq_runtime import cli\ntry: cli.main(sys.argv[1:])\n"
+               "except SystemExit: print('torch' in sys.modules)")
+    for arguments in (["--help"], ["serve", "--help"], ["--version"], ["serve", "no/such/model"]):
+        done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=True,
+                              cwd=Path(fptq_runtime.__file__).parent.parent)
+        assert done.stdout.endswith("False\n"), arguments
+
+
+@given(st.integers(1, 1 << 20), st.sampled_from([("", 1), ("KB", 1000), ("MiB", 1 << 20), ("GiB", 1 << 30)]))
+def test_size(number: int, unit: tuple[str, int]) -> None:
+    for text in (f"{number}{unit[0]}", f" {number} {unit[0].lower()}"):
+        assert cli.Size().convert(text, None, None) == number * unit[1]
+
+
+@pytest.mark.parametrize("text", ["", "many", "-1GiB", "1TiBs", "1e9", "0x10", "GiB"])
+def test_what_is_no_size(text: str) -> None:
+    with pytest.raises(click.BadParameter, match="512MiB"):
+        cli.Size().convert(text, None, None)
+
+
+def test_json_is_all_of_stdout(capsys: pytest.CaptureFixture[str]) -> None:
+    @click.command()
+    @cli.answers
+    def command() -> cli.Answer:
+        print("a library talks")
+        return {"answer": 42}, "forty-two"
+
+    command(["--json"], standalone_mode=False)
+    out, err = capsys.readouterr()
+    assert json.loads(out) == {"answer": 42}
+    assert err == "a library talks\n"
+    command([], standalone_mode=False)
+    assert capsys.readouterr() == ("forty-two\n", "a library talks\n")
+
+
+def test_public_names() -> None:
+    for name in fptq_runtime.__all__:
+        assert getattr(fptq_runtime, name) is not None
+    with pytest.raises(AttributeError, match="no_such_name"):
+        fptq_runtime.no_such_name  # noqa: B018
+
+
+def test_find_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "tales").mkdir(parents=True)
+    (tmp_path / "demo").mkdir()
+    assert locate.find_model("demo") == str(locate.DEMO_MODEL)
+    assert locate.find_model("./demo") == "demo"
+    assert locate.find_model("models/tales") == "models/tales"
+    assert locate.find_model("owner/name") == "owner/name"
+    assert locate.find_model("owner/name", "v1") == "owner/name@v1"
+    for name, message in {
+        "models/tale": r"did you mean models/tales\?",
+        "model/tales/deep/er": r"did you mean models\?",
+        "dmo": r"did you mean demo\?",
+        "nothing like it": r"no model at nothing like it$",
+    }.items():
+        with pytest.raises(locate.NotFoundError, match=message):
+            locate.find_model(name)
+    with pytest.raises(locate.NotFoundError, match="no revision"):
+        locate.find_model("demo", "main")

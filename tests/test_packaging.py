@@ -1,0 +1,121 @@
+"""The package as others get it: a wheel, its metadata, the files around it."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+import yaml
+
+import fptq_runtime
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built from a copy, so that nothing but what git would ship is there."""
+    if shutil.which("c++") is None:
+        pytest.skip("no C++ compiler")
+    source = tmp_path_factory.mktemp("source")
+    for name in ("pyproject.toml", "CMakeLists.txt", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    for name in ("fptq_runtime", "server"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+    out = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir",
+               str(out), str(source)]
+    subprocess.run(command, check=True)
+    [path] = out.glob("*.whl")
+    return path
+
+
+@pytest.mark.slow
+def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        [metadata] = [archive.read(name).decode() for name in names if name.endswith("METADATA")]
+    assert f"\nVersion: {fptq_runtime.__version__}\n" in metadata
+    assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"fptq_runtime", "server"}
+    assert any(re.fullmatch(r"fptq_runtime/_native\..*", name) for name in names)
+    assert {"fptq_runtime/py.typed", "fptq_runtime/demo/model.safetensors"} <= set(names)
+    for folder in ("demo", "quantizer/data"):
+        shipped = {f"fptq_runtime/{folder}/{file.name}" for file in (ROOT / "fptq_runtime" / folder).iterdir()
+                   if file.is_file()}
+        assert shipped <= set(names)
+    assert not [name for name in names if name.endswith((".cpp", ".h", ".pyc"))]
+
+
+@pytest.mark.slow
+def test_wheel_runs_outside_the_clone(wheel: Path, tmp_path: Path) -> None:
+    """In an environment that has the dependencies, but not this checkout."""
+    environment = tmp_path / "venv"
+    venv.create(environment, with_pip=False)
+    python = environment / "bin" / "python"
+    packages = sysconfig.get_path("purelib", vars={"base": str(environment)})
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", packages, str(wheel)]
+    subprocess.run(command, check=True)
+    # Only the directory is added: the .pth file of an editable install in it is not run.
+    (Path(packages) / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+
+    def fptq(*arguments: str) -> str:
+        program = [str(python), "-c", "import sys; sys.argv[0] = 'fptq'; from fptq_runtime.cli import main; main()"]
+        env = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+        return subprocess.run([*program, *arguments], check=True, cwd=tmp_path, env=env, capture_output=True,
+                              text=True).stdout
+
+    assert fptq("--version") == f"fptq {fptq_runtime.__version__}\n"
+    model = Path(packages) / "fptq_runtime" / "demo"
+    answer = json.loads(fptq("generate", str(model), "Once upon a time", "--max-tokens", "8", "--backend", "native",
+                             "--json"))
+    assert len(answer["token_ids"]) == 8
+
+
+def test_dashboard_shows_metrics_that_exist() -> None:
+    dashboard = (ROOT / "docker/grafana/dashboards/fptq.json").read_text()
+    defined = set(re.findall(r'"(fptq_\w+)"', (ROOT / "server/metrics.py").read_text()))
+    shown = set(re.findall(r"\bfptq_\w+", dashboard))
+    assert shown
+    for name in shown:
+        bare = re.sub(r"_(bucket|sum|count)$", "", name)
+        assert {name, bare, bare.removesuffix("_total"), bare.removesuffix("_info")} & defined, name
+
+
+def test_compose_mounts_files_that_exist() -> None:
+    compose = yaml.safe_load((ROOT / "docker/compose.yaml").read_text())
+    mounts = [volume.split(":")[0] for service in compose["services"].values() for volume in service.get("volumes", ())]
+    assert mounts
+    for mount in mounts:
+        assert (ROOT / "docker" / mount).exists(), mount
+    scrape = yaml.safe_load((ROOT / "docker/prometheus.yml").read_text())["scrape_configs"][0]
+    host, _, port = scrape["static_configs"][0]["targets"][0].partition(":")
+    assert host in compose["services"]
+    assert f":{port}" in compose["services"][host]["ports"][0]
+
+
+def test_constraints_pin_every_direct_dependency() -> None:
+    """Read as text: tomllib is not in Python 3.10."""
+    project = (ROOT / "pyproject.toml").read_text().partition("[project.scripts]")[0]
+    wanted = {name.lower().replace("_", "-") for name in re.findall(r'^    "([\w-]+)[>"]', project, re.MULTILINE)}
+    pinned = set(re.findall(r"^([\w-]+)==", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
+    assert {"torch", "fastapi", "pytest"} <= wanted
+    assert wanted <= pinned
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/architecture.md"])
+def test_a_page_names_files_that_exist(page: str) -> None:
+    text = (ROOT / page).read_text()
+    named = set(re.findall(r"[\w./-]*\w\.(?:py|md|cpp|h|yaml|toml)\b|\b[\w/]+/(?=`)", text))
+    files = [path.relative_to(ROOT).as_posix() for folder in ("fptq_runtime", "server", "docs", "docker", "tests")
+             for path in (ROOT / folder).rglob("*")] + [path.name for path in ROOT.iterdir()]
+    assert named
+    for name in named:
+        assert any(f"/{path}".endswith("/" + name.rstrip("/")) for path in files), name
