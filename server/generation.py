@@ -49,18 +49,9 @@ class Generation:
         try:
             for i, prompt in enumerate(prompts):
                 self._streams.append(engine.add_request(f"{request_id}-{i}", prompt, params))
-        except RequestError as error:
+        except Exception as error:
             self.abort()
-            raise bad_parameter(error) from None
-        except QueueFullError as error:
-            self.abort()
-            if error.reason == "draining":
-                raise APIError(503, "the server is shutting down", code="draining",
-                               retry_after=error.retry_after) from None
-            raise APIError(429, "the queue is full; try again later", code="queue_full",
-                           retry_after=error.retry_after) from None
-        except EngineDeadError:
-            raise APIError(503, "the engine has stopped", code="engine_stopped") from None
+            raise _refusal(error) from None
 
     def __enter__(self) -> Generation:
         return self
@@ -136,3 +127,17 @@ class Generation:
             self._cached_tokens[i] = output.num_cached_tokens
         self._completion_tokens += len(output.token_ids)
         return i * self.n + output.index, output
+
+
+def _refusal(error: Exception) -> Exception:
+    """What the client is told where the engine does not take a request; anything else stays as it is."""
+    match error:
+        case RequestError():
+            return bad_parameter(error)
+        case QueueFullError(reason="draining"):
+            return APIError(503, "the server is shutting down", code="draining", retry_after=error.retry_after)
+        case QueueFullError():
+            return APIError(429, "the queue is full; try again later", code="queue_full", retry_after=error.retry_after)
+        case EngineDeadError():
+            return APIError(503, "the engine has stopped", code="engine_stopped")
+    return error

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import asyncio
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 from fptq_runtime.engine.request import SamplingParams
 from fptq_runtime.models.tokenizer import ChatTemplateError, Tokenizer
@@ -12,6 +13,9 @@ from server.errors import APIError, bad_parameter
 from server.protocol import ChatMessage, CompletionRequest, SamplingBody, TextPart
 
 MAX_CHARACTERS_PER_TOKEN = 64  # of a prompt: far above what text needs, and tokenizing stays quick
+INLINE_SIZE = 4096  # characters or tokens that the tokenizer has done in about a millisecond
+
+T = TypeVar("T")
 
 SAME_NAME = ("n", "min_tokens", "temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty",
              "frequency_penalty", "ignore_eos", "skip_special_tokens")
@@ -31,8 +35,13 @@ def check_text(text: str, param: str, model: ModelCard) -> str:
     return text
 
 
-def completion_prompts(body: CompletionRequest, tokenizer: Tokenizer, model: ModelCard,
-                       max_prompts: int) -> tuple[list[list[int]], list[str]]:
+async def tokenizing(size: int, work: Callable[[], T]) -> T:
+    """Run the tokenizer, on a thread where there is much to do: it lets go of the GIL, and others' tokens flow."""
+    return work() if size <= INLINE_SIZE else await asyncio.to_thread(work)
+
+
+async def completion_prompts(body: CompletionRequest, tokenizer: Tokenizer, model: ModelCard,
+                             max_prompts: int) -> tuple[list[list[int]], list[str]]:
     """Token ids of every prompt of the request, and what `echo` puts before each completion: the client's own text, or
     what its token ids say."""
     given: list[Any] = [body.prompt] if isinstance(body.prompt, str) or isinstance(body.prompt[0], int) \
@@ -40,16 +49,17 @@ def completion_prompts(body: CompletionRequest, tokenizer: Tokenizer, model: Mod
     if len(given) > max_prompts:
         raise APIError(400, f"prompt has {len(given)} prompts; at most {max_prompts} are taken", param="prompt")
     special = body.add_special_tokens is not False
-    prompts = [tokenizer.encode(check_text(prompt, "prompt", model), special) if isinstance(prompt, str) else prompt
-               for prompt in given]
+    size = sum(len(check_text(prompt, "prompt", model)) for prompt in given if isinstance(prompt, str))
+    prompts = await tokenizing(size, lambda: [tokenizer.encode(prompt, special) if isinstance(prompt, str) else prompt
+                                              for prompt in given])
     if not body.echo:
         return prompts, []
     skip = body.skip_special_tokens is not False
     return prompts, [prompt if isinstance(prompt, str) else tokenizer.decode(prompt, skip) for prompt in given]
 
 
-def chat_prompt(messages: list[ChatMessage], tokenizer: Tokenizer, model: ModelCard, add_generation_prompt: bool = True,
-                variables: Mapping[str, Any] | None = None) -> list[int]:
+async def chat_prompt(messages: list[ChatMessage], tokenizer: Tokenizer, model: ModelCard,
+                      add_generation_prompt: bool = True, variables: Mapping[str, Any] | None = None) -> list[int]:
     """Token ids of a conversation. Raises APIError where the model has no chat template or it refuses the messages."""
     rendered = []
     for message in messages:
@@ -57,9 +67,10 @@ def chat_prompt(messages: list[ChatMessage], tokenizer: Tokenizer, model: ModelC
             part.text for part in message.content if isinstance(part, TextPart))
         rendered.append({"role": message.role, "content": content}
                         | ({} if message.name is None else {"name": message.name}))
-    check_text("".join(m["content"] for m in rendered), "messages", model)
+    size = len(check_text("".join(m["content"] for m in rendered), "messages", model))
     try:
-        return tokenizer.apply_chat_template(rendered, add_generation_prompt, **(variables or {}))
+        return await tokenizing(size, lambda: tokenizer.apply_chat_template(rendered, add_generation_prompt,
+                                                                            **(variables or {})))
     except ChatTemplateError as error:
         raise APIError(400, str(error), param="messages", code="chat_template") from None
 

@@ -20,7 +20,7 @@ static void widen_row(const void* x, FloatType type, int n, float* out) {
     for (int i = 0; i < n; ++i) out[i] = from_fp16(half[i]);
 }
 
-// Σ f(x[i]) with four accumulators, where f(0 beyond n) is not added.
+// Folds a row with acc = f(vector, acc) into four accumulators and sums them; the tail's padding is left out.
 template <class F>
 static inline float reduce(const float* x, int n, F f) {
   Vec acc[4] = {};

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateError
-from tokenizers.decoders import DecodeStream
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from fptq_runtime.models.loader import CheckpointError
+
+REPLACEMENT = "\ufffd"  # what a decoder shows for bytes that make no character, or none yet
+MAX_CHARACTER_TOKENS = 4  # a character has at most four bytes, a token at least one
 
 
 class ChatTemplateError(ValueError):
@@ -18,16 +20,43 @@ class ChatTemplateError(ValueError):
 
 
 class TokenStream:
-    """Incremental detokenization: text comes out as soon as it can no longer change."""
+    """Incremental detokenization: text comes out as soon as it can no longer change.
+
+    Not tokenizers' DecodeStream, which raises on bytes that make no character, as a model may well generate, and
+    repeats the prompt where that ends within a character.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, skip_special_tokens: bool, context: Sequence[int]) -> None:
         self._backend = tokenizer.backend_tokenizer
-        self._stream = DecodeStream(ids=list(context), skip_special_tokens=skip_special_tokens)
+        self._skip_special_tokens = skip_special_tokens
+        self._window = list(context)  # tokens whose text is out, since they shape what follows, then those still open
+        self._text = self._decode()
+        while self._text.startswith(REPLACEMENT):  # a context cut within a character spoils the bytes after the cut
+            del self._window[0]
+            self._text = self._decode()
+        self._num_out = len(self._window)
+        self._chars_out = len(self._text.rstrip(REPLACEMENT))
 
     def step(self, token_id: int) -> str | None:
         """The text that this token completes, or None while a character is still open."""
-        text: str | None = self._stream.step(self._backend, token_id)
-        return text
+        self._window.append(token_id)
+        text = self._decode()
+        if text == self._text and not text.endswith(REPLACEMENT):
+            # Nothing was added: a skipped special token, which must not push the context out of the window.
+            self._window.pop()
+            return None
+        self._text = text
+        if text.endswith(REPLACEMENT) and len(self._window) - self._num_out < MAX_CHARACTER_TOKENS:
+            return None
+        new = text[self._chars_out :]
+        del self._window[: self._num_out]
+        self._num_out = len(self._window)
+        self._text = self._decode()
+        self._chars_out = len(self._text)
+        return new or None
+
+    def _decode(self) -> str:
+        return str(self._backend.decode(self._window, skip_special_tokens=self._skip_special_tokens))
 
 
 class Tokenizer:

@@ -92,7 +92,7 @@ def chat_router(engine: AsyncEngine, tokenizer: Tokenizer, texts: TokenTexts, mo
             raise APIError(400, "add_special_tokens is not supported here; the chat template writes the special tokens",
                            param="add_special_tokens", code="not_supported")
         variables = {} if body.chat_template_kwargs is None else body.chat_template_kwargs.model_dump(exclude_none=True)
-        prompt = chat_prompt(body.messages, tokenizer, model, variables=variables)
+        prompt = await chat_prompt(body.messages, tokenizer, model, variables=variables)
         max_tokens = model.max_model_len if (asked := max_tokens_of(body)) is None else asked
         check_length(prompt, max_tokens, "messages", model)
         params = sampling_params(body, max_tokens=max_tokens,

@@ -111,7 +111,7 @@ def completions_router(engine: AsyncEngine, tokenizer: Tokenizer, texts: TokenTe
         if body.stream and body.echo and body.logprobs is not None and (body.n or 1) > 1:
             raise APIError(400, "echo with logprobs cannot be streamed for n above 1", param="echo",
                            code="not_supported")
-        prompts, echoes = completion_prompts(body, tokenizer, model, config.max_prompts)
+        prompts, echoes = await completion_prompts(body, tokenizer, model, config.max_prompts)
         max_tokens = DEFAULT_MAX_TOKENS if (asked := max_tokens_of(body)) is None else asked
         for prompt in prompts:
             check_length(prompt, max_tokens, "prompt", model)

@@ -29,7 +29,7 @@ from server.protocol import (
     StreamDetails,
 )
 from server.sse import STREAM_RESPONSE, EventStream, run_while_connected
-from server.validation import check_length, check_text, fold_seed, make_params
+from server.validation import check_length, check_text, fold_seed, make_params, tokenizing
 
 DEFAULT_MAX_NEW_TOKENS = 100  # TGI's
 
@@ -97,9 +97,10 @@ def generate_router(engine: AsyncEngine, tokenizer: Tokenizer, texts: TokenTexts
                     config: ServerConfig) -> APIRouter:
     router = APIRouter(tags=["TGI"], responses=ERROR_RESPONSES)
 
-    def start(body: GenerateRequest) -> Reply:
+    async def start(body: GenerateRequest) -> Reply:
         parameters = body.parameters or GenerateParameters()
-        prompt = tokenizer.encode(check_text(body.inputs, "inputs", model))
+        text = check_text(body.inputs, "inputs", model)
+        prompt = await tokenizing(len(text), lambda: tokenizer.encode(text))
         if parameters.truncate is not None:
             prompt = prompt[-parameters.truncate:]
         max_tokens = DEFAULT_MAX_NEW_TOKENS if parameters.max_new_tokens is None else parameters.max_new_tokens
@@ -118,7 +119,7 @@ def generate_router(engine: AsyncEngine, tokenizer: Tokenizer, texts: TokenTexts
     @router.post("/generate", response_model=GenerateResponse)
     async def generate(body: GenerateRequest, request: Request) -> Response:
         """Continue `inputs`."""
-        reply = start(body)
+        reply = await start(body)
         with reply.generation:
             whole = await run_while_connected(request.receive, reply.whole())
         return Response(whole.model_dump_json(), media_type="application/json")
@@ -126,7 +127,7 @@ def generate_router(engine: AsyncEngine, tokenizer: Tokenizer, texts: TokenTexts
     @router.post("/generate_stream", response_class=Response, responses=STREAM_RESPONSE)
     async def generate_stream(body: GenerateRequest) -> Response:
         """Continue `inputs`, one server-sent event a token; the last has generated_text and details."""
-        reply = start(body)
+        reply = await start(body)
         return EventStream(reply.events(), reply.generation.abort, config.keep_alive_interval)
 
     return router

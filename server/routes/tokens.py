@@ -10,7 +10,7 @@ from fptq_runtime.models.tokenizer import Tokenizer
 from server.config import ModelCard
 from server.errors import ERROR_RESPONSES, APIError
 from server.protocol import DetokenizeRequest, DetokenizeResponse, TokenizeRequest, TokenizeResponse
-from server.validation import chat_prompt, check_model, check_text
+from server.validation import chat_prompt, check_model, check_text, tokenizing
 
 
 def tokens_router(tokenizer: Tokenizer, model: ModelCard) -> APIRouter:
@@ -26,12 +26,13 @@ def tokens_router(tokenizer: Tokenizer, model: ModelCard) -> APIRouter:
             if body.add_special_tokens:
                 raise APIError(400, "add_special_tokens is not supported with messages; the chat template writes the "
                                     "special tokens", param="add_special_tokens", code="not_supported")
-            tokens = chat_prompt(body.messages, tokenizer, model, body.add_generation_prompt is not False)
+            tokens = await chat_prompt(body.messages, tokenizer, model, body.add_generation_prompt is not False)
         else:
             if body.add_generation_prompt:
                 raise APIError(400, "add_generation_prompt needs messages", param="add_generation_prompt")
             text = check_text(body.prompt or "", "prompt", model)
-            tokens = tokenizer.encode(text, body.add_special_tokens is not False)
+            special = body.add_special_tokens is not False
+            tokens = await tokenizing(len(text), lambda: tokenizer.encode(text, special))
         return TokenizeResponse(count=len(tokens), max_model_len=model.max_model_len, tokens=tokens,
                                 token_strs=[tokenizer.token(t) for t in tokens] if body.return_token_strs else None)
 
@@ -43,7 +44,9 @@ def tokens_router(tokenizer: Tokenizer, model: ModelCard) -> APIRouter:
         if unknown:
             raise APIError(400, f"token id {unknown[0]} is outside the vocabulary of {model.vocab_size} tokens",
                            param="tokens")
-        return DetokenizeResponse(prompt=tokenizer.decode(body.tokens, bool(body.skip_special_tokens)))
+        skip = bool(body.skip_special_tokens)
+        text = await tokenizing(len(body.tokens), lambda: tokenizer.decode(body.tokens, skip))
+        return DetokenizeResponse(prompt=text)
 
     @router.get("/tokenizer_info")
     async def tokenizer_info() -> dict[str, Any]:

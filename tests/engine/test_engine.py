@@ -109,6 +109,24 @@ def test_preemption_happens_and_changes_nothing() -> None:
         assert gist(events[str(i)]) == gist(one(prompt, params[i]))
 
 
+def test_an_echo_preempted_within_its_prompt_reports_each_position_once() -> None:
+    engine = make_engine(num_blocks=9, max_model_len=128, max_num_batched_tokens=4)
+    prompts = {"a": [1] * 15, "b": [2] * 15, "echo": list(range(1, 61))}
+    params = {name: greedy(max_tokens=50, prompt_logprobs=1 if name == "echo" else None) for name in prompts}
+    for name, prompt in prompts.items():
+        engine.add_request(name, prompt, params[name])
+    events: dict[str, list[Any]] = {}
+    preempted_in_prompt = False
+    while engine.has_unfinished_requests:
+        outputs, stats = engine.step()
+        for output in outputs:
+            events.setdefault(output.request_id, []).append(output)
+        preempted_in_prompt |= stats.preemptions > 0 and "echo" not in events
+    assert preempted_in_prompt
+    for name, prompt in prompts.items():
+        assert gist(events[name]) == gist(one(prompt, params[name]))
+
+
 def test_greedy_follows_the_model_step_by_step() -> None:
     prompt = [3, 1, 4, 1, 5]
     expected = list(prompt)

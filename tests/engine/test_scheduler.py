@@ -137,11 +137,12 @@ def test_decoding_shares_the_budget_with_a_long_prompt() -> None:
 
 
 def test_an_earlier_prompt_leaves_a_token_for_each_later_sequence() -> None:
-    s = scheduler(max_tokens=10, max_prompt_logits=4)
-    s.add(request("echo", [1] * 30, prompt_logprobs=0))
-    s.add(request("plain", [2] * 3))
-    assert chunks(s) == {"echo": (0, 4, 4), "plain": (0, 3, 1)}
-    assert chunks(s) == {"echo": (4, 4, 4), "plain": (3, 1, 1)}
+    s = scheduler(max_tokens=10, max_prompt_logits=9)
+    s.add(request("short echo", [1] * 3, prompt_logprobs=0))
+    s.add(request("long echo", [2] * 30, prompt_logprobs=0))
+    s.add(request("plain", [3]))
+    assert chunks(s) == {"short echo": (0, 3, 3), "long echo": (0, 6, 6), "plain": (0, 1, 1)}
+    assert chunks(s) == {"short echo": (3, 1, 1), "long echo": (6, 8, 8), "plain": (1, 1, 1)}
 
 
 def test_the_last_prompt_token_is_computed_even_where_all_is_cached() -> None:

@@ -173,6 +173,12 @@ def test_nul_in_a_prompt(served: Served) -> None:
     complete(served, prompt="a\0b", stop="\0", max_tokens=2)
 
 
+def test_signed_seeds(served: Served) -> None:
+    texts = [complete(served, temperature=1, seed=seed, n=2)["choices"][0]["text"]
+             for seed in (-(1 << 63), -1, 0, (1 << 63) - 1, -1)]
+    assert texts[1] == texts[4]
+
+
 def test_32_streams_equal_their_solo_runs(served: Served) -> None:
     if served.engine.engine.backend.name == "reference":
         pytest.skip("only the native backend's arithmetic does not depend on the batch")

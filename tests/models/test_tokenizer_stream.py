@@ -1,0 +1,73 @@
+"""Incremental detokenization against decoding the whole at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models
+from transformers import PreTrainedTokenizerFast
+
+import fptq_runtime
+from fptq_runtime.models.tokenizer import Tokenizer, TokenStream
+
+DEMO = Tokenizer(Path(fptq_runtime.__file__).parent / "demo")
+
+texts = st.text(st.sampled_from("aB é—„ß漢😀\n1 .") | st.characters(codec="utf-8"), max_size=30)
+
+
+@pytest.fixture(scope="session")
+def sentencepiece() -> PreTrainedTokenizerFast:
+    """Llama 2's decoder over a small vocabulary: ▁ for a space, a leading one dropped, bytes as <0xE4>."""
+    words = ["<s>", "▁", "▁a", "▁the", "b", "c", *(f"<0x{byte:02X}>" for byte in range(256))]
+    backend = Backend(models.BPE(vocab={word: i for i, word in enumerate(words)}, merges=[], byte_fallback=True))
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
+                                         decoders.Strip(" ", 1, 0)])
+    backend.add_special_tokens(["<s>"])
+    return PreTrainedTokenizerFast(tokenizer_object=backend)
+
+
+def streamed(tokenizer: PreTrainedTokenizerFast, prompt: list[int], ids: list[int]) -> str:
+    stream = TokenStream(tokenizer, True, prompt[-8:])
+    return "".join(stream.step(token_id) or "" for token_id in ids)
+
+
+@settings(deadline=None)
+@given(prompt=texts, text=texts)
+def test_text_arrives_whole(prompt: str, text: str) -> None:
+    ids = DEMO.encode(prompt + text, add_special_tokens=False)
+    split = len(DEMO.encode(prompt, add_special_tokens=False))
+    assert DEMO.decode(ids) == prompt + text
+    whole, before = prompt + text, DEMO.decode(ids[:split]).rstrip("\ufffd")
+    if whole.startswith(before):  # also where the prompt's tokens end within a character
+        stream = DEMO.stream(True, ids[:split])
+        assert "".join(stream.step(token_id) or "" for token_id in ids[split:]) == whole[len(before) :]
+
+
+@settings(deadline=None)
+@given(prompt=texts, text=texts)
+def test_spaces_and_bytes_of_sentencepiece(sentencepiece: PreTrainedTokenizerFast, prompt: str, text: str) -> None:
+    def encoded(value: str) -> list[int]:
+        return [6 + byte for byte in value.encode()]
+
+    prompt_ids = [0, 3, *encoded(prompt)]
+    assert streamed(sentencepiece, prompt_ids, [2, *encoded(text), 3]) == f" a{text} the"
+    assert streamed(sentencepiece, prompt_ids, [0, 2, 0, 0, 3]) == " a the"
+
+
+@settings(deadline=None)
+@given(ids=st.lists(st.integers(0, 261), max_size=40), prompt=st.lists(st.integers(0, 261), max_size=10))
+def test_bytes_that_make_no_character_are_no_error(sentencepiece: PreTrainedTokenizerFast, ids: list[int],
+                                                   prompt: list[int]) -> None:
+    """And what follows them comes out."""
+    assert streamed(sentencepiece, prompt, [*ids, 5, 5]).endswith("cc")
+
+
+def test_nothing_is_held_back_for_long(sentencepiece: PreTrainedTokenizerFast) -> None:
+    stream = TokenStream(sentencepiece, True, [])
+    out = [stream.step(6 + 0xE4) for _ in range(12)]
+    assert sum(text is not None for text in out) == 3
+    assert set("".join(text or "" for text in out)) == {"\ufffd"}
