@@ -14,8 +14,7 @@ RUN python3 -m venv /opt/fptq \
     && /opt/tools/bin/pip install scikit-build-core nanobind cmake ninja
 COPY . .
 RUN /opt/tools/bin/pip wheel --no-deps --no-build-isolation --wheel-dir /wheels . \
-    && pip install /wheels/*.whl \
-    && python -m compileall -q /opt/fptq/lib
+    && pip install /wheels/*.whl
 
 FROM ${BASE_IMAGE}
 RUN apt-get update \

@@ -7,37 +7,43 @@ endif
 # CPU builds of torch; where it cannot be reached, torch comes from pip's own index.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
-STAMP := $(VENV)/.installed
+INSTALLED := $(VENV)/.installed
+DEV_INSTALLED := $(VENV)/.dev-installed
 NATIVE := $(wildcard CMakeLists.txt fptq_runtime/csrc/* fptq_runtime/csrc/*/*)
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
 PIP_INSTALL := $(PIP) install --constraint constraints.txt
 
 .PHONY: install serve test lint bench image clean
 
-install: $(STAMP)
+install: $(INSTALLED)
 
-$(STAMP): pyproject.toml constraints.txt $(NATIVE)
+$(INSTALLED): pyproject.toml constraints.txt $(NATIVE)
 	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 10) else "Python 3.10 or newer is needed; $(PYTHON) is older: set PYTHON=")'
 	@command -v $(firstword $(CXX)) >/dev/null || { echo "A C++17 compiler is needed and '$(CXX)' is not there (Debian, Ubuntu: apt install g++)." >&2; exit 1; }
 	@test -x $(VENV)/bin/pip || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "Python's venv module is needed (Debian, Ubuntu: apt install python3-venv)." >&2; exit 1; }
 	@echo "Installing into $(VENV): minutes the first time."
-	$(PIP_INSTALL) pip scikit-build-core nanobind cmake ninja
+	$(PIP_INSTALL) pip
+	$(PIP_INSTALL) --group build
 	$(PIP_INSTALL) --no-deps --retries 1 $(addprefix --extra-index-url ,$(TORCH_INDEX)) torch
-	CXX='$(CXX)' $(PIP_INSTALL) --no-build-isolation --editable '.[dev]'
+	CXX='$(CXX)' $(PIP_INSTALL) --no-build-isolation --editable .
 	@touch $@
 
-serve: $(STAMP)
+$(DEV_INSTALLED): $(INSTALLED)
+	$(PIP_INSTALL) --group dev
+	@touch $@
+
+serve: $(INSTALLED)
 	$(VENV)/bin/fptq serve demo
 
-test: $(STAMP)
+test: $(DEV_INSTALLED)
 	$(VENV)/bin/python -m pytest
 
-lint: $(STAMP)
+lint: $(DEV_INSTALLED)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
 
-bench: $(STAMP)
+bench: $(INSTALLED)
 	$(VENV)/bin/fptq bench demo
 
 image:

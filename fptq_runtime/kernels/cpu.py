@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from fptq_runtime import _native
+import fptq_runtime._native as _native
 from fptq_runtime.kernels.base import (
     ActivationQuant,
     AttentionSpec,

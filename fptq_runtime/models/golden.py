@@ -11,8 +11,9 @@ from fptq_runtime.kernels.base import Backend, Float32Array, StepInput, StepLimi
 from fptq_runtime.models.decoder import Decoder
 
 # Integer parts are exact everywhere, but float sums in another order tip a few int8 codes a prompt to their neighbour,
-# and the layers after amplify one tipped code to the size of the quantization noise itself. Between torch and the native
-# kernels 40 prompts of the demo model differed by 0.4 % of max |logit| (root mean square) at most, single logits by 2.3 %.
+# and the layers after amplify one tipped code to the size of the quantization noise itself. Between torch and the
+# native kernels, 40 prompts of the demo model differed by at most 0.4 % of max |logit| (root mean square), single
+# logits by 2.3 %.
 TOLERANCE = 1e-2  # root mean square over the kept logits, each relative to max |logit| of its position
 MARGIN = 5e-2  # of max |logit|: a top token that leads by more must stay on top
 KEPT = 16  # best logits kept for each position
@@ -58,8 +59,8 @@ def check_golden(decoder: Decoder, backend: Backend, golden: Mapping[str, Any]) 
         raise GoldenMismatch("the golden logits are malformed")
     logits = prompt_logits(decoder, backend, prompt)
     scale = np.maximum(scale, 1e-6)
-    error = (np.take_along_axis(logits, ids, -1) - expected) / scale[:, None]  # [T, KEPT]
-    deviation = float(np.sqrt(np.square(error).mean()))
+    difference = (np.take_along_axis(logits, ids, -1) - expected) / scale[:, None]  # [T, KEPT]
+    deviation = float(np.sqrt(np.square(difference).mean()))
     if not deviation <= TOLERANCE:
         raise GoldenMismatch(f"golden logits differ by {deviation:.2%} of max |logit| (rms), more than {TOLERANCE:.0%}")
     margin = (expected[:, 0] - expected[:, 1]) / scale if ids.shape[1] > 1 else np.zeros(len(ids))

@@ -40,7 +40,7 @@ def tight_server(fptq: Fptq, server: Server, tmp_path_factory: pytest.TempPathFa
 @pytest.fixture(scope="session")
 def demo_artifact(fptq: Fptq, server: Server) -> Path:
     """What `fptq serve demo` left in the user's cache."""
-    [manifest] = fptq.cache.rglob("fptq.json")
+    [manifest] = fptq.cache.glob("**/demo*/fptq.json")
     return manifest.parent
 
 

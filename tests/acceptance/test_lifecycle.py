@@ -57,7 +57,7 @@ def test_sigterm_drains(fptq: Fptq, server: Server, demo_artifact: Path, tmp_pat
     """Running streams go on to their end, which is what it would have been; nobody new is let in; the process ends
     well. Plain C++ is slow enough that the streams outlive the signal."""
     with Server(fptq, tmp_path / "serve.log", demo_artifact, "--drain-timeout", 240, FPTQ_ISA="generic") as draining:
-        bodies = [{**LONG, "seed": i} for i in range(3)]
+        bodies = [{**LONG, "max_tokens": 500, "seed": i} for i in range(3)]
         expected = [draining.complete(**body)["choices"][0]["text"] for body in bodies]
 
         def stream(body: dict[str, Any]) -> tuple[str, str | None]:

@@ -59,7 +59,8 @@ def test_a_fault_is_noticed(fault: str, decoder: Decoder, golden: dict[str, Any]
     lambda g: g.update(token_ids="many"),
     lambda g: g.update(prompt_token_ids=[], token_ids=[], logits=[], max_abs=[]),
 ])
-def test_malformed_is_refused(change: Callable[[dict[str, Any]], Any], decoder: Decoder, golden: dict[str, Any]) -> None:
+def test_malformed_is_refused(change: Callable[[dict[str, Any]], Any], decoder: Decoder,
+                              golden: dict[str, Any]) -> None:
     damaged = copy.deepcopy(golden)
     change(damaged)
     with pytest.raises(GoldenMismatch, match="malformed"):

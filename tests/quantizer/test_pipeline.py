@@ -58,15 +58,21 @@ def assert_transformers_agrees(artifact: Path, token_ids: list[int]) -> None:
     assert (ours.argmax(-1) == expected.argmax(-1))[clear].all()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize(("sizes", "head_bits"), [({}, 8), ({"hidden_size": 128}, 4), ({"hidden_size": 160}, 16)])
-def test_every_family(family: str, sizes: dict[str, int], head_bits: int, tmp_path: Path, text: Path) -> None:
-    """Hidden sizes that are a multiple of the group and that are not; all three heads."""
-    if family == "bloom" and sizes:
-        sizes = {**sizes, "n_head": 8}
+CASES = [
+    *((family, {}, 128, 8) for family in FAMILIES),
+    ("llama-tied-bias", {"hidden_size": 128, "num_attention_heads": 8}, 128, 16),
+    ("qwen3", {"hidden_size": 160, "num_attention_heads": 8}, 32, 4),
+    ("bloom", {"hidden_size": 128, "n_head": 8}, 128, 4),
+]
+
+
+@pytest.mark.parametrize(("family", "sizes", "group_size", "head_bits"), CASES)
+def test_every_family(family: str, sizes: dict[str, int], group_size: int, head_bits: int, tmp_path: Path, text: Path,
+                      ) -> None:
+    """Input sizes that are a multiple of the group and that are not; all three heads."""
     source = tmp_path / "float"
     float_model = save_model(family, source, **sizes)
-    made = recipe(head_bits=head_bits, group_size=32 if sizes.get("hidden_size") == 160 else 128)
+    made = recipe(head_bits=head_bits, group_size=group_size)
     manifest = quantize(source, tmp_path / "out", made, calibration="random", text=text, **SMALL)
 
     acts = {record.activations for record in manifest.layers[:-1]}
