@@ -1,0 +1,70 @@
+"""Oracle: compressed-tensors unpacks and dequantizes what we wrote to exactly our values, and accepts our config."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
+from compressed_tensors.quantization import QuantizationArgs as TheirArgs
+from compressed_tensors.quantization import QuantizationConfig
+from compressed_tensors.quantization.lifecycle.forward import dequantize as their_dequantize
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fptq_runtime.artifact.numerics import dequantize, quantize_weight
+from fptq_runtime.artifact.scheme import ModuleSchemes
+from fptq_runtime.kernels.base import ActivationQuant, Linear, QuantizedWeight
+from fptq_runtime.quantizer.export import linear_scheme, module_tensors, quantization_config
+
+
+def quantized(n: int, k: int, num_bits: Literal[4, 8], group: int | None, act: ActivationQuant | None) -> Linear:
+    codes, scale = quantize_weight(torch.randn(n, k), num_bits, group, None, torch.bfloat16)
+    return Linear("x", QuantizedWeight(codes, scale, num_bits, group or k), torch.randn(n), act)
+
+
+@settings(max_examples=60, deadline=None)
+@given(n=st.integers(1, 9), groups=st.integers(1, 3), k=st.integers(1, 140), num_bits=st.sampled_from([4, 8]),
+       group=st.sampled_from([None, 32, 64, 128]), seed=st.integers(0, 99))
+def test_compressed_tensors_reads_our_weights(n: int, groups: int, k: int, num_bits: Literal[4, 8], group: int | None,
+                                              seed: int) -> None:
+    torch.manual_seed(seed)
+    linear = quantized(n, k if group is None else group * groups, num_bits, group, ActivationQuant(0.25))
+    weight = linear.weight
+    assert isinstance(weight, QuantizedWeight)
+    tensors = module_tensors("m", linear)
+    shape = torch.Size(tensors["m.weight_shape"].tolist())
+    codes = unpack_from_int32(tensors["m.weight_packed"], num_bits, shape)
+    assert torch.equal(codes, weight.codes)
+    assert torch.equal(pack_to_int32(codes, num_bits), tensors["m.weight_packed"])
+    scheme = linear_scheme(linear)
+    assert scheme is not None
+    args = TheirArgs(**scheme.weights.to_dict())
+    theirs = their_dequantize(codes, tensors["m.weight_scale"].float(), args=args, dtype=torch.float32)
+    assert torch.equal(theirs, dequantize(weight.codes, weight.scale))
+    assert tensors["m.input_scale"].tolist() == [0.25]
+    assert torch.equal(tensors["m.bias"], linear.bias)
+
+
+def test_config_is_theirs_and_ours() -> None:
+    linears = {
+        "a": quantized(4, 256, 4, 128, ActivationQuant(0.5)),
+        "b": quantized(4, 256, 4, 128, ActivationQuant()),
+        "c": quantized(4, 96, 4, None, ActivationQuant(0.5)),
+        "lm_head": quantized(4, 128, 8, None, ActivationQuant()),
+    }
+    schemes = {name: scheme for name, linear in linears.items() if (scheme := linear_scheme(linear)) is not None}
+    config = quantization_config(schemes, "lm_head", [])
+    theirs = QuantizationConfig.model_validate(config)
+    assert set(theirs.config_groups) == {"static", "dynamic", "static_channel", "head"}
+    assert all(group.format == "pack-quantized" for group in theirs.config_groups.values())
+    ours = ModuleSchemes(config)
+    assert {name: ours.scheme(name) for name in linears} == schemes
+    assert ours.scheme("other") is None
+
+
+def test_float_modules() -> None:
+    weight = torch.randn(3, 5)
+    linear = Linear("x", weight)
+    assert linear_scheme(linear) is None
+    assert list(module_tensors("m", linear)) == ["m.weight"]
