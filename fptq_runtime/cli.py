@@ -332,3 +332,7 @@ def bench(artifact: str, batch: tuple[int, ...], prompt_tokens: int, output_toke
         "artifact": artifact, "prompt_tokens": prompt_tokens, "output_tokens": output_tokens, "kernels": kernels,
         "results": [asdict(result) for result in results],
     }, "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

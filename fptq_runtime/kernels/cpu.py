@@ -47,9 +47,11 @@ class CpuBackend:
     def __init__(self, threads: int = 0, isa: str | None = None) -> None:
         if threads < 0:
             raise ValueError(f"threads must be 0 (automatic) or more, not {threads}")
-        self._isa, self._int4, self._int8, self._float = _native.kernel_names(
-            os.environ.get("FPTQ_ISA", "") if isa is None else isa
-        )
+        forced = os.environ.get("FPTQ_ISA", "") if isa is None else isa
+        try:
+            self._isa, self._int4, self._int8, self._float = _native.kernel_names(forced)
+        except ValueError as error:
+            raise ValueError(f"FPTQ_ISA: {error}" if isa is None else str(error)) from None
         self._pool = _native.ThreadPool(threads or available_threads())
 
     def prepare(self, parameter: Any) -> Prepared:
