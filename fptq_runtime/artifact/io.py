@@ -6,6 +6,7 @@ its bytes with the digest itself zeroed.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
@@ -223,12 +224,14 @@ class ArtifactWriter:
             if not is_artifact(self._out):
                 raise ArtifactError(f"{out} exists and is not an fptq artifact; choose another output directory")
             if not overwrite:
-                raise ArtifactError(f"{out} exists; choose another output directory or ask to overwrite it")
+                raise ArtifactError(f"{out} exists; choose another output directory or pass --overwrite")
 
     def __enter__(self) -> ArtifactWriter:
         try:
             self._out.parent.mkdir(parents=True, exist_ok=True)
-            self.directory = Path(tempfile.mkdtemp(prefix=f".{self._out.name}.partial-", dir=self._out.parent))
+            self._remove_abandoned()
+            prefix = f".{self._out.name}.partial-{os.getpid()}-"
+            self.directory = Path(tempfile.mkdtemp(prefix=prefix, dir=self._out.parent))
             self.directory.chmod(0o755)
             (self.directory / MANIFEST).touch()  # empty: whatever a killed run leaves is refused as unfinished
         except OSError as error:
@@ -239,6 +242,13 @@ class ArtifactWriter:
                  traceback: TracebackType | None) -> None:
         if self.directory.exists():
             shutil.rmtree(self.directory)
+
+    def _remove_abandoned(self) -> None:
+        """What killed runs left beside `out`: their process is gone."""
+        for directory in self._out.parent.glob(f".{glob.escape(self._out.name)}.partial-*-*"):
+            pid = directory.name.rsplit("-", 2)[1]
+            if pid.isdecimal() and not _is_running(int(pid)):
+                shutil.rmtree(directory, ignore_errors=True)
 
     def add_tensors(self, tensors: Mapping[str, torch.Tensor]) -> None:
         for name, tensor in tensors.items():
@@ -315,3 +325,13 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # somebody else's
+        return True
+    return True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -190,3 +191,15 @@ def test_a_read_only_cache_is_no_error(tmp_path: Path, monkeypatch: pytest.Monke
     (tmp_path / "cache").write_text("a file where a directory should be")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     assert write(tmp_path / "out") == check_files(tmp_path / "out")
+
+
+def test_what_a_killed_run_left_goes_with_the_next(tmp_path: Path) -> None:
+    """And what a living one is writing stays."""
+    abandoned = tmp_path / ".my-out.partial-4194304-abc"  # above any pid
+    living = tmp_path / f".my-out.partial-{os.getpid()}-abc"
+    for directory in (abandoned, living):
+        directory.mkdir()
+        (directory / MANIFEST).touch()
+    write(tmp_path / "my-out")
+    assert not abandoned.exists()
+    assert living.exists()
