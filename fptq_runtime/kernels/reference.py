@@ -165,17 +165,30 @@ def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, positions: torch.
             attention: AttentionSpec) -> torch.Tensor:
     """q [Q, heads, D] against k, v [T, kv heads, D] at positions 0..T-1. Returns [Q, heads, D]."""
     repeats = attention.num_heads // attention.num_kv_heads
-    keys, values = (x.repeat_interleave(repeats, dim=1).transpose(0, 1) for x in (k, v))  # [heads, T, D]
-    key_positions = torch.arange(k.shape[0])
-    distance = positions[:, None] - key_positions  # [Q, T]
+    keys, values = (x.repeat_interleave(repeats, dim=1).transpose(0, 1)[None] for x in (k, v))  # [1, heads, T, D]
+    bias = None if _is_plain_causal(q, k, attention) else _attention_bias(positions, k.shape[0], attention)
+    out = F.scaled_dot_product_attention(
+        q.transpose(0, 1)[None], keys, values, attn_mask=bias, is_causal=bias is None, scale=attention.softmax_scale
+    )
+    return out[0].transpose(0, 1)
+
+
+def _is_plain_causal(q: torch.Tensor, k: torch.Tensor, attention: AttentionSpec) -> bool:
+    """A whole sequence, for which torch needs no mask in memory."""
+    return q.shape[0] == k.shape[0] and attention.sliding_window is None and attention.alibi_slopes is None
+
+
+def _attention_bias(positions: torch.Tensor, length: int, attention: AttentionSpec) -> torch.Tensor:
+    """What is added to the scores of queries at `positions` [Q]: [Q, length], or [heads, Q, length] with ALiBi."""
+    key_positions = torch.arange(length)
+    distance = positions[:, None] - key_positions
     hidden = distance < 0
     if attention.sliding_window is not None:
         hidden = hidden | (distance >= attention.sliding_window)
     bias = torch.zeros(distance.shape).masked_fill(hidden, float("-inf"))
-    if attention.alibi_slopes is not None:
-        bias = bias + attention.alibi_slopes[:, None, None] * key_positions.float()  # [heads, Q, T]
-    out = F.scaled_dot_product_attention(q.transpose(0, 1), keys, values, attn_mask=bias, scale=attention.softmax_scale)
-    return out.transpose(0, 1)
+    if attention.alibi_slopes is None:
+        return bias
+    return bias + attention.alibi_slopes[:, None, None] * key_positions.float()
 
 
 def _normalise(x: torch.Tensor, norm: Norm) -> torch.Tensor:
