@@ -27,6 +27,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         code = cli.main(arguments, prog_name="fptq", standalone_mode=False)
         sys.stdout.flush()
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        sys.exit(2)
     except click.UsageError as error:
         path = error.ctx.command_path if error.ctx else "fptq"
         _fail(f"{_one_line(error.format_message()).rstrip('.')} (see `{path} --help`)", 2)
@@ -89,7 +92,7 @@ class ExistingFile(click.ParamType[Path]):
         path = Path(value).expanduser()
         if value in self.words:
             return value
-        if not path.is_file():
+        if not path.exists() or path.is_dir():  # a pipe will do
             from fptq_runtime.locate import did_you_mean
 
             words = "".join(f" or {word}" for word in self.words)

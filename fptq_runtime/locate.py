@@ -28,6 +28,8 @@ class NotFoundError(ValueError):
 def find_model(name: str, revision: str | None = None) -> str:
     """What `quantize` takes. `demo` is the float model in the package; `./demo` is a directory of that name.
     Raises NotFoundError where nothing can be meant."""
+    if not name:
+        raise NotFoundError("the model's name is empty")
     path = Path(name).expanduser()
     if name == DEMO or path.is_dir():
         if revision is not None:
@@ -51,11 +53,11 @@ def find_artifact(name: str) -> Path:
     return resolve_model(model).path
 
 
-def load(name: str, **options: Any) -> LLM:
+def load(name: str | Path, **options: Any) -> LLM:
     """`LLM` of a path, a hub id or `demo`; the options are LLM's own."""
     from fptq_runtime.engine.llm import LLM
 
-    return LLM(find_artifact(name), **options)
+    return LLM(find_artifact(str(name)), **options)
 
 
 def did_you_mean(path: Path, *others: str) -> str:

@@ -19,6 +19,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from fptq_runtime import __version__
 from fptq_runtime.engine.async_engine import AsyncEngine
 from fptq_runtime.engine.engine import Engine
+from fptq_runtime.engine.kv_cache import format_bytes
 from fptq_runtime.engine.llm import load_engine
 from fptq_runtime.models.tokenizer import Tokenizer
 from server.app import create_app
@@ -44,11 +45,13 @@ def serve(path: Path | str, config: ServerConfig, *, model_id: str | None = None
     """
     path = Path(path)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    log.info("loading %s", path)
     with bind(config.host, config.port) as listener:  # before the model loads, which can take minutes
         engine = load_engine(path, backend=backend, **engine_options)
         model = model_card(model_id or path.resolve().name, engine)
         metrics = Metrics(__version__, model)
         async_engine = AsyncEngine(engine, metrics.record_step)
+        log.info("%s", describe(model, config))
         app = create_app(async_engine, Tokenizer(path), config, model, metrics)
         Server(app, async_engine, config).run([listener])
 
@@ -69,6 +72,17 @@ def model_card(model_id: str, engine: Engine) -> ModelCard:
         engine=asdict(engine.config),
         kernels={"backend": engine.backend.name, **engine.backend.describe()},
     )
+
+
+def describe(model: ModelCard, config: ServerConfig) -> str:
+    """What is served and how, on one line of the log."""
+    engine, kernels = model.engine, model.kernels
+    memory = engine["kv_cache_memory"]
+    assert isinstance(memory, int)
+    kernel = ", ".join(f"{name} {kernels[name]}" for name in ("backend", "isa", "threads") if name in kernels)
+    return (f"fptq {__version__}, model {model.id} ({model.description['architecture']}), {kernel}, context "
+            f"{model.max_model_len} tokens, KV cache {format_bytes(memory)} {engine['kv_cache_dtype']}, "
+            f"{'API key required' if config.api_keys else 'no API key'}")
 
 
 def bind(host: str, port: int) -> socket.socket:

@@ -304,7 +304,9 @@ class ArtifactWriter:
         return self.directory / f"shard-{index}.safetensors"
 
     def _write_shard(self) -> None:
-        save_file(self._pending, self._shard(len(self._shards)), metadata={"format": "pt"})
+        shard = self._shard(len(self._shards))
+        save_file(self._pending, shard, metadata={"format": "pt"})
+        shutil.copymode(self.directory / MANIFEST, shard)  # safetensors lets only the owner read; the umask decides
         self._shards.append(list(self._pending))
         self._total_bytes += self._pending_bytes
         self._pending = {}

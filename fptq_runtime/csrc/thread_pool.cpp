@@ -1,6 +1,8 @@
 #include "thread_pool.h"
 
 #include <chrono>
+#include <stdexcept>
+#include <string>
 
 namespace fptq {
 
@@ -19,10 +21,17 @@ inline void pause() {
 }  // namespace
 
 ThreadPool::ThreadPool(int threads) : threads_(threads), shares_(new Share[threads]) {
-  for (int thread = 1; thread < threads; ++thread) workers_.emplace_back([this, thread] { loop(thread); });
+  try {
+    for (int thread = 1; thread < threads; ++thread) workers_.emplace_back([this, thread] { loop(thread); });
+  } catch (const std::exception&) {
+    stop();
+    throw std::invalid_argument("this machine cannot start " + std::to_string(threads) + " threads");
+  }
 }
 
-ThreadPool::~ThreadPool() {
+ThreadPool::~ThreadPool() { stop(); }
+
+void ThreadPool::stop() {
   {
     std::lock_guard<std::mutex> lock(sleep_mutex_);
     stopping_ = true;
@@ -37,9 +46,9 @@ void ThreadPool::start(int tasks, Function function, const void* context) {
   context_.store(context, std::memory_order_relaxed);
   remaining_.store(tasks, std::memory_order_relaxed);
   for (int thread = 0; thread < threads_; ++thread) {
-    const uint32_t begin = static_cast<uint64_t>(tasks) * thread / threads_;
-    shares_[thread].end.store(static_cast<uint64_t>(tasks) * (thread + 1) / threads_, std::memory_order_relaxed);
-    shares_[thread].ticket.store(static_cast<uint64_t>(job) << 32 | begin, std::memory_order_release);
+    const uint64_t name = static_cast<uint64_t>(job) << 32, all = tasks;
+    shares_[thread].end.store(name | all * (thread + 1) / threads_, std::memory_order_relaxed);
+    shares_[thread].next.store(name | all * thread / threads_, std::memory_order_release);
   }
   job_.store(job);  // sequentially consistent with sleepers_: a worker going to sleep sees the job, or we see it
   if (sleepers_.load() > 0) {
@@ -58,12 +67,14 @@ void ThreadPool::work(uint32_t job, int thread) {
   const void* context = context_.load(std::memory_order_relaxed);
   for (int i = 0; i < threads_; ++i) {
     Share& share = shares_[(thread + i) % threads_];
-    uint64_t ticket = share.ticket.load(std::memory_order_acquire);
-    while (ticket >> 32 == job && static_cast<uint32_t>(ticket) < share.end.load(std::memory_order_relaxed)) {
-      if (!share.ticket.compare_exchange_weak(ticket, ticket + 1, std::memory_order_acq_rel)) continue;
-      function(context, static_cast<int>(static_cast<uint32_t>(ticket)), thread);
+    uint64_t next = share.next.load(std::memory_order_acquire);
+    while (true) {
+      const uint64_t end = share.end.load(std::memory_order_relaxed);
+      if (next >> 32 != job || end >> 32 != job || next >= end) break;
+      if (!share.next.compare_exchange_weak(next, next + 1, std::memory_order_acq_rel)) continue;
+      function(context, static_cast<int>(static_cast<uint32_t>(next)), thread);
       remaining_.fetch_sub(1, std::memory_order_release);
-      ticket = share.ticket.load(std::memory_order_acquire);
+      next = share.next.load(std::memory_order_acquire);
     }
   }
 }

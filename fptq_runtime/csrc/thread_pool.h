@@ -13,7 +13,8 @@ namespace fptq {
 
 class ThreadPool {
  public:
-  explicit ThreadPool(int threads);  // the caller of run() counts as one
+  // The caller of run() counts as one. Throws std::invalid_argument where the system does not start so many.
+  explicit ThreadPool(int threads);
   ~ThreadPool();
   ThreadPool(const ThreadPool&) = delete;
   ThreadPool& operator=(const ThreadPool&) = delete;
@@ -38,16 +39,17 @@ class ThreadPool {
  private:
   using Function = void (*)(const void* context, int task, int thread);
 
-  // Tasks next..end of the job that `ticket`'s upper half names; the lower half is `next`. Claiming compares both, so a
-  // worker that was preempted between reading a job and claiming from it can never run a task of another job.
+  // Tasks next..end of a job; the upper halves of both name that job. A worker that is late for its own job, while the
+  // next one is being dealt out, meets another name in one of them or fails to claim, and runs nothing.
   struct alignas(64) Share {
-    std::atomic<uint64_t> ticket{0};
-    std::atomic<uint32_t> end{0};
+    std::atomic<uint64_t> next{0};
+    std::atomic<uint64_t> end{0};
   };
 
   void start(int tasks, Function function, const void* context);
   void work(uint32_t job, int thread);
   void loop(int thread);
+  void stop();
 
   const int threads_;
   std::unique_ptr<Share[]> shares_;

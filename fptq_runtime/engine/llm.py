@@ -12,7 +12,7 @@ from typing import Any
 from fptq_runtime.artifact.io import check_files, is_artifact
 from fptq_runtime.config import EngineConfig, ModelConfig
 from fptq_runtime.engine.engine import Engine, QueueFullError
-from fptq_runtime.engine.kv_cache import cache_tokens, format_bytes
+from fptq_runtime.engine.kv_cache import cache_tokens, format_bytes, step_limits
 from fptq_runtime.engine.output import RequestOutput, TokenLogprobs
 from fptq_runtime.engine.request import FinishReason, SamplingParams
 from fptq_runtime.kernels.select import select_backend
@@ -93,12 +93,17 @@ def load_engine(path: str | Path, *, backend: str = "auto", max_model_len: int |
     config = EngineConfig(max_model_len=max_model_len or model.max_position_embeddings, **options)
     if max_model_len is None:
         config = _fit(config, model)
+    step_limits(model, config)  # says what is wrong with it before minutes of loading
     kernels = select_backend(backend, config.threads)
     decoder = load_model(checkpoint, kernels)
     if manifest is not None:
         deviation = check_golden(decoder, kernels, manifest.golden)
         logger.info("golden logits agree within %.1e of max |logit|", deviation)
-    return Engine(decoder, kernels, config, Tokenizer(path), eos_token_ids(checkpoint))
+    try:
+        return Engine(decoder, kernels, config, Tokenizer(path), eos_token_ids(checkpoint))
+    except MemoryError:
+        raise ValueError(f"a KV cache of {format_bytes(config.kv_cache_memory)} does not fit into this machine's memory; "
+                         "lower kv_cache_memory") from None
 
 
 def _fit(config: EngineConfig, model: ModelConfig) -> EngineConfig:

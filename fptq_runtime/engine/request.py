@@ -57,6 +57,9 @@ class SamplingParams:
             if not ok:
                 raise ValueError(f"{name} must be {allowed}, not {getattr(self, name)!r}")
 
+        for name in ("n", "max_tokens", "min_tokens", "top_k", "seed", "logprobs", "prompt_logprobs"):
+            value = getattr(self, name)
+            check(name, isinstance(value, int) or value is None and name in OPTIONAL, "an integer")
         check("n", 1 <= self.n <= MAX_N, f"between 1 and {MAX_N}")
         check("max_tokens", self.max_tokens >= 0, "at least 0")
         check("min_tokens", 0 <= self.min_tokens <= self.max_tokens, "between 0 and max_tokens")
@@ -64,7 +67,7 @@ class SamplingParams:
         check("top_p", 0 < self.top_p <= 1, "in (0, 1]")
         check("top_k", self.top_k >= 0, "0 (off) or more")
         check("min_p", 0 <= self.min_p <= 1, "in [0, 1]")
-        check("repetition_penalty", 0 < self.repetition_penalty <= 100, "in (0, 100]")
+        check("repetition_penalty", 0.01 <= self.repetition_penalty <= 100, "between 0.01 and 100")
         check("presence_penalty", -2 <= self.presence_penalty <= 2, "between -2 and 2")
         check("frequency_penalty", -2 <= self.frequency_penalty <= 2, "between -2 and 2")
         check("logit_bias", all(k >= 0 and math.isfinite(v) and abs(v) <= 100 for k, v in self.logit_bias.items()),

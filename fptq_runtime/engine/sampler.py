@@ -20,6 +20,7 @@ IdArray = npt.NDArray[np.intp]
 # Tokens first sorted for top_p. The set it keeps is nearly always smaller; where not, eight times as many are tried.
 FIRST_CANDIDATES = 256
 STRETCH = 512  # tokens
+GREEDY_BELOW = 1e-5  # vLLM's bound; a temperature that float32 rounds to 0 would divide by it
 NOT_FINITE = "the model returned logits that are not finite"
 
 
@@ -31,7 +32,7 @@ def sample(logits: Float32Array, request: Request, eos_token_ids: Iterable[int])
     if not np.isfinite(logits[best]):  # argmax finds a NaN first
         raise ValueError(NOT_FINITE)
     row = _adjust(logits, request, eos_token_ids)
-    if params.temperature == 0:
+    if params.temperature < GREEDY_BELOW:
         return best if row is logits else int(row.argmax())
     return _draw(row, params, _uniform(request.seed, request.num_tokens))
 

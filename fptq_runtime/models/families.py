@@ -242,22 +242,25 @@ def _llama(fields: Fields) -> ModelConfig:
     )
 
 
+def _window(fields: Fields) -> int | None:
+    """transformers takes 4096 where the field is missing; null is no window."""
+    if fields.data.get("sliding_window", 0) is None:
+        return None
+    return fields.integer("sliding_window", 4096, high=1 << 24)
+
+
 def _mistral(fields: Fields) -> ModelConfig:
-    window = fields.data.get("sliding_window")
-    return replace(
-        _llama(fields), architecture="MistralForCausalLM",
-        sliding_window=None if window is None else fields.integer("sliding_window", high=1 << 24),
-    )
+    return replace(_llama(fields), architecture="MistralForCausalLM", sliding_window=_window(fields))
 
 
 def _qwen2(fields: Fields) -> ModelConfig:
     config = replace(_llama(fields), architecture="Qwen2ForCausalLM")
-    if not fields.flag("use_sliding_window", False) or fields.data.get("sliding_window") is None:
+    if not fields.flag("use_sliding_window", False) or (window := _window(fields)) is None:
         return config
-    first = fields.integer("max_window_layers", config.num_layers, low=0)
+    first = fields.integer("max_window_layers", 28, low=0)
     kinds = ["full_attention" if i < first else "sliding_attention" for i in range(config.num_layers)]
     fields.only("layer_types", (None, kinds), None)
-    return replace(config, sliding_window=fields.integer("sliding_window", high=1 << 24), first_sliding_layer=first)
+    return replace(config, sliding_window=window, first_sliding_layer=first)
 
 
 def _qwen3(fields: Fields) -> ModelConfig:

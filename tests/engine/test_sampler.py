@@ -99,6 +99,14 @@ def test_greedy_takes_the_lowest_id_on_ties_and_no_notice_of_the_seed() -> None:
     assert {sample(logits, request(seed=s, temperature=0, top_k=1, top_p=0.5), ()) for s in range(5)} == {1}
 
 
+@pytest.mark.parametrize("temperature", [5e-324, 1e-46, 1e-30, 1e-6])
+def test_a_vanishing_temperature_is_greedy(temperature: float) -> None:
+    logits = row(6)
+    with np.errstate(invalid="raise"):
+        drawn = {sample(logits, request(seed=s, temperature=temperature, top_k=9, top_p=0.5), ()) for s in range(5)}
+    assert drawn == {int(logits.argmax())}
+
+
 def test_presence_and_frequency_count_the_output_alone() -> None:
     logits = np.zeros(6, dtype=np.float32)
     logits[[4, 5, 1]] = [5.0, 4.0, 4.5]

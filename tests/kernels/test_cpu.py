@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -283,6 +285,21 @@ def test_threads() -> None:
     assert CpuBackend().describe()["threads"] == str(available_threads())
     with pytest.raises(ValueError, match="threads"):
         CpuBackend(-1)
+
+
+def test_more_threads_than_the_machine_starts_are_refused() -> None:
+    """In a process whose address space is too small for their stacks."""
+    script = (
+        "import resource\n"
+        "from fptq_runtime.kernels.cpu import CpuBackend\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))\n"
+        "try:\n"
+        "    CpuBackend(20000)\n"
+        "except ValueError as error:\n"
+        "    print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "this machine cannot start 20000 threads\n"
 
 
 @pytest.mark.parametrize(("files", "expected"), [

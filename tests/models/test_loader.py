@@ -13,12 +13,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
 
 from fptq_runtime.artifact.scheme import SchemeError
 from fptq_runtime.models.families import SPECS, ModelError, parse_config
 from fptq_runtime.models.loader import Checkpoint, CheckpointError, load_block, load_head, load_stem
 from fptq_runtime.models.tokenizer import ChatTemplateError, Tokenizer
-from tests.models.hf import FAMILIES, save_random
+from tests.models.hf import FAMILIES, LLAMA, save_random
 
 DEMO = Path(__file__).parents[2] / "fptq_runtime" / "demo"
 
@@ -77,6 +78,26 @@ def assert_refused(path: Path, *words: str) -> None:
 def test_config_is_refused_by_name(copy: Path, changes: dict[str, Any], words: list[str]) -> None:
     change_config(copy, **changes)
     assert_refused(copy, *words)
+
+
+@pytest.mark.parametrize(("model_type", "fields"), [
+    ("mistral", {}), ("mistral", {"sliding_window": None}), ("mistral", {"sliding_window": 20}),
+    ("qwen2", {}), ("qwen2", {"use_sliding_window": True}), ("qwen2", {"use_sliding_window": True,
+                                                                      "sliding_window": None}),
+    ("qwen3", {"use_sliding_window": True, "sliding_window": 20, "max_window_layers": 3}),
+])
+def test_window_is_transformers_own(model_type: str, fields: dict[str, Any]) -> None:
+    """Also where the config leaves it out."""
+    shape = {**LLAMA, "num_hidden_layers": 30}
+    oracle = AutoConfig.for_model(model_type, **shape, **fields)
+    _, config = parse_config({**shape, **fields, "architectures": [f"{model_type.capitalize()}ForCausalLM"]})
+    if model_type == "mistral":
+        assert (config.sliding_window, config.first_sliding_layer) == (oracle.sliding_window, 0)
+    else:
+        kinds = ["sliding_attention" if config.sliding_window and i >= config.first_sliding_layer else "full_attention"
+                 for i in range(30)]
+        assert kinds == oracle.layer_types
+        assert config.sliding_window == oracle.sliding_window
 
 
 @pytest.mark.parametrize("keep", [0, 4, 100, 0.5, 0.99])
