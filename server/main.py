@@ -45,8 +45,8 @@ def serve(path: Path | str, config: ServerConfig, *, model_id: str | None = None
     """
     path = Path(path)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
-    log.info("loading %s", path)
     with bind(config.host, config.port) as listener:  # before the model loads, which can take minutes
+        log.info("loading %s", path)
         engine = load_engine(path, backend=backend, **engine_options)
         model = model_card(model_id or path.resolve().name, engine)
         metrics = Metrics(__version__, model)

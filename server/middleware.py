@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import time
@@ -51,6 +52,10 @@ class RequestContext:
             await self._app(scope, receive, send_with_id)
         except ClientDisconnect:
             pass
+        except asyncio.CancelledError:  # by uvicorn at exit, where a client stalls; it would log a traceback
+            if status == 499:
+                await APIError(503, "the server is shutting down", code="draining").response()(scope, receive,
+                                                                                              send_with_id)
         except Exception:
             log.exception("request %s failed", request_id)
             if status != 499:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -68,6 +69,15 @@ def test_wrong_usage_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert "fptq serve --help" in err
 
 
+def test_no_arguments_are_answered_with_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run() == 2
+    assert "\nCommands:\n" in capsys.readouterr().err
+
+
+def test_a_pipe_is_a_file_to_read() -> None:
+    assert cli.ExistingFile().convert(os.devnull, None, None) == Path(os.devnull)
+
+
 def test_help_of_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     for name in cli.cli.commands:
         assert run(name, "--help") == 0
@@ -131,6 +141,7 @@ def test_find_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "model/tales/deep/er": r"did you mean models\?",
         "dmo": r"did you mean demo\?",
         "nothing like it": r"no model at nothing like it$",
+        "": "empty",
     }.items():
         with pytest.raises(locate.NotFoundError, match=message):
             locate.find_model(name)

@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 MANIFEST = "fptq.json"
@@ -214,12 +215,14 @@ class ArtifactWriter:
     """
 
     def __init__(self, out: Path, overwrite: bool = False, shard_bytes: int = 4 << 30) -> None:
-        self._out = out.absolute()
+        self._out = out.resolve()  # a link stays, and what it points to is written
         self._shard_bytes = shard_bytes
         self._pending: dict[str, torch.Tensor] = {}
         self._pending_bytes = 0
         self._shards: list[list[str]] = []
         self._total_bytes = 0
+        if self._out.is_mount():
+            raise ArtifactError(f"{out} is a mount point, which cannot be replaced; choose a directory in it")
         if self._out.exists() and not (self._out.is_dir() and not any(self._out.iterdir())):
             if not is_artifact(self._out):
                 raise ArtifactError(f"{out} exists and is not an fptq artifact; choose another output directory")
@@ -305,7 +308,10 @@ class ArtifactWriter:
 
     def _write_shard(self) -> None:
         shard = self._shard(len(self._shards))
-        save_file(self._pending, shard, metadata={"format": "pt"})
+        try:
+            save_file(self._pending, shard, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise ArtifactError(f"cannot write to {self._out.parent}: {error}") from None
         shutil.copymode(self.directory / MANIFEST, shard)  # safetensors lets only the owner read; the umask decides
         self._shards.append(list(self._pending))
         self._total_bytes += self._pending_bytes

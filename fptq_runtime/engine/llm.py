@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections import deque
 from collections.abc import Sequence
@@ -9,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fptq_runtime.artifact.io import check_files, is_artifact
+from fptq_runtime.artifact.io import MANIFEST, check_files, is_artifact
 from fptq_runtime.config import EngineConfig, ModelConfig
 from fptq_runtime.engine.engine import Engine, QueueFullError
 from fptq_runtime.engine.kv_cache import cache_tokens, format_bytes, step_limits
@@ -46,6 +47,7 @@ class LLM:
 
     def __init__(self, path: str | Path, *, backend: str = "auto", **options: Any) -> None:
         self.engine = load_engine(path, backend=backend, **options)
+        self._request_ids = map(str, itertools.count())
 
     def generate(self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
                  ) -> list[list[Completion]]:
@@ -62,22 +64,28 @@ class LLM:
         token_ids = [self.engine.tokenizer.encode(p) if isinstance(p, str) else list(p) for p in prompts]
         for ids, param in zip(token_ids, each, strict=True):
             self.engine.validate(ids, param)
-        pending = deque(range(len(prompts)))
+        requests = list(zip(itertools.islice(self._request_ids, len(prompts)), token_ids, each, strict=True))
+        pending = deque(requests)
         events: dict[tuple[str, int], list[RequestOutput]] = {
-            (str(i), k): [] for i, param in enumerate(each) for k in range(param.n)
+            (request_id, k): [] for request_id, _, param in requests for k in range(param.n)
         }
-        while pending or self.engine.has_unfinished_requests:
-            try:
-                while pending:
-                    self.engine.add_request(str(pending[0]), token_ids[pending[0]], each[pending[0]])
-                    pending.popleft()
-            except QueueFullError:
-                pass  # the step below makes room
-            for output in self.engine.step()[0]:
-                events[output.request_id, output.index].append(output)
+        try:
+            while pending or self.engine.has_unfinished_requests:
+                try:
+                    while pending:
+                        self.engine.add_request(*pending[0])
+                        pending.popleft()
+                except QueueFullError:
+                    pass  # the step below makes room
+                for output in self.engine.step()[0]:
+                    if (key := (output.request_id, output.index)) in events:  # not what an interrupted call left
+                        events[key].append(output)
+        finally:
+            for request_id, _, _ in requests:
+                self.engine.abort(request_id)
         return [
-            [_completion(token_ids[i], events[str(i), k]) for k in range(param.n)]
-            for i, param in enumerate(each)
+            [_completion(ids, events[request_id, k]) for k in range(param.n)]
+            for request_id, ids, param in requests
         ]
 
 
@@ -99,11 +107,13 @@ def load_engine(path: str | Path, *, backend: str = "auto", max_model_len: int |
     if manifest is not None:
         deviation = check_golden(decoder, kernels, manifest.golden)
         logger.info("golden logits agree within %.1e of max |logit|", deviation)
+    elif checkpoint.quantized:
+        logger.warning("%s has no %s: neither its files nor its logits were checked", path, MANIFEST)
     try:
         return Engine(decoder, kernels, config, Tokenizer(path), eos_token_ids(checkpoint))
     except MemoryError:
-        raise ValueError(f"a KV cache of {format_bytes(config.kv_cache_memory)} does not fit into this machine's memory; "
-                         "lower kv_cache_memory") from None
+        raise ValueError(f"a KV cache of {format_bytes(config.kv_cache_memory)} does not fit into this machine's "
+                         "memory; lower kv_cache_memory") from None
 
 
 def _fit(config: EngineConfig, model: ModelConfig) -> EngineConfig:

@@ -9,6 +9,8 @@ import time
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import NoneType
+from typing import SupportsIndex
 
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 16
@@ -57,9 +59,10 @@ class SamplingParams:
             if not ok:
                 raise ValueError(f"{name} must be {allowed}, not {getattr(self, name)!r}")
 
-        for name in ("n", "max_tokens", "min_tokens", "top_k", "seed", "logprobs", "prompt_logprobs"):
-            value = getattr(self, name)
-            check(name, isinstance(value, int) or value is None and name in OPTIONAL, "an integer")
+        for name in ("n", "max_tokens", "min_tokens", "top_k"):
+            check(name, isinstance(getattr(self, name), SupportsIndex), "an integer")
+        for name in ("seed", "logprobs", "prompt_logprobs"):
+            check(name, isinstance(getattr(self, name), (SupportsIndex, NoneType)), "an integer or None")
         check("n", 1 <= self.n <= MAX_N, f"between 1 and {MAX_N}")
         check("max_tokens", self.max_tokens >= 0, "at least 0")
         check("min_tokens", 0 <= self.min_tokens <= self.max_tokens, "between 0 and max_tokens")

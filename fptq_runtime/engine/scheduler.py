@@ -129,13 +129,14 @@ class Scheduler:
         self.blocks.check_integrity(self.running)
 
     def _admit(self, request: Request, tokens: int, prompt_logits: int) -> ScheduledRequest | None:
-        """Give a waiting sequence its first blocks, where the cache has room for all of its tokens and for one more
-        block of every running sequence: admitted with less it would soon be preempted."""
+        """Give a waiting sequence its first blocks, where the cache has room for all of its tokens and for what every
+        running sequence still lacks and one more block: admitted with less it would soon be preempted."""
         if self._sibling_is_behind(request):
             return None
         prefix = [] if request.needs_prompt_logits else self.blocks.find_prefix(request)
         missing = self.blocks.blocks_for(request.num_tokens) - len(prefix)
-        if missing + len(self.running) > self.blocks.free_blocks_after(prefix):
+        promised = sum(max(0, self.blocks.blocks_for(r.num_tokens) - len(r.block_table)) + 1 for r in self.running)
+        if missing + promised > self.blocks.free_blocks_after(prefix):
             return None
         request.num_computed_tokens = len(prefix) * self.blocks.block_size
         item = _chunk(request, tokens, prompt_logits)

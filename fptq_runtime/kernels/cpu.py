@@ -60,7 +60,8 @@ class CpuBackend:
         if isinstance(parameter, Norm):
             return Prepared(_prepare_norm(parameter))
         if isinstance(parameter, Embedding):
-            weight = parameter.weight.contiguous()
+            # A copy of its own: a view would keep the whole checkpoint file mapped, and so in memory a second time.
+            weight = parameter.weight.clone(memory_format=torch.contiguous_format)
             vocab, width = weight.shape
             dtype = str(weight.dtype).removeprefix("torch.")
             return Prepared(_native.Embedding(weight.data_ptr(), dtype, vocab, width), (weight,))

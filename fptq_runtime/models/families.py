@@ -14,6 +14,10 @@ from fptq_runtime.kernels.base import Embedding, Linear, Norm, QuantizedWeight
 from fptq_runtime.models.decoder import Block, Head, Stem
 
 
+MAX_POSITIONS = 1 << 21  # a rope table of 1 GiB at head_dim 128
+MAX_HEAD_DIM = 256  # what the attention kernels hold in registers and on their stack
+
+
 class ModelError(ValueError):
     """A config that is malformed, or a model that this runtime does not run. One line, for the user."""
 
@@ -217,10 +221,10 @@ def _llama(fields: Fields) -> ModelConfig:
         raise ModelError(f"config.json: {num_heads} attention heads are not a multiple of {num_kv_heads} KV heads")
     if fields.data.get("head_dim") is None and hidden_size % num_heads:
         raise ModelError(f"config.json: hidden_size {hidden_size} is not a multiple of {num_heads} attention heads")
-    head_dim = fields.integer("head_dim", hidden_size // num_heads, low=2, high=1 << 10)
+    head_dim = fields.integer("head_dim", hidden_size // num_heads, low=2, high=MAX_HEAD_DIM)
     if head_dim % 2:
         raise ModelError(f"config.json: head_dim {head_dim} must be even for rotary embedding")
-    max_positions = fields.integer("max_position_embeddings", 2048, high=1 << 24)
+    max_positions = fields.integer("max_position_embeddings", 2048, high=MAX_POSITIONS)
     bos = fields.token_ids("bos_token_id", vocab_size)
     return ModelConfig(
         architecture="LlamaForCausalLM",
@@ -279,6 +283,8 @@ def _bloom(fields: Fields) -> ModelConfig:
     num_heads = fields.integer(heads_name, high=1 << 10)
     if hidden_size % num_heads:
         raise ModelError(f"config.json: {hidden_name} {hidden_size} is not a multiple of {num_heads} attention heads")
+    if hidden_size // num_heads > MAX_HEAD_DIM:
+        raise ModelError(f"config.json: heads of {hidden_size // num_heads} are larger than {MAX_HEAD_DIM}")
     bos = fields.token_ids("bos_token_id", vocab_size)
     return ModelConfig(
         architecture="BloomForCausalLM",
@@ -289,7 +295,7 @@ def _bloom(fields: Fields) -> ModelConfig:
         num_heads=num_heads,
         num_kv_heads=num_heads,
         head_dim=hidden_size // num_heads,
-        max_position_embeddings=fields.integer("seq_length", 2048, high=1 << 24),
+        max_position_embeddings=fields.integer("seq_length", 2048, high=MAX_POSITIONS),
         norm="layer",
         norm_eps=fields.number("layer_norm_epsilon", 1e-5, high=1.0),
         activation="gelu_tanh",

@@ -155,6 +155,7 @@ class _Run:
 
     def walk(self) -> Iterator[None]:
         """Quantize and write everything; yields after each block and after the head."""
+        self._check_patterns()
         self._stem()
         for index in range(self._config.num_layers):
             self._block(index)
@@ -196,8 +197,6 @@ class _Run:
         modules = spec.block_modules(config, index, loaded)
         _refuse_not_finite(modules)
         block = prepare_block(loaded, ReferenceBackend())
-        if index == 0:
-            self._check_patterns(block)
         self._float.run_block(block)
         stats = observe_block(self._calibrated, block)
         linears: dict[Kind, Linear] = {"qkv": block.qkv, "o": block.o, "up": block.up, "down": block.down}
@@ -242,11 +241,11 @@ class _Run:
         quantized = Head(head.norm, _fake_quantized(head.lm_head), head.lm_head.act)
         self._losses = [loss, self._quantized.negative_log_likelihood(quantized)[0]]
 
-    def _check_patterns(self, block: Block) -> None:
-        """Before any work is done: the modules of every layer are named as those of this one."""
-        spec, config = self._checkpoint.spec, self._config
-        names = tuple(name for i in range(config.num_layers) for name, module in spec.block_modules(config, i, block)
-                      if isinstance(module, Linear))
+    def _check_patterns(self) -> None:
+        """Before any work is done."""
+        spec = self._checkpoint.spec
+        names = tuple(spec.layer(index, module) for index in range(self._config.num_layers)
+                      for module in (*spec.qkv, spec.o, *spec.up, spec.down))
         for pattern in (pattern for step in self._recipe.steps for pattern in step.patterns()):
             if not matches(pattern, names):
                 raise RecipeError(f"no linear layer of this model matches {pattern!r}; they are named like {names[0]}")

@@ -15,7 +15,7 @@ from fptq_runtime.engine.output import TokenLogprobs
 from fptq_runtime.engine.request import FinishReason
 from fptq_runtime.models.tokenizer import Tokenizer
 from server.config import ModelCard, ServerConfig
-from server.errors import ERROR_RESPONSES
+from server.errors import ERROR_RESPONSES, APIError
 from server.generation import Generation
 from server.logprobs import TokenTexts
 from server.protocol import (
@@ -127,6 +127,13 @@ def generate_router(engine: AsyncEngine, tokenizer: Tokenizer, texts: TokenTexts
     @router.post("/generate_stream", response_class=Response, responses=STREAM_RESPONSE)
     async def generate_stream(body: GenerateRequest) -> Response:
         """Continue `inputs`, one server-sent event a token; the last has generated_text and details."""
+        parameters = body.parameters or GenerateParameters()
+        if parameters.max_new_tokens == 0:
+            raise APIError(400, "max_new_tokens must be at least 1 in a stream, whose events are tokens",
+                           param="parameters.max_new_tokens")
+        if parameters.decoder_input_details:
+            raise APIError(400, "decoder_input_details is not supported in a stream; use /generate",
+                           param="parameters.decoder_input_details", code="not_supported")
         reply = await start(body)
         return EventStream(reply.events(), reply.generation.abort, config.keep_alive_interval)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -160,6 +162,39 @@ def test_existing_output(tmp_path: Path) -> None:
         with pytest.raises(ArtifactError, match=other.parent.name if other.name == "out" else other.name):
             write(other, overwrite=True)
     assert (tmp_path / "file").read_text() == (tmp_path / "dir" / "precious").read_text() == "mine"
+
+
+def test_who_may_read_an_artifact_is_the_umasks_choice(tmp_path: Path) -> None:
+    write(tmp_path / "out", shard_bytes=600)
+    modes = {file.name: file.stat().st_mode for file in (tmp_path / "out").iterdir()}
+    assert set(modes.values()) == {modes[MANIFEST]}
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_output_through_a_link(tmp_path: Path, exists: bool) -> None:
+    if exists:
+        (tmp_path / "target").mkdir()
+    (tmp_path / "link").symlink_to("target")
+    write(tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    verify(tmp_path / "target")
+
+
+def test_a_mount_point_is_refused_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "is_mount", lambda path: True)
+    with pytest.raises(ArtifactError, match="mount point"):
+        ArtifactWriter(tmp_path / "out")
+
+
+def test_a_full_disk(tmp_path: Path) -> None:
+    """A limit on file sizes fails in the same call as a disk without space."""
+    program = ("import resource, signal\nfrom pathlib import Path\nfrom tests.artifact.test_io import write\n"
+               "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\nresource.setrlimit(resource.RLIMIT_FSIZE, (64, 64))\n"
+               f"write(Path({str(tmp_path / 'out')!r}))")
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stderr.splitlines()[-1].startswith(
+        f"fptq_runtime.artifact.io.ArtifactError: cannot write to {tmp_path}: ")
+    assert not any(tmp_path.iterdir())
 
 
 def test_full_hashes_once_then_size_and_mtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

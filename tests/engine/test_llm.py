@@ -81,9 +81,49 @@ def test_bad_prompts_are_refused_before_anything_runs(llm: LLM) -> None:
         llm.generate("a")
 
 
+@pytest.mark.parametrize("name", ["n", "max_tokens", "min_tokens", "top_k", "seed", "logprobs", "prompt_logprobs"])
+@pytest.mark.parametrize("value", [1.5, "1"])
+def test_what_must_be_an_integer(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"{name} must be an integer"):
+        SamplingParams(**{name: value})
+
+
+@pytest.mark.parametrize("value", [0, 1e-300, 101, float("nan")])
+def test_a_repetition_penalty_keeps_logits_finite(value: float) -> None:
+    with pytest.raises(ValueError, match="repetition_penalty must be between"):
+        SamplingParams(repetition_penalty=value)
+
+
+def test_limits_that_do_not_fit_are_refused_before_loading(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fptq_runtime.engine.llm.load_model", lambda *_: pytest.fail("the model was loaded"))
+    with pytest.raises(ValueError, match="exceeds the model's 1024 positions"):
+        load_engine(DEMO, max_model_len=1025)
+
+
+def test_a_cache_larger_than_memory_is_named() -> None:
+    with pytest.raises(ValueError, match=r"KV cache of .* does not fit .* kv_cache_memory"):
+        load_engine(DEMO, kv_cache_memory=1 << 58, threads=1)
+
+
 def test_more_prompts_than_the_queue_holds() -> None:
     llm = LLM(DEMO, backend="reference", max_num_seqs=2, max_waiting_requests=2, kv_cache_memory=32 << 20)
     assert len(llm.generate([[1]] * 9, SamplingParams(max_tokens=1))) == 9
+
+
+def test_an_interrupted_call_leaves_nothing_behind(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    params = SamplingParams(max_tokens=6, temperature=0, ignore_eos=True)
+    expected = llm.generate(PROMPTS[:1], params)
+    steps = iter([llm.engine.step, llm.engine.step])
+    monkeypatch.setattr(llm.engine, "step", lambda: next(steps, interrupt)())
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate(PROMPTS, params)
+    monkeypatch.undo()
+    assert llm.generate(PROMPTS[:1], params) == expected
+    llm.engine.check_integrity()
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
 
 
 def test_the_context_is_what_the_cache_holds(caplog: pytest.LogCaptureFixture) -> None:

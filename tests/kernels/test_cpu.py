@@ -280,6 +280,12 @@ def test_an_unknown_isa_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     assert CpuBackend(1).describe()["isa"] == ISAS[0]
 
 
+def test_an_embedding_does_not_keep_the_file_it_came_from() -> None:
+    file = torch.zeros(1 << 16)
+    prepared = CpuBackend(1).prepare(Embedding(file[:640].reshape(10, 64)))
+    assert [tensor.untyped_storage().nbytes() for tensor in prepared.tensors] == [640 * 4]
+
+
 def test_threads() -> None:
     assert CpuBackend(3).describe()["threads"] == "3"
     assert CpuBackend().describe()["threads"] == str(available_threads())

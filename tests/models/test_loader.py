@@ -63,6 +63,8 @@ def assert_refused(path: Path, *words: str) -> None:
     ({"num_hidden_layers": -1}, ["num_hidden_layers", "-1"]),
     ({"vocab_size": "many"}, ["vocab_size", "'many'"]),
     ({"vocab_size": True}, ["vocab_size", "True"]),
+    ({"max_position_embeddings": 1 << 24}, ["max_position_embeddings", "16777216"]),
+    ({"head_dim": 512}, ["head_dim", "512"]),
     ({"num_key_value_heads": 5}, ["6 attention heads", "5 KV heads"]),
     ({"hidden_act": "relu"}, ["hidden_act", "relu"]),
     ({"architectures": ["LlamaForCausualLM"]}, ["did you mean LlamaForCausalLM"]),

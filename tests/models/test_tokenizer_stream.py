@@ -66,6 +66,11 @@ def test_bytes_that_make_no_character_are_no_error(sentencepiece: PreTrainedToke
     assert streamed(sentencepiece, prompt, [*ids, 5, 5]).endswith("cc")
 
 
+def test_a_lone_surrogate_is_refused() -> None:
+    with pytest.raises(ValueError, match="not valid Unicode"):
+        DEMO.encode("a\udcff")
+
+
 def test_nothing_is_held_back_for_long(sentencepiece: PreTrainedTokenizerFast) -> None:
     stream = TokenStream(sentencepiece, True, [])
     out = [stream.step(6 + 0xE4) for _ in range(12)]

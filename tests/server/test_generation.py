@@ -20,9 +20,15 @@ def test_full_queue(run_server: Callable[..., Any]) -> None:
         async def run() -> None:
             async with httpx.AsyncClient(base_url=served.url, timeout=60) as client:
                 body = {"prompt": "x", "max_tokens": 1000, "ignore_eos": True}
-                tasks = [asyncio.create_task(client.post("/v1/completions", json=body)) for _ in range(2)]
-                while served.engine.num_running + served.engine.num_waiting < 2:
-                    await asyncio.sleep(0.01)
+                tasks = []
+                for count in (1, 2):
+                    tasks.append(asyncio.create_task(client.post("/v1/completions", json=body)))
+                    while served.engine.num_running + served.engine.num_waiting != count:
+                        await asyncio.sleep(0.01)
+                    response = await client.post("/v1/completions", json=body | {"prompt": ["a", "b"]})
+                    assert response.status_code == 429
+                    while served.engine.num_running + served.engine.num_waiting != count:
+                        await asyncio.sleep(0.01)
                 for path, more in (("/v1/completions", {}), ("/v1/completions", {"stream": True}),
                                    ("/generate_stream", None)):
                     response = await client.post(path, json={"inputs": "x"} if more is None else body | more)
@@ -36,10 +42,10 @@ def test_full_queue(run_server: Callable[..., Any]) -> None:
 
         asyncio.run(run())
         wait_until(lambda: served.engine.num_running + served.engine.num_waiting == 0)
-        assert metric(served, "fptq_requests_rejected_total", reason="queue_full") == 3
-        response = served.http.post("/v1/completions", json={"prompt": ["a", "b", "c"], "max_tokens": 1000,
-                                                             "ignore_eos": True})
-        assert response.status_code == 429
+        assert metric(served, "fptq_requests_rejected_total", reason="queue_full") == 5
+        response = served.http.post("/v1/completions", json={"prompt": ["a", "b", "c"], "max_tokens": 1})
+        assert response.status_code == 400  # to come back later would not help
+        assert "at most 2 at a time" in response.json()["error"]["message"]
         wait_until(lambda: metric(served, "fptq_requests_waiting") + metric(served, "fptq_requests_running") == 0)
         assert served.http.post("/v1/completions", json={"prompt": "x", "max_tokens": 1}).status_code == 200
 

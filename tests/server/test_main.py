@@ -15,8 +15,8 @@ from typing import Any
 import httpx
 import pytest
 
-from server.config import ServerConfig
-from server.main import AddressError, bind
+from server.config import ModelCard, ServerConfig
+from server.main import AddressError, bind, describe
 from tests.server.conftest import events, wait_until
 
 
@@ -31,6 +31,17 @@ def test_port_in_use() -> None:
 def test_not_our_address(host: str) -> None:
     with pytest.raises(AddressError, match="is not an address of this machine"):
         bind(host, 0)
+
+
+def test_the_log_says_what_is_served() -> None:
+    model = ModelCard("tales", 0, 1024, 4096, {"architecture": "A"},
+                      {"kv_cache_memory": 3 << 29, "kv_cache_dtype": "int8"},
+                      {"backend": "native", "isa": "avx2", "threads": "2", "attention": "paged"})
+    for keys, access in (((), "no API key"), (("secret",), "API key required")):
+        line = describe(model, ServerConfig(api_keys=keys))
+        assert line.endswith("model tales (A), backend native, isa avx2, threads 2, context 1024 tokens, "
+                             f"KV cache 1.5 GiB int8, {access}")
+        assert "secret" not in line
 
 
 @pytest.mark.parametrize("options", [{"port": -1}, {"port": 65536}, {"drain_timeout": -1.0},

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from starlette.types import Message, Receive, Scope, Send
 
-from server.config import ServerConfig
+from server.config import ModelCard, ServerConfig
+from server.metrics import Metrics
+from server.middleware import RequestContext
 from tests.server.conftest import Served, metric
 
 
@@ -63,3 +67,25 @@ def test_internal_errors_stay_inside(served: Served, monkeypatch: pytest.MonkeyP
     assert response.headers["X-Request-Id"] == "find-me"
     assert "the secret cause" in caplog.text
     assert "find-me" in caplog.text
+
+
+@pytest.mark.parametrize("started", [False, True])
+def test_what_uvicorn_cancels_at_exit_leaves_no_traceback(started: bool) -> None:
+    """A request whose client stalls is answered 503 where nothing was sent yet, and ends quietly."""
+    sent: list[Message] = []
+
+    async def stalled(scope: Scope, receive: Receive, send: Send) -> None:
+        if started:
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+        raise asyncio.CancelledError
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    async def receive() -> Message:
+        return {"type": "http.disconnect"}
+
+    metrics = Metrics("0", ModelCard("m", 0, 8, 8))
+    asyncio.run(RequestContext(stalled, metrics)({"type": "http", "method": "POST", "path": "/", "headers": []},
+                                                 receive, send))
+    assert [message["status"] for message in sent if "status" in message] == [200 if started else 503]

@@ -79,3 +79,12 @@ def test_refusals(served: Served, parameters: dict[str, Any], named: str) -> Non
         response = served.http.post(path, json={"inputs": PROMPT, "parameters": parameters})
         assert response.status_code == 400
         assert named in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("parameters", [{"max_new_tokens": 0}, {"decoder_input_details": True}], ids=str)
+def test_what_a_stream_cannot_tell(served: Served, parameters: dict[str, Any]) -> None:
+    """/generate takes these; a stream, whose events are tokens, refuses them by name."""
+    generate(served, **parameters)
+    response = served.http.post("/generate_stream", json={"inputs": PROMPT, "parameters": parameters})
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == f"parameters.{next(iter(parameters))}"
