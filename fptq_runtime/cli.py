@@ -201,6 +201,8 @@ def quantize(model: str, out: Path, recipe: str, calibration: str | Path | None,
 def serve(artifact: str, host: str, port: int, served_model_name: str | None, api_keys: tuple[str, ...],
           public_metrics: bool, drain_timeout: float, **options: Any) -> None:
     """Serve ARTIFACT over HTTP."""
+    if os.environ.get("FPTQ_API_KEY") == "" and not api_keys:
+        raise click.UsageError("FPTQ_API_KEY is set but empty; give it a key, or unset it to serve without one")
     from fptq_runtime.locate import DEMO, find_artifact
 
     path = find_artifact(artifact)

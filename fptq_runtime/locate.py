@@ -88,5 +88,5 @@ def _quantized_demo() -> Path:
         with FileLock(f"{out}.lock"):
             if not is_artifact(out):
                 logger.warning("quantizing the demo model into %s, once", out)
-                quantize(DEMO_MODEL, out, recipe, num_samples=32, text_tokens=8192, progress=True)
+                quantize(DEMO_MODEL, out, recipe, progress=True)
     return out

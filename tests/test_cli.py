@@ -147,3 +147,9 @@ def test_find_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             locate.find_model(name)
     with pytest.raises(locate.NotFoundError, match="no revision"):
         locate.find_model("demo", "main")
+
+
+def test_an_empty_key_is_no_key(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("FPTQ_API_KEY", "")
+    assert run("serve", "demo") == 2
+    assert "FPTQ_API_KEY is set but empty" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -52,7 +53,11 @@ class CpuBackend:
             self._isa, self._int4, self._int8, self._float = _native.kernel_names(forced)
         except ValueError as error:
             raise ValueError(f"FPTQ_ISA: {error}" if isa is None else str(error)) from None
-        self._pool = _native.ThreadPool(threads or available_threads())
+        available = available_threads()
+        if threads > available:
+            logging.getLogger(__name__).warning("%d threads on %d cores: those beyond the cores slow every step down",
+                                                threads, available)
+        self._pool = _native.ThreadPool(threads or available)
 
     def prepare(self, parameter: Any) -> Prepared:
         if isinstance(parameter, Linear):

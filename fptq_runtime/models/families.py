@@ -13,7 +13,6 @@ from fptq_runtime.config import ModelConfig, RopeConfig
 from fptq_runtime.kernels.base import Embedding, Linear, Norm, QuantizedWeight
 from fptq_runtime.models.decoder import Block, Head, Stem
 
-
 MAX_POSITIONS = 1 << 21  # a rope table of 1 GiB at head_dim 128
 MAX_HEAD_DIM = 256  # what the attention kernels hold in registers and on their stack
 

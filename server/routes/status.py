@@ -31,16 +31,19 @@ def status_router(engine: AsyncEngine, model: ModelCard, config: ServerConfig, m
         body = Status(status=problem or "ok").model_dump_json()
         return Response(body, 503 if problem else 200, media_type="application/json")
 
+    @router.head("/livez", include_in_schema=False)
     @router.get("/livez", response_model=Status, responses=UNAVAILABLE)
     async def livez() -> Response:
         """200 while the engine makes progress, however loaded it is."""
         return answer(alive())
 
+    @router.head("/readyz", include_in_schema=False)
     @router.get("/readyz", response_model=Status, responses=UNAVAILABLE)
     async def readyz() -> Response:
         """200 while new requests are taken; the port opens once the model is loaded and its golden logits agree."""
         return answer("draining" if engine.draining else alive())
 
+    @router.head("/health", include_in_schema=False)
     @router.get("/health", response_model=Status, responses=UNAVAILABLE)
     async def health() -> Response:
         """The same as /readyz."""

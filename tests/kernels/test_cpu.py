@@ -293,6 +293,11 @@ def test_threads() -> None:
         CpuBackend(-1)
 
 
+def test_more_threads_than_cores_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    CpuBackend(available_threads() + 1)
+    assert "slow every step down" in caplog.text
+
+
 def test_more_threads_than_the_machine_starts_are_refused() -> None:
     """In a process whose address space is too small for their stacks."""
     script = (

@@ -36,6 +36,8 @@ def test_version_and_info(served: Served) -> None:
 def test_probes_when_well(served: Served) -> None:
     for path in ("/livez", "/readyz", "/health"):
         assert served.http.get(path).status_code == 200
+        probe = served.http.head(path)
+        assert (probe.status_code, probe.content) == (200, b"")
 
 
 def test_draining_is_alive_and_not_ready(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
