@@ -311,31 +311,46 @@ def verify(artifact: str, backend: str, threads: int) -> Answer:
 
 
 @cli.command()
-@click.argument("artifact")
+@click.argument("artifact", required=False)
+@click.option("--shape", type=click.Choice(["llama-3.2-1b", "qwen2.5-0.5b", "llama-2-7b"]),
+              help="Random weights of this shape, instead of ARTIFACT.")
+@click.option("--head-bits", type=click.Choice(["4", "8"]), default="8", show_default=True, help="Of a --shape.")
 @click.option("--batch", type=click.IntRange(1), multiple=True, default=(1, 2, 4, 8, 16), show_default=True,
               help="Concurrent sequences; may be given more than once.")
-@click.option("--prompt-tokens", type=click.IntRange(1), default=128, show_default=True)
+@click.option("--context", type=click.IntRange(1), multiple=True, default=(128,), show_default=True,
+              help="Tokens of each prompt; may be given more than once.")
 @click.option("--output-tokens", type=click.IntRange(2), default=64, show_default=True)
 @click.option("--runs", type=click.IntRange(1), default=3, show_default=True, help="The median is printed.")
 @engine_options
 @answers
-def bench(artifact: str, batch: tuple[int, ...], prompt_tokens: int, output_tokens: int, runs: int, max_num_seqs: int,
+def bench(artifact: str | None, shape: str | None, head_bits: str, batch: tuple[int, ...], context: tuple[int, ...],
+          output_tokens: int, runs: int, max_num_seqs: int, max_model_len: int | None, backend: str,
           **options: Any) -> Answer:
-    """Prefill and decode tokens per second of ARTIFACT, by batch size."""
-    from fptq_runtime.locate import load
+    """Prefill and decode tokens per second of ARTIFACT or a --shape, by batch size and context."""
+    if (artifact is None) == (shape is None):
+        raise click.UsageError("give either an ARTIFACT or --shape")
+    options["max_num_seqs"] = max(max_num_seqs, *batch)
+    if shape is not None:
+        from fptq_runtime.bench import shape_engine
+        from fptq_runtime.config import EngineConfig
 
-    engine = load(artifact, max_num_seqs=max(max_num_seqs, *batch), **options).engine
+        config = EngineConfig(max_model_len=max_model_len or max(context) + output_tokens, **options)
+        engine = shape_engine(shape, int(head_bits), backend, config)
+    else:
+        from fptq_runtime.locate import load
+
+        engine = load(str(artifact), max_model_len=max_model_len, backend=backend, **options).engine
     from fptq_runtime.bench import measure
 
     kernels = engine.backend.describe()
-    results = [measure(engine, size, prompt_tokens, output_tokens, runs) for size in batch]
+    results = [row for length in context for size in batch
+               for row in measure(engine, size, length, output_tokens, runs)]
     lines = [*(f"{kind}: {kernel}" for kind, kernel in kernels.items()),
-             f"{'batch':>5} {'prefill tok/s':>14} {'decode tok/s':>13} {'ms/step':>8}",
-             *(f"{r.batch:5} {r.prefill_tokens_per_second:14.0f} {r.decode_tokens_per_second:13.0f} {r.step_ms:8.2f}"
-               for r in results)]
+             f"{'phase':>7} {'batch':>5} {'context':>7} {'tokens/s':>9} {'ms/step':>8}",
+             *(f"{r.phase:>7} {r.batch:5} {r.context:7} {r.tokens_per_s:9.1f} {r.step_ms:8.2f}" for r in results)]
     return {
-        "artifact": artifact, "prompt_tokens": prompt_tokens, "output_tokens": output_tokens, "kernels": kernels,
-        "results": [asdict(result) for result in results],
+        "model": artifact or f"{shape}, random weights, {head_bits}-bit head", "output_tokens": output_tokens,
+        "kernels": kernels, "results": [asdict(result) for result in results],
     }, "\n".join(lines)
 
 

@@ -21,7 +21,6 @@ from fptq_runtime.engine.async_engine import AsyncEngine
 from fptq_runtime.engine.engine import Engine
 from fptq_runtime.engine.kv_cache import format_bytes
 from fptq_runtime.engine.llm import load_engine
-from fptq_runtime.models.tokenizer import Tokenizer
 from server.app import create_app
 from server.config import ModelCard, ServerConfig
 from server.metrics import Metrics
@@ -52,7 +51,7 @@ def serve(path: Path | str, config: ServerConfig, *, model_id: str | None = None
         metrics = Metrics(__version__, model)
         async_engine = AsyncEngine(engine, metrics.record_step)
         log.info("%s", describe(model, config))
-        app = create_app(async_engine, Tokenizer(path), config, model, metrics)
+        app = create_app(async_engine, engine.tokenizer, config, model, metrics)
         Server(app, async_engine, config).run([listener])
 
 

@@ -153,3 +153,8 @@ def test_an_empty_key_is_no_key(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     monkeypatch.setenv("FPTQ_API_KEY", "")
     assert run("serve", "demo") == 2
     assert "FPTQ_API_KEY is set but empty" in capsys.readouterr().err
+
+
+def test_bench_of_nothing_or_of_both(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("bench") == run("bench", "demo", "--shape", "llama-3.2-1b") == 2
+    assert "either an ARTIFACT or --shape" in capsys.readouterr().err
