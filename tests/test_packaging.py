@@ -116,7 +116,8 @@ def test_a_page_names_files_that_exist(page: str) -> None:
     text = (ROOT / page).read_text()
     named = set(re.findall(r"[\w./-]*\w\.(?:py|md|cpp|h|yaml|toml)\b|\b[\w/]+/(?=`)", text))
     folders = ("fptq_runtime", "server", "docs", "docker", "benchmarks", "tests")
-    files = [path.relative_to(ROOT).as_posix() for folder in folders for path in (ROOT / folder).rglob("*")] + [path.name for path in ROOT.iterdir()]
+    files = [path.relative_to(ROOT).as_posix() for folder in folders for path in (ROOT / folder).rglob("*")]
+    files += [path.name for path in ROOT.iterdir()]
     assert named
     for name in named:
         assert any(f"/{path}".endswith("/" + name.rstrip("/")) for path in files), name
