@@ -79,7 +79,10 @@ class ErrorHandlers:
 
     def validation_error(self, request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
-        return self.api_error(request, describe_validation_error(error.errors()[0]))
+        problems = error.errors()
+        # A misspelt field is both unknown and missing; what was written tells more.
+        unknown = [p for p in problems if p["type"] == "extra_forbidden" and len(p["loc"]) == len(("body", "field"))]
+        return self.api_error(request, describe_validation_error((unknown or problems)[0]))
 
     def http_exception(self, request: Request, error: Exception) -> Response:
         """What the framework itself refuses: no such path, wrong method, unreadable body."""

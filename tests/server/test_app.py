@@ -105,6 +105,11 @@ def test_an_unknown_field_is_named(tiny: Served, path: str) -> None:
     assert response.json()["error"]["code"] == "unknown_field"
 
 
+def test_a_misspelt_field_is_named_before_the_missing_one(tiny: Served) -> None:
+    response = tiny.http.post("/v1/completions", json={"promt": "x"})
+    assert response.json()["error"]["message"] == "unknown field promt"
+
+
 def test_paths_and_methods(tiny: Served) -> None:
     assert tiny.http.get("/v1/nothing").json()["error"]["message"] == "there is no endpoint /v1/nothing"
     response = tiny.http.get("/v1/completions")
