@@ -79,3 +79,8 @@ class EngineConfig:
             raise ValueError(f"kv_cache_dtype must be bf16 or int8, not {self.kv_cache_dtype!r}")
         if self.threads < 0:
             raise ValueError(f"threads must be 0 (automatic) or more, not {self.threads}")
+
+    @property
+    def max_unfinished_seqs(self) -> int:
+        """Running and waiting together; what comes on top is refused."""
+        return self.max_num_seqs + self.max_waiting_requests

@@ -39,8 +39,7 @@ class Generation:
 
     def __init__(self, engine: AsyncEngine, request_id: str, prompts: list[list[int]], params: SamplingParams) -> None:
         """Raises APIError where the engine refuses a prompt; then none of them runs."""
-        limits = engine.engine.config
-        capacity = limits.max_num_seqs + limits.max_waiting_requests
+        capacity = engine.engine.config.max_unfinished_seqs
         if len(prompts) * params.n > capacity:  # no later try would do better, as 429 says
             raise APIError(400, f"{len(prompts)} prompts with n {params.n} are {len(prompts) * params.n} sequences; "
                                 f"this server takes at most {capacity} at a time", param="prompt")

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from fptq_runtime import cli
 from fptq_runtime.bench import NoText, measure, shape_engine
 from fptq_runtime.config import EngineConfig
 from fptq_runtime.shapes import SHAPES
@@ -25,6 +26,12 @@ def test_a_shape_runs(name: str, head_bits: int, monkeypatch: pytest.MonkeyPatch
     assert {(row.batch, row.context) for row in (prefill, decode)} == {(3, 20)}
     assert min(prefill.tokens_per_s, prefill.step_ms, decode.tokens_per_s, decode.step_ms) > 0
     assert not engine.has_unfinished_requests
+
+
+def test_the_command_offers_every_shape() -> None:
+    """It lists them itself, since help must not import torch."""
+    [option] = [parameter for parameter in cli.cli.commands["bench"].params if parameter.name == "shape"]
+    assert list(option.type.choices) == list(SHAPES)  # type: ignore[attr-defined]
 
 
 def test_one_output_token_leaves_nothing_to_decode() -> None:

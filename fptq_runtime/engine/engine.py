@@ -116,7 +116,7 @@ class Engine:
         with self._lock:
             if request_id in self._unfinished:
                 raise RequestError(f"a request with id {request_id!r} is already running")
-            if self._num_unfinished + params.n > self.config.max_num_seqs + self.config.max_waiting_requests or (
+            if self._num_unfinished + params.n > self.config.max_unfinished_seqs or (
                 self._waiting_tokens and self._waiting_tokens + tokens > self.config.max_waiting_tokens
             ):
                 raise QueueFullError(self._retry_after())
@@ -174,7 +174,7 @@ class Engine:
             for token_id in ids:
                 if not 0 <= token_id < vocab_size:
                     raise RequestError(f"{name}: token id {token_id} is not between 0 and {vocab_size - 1}")
-        if params.n > self.config.max_num_seqs + self.config.max_waiting_requests:
+        if params.n > self.config.max_unfinished_seqs:
             raise RequestError(f"n {params.n} exceeds the {self.config.max_num_seqs} running and "
                                f"{self.config.max_waiting_requests} waiting sequences that this server takes")
 

@@ -98,7 +98,7 @@ class ReferenceOps:
         return F.embedding(torch.from_numpy(self.batch.token_ids).long(), table.weight).float()
 
     def norm(self, x: torch.Tensor, norm: Norm, act: ActivationQuant | None) -> torch.Tensor:
-        return self.quantize(_normalise(x, norm), act)
+        return quantize_activations(_normalise(x, norm), act)
 
     def linear(self, x: torch.Tensor, linear: Linear, residual: torch.Tensor | None = None) -> torch.Tensor:
         assert isinstance(linear.weight, torch.Tensor)
@@ -108,9 +108,9 @@ class ReferenceOps:
     def activation(self, x: torch.Tensor, kind: Literal["silu_mul", "gelu_tanh"],
                    act: ActivationQuant | None) -> torch.Tensor:
         if kind == "gelu_tanh":
-            return self.quantize(F.gelu(x, approximate="tanh"), act)
+            return quantize_activations(F.gelu(x, approximate="tanh"), act)
         gate, up = x.chunk(2, dim=-1)
-        return self.quantize(F.silu(gate) * up, act)
+        return quantize_activations(F.silu(gate) * up, act)
 
     def rope_and_cache(self, qkv: torch.Tensor, attention: AttentionSpec) -> torch.Tensor:
         heads, kv_heads, dim = attention.num_heads, attention.num_kv_heads, attention.head_dim
@@ -141,15 +141,17 @@ class ReferenceOps:
             else:
                 k, v = self._cache.read(attention.layer, torch.from_numpy(batch.block_tables[s]).long(), length)
             attended.append(_attend(rows[first:last], k, v, self._positions[first:last], attention))
-        return self.quantize(torch.cat(attended).reshape(q.shape), act)
+        return quantize_activations(torch.cat(attended).reshape(q.shape), act)
 
     def select_rows(self, x: torch.Tensor) -> torch.Tensor:
         return x.index_select(0, torch.from_numpy(self.batch.logits_rows).long())
 
-    def quantize(self, x: torch.Tensor, act: ActivationQuant | None) -> torch.Tensor:
-        if act is None:
-            return x
-        return fake_quantize(x, token_scale(x) if act.scale is None else act.scale)
+
+def quantize_activations(x: torch.Tensor, act: ActivationQuant | None) -> torch.Tensor:
+    """A linear's input [rows, K] as it will be read: quantized as `act` says and back."""
+    if act is None:
+        return x
+    return fake_quantize(x, token_scale(x) if act.scale is None else act.scale)
 
 
 def round_kv(x: torch.Tensor, dtype: KVCacheDtype) -> torch.Tensor:

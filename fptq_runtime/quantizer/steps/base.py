@@ -9,9 +9,10 @@ from fnmatch import fnmatchcase
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from fptq_runtime.artifact.numerics import absmax_scale, dequantize, fake_quantize, token_scale
+from fptq_runtime.artifact.numerics import absmax_scale, dequantize
 from fptq_runtime.config import ModelConfig
 from fptq_runtime.kernels.base import ActivationQuant, Linear, Norm, QuantizedWeight
+from fptq_runtime.kernels.reference import quantize_activations
 from fptq_runtime.models.decoder import Block, Head
 from fptq_runtime.quantizer.calibrate import InputStats, Kind
 
@@ -59,7 +60,7 @@ class Target:
         self.linear.weight = quantized
 
     def _output(self, act: ActivationQuant | None, weight: torch.Tensor) -> torch.Tensor:
-        return quantize_rows(self.stats.sample, act) @ weight.T
+        return quantize_activations(self.stats.sample, act) @ weight.T
 
 
 def relative_error(output: torch.Tensor, exact: torch.Tensor) -> float:
@@ -71,13 +72,6 @@ def relative_error(output: torch.Tensor, exact: torch.Tensor) -> float:
 def static_act(amax: torch.Tensor) -> ActivationQuant:
     """The per-tensor scheme whose scale covers the largest of amax [K]."""
     return ActivationQuant(float(absmax_scale(amax.max(), 8)))
-
-
-def quantize_rows(x: torch.Tensor, act: ActivationQuant | None) -> torch.Tensor:
-    """Activations [rows, K] as the runtime will read them."""
-    if act is None:
-        return x
-    return fake_quantize(x, token_scale(x) if act.scale is None else act.scale)
 
 
 @dataclass

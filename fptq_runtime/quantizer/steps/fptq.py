@@ -10,6 +10,7 @@ from pydantic import Field, PositiveFloat, model_validator
 
 from fptq_runtime.artifact.numerics import dequantize, quantize_weight
 from fptq_runtime.kernels.base import ActivationQuant
+from fptq_runtime.kernels.reference import quantize_activations
 from fptq_runtime.quantizer.folds import can_fold, fold, foldable_scale
 from fptq_runtime.quantizer.steps.base import (
     BlockWork,
@@ -17,7 +18,6 @@ from fptq_runtime.quantizer.steps.base import (
     Step,
     Target,
     matches,
-    quantize_rows,
     relative_error,
     static_act,
 )
@@ -81,10 +81,13 @@ class Fptq(Step):
         )
         dynamic = policy == "dynamic" or (policy == "lae" and not equalizable)
         choice = _Choice(policy != "static" and equalizable, dynamic)
-        scale = self._scale(work, target, dynamic) if choice.equalize else torch.ones(())
+        exact = target.stats.sample @ target.weight.T  # [rows, N], what every candidate is measured against
+        scale = self._scale(work, target, dynamic, exact) if choice.equalize else torch.ones(())
         if self.safety is not None and reason != "override":
             alternatives = {_Choice(choice.equalize, True), _Choice(False, True)}
-            errors = {c: _error(target, scale if c.equalize else None, c.dynamic) for c in {choice, *alternatives}}
+            errors = {
+                c: _error(target, scale if c.equalize else None, c.dynamic, exact) for c in {choice, *alternatives}
+            }
             best = min(alternatives, key=lambda c: errors[c])
             ratio = errors[choice] / max(errors[best], 1e-12)
             if ratio > 1 + (self.safety - 1) * self._leniency:
@@ -93,7 +96,7 @@ class Fptq(Step):
             fold(work, target.kind, scale)
         target.set_act(ActivationQuant() if choice.dynamic else static_act(target.stats.amax), reason)
 
-    def _scale(self, work: BlockWork, target: Target, dynamic: bool) -> torch.Tensor:
+    def _scale(self, work: BlockWork, target: Target, dynamic: bool, exact: torch.Tensor) -> torch.Tensor:
         """What to divide the input by. [K]"""
         amax = target.stats.amax
         scales = [log_scale(amax, self.floor)]
@@ -101,7 +104,7 @@ class Fptq(Step):
             ceiling = torch.log2(2 + amax.max())
             scales += [(amax / (ceiling * fraction)).clamp_min(1) for fraction in SEARCHED_CEILINGS]
         scales = [foldable_scale(work.config, target.kind, scale) for scale in scales]
-        return min(scales, key=lambda scale: _error(target, scale, dynamic)) if self.search else scales[0]
+        return min(scales, key=lambda scale: _error(target, scale, dynamic, exact)) if self.search else scales[0]
 
     @property
     def _leniency(self) -> float:
@@ -123,12 +126,11 @@ def log_scale(amax: torch.Tensor, floor: float) -> torch.Tensor:
     return (amax / torch.log2(2 + amax)).clamp_min(floor)
 
 
-def _error(target: Target, scale: torch.Tensor | None, dynamic: bool) -> float:
+def _error(target: Target, scale: torch.Tensor | None, dynamic: bool, exact: torch.Tensor) -> float:
     """Output error on the sample with int4 group-128 weights, after dividing the input by `scale`."""
     x, weight, amax = target.stats.sample, target.weight, target.stats.amax
-    exact = x @ weight.T
     if scale is not None:
         x, weight, amax = x / scale, weight * scale, amax / scale
     quantized = dequantize(*quantize_weight(weight, 4, None if weight.shape[1] % 128 else 128))
     act = ActivationQuant() if dynamic else static_act(amax)
-    return relative_error(quantize_rows(x, act) @ quantized.T, exact)
+    return relative_error(quantize_activations(x, act) @ quantized.T, exact)
