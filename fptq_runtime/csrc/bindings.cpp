@@ -1,6 +1,7 @@
 // The module: parameters, programs and the pool. Arrays arrive as addresses; kernels/cpu.py checks dtype, contiguity
 // and shape, program.cpp every index.
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/map.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/shared_ptr.h>
@@ -137,6 +138,7 @@ NB_MODULE(_native, m) {
       .def("select_rows", &Program::select_rows, "x"_a)
       .def("finish", &Program::finish, "logits"_a)
       .def_prop_ro("logits_width", &Program::logits_width)
+      .def_prop_ro("seconds", &Program::seconds, "Spent in all steps so far, by kind of op.")
       .def("step", [](Program& program, uintptr_t token_ids, uintptr_t positions, uintptr_t slot_mapping, int tokens,
                       uintptr_t query_start_loc, uintptr_t seq_lens, int seqs, uintptr_t block_tables, int table_width,
                       uintptr_t logits_rows, int rows, uintptr_t logits) {

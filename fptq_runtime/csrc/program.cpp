@@ -1,6 +1,7 @@
 #include "program.h"
 
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
@@ -92,13 +93,13 @@ const Program::Value& Program::float_value(int id, int width, const char* op) co
   return x;
 }
 
-int Program::define(int width, bool selected, Act act, std::vector<int> reads, int in_place) {
+int Program::define(std::string kind, int width, bool selected, Act act, std::vector<int> reads, int in_place) {
   if (logits_ >= 0) refuse("the program is finished");
   if (act && !(std::isfinite(*act) && *act >= 0)) refuse("a static activation scale must be positive and finite");
   const int write = static_cast<int>(values_.size());
   for (int id : reads) values_[id].last_use = static_cast<int>(ops_.size());
   values_.push_back({width, selected, act});
-  ops_.push_back({std::move(reads), write, in_place, nullptr});
+  ops_.push_back({std::move(kind), std::move(reads), write, in_place, nullptr});
   return write;
 }
 
@@ -142,7 +143,7 @@ void Program::each_row(int id, const StepView& step, F f) const {
 
 int Program::embed(std::shared_ptr<const EmbeddingParameter> table) {
   vocab_ = vocab_ ? std::min(vocab_, table->vocab) : table->vocab;
-  const int out = define(table->width, false, {}, {}, -1);
+  const int out = define("embed", table->width, false, {}, {}, -1);
   const size_t row_bytes = static_cast<size_t>(table->width) * (table->type == FloatType::kFloat32 ? 4 : 2);
   record([=, this_ = this](const StepView& step) {
     float* y = this_->floats(out, step);
@@ -157,7 +158,7 @@ int Program::embed(std::shared_ptr<const EmbeddingParameter> table) {
 int Program::norm(int x, std::shared_ptr<const NormParameter> norm, Act act) {
   const NormView view = norm->view();
   const bool selected = float_value(x, view.n, "norm").selected;
-  const int out = define(view.n, selected, act, {x}, -1);
+  const int out = define("norm", view.n, selected, act, {x}, -1);
   record([=, this_ = this](const StepView& step) {
     const float* in = this_->floats(x, step);
     (void)norm;  // keeps what `view` points at
@@ -183,7 +184,7 @@ int Program::activation(int x, const std::string& kind, Act act) {
   const bool gated = kind == "silu_mul";
   const int in_width = value(x, "activation").width, width = gated ? in_width / 2 : in_width;
   const bool selected = float_value(x, gated ? 2 * width : width, "activation").selected;
-  const int out = define(width, selected, act, {x}, -1);
+  const int out = define("activation", width, selected, act, {x}, -1);
   const auto apply = gated ? kernels_.silu_mul_row : kernels_.gelu_tanh_row;
   record([=, this_ = this](const StepView& step) {
     const float* in = this_->floats(x, step);
@@ -207,7 +208,7 @@ int Program::activation(int x, const std::string& kind, Act act) {
 int Program::quantize(int x, Act act) {
   if (!act) return x;
   const Value in_value = values_[x];
-  const int out = define(in_value.width, in_value.selected, act, {x}, -1);
+  const int out = define("quantize", in_value.width, in_value.selected, act, {x}, -1);
   record([=, this_ = this](const StepView& step) {
     const float* in = this_->floats(x, step);
     Activations y = this_->activations(out, step);
@@ -229,7 +230,7 @@ int Program::linear(int x, std::shared_ptr<const LinearParameter> linear, std::o
       refuse(linear->name, ": input and residual have different rows");
     reads.push_back(*residual);
   }
-  const int out = define(n, in.selected, {}, reads, residual.value_or(-1));
+  const int out = define("linear " + std::to_string(n) + " x " + std::to_string(k), n, in.selected, {}, reads, residual.value_or(-1));
   record([=, this_ = this](const StepView& step) {
     const int m = this_->rows(out, step);
     if (m == 0) return;
@@ -274,7 +275,7 @@ int Program::rope_and_cache(int qkv, std::shared_ptr<const AttentionParameter> a
   const AttentionView& a = attention->view;
   const int width = (a.num_heads + 2 * a.num_kv_heads) * a.head_dim, q_width = a.num_heads * a.head_dim;
   if (float_value(qkv, width, "rope_and_cache").selected) refuse("rope_and_cache must come before select_rows");
-  const int out = define(q_width, false, {}, {qkv}, -1);
+  const int out = define("rope and cache", q_width, false, {}, {qkv}, -1);
   record([=, this_ = this](const StepView& step) {
     const float* in = this_->floats(qkv, step);
     float* q = this_->floats(out, step);
@@ -291,7 +292,7 @@ int Program::attention(int q, std::shared_ptr<const AttentionParameter> attentio
   check(*attention);
   const int width = attention->view.num_heads * attention->view.head_dim;
   if (float_value(q, width, "attention").selected) refuse("attention must come before select_rows");
-  const int out = define(width, false, {}, {q}, -1);
+  const int out = define("attention", width, false, {}, {q}, -1);
   record([=, this_ = this](const StepView& step) {
     this_->attend(*attention, this_->floats(q, step), this_->floats(out, step), step);
   });
@@ -363,7 +364,7 @@ void Program::attend(const AttentionParameter& attention, const float* q, float*
 int Program::select_rows(int x) {
   const Value in = value(x, "select_rows");
   if (float_value(x, in.width, "select_rows").selected) refuse("select_rows reads token rows");
-  const int out = define(in.width, true, {}, {x}, -1);
+  const int out = define("select rows", in.width, true, {}, {x}, -1);
   record([=, this_ = this](const StepView& step) {
     for (int row = 0; row < step.rows; ++row)
       std::memcpy(this_->floats(out, step) + static_cast<size_t>(row) * in.width,
@@ -461,7 +462,20 @@ void Program::check(const StepView& step) const {
 void Program::step(const StepView& step) {
   check(step);
   std::lock_guard<std::mutex> lock(pool_->mutex());
-  for (const Op& op : ops_) op.run(step);
+  auto then = std::chrono::steady_clock::now();
+  for (Op& op : ops_) {
+    op.run(step);
+    const auto now = std::chrono::steady_clock::now();
+    op.seconds += std::chrono::duration<double>(now - then).count();
+    then = now;
+  }
+}
+
+std::map<std::string, double> Program::seconds() const {
+  std::lock_guard<std::mutex> lock(pool_->mutex());
+  std::map<std::string, double> seconds;
+  for (const Op& op : ops_) seconds[op.kind] += op.seconds;
+  return seconds;
 }
 
 }  // namespace fptq

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <map>
 #include <memory>
 #include <optional>
 #include <string>
@@ -95,6 +96,9 @@ class Program {
   // Checks every index, then runs. Throws std::invalid_argument, and then nothing was written.
   void step(const StepView& step);
 
+  // Spent in all steps so far, by kind of op ("attention", "linear N x K", …).
+  std::map<std::string, double> seconds() const;
+
  private:
   struct Value {
     int width;
@@ -104,14 +108,16 @@ class Program {
     char* data = nullptr;   // null for the logits, which go to the step's own array
   };
   struct Op {
+    std::string kind;
     std::vector<int> reads;
     int write;
     int in_place;           // a value that the result may overwrite, or -1
     std::function<void(const StepView&)> run;
+    double seconds = 0;     // in all steps so far
   };
   using Memory = std::unique_ptr<char, void (*)(void*)>;
 
-  int define(int width, bool selected, Act act, std::vector<int> reads, int in_place);
+  int define(std::string kind, int width, bool selected, Act act, std::vector<int> reads, int in_place);
   void record(std::function<void(const StepView&)> run);
   int quantize(int x, Act act);
   const Value& value(int id, const char* op) const;

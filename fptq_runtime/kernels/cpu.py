@@ -145,6 +145,12 @@ class CpuExecutor:
         self._program = program
         self._parameters = parameters  # the program points into their tensors
 
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Spent inside all steps so far, by kind of op ("attention", "linear N x K", …)."""
+        seconds: dict[str, float] = self._program.seconds
+        return seconds
+
     def step(self, batch: StepInput) -> Float32Array:
         """Logits [R, V]. Raises ValueError, and leaves the cache as it was, where an array or an index is wrong."""
         tokens = batch.token_ids.size
