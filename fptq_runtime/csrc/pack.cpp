@@ -3,9 +3,10 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
-#include <new>
 #include <stdexcept>
 #include <string>
+
+#include "memory.h"
 
 namespace fptq {
 namespace {
@@ -14,13 +15,6 @@ namespace {
 constexpr int kMaxK = (1 << 17) - kSumGroup;
 
 size_t round_up(size_t value, size_t unit) { return (value + unit - 1) / unit * unit; }
-
-template <class T>
-T* allocate_lines(size_t count) {
-  void* memory = std::aligned_alloc(64, round_up(count * sizeof(T), 64));
-  if (!memory) throw std::bad_alloc();
-  return static_cast<T*>(memory);
-}
 
 void check_shape(int n, int k) {
   if (n <= 0 || k <= 0 || k > kMaxK)
@@ -51,8 +45,8 @@ std::shared_ptr<const PackedWeight> pack_weight(const int8_t* codes, const float
   packed->k = k;
   packed->group_size = static_cast<int>(round_up(group_size, kSumGroup));
   packed->bits = bits;
-  packed->data = allocate_lines<uint8_t>(panels * (kp / 4) * row_bytes);
-  packed->scales = allocate_lines<float>(panels * groups * kPanelCols);
+  packed->data = static_cast<uint8_t*>(allocate_lines(panels * (kp / 4) * row_bytes));
+  packed->scales = static_cast<float*>(allocate_lines(panels * groups * kPanelCols * sizeof(float)));
 
   constexpr size_t kSteps = kSumGroup / 4;
   uint32_t outside = 0;
@@ -110,7 +104,7 @@ std::shared_ptr<const FloatWeight> pack_float(const void* weight, bool bf16, int
   packed->n = n;
   packed->k = k;
   const size_t size = panels * k * kPanelCols * element;
-  char* data = allocate_lines<char>(size);
+  char* data = static_cast<char*>(allocate_lines(size));
   packed->data = data;
   std::memset(data, 0, size);
   const char* source = static_cast<const char*>(weight);
