@@ -1,5 +1,7 @@
 #include "pack.h"
 
+#include <sys/mman.h>
+
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
@@ -15,13 +17,6 @@ constexpr int kMaxK = (1 << 17) - kSumGroup;
 
 size_t round_up(size_t value, size_t unit) { return (value + unit - 1) / unit * unit; }
 
-template <class T>
-T* allocate_lines(size_t count) {
-  void* memory = std::aligned_alloc(64, round_up(count * sizeof(T), 64));
-  if (!memory) throw std::bad_alloc();
-  return static_cast<T*>(memory);
-}
-
 void check_shape(int n, int k) {
   if (n <= 0 || k <= 0 || k > kMaxK)
     throw std::invalid_argument("a weight of " + std::to_string(n) + " x " + std::to_string(k) +
@@ -29,6 +24,17 @@ void check_shape(int n, int k) {
 }
 
 }  // namespace
+
+void* allocate_lines(size_t bytes) {
+  constexpr size_t kLine = 64, kHugePage = size_t{2} << 20;
+  const size_t alignment = bytes < kHugePage ? kLine : kHugePage;
+  void* memory = nullptr;
+  if (posix_memalign(&memory, alignment, bytes)) throw std::bad_alloc();
+#if defined(MADV_HUGEPAGE)
+  if (bytes >= kHugePage) madvise(memory, bytes / kHugePage * kHugePage, MADV_HUGEPAGE);
+#endif
+  return memory;
+}
 
 std::shared_ptr<const PackedWeight> pack_weight(const int8_t* codes, const float* scale, int n, int k, int group_size,
                                                 int bits) {
@@ -51,8 +57,8 @@ std::shared_ptr<const PackedWeight> pack_weight(const int8_t* codes, const float
   packed->k = k;
   packed->group_size = static_cast<int>(round_up(group_size, kSumGroup));
   packed->bits = bits;
-  packed->data = allocate_lines<uint8_t>(panels * (kp / 4) * row_bytes);
-  packed->scales = allocate_lines<float>(panels * groups * kPanelCols);
+  packed->data = static_cast<uint8_t*>(allocate_lines(panels * (kp / 4) * row_bytes));
+  packed->scales = static_cast<float*>(allocate_lines(panels * groups * kPanelCols * sizeof(float)));
 
   constexpr size_t kSteps = kSumGroup / 4;
   uint32_t outside = 0;
@@ -110,7 +116,7 @@ std::shared_ptr<const FloatWeight> pack_float(const void* weight, bool bf16, int
   packed->n = n;
   packed->k = k;
   const size_t size = panels * k * kPanelCols * element;
-  char* data = allocate_lines<char>(size);
+  char* data = static_cast<char*>(allocate_lines(size));
   packed->data = data;
   std::memset(data, 0, size);
   const char* source = static_cast<const char*>(weight);
