@@ -6,8 +6,13 @@
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
 
+#include <algorithm>
+#include <chrono>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
+#include <memory>
+#include <mutex>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -16,6 +21,7 @@
 
 #include "dispatch.h"
 #include "pack.h"
+#include "thread_pool.h"
 
 namespace nb = nanobind;
 
@@ -132,6 +138,54 @@ void gemm_float(const FloatWeight& weight, const Matrix<const float>& x, const M
   kernels.gemm_float(x.data(), weight, e, m.begin, m.end, p.begin, p.end);
 }
 
+// Seconds of the fastest of `passes` runs of f on every thread of the pool at once.
+template <class F>
+double fastest(ThreadPool& pool, int passes, const F& f) {
+  double best = 1e9;
+  for (int pass = 0; pass < passes; ++pass) {
+    const auto start = std::chrono::steady_clock::now();
+    pool.run(pool.threads(), [&](int task, int) { f(task); });
+    best = std::min(best, std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
+  }
+  return best;
+}
+
+double peak_gops(ThreadPool& pool, const std::string& isa) {
+  constexpr int kPasses = 20;
+  const MultiplyFn multiply = kernels_for(isa).multiply;
+  std::lock_guard<std::mutex> lock(pool.mutex());
+  int64_t rounds = 1000;
+  while (fastest(pool, 1, [&](int) { multiply(rounds); }) < 5e-3) rounds *= 2;
+  return 2e-9 * static_cast<double>(multiply(rounds)) * pool.threads() /
+         fastest(pool, kPasses, [&](int) { multiply(rounds); });
+}
+
+double read_bandwidth(ThreadPool& pool, int megabytes) {
+  require(megabytes > 0 && megabytes <= 1 << 16, "megabytes must be within 1..65536");
+  constexpr int kPasses = 10;
+  constexpr size_t kLine = 64, kAhead = 4096;
+  using Vector = int64_t __attribute__((vector_size(16)));
+  const size_t lines = (static_cast<size_t>(megabytes) << 20) / kLine;
+  const size_t threads = pool.threads();
+  const std::unique_ptr<char, void (*)(void*)> buffer(static_cast<char*>(allocate_lines(lines * kLine)), std::free);
+  const auto share = [&](size_t task) { return buffer.get() + lines * task / threads * kLine; };
+  std::lock_guard<std::mutex> lock(pool.mutex());
+  pool.run(pool.threads(), [&](int task, int) { std::memset(share(task), 1, share(task + 1) - share(task)); });
+  return 1e-9 * static_cast<double>(lines * kLine) / fastest(pool, kPasses, [&](int task) {
+    Vector a{}, b{}, c{}, d{};
+    for (const char *p = share(task), *end = share(task + 1); p < end; p += kLine) {
+      __builtin_prefetch(p + kAhead);
+      const Vector* line = reinterpret_cast<const Vector*>(p);
+      a |= line[0];
+      b |= line[1];
+      c |= line[2];
+      d |= line[3];
+    }
+    a |= b | c | d;
+    asm volatile("" : : "m"(a));
+  });
+}
+
 }  // namespace
 
 void bind_gemm(nb::module_& m) {
@@ -155,6 +209,14 @@ void bind_gemm(nb::module_& m) {
         nb::arg("codes"), nb::arg("scale"), nb::arg("group_size"), nb::arg("bits"),
         "codes int8 [N, K] within ±2^(bits-1), scale float32 [N, ceil(K / group_size)]; group_size a multiple of 32,\n"
         "or K for one scale per channel. Raises ValueError.");
+
+  m.def("peak_gops", &peak_gops, nb::arg("pool"), nb::arg("isa") = "", nb::call_guard<nb::gil_scoped_release>(),
+        "Integer GOPS (a multiply-add is two) of the ISA's multiply instruction on registers, all threads of the pool\n"
+        "together: the GEMMs' roof.");
+  m.def("read_bandwidth", &read_bandwidth, nb::arg("pool"), nb::arg("megabytes") = 512,
+        nb::call_guard<nb::gil_scoped_release>(),
+        "GB/s at which the pool's threads together read a buffer once, the fastest of ten passes. Take one that no\n"
+        "cache holds. Raises ValueError.");
 
   const auto pack = [](const void* data, bool bf16, size_t n, size_t k) {
     require(n <= INT32_MAX && k <= INT32_MAX, "a weight that cannot be");

@@ -18,6 +18,7 @@ struct Kernels {
   GemmFn gemm_int4;
   GemmFn gemm_int8;
   FloatGemmFn gemm_float;
+  MultiplyFn multiply;
   QuantizeRowFn quantize_row;
   void (*widen_row)(const void* x, FloatType type, int n, float* out);
   void (*norm_row)(const NormView& norm, const float* x, float* out);

@@ -41,6 +41,16 @@ inline void dot(__m256i& acc0, __m256i& acc1, __m256i w0, __m256i w1, const int8
       : [w0] "x"(w0), [w1] "x"(w1), [a] "m"(*reinterpret_cast<const Int32Alias*>(a)));
 }
 
+int64_t multiply(int64_t rounds) {
+  __m256i acc[12] = {};
+  const __m256i ones = _mm256_set1_epi8(1);
+  for (int64_t i = 0; i < rounds; ++i) {
+#pragma GCC unroll 12
+    for (int j = 0; j < 12; ++j) asm volatile("%{vex%} vpdpbusd %1, %1, %0" : "+x"(acc[j]) : "x"(ones));
+  }
+  return rounds * 12 * 32;
+}
+
 // One group: R rows by V vectors of 8 columns from vector v0 on. With 4 bits two of them are one half, low and high.
 template <int Bits, int R, int V>
 void add_vectors(const Tile& t, int steps, int v0) {
@@ -87,6 +97,19 @@ void add_group(const Tile& t, int steps) {
 }
 
 #else
+
+int64_t multiply(int64_t rounds) {
+  __m256i sum[8] = {};
+  const __m256i ones = _mm256_set1_epi8(1);
+  for (int64_t i = 0; i < rounds; ++i) {
+#pragma GCC unroll 8
+    for (int j = 0; j < 8; ++j) {
+      __m256i product;
+      asm volatile("vpmaddubsw %2, %2, %1\n\tvpaddw %1, %0, %0" : "+x"(sum[j]), "=&x"(product) : "x"(ones));
+    }
+  }
+  return rounds * 8 * 32;
+}
 
 // sum0 += w0 · a, sum1 += w1 · a in pairs, unsigned by signed bytes.
 inline void dot_pairs(__m256i& sum0, __m256i& sum1, __m256i w0, __m256i w1, const int8_t* a) {

@@ -19,6 +19,16 @@ inline __m512i dot(__m512i acc, __m512i w, const int8_t* a) {
   return acc;
 }
 
+int64_t multiply(int64_t rounds) {
+  __m512i acc[16] = {};
+  const __m512i ones = _mm512_set1_epi8(1);
+  for (int64_t i = 0; i < rounds; ++i) {
+#pragma GCC unroll 16
+    for (int j = 0; j < 16; ++j) asm volatile("vpdpbusd %1, %1, %0" : "+v"(acc[j]) : "v"(ones));
+  }
+  return rounds * 16 * 64;
+}
+
 template <int Bits, int R>
 [[gnu::noinline]] void add_groups(const Tile& t, int groups, int steps) {
   const __m512i nibble = _mm512_set1_epi8(15);

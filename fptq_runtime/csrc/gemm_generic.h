@@ -8,6 +8,19 @@ constexpr const char* kGemmInt4Name = "int4 x int8, plain C++";
 constexpr const char* kGemmInt8Name = "int8 x int8, plain C++";
 constexpr const char* kGemmFloatName = "float32, plain C++";
 
+int64_t multiply(int64_t rounds) {
+  constexpr int kLanes = 64;
+  int32_t acc[kLanes] = {};
+  int16_t x[kLanes];
+  for (int j = 0; j < kLanes; ++j) x[j] = static_cast<int16_t>(j - 32);
+  for (int64_t i = 0; i < rounds; ++i) {
+    asm volatile("" : "+m"(x));
+    for (int j = 0; j < kLanes; ++j) acc[j] += static_cast<int16_t>(x[j] * 3);
+  }
+  asm volatile("" : : "m"(acc));
+  return rounds * kLanes;
+}
+
 template <int Bits, int R>
 void add_groups(const Tile& t, int groups, int steps) {
   const uint8_t* w = t.w;

@@ -49,6 +49,8 @@ struct Epilogue {
 
 using GemmFn = void (*)(const Activations&, const PackedWeight&, const Epilogue&, int m0, int m1, int p0, int p1);
 using FloatGemmFn = void (*)(const float* x, const FloatWeight&, const Epilogue&, int m0, int m1, int p0, int p1);
+// Multiplies what the registers hold with the GEMMs' integer instruction; returns the multiply-adds done.
+using MultiplyFn = int64_t (*)(int64_t rounds);
 // Quantizes row m of x (K floats) into `out`. static_scale > 0: that scale; 0: dynamic, max|x| / 127.5.
 using QuantizeRowFn = void (*)(const float* x, int m, float static_scale, Activations& out);
 

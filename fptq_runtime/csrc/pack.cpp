@@ -1,5 +1,7 @@
 #include "pack.h"
 
+#include <sys/mman.h>
+
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
@@ -23,6 +25,17 @@ void check_shape(int n, int k) {
 }
 
 }  // namespace
+
+void* allocate_lines(size_t bytes) {
+  constexpr size_t kLine = 64, kHugePage = size_t{2} << 20;
+  const size_t alignment = bytes < kHugePage ? kLine : kHugePage;
+  void* memory = nullptr;
+  if (posix_memalign(&memory, alignment, bytes)) throw std::bad_alloc();
+#if defined(MADV_HUGEPAGE)
+  if (bytes >= kHugePage) madvise(memory, bytes / kHugePage * kHugePage, MADV_HUGEPAGE);
+#endif
+  return memory;
+}
 
 std::shared_ptr<const PackedWeight> pack_weight(const int8_t* codes, const float* scale, int n, int k, int group_size,
                                                 int bits) {

@@ -1,11 +1,17 @@
 // Packing into the layouts of kernels.h. The returned weight owns its memory.
 #pragma once
 
+#include <cstdlib>
 #include <memory>
 
 #include "kernels.h"
 
 namespace fptq {
+
+// Uninitialized memory that starts on a cache line, to be freed with std::free; on huge pages as far as it fills them
+// and the system grants them, which raises the rate at which weights stream from memory. Throws std::bad_alloc.
+void* allocate_lines(size_t bytes);
+
 
 // codes [N][K] within ±2^(bits-1), scale [N][ceil(K / group_size)]; bits 4 or 8; group_size a multiple of 32, or K for
 // one scale per channel. Throws std::invalid_argument.

@@ -264,3 +264,14 @@ def test_a_broken_row_stays_alone(isa):
     rest = [0, 1, 3, 5, 6, 7]
     assert np.array_equal(out[rest], good[rest])
     assert not np.isfinite(out[[2, 4]]).any()
+
+
+def test_roofs():
+    pool = native.ThreadPool(1)
+    assert all(native.peak_gops(pool, isa) > 0 for isa in ISAS)
+    assert native.read_bandwidth(pool, 64) > 0
+    with pytest.raises(ValueError, match="ISA path 'sse9'"):
+        native.peak_gops(pool, "sse9")
+    for megabytes in (0, -1, 1 << 17):
+        with pytest.raises(ValueError, match="megabytes must be within"):
+            native.read_bandwidth(pool, megabytes)
