@@ -52,7 +52,7 @@ class QuantizedRows {
   QuantizedRows(const Matrix<const float>& x, std::optional<float> scale, const std::string& isa)
       : rows_(x.shape(0)),
         padded_k_((x.shape(1) + kSumGroup - 1) / kSumGroup * kSumGroup),
-        codes_((rows_ + kTileRows - 1) / kTileRows * kTileRows * padded_k_),
+        codes_(rows_ * padded_k_),
         scales_(rows_),
         sums_(rows_ * padded_k_ / kSumGroup) {
     require(rows_ > 0 && padded_k_ > 0, "x must have rows and columns");
@@ -71,10 +71,10 @@ class QuantizedRows {
   NumpyMatrix<int8_t> codes() const {
     std::vector<int8_t> plain(rows_ * padded_k_);
     for (size_t m = 0; m < rows_; ++m) {
-      for (size_t s = 0; s < padded_k_ / 4; ++s) {
-        const size_t step = m / kTileRows * (padded_k_ / 4) + s;
-        std::memcpy(&plain[m * padded_k_ + 4 * s], &codes_[(step * kTileRows + m % kTileRows) * 4], 4);
-      }
+      const int rows = static_cast<int>(rows_), panel = panel_of(static_cast<int>(m), rows);
+      const size_t begin = panel_begin(panel, rows), height = panel_begin(panel + 1, rows) - begin;
+      for (size_t s = 0; s < padded_k_ / 4; ++s)
+        std::memcpy(&plain[m * padded_k_ + 4 * s], &codes_[begin * padded_k_ + (s * height + m - begin) * 4], 4);
     }
     return to_numpy(std::move(plain), rows_, padded_k_);
   }

@@ -17,7 +17,8 @@ namespace {
 
 // A few groups of one tile, R rows by one 64-column panel.
 struct Tile {
-  const int8_t* a;       // row r of step s at a + (s · kTileRows + r) · 4
+  const int8_t* a;       // row r of step s at a + s · a_stride + r · 4
+  ptrdiff_t a_stride;
   const uint8_t* w;      // the panel from the first group on
   const int32_t* sums;   // row r's sums of 32 codes at sums + r · sum_stride
   ptrdiff_t sum_stride;
@@ -121,15 +122,18 @@ void gemm_int(const Activations& x, const PackedWeight& w, const Epilogue& e, in
     const uint8_t* panel = w.data + p * steps * step_bytes;
     const float* scales = w.scales + static_cast<ptrdiff_t>(p) * groups * kPanelCols;
     for (int c0 = m0, c1; c0 < m1; c0 = c1) {
-      c1 = smaller(m1, (c0 / kTileRows + kChunkRows / kTileRows) * kTileRows);
+      c1 = c0 + kChunkRows < m1 ? panel_begin(panel_of(c0 + kChunkRows, x.rows), x.rows) : m1;
       std::memset(f, 0, static_cast<size_t>(c1 - c0) * kPanelCols * sizeof(float));
       for (int g = 0, count; g < groups; g += count) {
         count = g < whole_groups ? smaller(block, whole_groups - g) : 1;
         const int s = g * group_steps;
         for (int m = c0, rows; m < c1; m += rows) {
-          rows = smaller(kTileRows - m % kTileRows, c1 - m);
+          const int row_panel = panel_of(m, x.rows), begin = panel_begin(row_panel, x.rows);
+          const int end = panel_begin(row_panel + 1, x.rows);
+          rows = smaller(end, c1) - m;
           const Tile tile{
-              x.codes + ((m / kTileRows * static_cast<ptrdiff_t>(steps) + s) * kTileRows + m % kTileRows) * 4,
+              x.codes + (begin * static_cast<ptrdiff_t>(steps) + s * (end - begin) + m - begin) * 4,
+              (end - begin) * 4,
               panel + s * step_bytes,
               x.sums + m * sum_stride + s * 4 / kSumGroup,
               sum_stride,
@@ -198,8 +202,9 @@ void quantize_row(const float* x, int m, float static_scale, Activations& out) {
   out.scales[m] = scale;
 
   constexpr float kRound = 0x1.8p23f;   // adding it rounds to an integer, half to even
-  int8_t* codes = out.codes + (m / kTileRows * static_cast<ptrdiff_t>(blocks) * kSumGroup * kTileRows) +
-                  m % kTileRows * 4;
+  const int panel = panel_of(m, out.rows), begin = panel_begin(panel, out.rows);
+  const int height = panel_begin(panel + 1, out.rows) - begin;
+  int8_t* codes = out.codes + begin * static_cast<ptrdiff_t>(blocks) * kSumGroup + (m - begin) * 4;
   int32_t* sums = out.sums + m * static_cast<ptrdiff_t>(blocks);
   for (int b = 0; b < blocks; ++b) {
     const float* block = x + b * kSumGroup;
@@ -220,7 +225,7 @@ void quantize_row(const float* x, int m, float static_scale, Activations& out) {
       q[i] = static_cast<int8_t>(code);
     }
     sums[b] = sum;
-    for (int i = 0; i < kSumGroup; i += 4) std::memcpy(codes + (b * kSumGroup + i) * kTileRows, q + i, 4);
+    for (int i = 0; i < kSumGroup; i += 4) std::memcpy(codes + (b * kSumGroup + i) * height, q + i, 4);
   }
 }
 

@@ -67,7 +67,7 @@ void add_vectors(const Tile& t, int steps, int v0) {
   }
   const int8_t* a = t.a;
   const uint8_t* w = t.w + 32 * (Bits == 4 ? v0 / 2 : v0);
-  for (int s = 0; s < steps; ++s, a += kTileRows * 4, w += kPanelCols * Bits / 2) {
+  for (int s = 0; s < steps; ++s, a += t.a_stride, w += kPanelCols * Bits / 2) {
 #pragma GCC unroll 8
     for (int v = 0; v < V; v += 2) {
       const __m256i w1 = load(w + 32 * (Bits == 4 ? v / 2 : v + 1));
@@ -153,7 +153,7 @@ void add_nibbles(const Tile& t, int steps, int h0) {
     for (int r = 0; r < R; ++r)
       for (int c = 0; c < H * 2; ++c) sum[r][c] = _mm256_setzero_si256();
 #pragma GCC unroll 1
-    for (int i = 0; i < 8; ++i, a += kTileRows * 4, w += 128) {
+    for (int i = 0; i < 8; ++i, a += t.a_stride, w += 128) {
       _mm_prefetch(reinterpret_cast<const char*>(w + 2048), _MM_HINT_T0);
 #pragma GCC unroll 4
       for (int h = 0; h < H; ++h) {
@@ -193,7 +193,7 @@ void add_bytes(const Tile& t, int steps, int c0) {
     for (int q = 0; q < Q; ++q) acc[r][q] = _mm256_setzero_si256();
   const int8_t* a = t.a;
   const uint8_t* w = t.w + 4 * c0;
-  for (int s = 0; s < steps; ++s, a += kTileRows * 4, w += 256) {
+  for (int s = 0; s < steps; ++s, a += t.a_stride, w += 256) {
     _mm_prefetch(reinterpret_cast<const char*>(w + 2048), _MM_HINT_T0);
 #pragma GCC unroll 8
     for (int q = 0; q < Q; q += 2) {
@@ -233,7 +233,7 @@ void add_groups(const Tile& t, int groups, int steps) {
   Tile group = t;
   for (int g = 0; g < groups; ++g) {
     add_group<Bits, R>(group, steps);
-    group.a += steps * kTileRows * 4;
+    group.a += steps * t.a_stride;
     group.w += steps * (kPanelCols * Bits / 2);
     group.sums += steps / 8;
     group.scales += kPanelCols;

@@ -50,7 +50,7 @@ template <int Bits, int R>
         acc[r][0] = acc[r][1] = acc[r][2] = acc[r][3] = _mm512_set1_epi32(zero_point(row, steps / 8, 128));
       }
     }
-    for (int s = 0; s < steps; ++s, a += kTileRows * 4) {
+    for (int s = 0; s < steps; ++s, a += t.a_stride) {
       if constexpr (Bits == 4) {
         const __m512i p0 = _mm512_loadu_si512(w), p1 = _mm512_loadu_si512(w + 64);
         const __m512i l0 = _mm512_and_si512(p0, nibble), l1 = _mm512_and_si512(p1, nibble);

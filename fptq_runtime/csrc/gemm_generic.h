@@ -27,7 +27,7 @@ void add_groups(const Tile& t, int groups, int steps) {
   const int8_t* a = t.a;
   for (int g = 0; g < groups; ++g) {
     int32_t acc[R][kPanelCols] = {};
-    for (int s = 0; s < steps; ++s, a += kTileRows * 4) {
+    for (int s = 0; s < steps; ++s, a += t.a_stride) {
       int16_t codes[4][kPanelCols];   // [k][column]
       for (int b = 0; b < 4; ++b) {
         if constexpr (Bits == 4) {

@@ -7,12 +7,21 @@
 
 namespace fptq {
 
-constexpr int kTileRows = 6;       // rows of an activation panel
+constexpr int kTileRows = 6;       // at most, of an activation panel
 constexpr int kPanelCols = 64;     // columns of a weight panel
 constexpr int kSumGroup = 32;      // activations carry one sum per 32 k; a weight group is a multiple of it
 
-// int8 activations of M rows, written panel by panel as the GEMM reads them:
-// codes [ceil(M/6)][Kp/4][6][4], zero beyond K, unread beyond M; Kp = K rounded up to 32.
+// M rows lie in ceil(M / kTileRows) panels of nearly equal heights, the first at row 0 and each where the last ends.
+static inline int count_panels(int rows) { return (rows + kTileRows - 1) / kTileRows; }
+static inline int panel_begin(int panel, int rows) {
+  return static_cast<int>(static_cast<int64_t>(panel) * rows / count_panels(rows));
+}
+static inline int panel_of(int row, int rows) {
+  return static_cast<int>(((row + int64_t{1}) * count_panels(rows) - 1) / rows);
+}
+
+// int8 activations of M rows, written panel by panel as the GEMM reads them: a panel of R rows from row m on lies at
+// m · Kp, [Kp/4][R][4], zero beyond K; Kp = K rounded up to 32.
 struct Activations {
   int8_t* codes;
   float* scales;   // [M], the row's scale (the same static one everywhere, or dynamic)

@@ -5,10 +5,9 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <new>
 #include <stdexcept>
 #include <string>
-
-#include "memory.h"
 
 namespace fptq {
 namespace {

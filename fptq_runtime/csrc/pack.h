@@ -12,7 +12,6 @@ namespace fptq {
 // and the system grants them, which raises the rate at which weights stream from memory. Throws std::bad_alloc.
 void* allocate_lines(size_t bytes);
 
-
 // codes [N][K] within ±2^(bits-1), scale [N][ceil(K / group_size)]; bits 4 or 8; group_size a multiple of 32, or K for
 // one scale per channel. Throws std::invalid_argument.
 std::shared_ptr<const PackedWeight> pack_weight(const int8_t* codes, const float* scale, int n, int k, int group_size,

@@ -113,14 +113,14 @@ float* Program::floats(int id, const StepView& step) const {
 size_t Program::bytes(const Value& value) const {
   const size_t rows = capacity(value);
   if (!value.act) return lines(rows * value.width * sizeof(float));
-  const size_t k = round_up(value.width, kSumGroup), panels = ceil_div(static_cast<int>(rows), kTileRows);
-  return lines(panels * kTileRows * k) + lines(rows * sizeof(float)) + lines(rows * (k / kSumGroup) * sizeof(int32_t));
+  const size_t k = round_up(value.width, kSumGroup);
+  return lines(rows * k) + lines(rows * sizeof(float)) + lines(rows * (k / kSumGroup) * sizeof(int32_t));
 }
 
 Activations Program::activations(int id, const StepView& step) const {
   const Value& value = values_[id];
   const size_t rows = capacity(value), k = round_up(value.width, kSumGroup);
-  char* scales = value.data + lines(ceil_div(static_cast<int>(rows), kTileRows) * kTileRows * k);
+  char* scales = value.data + lines(rows * k);
   char* sums = scales + lines(rows * sizeof(float));
   return {reinterpret_cast<int8_t*>(value.data), reinterpret_cast<float*>(scales), reinterpret_cast<int32_t*>(sums),
           this->rows(id, step), value.width};
@@ -135,9 +135,9 @@ void Program::each_row(int id, const StepView& step, F f) const {
     for (int row = 0; row < rows; ++row) f(row, 0);
     return;
   }
-  const int unit = rows >= 4 * kTileRows * pool_->threads() ? kTileRows : 1;
-  pool_->run(ceil_div(rows, unit), [&](int task, int thread) {
-    for (int row = task * unit; row < std::min(rows, (task + 1) * unit); ++row) f(row, thread);
+  if (rows < 4 * kTileRows * pool_->threads()) return pool_->run(rows, f);
+  pool_->run(count_panels(rows), [&](int task, int thread) {
+    for (int row = panel_begin(task, rows); row < panel_begin(task + 1, rows); ++row) f(row, thread);
   });
 }
 
@@ -247,12 +247,12 @@ int Program::linear(int x, std::shared_ptr<const LinearParameter> linear, std::o
     };
     const int threads = this_->pool_->threads();
     if (threads == 1 || static_cast<double>(m) * n * k < kMinParallelProducts) return multiply(0, m, 0, panels);
-    constexpr int kRows = 16 * kTileRows;  // a tile's activations stay in L2 while its panels stream past
-    const int row_blocks = ceil_div(m, kRows);
+    constexpr int kRowPanels = 16;  // a tile's activations stay in L2 while its panels stream past
+    const int row_panels = count_panels(m), row_blocks = ceil_div(row_panels, kRowPanels);
     const int groups = std::min(panels, ceil_div(4 * threads, row_blocks));
     this_->pool_->run(groups * row_blocks, [&](int task, int) {
-      const int group = task / row_blocks, row = task % row_blocks * kRows;
-      multiply(row, std::min(m, row + kRows), static_cast<int>(static_cast<long>(panels) * group / groups),
+      const int group = task / row_blocks, row_panel = task % row_blocks * kRowPanels;
+      multiply(panel_begin(row_panel, m), panel_begin(std::min(row_panels, row_panel + kRowPanels), m), static_cast<int>(static_cast<long>(panels) * group / groups),
                static_cast<int>(static_cast<long>(panels) * (group + 1) / groups));
     });
   });
