@@ -108,7 +108,7 @@ Epilogue epilogue(const Matrix<float>& out, const OptionalVector& bias, const Op
   require(out.shape(0) == m && out.shape(1) == columns, "out must be [M, N]");
   require(!bias || bias->shape(0) == columns, "bias must be [N]");
   require(!residual || (residual->shape(0) == m && residual->shape(1) == columns), "residual must be [M, N]");
-  return {bias ? bias->data() : nullptr, residual ? residual->data() : nullptr, out.data()};
+  return {bias ? bias->data() : nullptr, residual ? residual->data() : nullptr, out.data(), n};
 }
 
 int panels(int n) { return (n + kPanelCols - 1) / kPanelCols; }

@@ -20,6 +20,8 @@ struct Kernels {
   FloatGemmFn gemm_float;
   MultiplyFn multiply;
   QuantizeRowFn quantize_row;
+  QuantizePartFn quantize_part;
+  MaxBitsFn max_bits;
   void (*widen_row)(const void* x, FloatType type, int n, float* out);
   void (*norm_row)(const NormView& norm, const float* x, float* out);
   void (*silu_mul_row)(const float* x, int n, float* out);   // x [2n]: silu(x[:n]) · x[n:]

@@ -91,7 +91,7 @@ void add_products(int rows, const FloatTile& tile, int k) {
 
 // Row m's 64 float sums to out. scale is 1 for float weights, which leaves f + bias.
 void store_row(const float* f, float scale, const Epilogue& e, int m, int n0, int n) {
-  const ptrdiff_t row = static_cast<ptrdiff_t>(m) * n + n0;
+  const ptrdiff_t row = (m - e.row) * e.stride + n0 - e.column;
   const int width = smaller(kPanelCols, n - n0);
   float* out = e.out + row;
   float values[kPanelCols];
@@ -182,36 +182,33 @@ void gemm_float(const float* x, const FloatWeight& w, const Epilogue& e, int m0,
   (w.bf16 ? gemm_float_as<true> : gemm_float_as<false>)(x, w, e, m0, m1, p0, p1);
 }
 
-// compressed-tensors' symmetric int8: scale = max|x| / 127.5 (float32 epsilon where that is 0), codes half to even.
-// A NaN or infinity in a dynamic row makes its scale, and so its outputs, NaN or infinite: the other rows are safe.
-void quantize_row(const float* x, int m, float static_scale, Activations& out) {
-  const int blocks = (out.k + kSumGroup - 1) / kSumGroup;
-  float scale = static_scale;
-  if (!(scale > 0)) {
-    int32_t max_bits = 0;   // of |x|: integers order as floats do, with NaN above infinity
-    for (int i = 0; i < out.k; ++i) {
-      int32_t bits;
-      std::memcpy(&bits, x + i, 4);
-      bits &= 0x7fffffff;
-      max_bits = bits > max_bits ? bits : max_bits;
-    }
-    std::memcpy(&scale, &max_bits, 4);
-    scale /= 127.5f;
-    if (scale == 0) scale = 0x1p-23f;
+int32_t max_bits(const float* x, int n) {
+  int32_t max = 0;
+  for (int i = 0; i < n; ++i) {
+    int32_t bits;
+    std::memcpy(&bits, x + i, 4);
+    bits &= 0x7fffffff;
+    max = bits > max ? bits : max;
   }
-  out.scales[m] = scale;
+  return max;
+}
 
+// Codes half to even. A NaN or infinity in a dynamic row makes its scale, and so its outputs, NaN or infinite: the other
+// rows are safe.
+void quantize_part(const float* x, int m, float scale, int k0, int k1, Activations& out) {
   constexpr float kRound = 0x1.8p23f;   // adding it rounds to an integer, half to even
+  const int blocks = (out.k + kSumGroup - 1) / kSumGroup;
   const int panel = panel_of(m, out.rows), begin = panel_begin(panel, out.rows);
   const int height = panel_begin(panel + 1, out.rows) - begin;
   int8_t* codes = out.codes + begin * static_cast<ptrdiff_t>(blocks) * kSumGroup + (m - begin) * 4;
   int32_t* sums = out.sums + m * static_cast<ptrdiff_t>(blocks);
-  for (int b = 0; b < blocks; ++b) {
-    const float* block = x + b * kSumGroup;
+  if (k0 == 0) out.scales[m] = scale;
+  for (int k = k0; k < k1; k += kSumGroup) {
+    const float* block = x + k;
     float padded[kSumGroup];
-    if (out.k - b * kSumGroup < kSumGroup) {
+    if (k1 - k < kSumGroup) {
       std::memset(padded, 0, sizeof padded);
-      std::memcpy(padded, block, (out.k - b * kSumGroup) * sizeof(float));
+      std::memcpy(padded, block, (k1 - k) * sizeof(float));
       block = padded;
     }
     int8_t q[kSumGroup];
@@ -224,9 +221,14 @@ void quantize_row(const float* x, int m, float static_scale, Activations& out) {
       sum += code;
       q[i] = static_cast<int8_t>(code);
     }
-    sums[b] = sum;
-    for (int i = 0; i < kSumGroup; i += 4) std::memcpy(codes + (b * kSumGroup + i) * height, q + i, 4);
+    sums[k / kSumGroup] = sum;
+    for (int i = 0; i < kSumGroup; i += 4) std::memcpy(codes + (k + i) * height, q + i, 4);
   }
+}
+
+void quantize_row(const float* x, int m, float static_scale, Activations& out) {
+  const float scale = static_scale > 0 ? static_scale : activation_scale(max_bits(x, out.k));
+  quantize_part(x, m, scale, 0, out.k, out);
 }
 
 }  // namespace

@@ -49,11 +49,13 @@ struct FloatWeight {
 
 // out[m][n] = scales[m] · Σ_g scale[n][g] · acc[m][n][g] + bias[n] + residual[m][n], for rows m0..m1 and
 // 64-column panels p0..p1. Groups are added in ascending order with one fma each, so the bits do not
-// depend on M, tiles or threads.
+// depend on M, tiles or threads. Element (m, n) of out and residual lies at (m - row) · stride + n - column.
 struct Epilogue {
   const float* bias;       // [N] or null
-  const float* residual;   // [M][N] or null; may alias out
-  float* out;              // [M][N]
+  const float* residual;   // null, or like out, which it may be
+  float* out;
+  ptrdiff_t stride;
+  int row = 0, column = 0;
 };
 
 using GemmFn = void (*)(const Activations&, const PackedWeight&, const Epilogue&, int m0, int m1, int p0, int p1);
@@ -62,5 +64,18 @@ using FloatGemmFn = void (*)(const float* x, const FloatWeight&, const Epilogue&
 using MultiplyFn = int64_t (*)(int64_t rounds);
 // Quantizes row m of x (K floats) into `out`. static_scale > 0: that scale; 0: dynamic, max|x| / 127.5.
 using QuantizeRowFn = void (*)(const float* x, int m, float static_scale, Activations& out);
+// The same for columns k0..k1 of the row, k0 a multiple of kSumGroup and k1 as well or K: in two passes, so that each
+// part of a row can be quantized where it was computed. `scale` is what activation_scale makes of the whole row's max.
+using QuantizePartFn = void (*)(const float* x, int m, float scale, int k0, int k1, Activations& out);
+// The bits of max|x|: integers order as floats do, with NaN above infinity.
+using MaxBitsFn = int32_t (*)(const float* x, int n);
+
+// compressed-tensors' symmetric int8: max|x| / 127.5, float32 epsilon where that is 0.
+static inline float activation_scale(int32_t max_bits) {
+  float scale;
+  __builtin_memcpy(&scale, &max_bits, 4);
+  scale /= 127.5f;
+  return scale == 0 ? 0x1p-23f : scale;
+}
 
 }  // namespace fptq

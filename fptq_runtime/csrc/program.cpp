@@ -16,6 +16,9 @@ namespace {
 constexpr size_t kLine = 64;
 constexpr long kMinParallelFloats = 8192;       // below these, waking the pool costs more than the work
 constexpr double kMinParallelProducts = 150e3;
+constexpr int kRowPanels = 16;                  // a tile's activations stay in L2 while its panels stream past
+constexpr int kScratch = 1 << 14;               // floats of gate and up at once: at least a panel of each for a tile
+static_assert(kScratch >= 2 * kPanelCols * kRowPanels * kTileRows);
 constexpr int kMinSplitChunks = 4;
 constexpr size_t kMaxPartials = size_t{16} << 20;
 
@@ -32,6 +35,10 @@ template <class... Parts>
 
 void check_range(const char* name, int index, long value, long end) {
   if (value < 0 || value >= end) refuse(name, "[", index, "] is ", value, ", not within 0..", end - 1);
+}
+
+std::string linear_kind(const LinearParameter& linear) {
+  return "linear " + std::to_string(linear.n()) + " x " + std::to_string(linear.k());
 }
 
 size_t lines(size_t bytes) { return (bytes + kLine - 1) / kLine * kLine; }
@@ -171,7 +178,7 @@ int Program::norm(int x, std::shared_ptr<const NormParameter> norm, Act act) {
     }
     Activations y = this_->activations(out, step);
     this_->each_row(out, step, [&](int row, int thread) {
-      float* scratch = this_->row_scratch_[thread].data();
+      float* scratch = this_->scratch_[thread].data();
       this_->kernels_.norm_row(view, in + static_cast<size_t>(row) * view.n, scratch);
       this_->kernels_.quantize_row(scratch, row, *act, y);
     });
@@ -184,6 +191,8 @@ int Program::activation(int x, const std::string& kind, Act act) {
   const bool gated = kind == "silu_mul";
   const int in_width = value(x, "activation").width, width = gated ? in_width / 2 : in_width;
   const bool selected = float_value(x, gated ? 2 * width : width, "activation").selected;
+  if (gated && act && width % kPanelCols == 0 && !ops_.empty() && ops_.back().write == x && ops_.back().gateable)
+    return gate(x, width, *act);
   const int out = define("activation", width, selected, act, {x}, -1);
   const auto apply = gated ? kernels_.silu_mul_row : kernels_.gelu_tanh_row;
   record([=, this_ = this](const StepView& step) {
@@ -197,9 +206,64 @@ int Program::activation(int x, const std::string& kind, Act act) {
     }
     Activations y = this_->activations(out, step);
     this_->each_row(out, step, [&](int row, int thread) {
-      float* scratch = this_->row_scratch_[thread].data();
+      float* scratch = this_->scratch_[thread].data();
       apply(in + static_cast<size_t>(row) * in_width, width, scratch);
       this_->kernels_.quantize_row(scratch, row, *act, y);
+    });
+  });
+  return out;
+}
+
+// Turns the linear that was recorded last into silu(gate) · up of its output, quantized: each task multiplies a few
+// panels of gate and the same of up, and what it made of them stays in its cache until the row's maximum is known.
+int Program::gate(int x, int width, float act) {
+  const auto linear = ops_.back().gateable;
+  const int in = ops_.back().reads.front();
+  const bool selected = values_[x].selected;
+  ops_.pop_back();
+  values_[x] = {width, selected, {}};   // silu(gate) · up in float
+  ops_.push_back({linear_kind(*linear), {in}, x, -1, nullptr});
+  values_[in].last_use = static_cast<int>(ops_.size()) - 1;
+  const int out = define("quantize", width, selected, act, {x}, -1);
+  Op& op = ops_[ops_.size() - 2];
+  op.run = [=, this_ = this](const StepView& step) {
+    const int m = this_->rows(x, step);
+    float* y = this_->floats(x, step);
+    const float* bias = linear->bias.empty() ? nullptr : linear->bias.data();
+    const int panels = width / kPanelCols;
+    const Cut cut = this_->cut(m, panels, linear->n(), linear->k());
+    this_->max_bits_.assign(static_cast<size_t>(m) * cut.groups, 0);
+    this_->each_tile(cut, m, panels, [&](int m0, int m1, int p0, int p1, int group, int thread) {
+      float* scratch = this_->scratch_[thread].data();
+      const int at_once = std::clamp(kScratch / (2 * kPanelCols * (m1 - m0)), 1, p1 - p0);
+      for (int p = p0, count; p < p1; p += count) {
+        count = std::min(at_once, p1 - p);
+        const int columns = count * kPanelCols;
+        Epilogue epilogue{bias, nullptr, scratch, 2 * columns, m0, p * kPanelCols};
+        this_->multiply(*linear, in, epilogue, step, m0, m1, p, p + count);
+        epilogue.column += width - columns;
+        this_->multiply(*linear, in, epilogue, step, m0, m1, panels + p, panels + p + count);
+        for (int row = m0; row < m1; ++row) {
+          float* part = y + static_cast<size_t>(row) * width + p * kPanelCols;
+          this_->kernels_.silu_mul_row(scratch + static_cast<size_t>(row - m0) * 2 * columns, columns, part);
+          int32_t& max_bits = this_->max_bits_[static_cast<size_t>(row) * cut.groups + group];
+          max_bits = std::max(max_bits, this_->kernels_.max_bits(part, columns));
+        }
+      }
+    });
+  };
+  record([=, this_ = this](const StepView& step) {
+    const int m = this_->rows(x, step), panels = width / kPanelCols;
+    const float* in = this_->floats(x, step);
+    Activations y = this_->activations(out, step);
+    const Cut cut = this_->cut(m, panels, linear->n(), linear->k());
+    this_->each_tile(cut, m, panels, [&](int m0, int m1, int p0, int p1, int, int) {
+      for (int row = m0; row < m1; ++row) {
+        const int32_t* max_bits = &this_->max_bits_[static_cast<size_t>(row) * cut.groups];
+        const float scale = act > 0 ? act : activation_scale(*std::max_element(max_bits, max_bits + cut.groups));
+        this_->kernels_.quantize_part(in + static_cast<size_t>(row) * width, row, scale, p0 * kPanelCols,
+                                      p1 * kPanelCols, y);
+      }
     });
   });
   return out;
@@ -230,33 +294,47 @@ int Program::linear(int x, std::shared_ptr<const LinearParameter> linear, std::o
       refuse(linear->name, ": input and residual have different rows");
     reads.push_back(*residual);
   }
-  const int out = define("linear " + std::to_string(n) + " x " + std::to_string(k), n, in.selected, {}, reads, residual.value_or(-1));
+  const int out = define(linear_kind(*linear), n, in.selected, {}, reads, residual && *residual != x ? *residual : -1);
+  if (linear->packed && !residual) ops_.back().gateable = linear;
   record([=, this_ = this](const StepView& step) {
     const int m = this_->rows(out, step);
-    if (m == 0) return;
     const Epilogue epilogue{linear->bias.empty() ? nullptr : linear->bias.data(),
-                            residual ? this_->floats(*residual, step) : nullptr, this_->floats(out, step)};
+                            residual ? this_->floats(*residual, step) : nullptr, this_->floats(out, step), n};
     const int panels = ceil_div(n, kPanelCols);
-    const auto multiply = [&](int m0, int m1, int p0, int p1) {
-      if (linear->packed) {
-        const auto gemm = linear->packed->bits == 4 ? this_->kernels_.gemm_int4 : this_->kernels_.gemm_int8;
-        gemm(this_->activations(x, step), *linear->packed, epilogue, m0, m1, p0, p1);
-      } else {
-        this_->kernels_.gemm_float(this_->floats(x, step), *linear->float_weight, epilogue, m0, m1, p0, p1);
-      }
-    };
-    const int threads = this_->pool_->threads();
-    if (threads == 1 || static_cast<double>(m) * n * k < kMinParallelProducts) return multiply(0, m, 0, panels);
-    constexpr int kRowPanels = 16;  // a tile's activations stay in L2 while its panels stream past
-    const int row_panels = count_panels(m), row_blocks = ceil_div(row_panels, kRowPanels);
-    const int groups = std::min(panels, ceil_div(4 * threads, row_blocks));
-    this_->pool_->run(groups * row_blocks, [&](int task, int) {
-      const int group = task / row_blocks, row_panel = task % row_blocks * kRowPanels;
-      multiply(panel_begin(row_panel, m), panel_begin(std::min(row_panels, row_panel + kRowPanels), m), static_cast<int>(static_cast<long>(panels) * group / groups),
-               static_cast<int>(static_cast<long>(panels) * (group + 1) / groups));
+    this_->each_tile(this_->cut(m, panels, n, k), m, panels, [&](int m0, int m1, int p0, int p1, int, int) {
+      this_->multiply(*linear, x, epilogue, step, m0, m1, p0, p1);
     });
   });
   return out;
+}
+
+void Program::multiply(const LinearParameter& linear, int x, const Epilogue& epilogue, const StepView& step, int m0,
+                       int m1, int p0, int p1) const {
+  if (linear.packed) {
+    const auto gemm = linear.packed->bits == 4 ? kernels_.gemm_int4 : kernels_.gemm_int8;
+    gemm(activations(x, step), *linear.packed, epilogue, m0, m1, p0, p1);
+  } else {
+    kernels_.gemm_float(floats(x, step), *linear.float_weight, epilogue, m0, m1, p0, p1);
+  }
+}
+
+Program::Cut Program::cut(int m, int panels, int n, int k) const {
+  if (m == 0) return {0, 0};
+  const int row_blocks = ceil_div(count_panels(m), kRowPanels), threads = pool_->threads();
+  if (threads == 1 || static_cast<double>(m) * n * k < kMinParallelProducts) return {row_blocks, 1};
+  return {row_blocks, std::min(panels, ceil_div(4 * threads, row_blocks))};
+}
+
+// f(m0, m1, p0, p1, group, thread) for each tile of m rows by `panels` panels. The same tiles fall to the same threads
+// whenever the cut is the same.
+template <class F>
+void Program::each_tile(const Cut& cut, int m, int panels, F f) const {
+  const int row_panels = count_panels(m);
+  pool_->run(cut.groups * cut.row_blocks, [&](int task, int thread) {
+    const int group = task / cut.row_blocks, row_panel = task % cut.row_blocks * kRowPanels;
+    f(panel_begin(row_panel, m), panel_begin(std::min(row_panels, row_panel + kRowPanels), m), static_cast<int>(static_cast<long>(panels) * group / cut.groups),
+      static_cast<int>(static_cast<long>(panels) * (group + 1) / cut.groups), group, thread);
+  });
 }
 
 void Program::check(const AttentionParameter& attention) const {
@@ -417,7 +495,7 @@ void Program::finish(int logits) {
       if (dies(id) && !(taken && id == op.in_place)) free.push_back(of[id]);
     widest = std::max(widest, out.width);
   }
-  row_scratch_.assign(pool_->threads(), std::vector<float>(widest));
+  scratch_.assign(pool_->threads(), std::vector<float>(std::max(widest, kScratch)));
   logits_ = logits;
 }
 

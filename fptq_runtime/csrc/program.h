@@ -113,6 +113,7 @@ class Program {
     int write;
     int in_place;           // a value that the result may overwrite, or -1
     std::function<void(const StepView&)> run;
+    std::shared_ptr<const LinearParameter> gateable{};   // of a linear that activation() may take over
     double seconds = 0;     // in all steps so far
   };
   using Memory = std::unique_ptr<char, void (*)(void*)>;
@@ -133,6 +134,16 @@ class Program {
   Activations activations(int id, const StepView& step) const;
   template <class F>
   void each_row(int id, const StepView& step, F f) const;
+  // How a linear is shared out: blocks of kRowPanels row panels by groups of weight panels.
+  struct Cut {
+    int row_blocks, groups;
+  };
+  Cut cut(int m, int panels, int n, int k) const;
+  template <class F>
+  void each_tile(const Cut& cut, int m, int panels, F f) const;
+  void multiply(const LinearParameter& linear, int x, const Epilogue& epilogue, const StepView& step, int m0, int m1,
+                int p0, int p1) const;
+  int gate(int x, int width, float act);
   void attend(const AttentionParameter& attention, const float* q, float* out, const StepView& step);
 
   const std::shared_ptr<ThreadPool> pool_;
@@ -142,7 +153,8 @@ class Program {
   std::vector<KvCache> cache_;   // a layer each
   std::vector<Value> values_;
   std::vector<Op> ops_;
-  std::vector<std::vector<float>> row_scratch_;   // a row for each thread
+  std::vector<std::vector<float>> scratch_;   // for each thread
+  std::vector<int32_t> max_bits_;             // [rows][groups of a cut], between a gated linear and its quantization
   std::vector<AttentionTile> tiles_, parts_;
   std::vector<float> partials_;
   int vocab_ = 0;
