@@ -8,13 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
+from ml_dtypes import bfloat16
 
 from fptq_runtime import __version__
 from fptq_runtime.artifact.io import ArtifactWriter, Manifest, Provenance, Quality, TextRecord
 from fptq_runtime.config import ModelConfig, RopeConfig
 from fptq_runtime.kernels.base import ActivationQuant, AttentionSpec, Backend, Embedding, Linear, Norm, QuantizedWeight
-from fptq_runtime.models.decoder import Block, Decoder, Head, Stem, prepare_block
+from fptq_runtime.models.decoder import Block, Decoder, Head, Stem, prepare_block, prepare_head, prepare_stem
 from fptq_runtime.models.families import SPECS, ModelSpec
 from fptq_runtime.models.golden import compute_golden
 from fptq_runtime.models.layers import rope_tables
@@ -50,8 +51,7 @@ def random_decoder(config: ModelConfig, backend: Backend, head_bits: int = 8) ->
     for layer in range(config.num_layers):
         block.attention.layer = layer
         blocks.append(prepare_block(block, backend))
-    return Decoder(config, Stem(backend.prepare(stem.embedding)), blocks,
-                   Head(backend.prepare(head.norm), backend.prepare(head.lm_head), head.act))
+    return Decoder(config, prepare_stem(stem, backend), blocks, prepare_head(head, backend))
 
 
 def write_shape_artifact(name: str, path: Path, backend: Backend, head_bits: int = 8, overwrite: bool = False) -> Path:
@@ -89,17 +89,16 @@ def write_shape_artifact(name: str, path: Path, backend: Backend, head_bits: int
 
 def _random_parameters(config: ModelConfig, head_bits: int) -> tuple[Stem, Block, Head]:
     """The stem, the first block and the head."""
-    generator = torch.Generator().manual_seed(0)
+    generator = np.random.default_rng(0)
     hidden, dim = config.hidden_size, config.head_dim
 
     def linear(name: str, n: int, k: int, bits: int = 4) -> Linear:
         group = GROUP_SIZE if bits == 4 and k % GROUP_SIZE == 0 else k
-        limit = 2 ** (bits - 1)
-        codes = torch.randint(-limit, limit, (n, k), generator=generator, dtype=torch.int8)
-        scale = torch.full((n, k // group), k**-0.5 / limit).bfloat16()
-        return Linear(name, QuantizedWeight(codes, scale, 4 if bits == 4 else 8, group), act=ActivationQuant())
+        packed = generator.integers(-(1 << 31), 1 << 31, (n, -(-k * bits // 32)), np.int32)
+        scale = np.full((n, k // group), k**-0.5 / 2 ** (bits - 1), bfloat16)
+        return Linear(name, QuantizedWeight(packed, scale, 4 if bits == 4 else 8, group), act=ActivationQuant())
 
-    norm = Norm("rms", torch.ones(hidden).bfloat16(), None, config.norm_eps)
+    norm = Norm("rms", np.ones(hidden, bfloat16), None, config.norm_eps)
     assert config.rope is not None
     rope = rope_tables(config.rope, dim, config.max_position_embeddings)
     block = Block(
@@ -112,7 +111,9 @@ def _random_parameters(config: ModelConfig, head_bits: int) -> tuple[Stem, Block
         linear("down", hidden, config.intermediate_size),
     )
     head = linear("lm_head", config.vocab_size, hidden, head_bits)
-    embedding = torch.randn(config.vocab_size, hidden, generator=generator).bfloat16()
+    embedding = np.empty((config.vocab_size, hidden), bfloat16)
+    for row in embedding:
+        row[:] = generator.standard_normal(hidden, np.float32)
     return Stem(Embedding(embedding)), block, Head(norm, head, head.act)
 
 
