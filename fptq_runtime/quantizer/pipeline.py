@@ -38,7 +38,7 @@ from fptq_runtime.quantizer.calibrate import (
 from fptq_runtime.quantizer.evaluate import MAX_WINDOW, text_windows
 from fptq_runtime.quantizer.export import linear_scheme, module_tensors, quantization_config
 from fptq_runtime.quantizer.recipe import Recipe, RecipeError, load_recipe
-from fptq_runtime.quantizer.source import resolve_model
+from fptq_runtime.quantizer.source import load_tokenizer, resolve_model
 from fptq_runtime.quantizer.steps.base import BlockWork, HeadWork, QuantizationError, Target, matches
 
 GOLDEN_TOKENS = 32
@@ -76,7 +76,7 @@ def quantize(
     if checkpoint.quantized:
         raise QuantizationError(f"{source.name} is quantized already; quantize the float model it was made from")
     config = checkpoint.model_config
-    tokenizer = Tokenizer(source.path)
+    tokenizer = load_tokenizer(source.path)
     length = min(sample_length, config.max_position_embeddings)
     measured_on = packaged_text("heldout") if text is None else read_text(text)
     measured = text_windows(measured_on, tokenizer, config.max_position_embeddings, text_tokens)
@@ -92,6 +92,8 @@ def quantize(
         for pattern in COPIED:
             for file in sorted(source.path.glob(pattern)):
                 writer.copy_file(file)
+        if tokenizer.serialized != Tokenizer(writer.directory).serialized:
+            writer.add_file("tokenizer.json", tokenizer.serialized)
         provenance = Provenance(
             source=source.name,
             revision=source.revision,
