@@ -17,10 +17,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
-import torch
+import numpy as np
+import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.numpy import save_file
 
 MANIFEST = "fptq.json"
 _NO_DIGEST = "0" * 64
@@ -217,7 +218,7 @@ class ArtifactWriter:
     def __init__(self, out: Path, overwrite: bool = False, shard_bytes: int = 4 << 30) -> None:
         self._out = out.resolve()  # a link stays, and what it points to is written
         self._shard_bytes = shard_bytes
-        self._pending: dict[str, torch.Tensor] = {}
+        self._pending: dict[str, npt.NDArray[Any]] = {}
         self._pending_bytes = 0
         self._shards: list[list[str]] = []
         self._total_bytes = 0
@@ -253,13 +254,13 @@ class ArtifactWriter:
             if pid.isdecimal() and not _is_running(int(pid)):
                 shutil.rmtree(directory, ignore_errors=True)
 
-    def add_tensors(self, tensors: Mapping[str, torch.Tensor]) -> None:
+    def add_tensors(self, tensors: Mapping[str, npt.NDArray[Any]]) -> None:
+        """bfloat16 arrays are ml_dtypes'."""
         for name, tensor in tensors.items():
-            size = tensor.numel() * tensor.element_size()
-            if self._pending and self._pending_bytes + size > self._shard_bytes:
+            if self._pending and self._pending_bytes + tensor.nbytes > self._shard_bytes:
                 self._write_shard()
-            self._pending[name] = tensor.detach().clone(memory_format=torch.contiguous_format)
-            self._pending_bytes += size
+            self._pending[name] = np.array(tensor, order="C")
+            self._pending_bytes += tensor.nbytes
 
     def add_file(self, name: str, text: str) -> None:
         _write_file(self.directory / name, text)

@@ -218,21 +218,36 @@ void bind_gemm(nb::module_& m) {
         "GB/s at which the pool's threads together read a buffer once, the fastest of ten passes. Take one that no\n"
         "cache holds. Raises ValueError.");
 
-  const auto pack = [](const void* data, bool bf16, size_t n, size_t k) {
+  m.def("pack_weight",
+        [](const Matrix<const int32_t>& packed, const Matrix<const float>& scale, int group_size, int bits,
+           ThreadPool* pool) {
+          const size_t n = packed.shape(0), k = scale.shape(1) * group_size;
+          require(n <= INT32_MAX && k <= INT32_MAX && group_size > 0, "a weight or group size that cannot be");
+          require(scale.shape(0) == n && packed.shape(1) == (k * bits + 31) / 32,
+                  "packed must be [N, ceil(K * bits / 32)] and scale [N, K / group_size]");
+          nb::gil_scoped_release release;
+          return pack_weight(packed.data(), scale.data(), static_cast<int>(n), static_cast<int>(k), group_size, bits,
+                             pool);
+        },
+        nb::arg("codes"), nb::arg("scale"), nb::arg("group_size"), nb::arg("bits"), nb::arg("pool") = nb::none(),
+        "The same from a checkpoint's int32 words [N, ceil(K · bits / 32)].");
+
+  const auto pack = [](const void* data, bool bf16, size_t n, size_t k, ThreadPool* pool) {
     require(n <= INT32_MAX && k <= INT32_MAX, "a weight that cannot be");
     nb::gil_scoped_release release;
-    return pack_float(data, bf16, static_cast<int>(n), static_cast<int>(k));
+    return pack_float(data, bf16, static_cast<int>(n), static_cast<int>(k), pool);
   };
   m.def("pack_float",
-        [pack](const Matrix<const float>& weight) {
-          return pack(weight.data(), false, weight.shape(0), weight.shape(1));
+        [pack](const Matrix<const float>& weight, ThreadPool* pool) {
+          return pack(weight.data(), false, weight.shape(0), weight.shape(1), pool);
         },
-        nb::arg("weight"), "weight float32 [N, K], or the bits of bfloat16 as int16 [N, K].");
+        nb::arg("weight"), nb::arg("pool") = nb::none(),
+        "weight float32 [N, K], or the bits of bfloat16 as int16 [N, K].");
   m.def("pack_float",
-        [pack](const Matrix<const int16_t>& weight) {
-          return pack(weight.data(), true, weight.shape(0), weight.shape(1));
+        [pack](const Matrix<const int16_t>& weight, ThreadPool* pool) {
+          return pack(weight.data(), true, weight.shape(0), weight.shape(1), pool);
         },
-        nb::arg("weight"));
+        nb::arg("weight"), nb::arg("pool") = nb::none());
 
   nb::class_<QuantizedRows>(m, "QuantizedRows", "int8 rows as the GEMM reads them.")
       .def(nb::init<const Matrix<const float>&, std::optional<float>, const std::string&>(), nb::arg("x"),

@@ -5,6 +5,7 @@
 #include <memory>
 
 #include "kernels.h"
+#include "thread_pool.h"
 
 namespace fptq {
 
@@ -17,7 +18,12 @@ void* allocate_lines(size_t bytes);
 std::shared_ptr<const PackedWeight> pack_weight(const int8_t* codes, const float* scale, int n, int k, int group_size,
                                                 int bits);
 
+// The same from compressed-tensors' words [N][ceil(K · bits / 32)] of 32 bits: codes + 2^(bits-1), the least significant
+// first. Panels are spread over the pool, where there is one.
+std::shared_ptr<const PackedWeight> pack_weight(const void* words, const float* scale, int n, int k, int group_size,
+                                                int bits, ThreadPool* pool);
+
 // weight [N][K], float32 or the bits of bf16.
-std::shared_ptr<const FloatWeight> pack_float(const void* weight, bool bf16, int n, int k);
+std::shared_ptr<const FloatWeight> pack_float(const void* weight, bool bf16, int n, int k, ThreadPool* pool);
 
 }  // namespace fptq

@@ -12,11 +12,14 @@ from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from fptq_runtime.config import KVCacheDtype
 
 V = TypeVar("V")
+
+# A parameter's values: a numpy array (bfloat16 is ml_dtypes'), often mapped from the checkpoint's file. The reference
+# backend fills the same classes with torch tensors.
+Array = Any
 
 Int32Array = npt.NDArray[np.int32]
 Float32Array = npt.NDArray[np.float32]
@@ -37,10 +40,14 @@ class ActivationQuant:
 class QuantizedWeight:
     """W[n, k] = codes[n, k] · scale[n, k // group_size]."""
 
-    codes: torch.Tensor  # int8 [N, K], within ±2^(num_bits-1)
-    scale: torch.Tensor  # float [N, K / group_size]
+    packed: Array  # int32 [N, ceil(K · num_bits / 32)], as artifact/numerics.py's pack_codes packs the codes
+    scale: Array  # float [N, K / group_size]
     num_bits: Literal[4, 8]
     group_size: int  # K where quantized per channel
+
+    @property
+    def k(self) -> int:
+        return int(self.scale.shape[1]) * self.group_size
 
 
 @dataclass
@@ -48,8 +55,8 @@ class Linear:
     """y = x · Wᵀ + bias. `act` says how x is quantized before; None leaves it in float."""
 
     name: str
-    weight: torch.Tensor | QuantizedWeight  # [N, K]
-    bias: torch.Tensor | None = None  # [N]
+    weight: Array | QuantizedWeight  # [N, K]
+    bias: Array | None = None  # [N]
     act: ActivationQuant | None = None
 
 
@@ -58,14 +65,14 @@ class Norm:
     """RMSNorm (no bias) or LayerNorm over the last dimension."""
 
     kind: Literal["rms", "layer"]
-    weight: torch.Tensor  # [H]
-    bias: torch.Tensor | None  # [H]
+    weight: Array  # [H]
+    bias: Array | None  # [H]
     eps: float
 
 
 @dataclass
 class Embedding:
-    weight: torch.Tensor  # [V, H]
+    weight: Array  # [V, H]
 
 
 Parameter = Linear | Norm | Embedding
@@ -87,8 +94,8 @@ class AttentionSpec:
     head_dim: int
     softmax_scale: float
     sliding_window: int | None = None
-    rope: tuple[torch.Tensor, torch.Tensor] | None = None
-    alibi_slopes: torch.Tensor | None = None
+    rope: tuple[Array, Array] | None = None
+    alibi_slopes: Array | None = None
     q_norm: Norm | None = None
     k_norm: Norm | None = None
 
@@ -171,7 +178,7 @@ class Backend(Protocol):
     name: str
 
     def prepare(self, parameter: Any) -> Any:
-        """Take a Linear, Norm, Embedding or AttentionSpec into the backend's own form. The caller drops its tensors
+        """Take a Linear, Norm, Embedding or AttentionSpec into the backend's own form. The caller drops its arrays
         afterwards, so that a model loads with little more memory than its packed weights."""
         ...
 

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
+from ml_dtypes import bfloat16
 
 import fptq_runtime._native as _native
 from fptq_runtime.kernels.base import (
     ActivationQuant,
+    Array,
     AttentionSpec,
     Embedding,
     Float32Array,
@@ -30,10 +31,10 @@ from fptq_runtime.kernels.base import (
 
 @dataclass(frozen=True)
 class Prepared:
-    """A native parameter and the tensors whose memory it points into."""
+    """A native parameter and the arrays whose memory it points into."""
 
     native: Any
-    tensors: tuple[torch.Tensor, ...] = ()
+    arrays: tuple[Array, ...] = ()
 
 
 class CpuBackend:
@@ -61,18 +62,32 @@ class CpuBackend:
 
     def prepare(self, parameter: Any) -> Prepared:
         if isinstance(parameter, Linear):
-            return Prepared(_prepare_linear(parameter))
+            return Prepared(self._prepare_linear(parameter))
         if isinstance(parameter, Norm):
             return Prepared(_prepare_norm(parameter))
         if isinstance(parameter, Embedding):
-            # A copy of its own: a view would keep the whole checkpoint file mapped, and so in memory a second time.
-            weight = parameter.weight.clone(memory_format=torch.contiguous_format)
-            vocab, width = weight.shape
-            dtype = str(weight.dtype).removeprefix("torch.")
-            return Prepared(_native.Embedding(weight.data_ptr(), dtype, vocab, width), (weight,))
+            return _prepare_embedding(parameter)
         if isinstance(parameter, AttentionSpec):
             return _prepare_attention(parameter)
         raise TypeError(f"cannot prepare a {type(parameter).__name__}")
+
+    def _prepare_linear(self, linear: Linear) -> Any:
+        weight, act = linear.weight, _act(linear.act)
+        if isinstance(weight, QuantizedWeight):
+            if act is None:
+                raise ValueError(f"{linear.name}: the native backend has no kernel for {weight.num_bits}-bit weights "
+                                 f"with float activations; quantize its input or use the reference backend")
+            packed = _native.pack_weight(np.ascontiguousarray(weight.packed), _float32(weight.scale), weight.group_size,
+                                         weight.num_bits, self._pool)
+            return _native.Linear(linear.name, packed, None, _floats(linear.bias), act)
+        if act is not None:
+            raise ValueError(f"{linear.name}: the native backend has no kernel for float weights with quantized "
+                             f"activations; quantize the weight or use the reference backend")
+        if weight.dtype == bfloat16:
+            kept = _native.pack_float(np.ascontiguousarray(weight).view(np.int16), self._pool)
+        else:
+            kept = _native.pack_float(_float32(weight), self._pool)
+        return _native.Linear(linear.name, None, kept, _floats(linear.bias), None)
 
     def compile(self, forward: Callable[[Ops[Any]], Any], limits: StepLimits) -> CpuExecutor:
         program = _native.Program(
@@ -143,7 +158,7 @@ class CpuExecutor:
 
     def __init__(self, program: _native.Program, parameters: list[Prepared]) -> None:
         self._program = program
-        self._parameters = parameters  # the program points into their tensors
+        self._parameters = parameters  # the program points into their arrays
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -230,27 +245,19 @@ def _address(name: str, array: Int32Array, shape: tuple[int, ...]) -> int:
     return array.ctypes.data
 
 
-def _floats(tensor: torch.Tensor | None) -> list[float]:
-    return [] if tensor is None else tensor.float().tolist()
+def _float32(array: Array) -> Float32Array:
+    return np.ascontiguousarray(array, np.float32)
 
 
-def _prepare_linear(linear: Linear) -> Any:
-    weight, act = linear.weight, _act(linear.act)
-    if isinstance(weight, QuantizedWeight):
-        if act is None:
-            raise ValueError(f"{linear.name}: the native backend has no kernel for {weight.num_bits}-bit weights "
-                             f"with float activations; quantize its input or use the reference backend")
-        packed = _native.pack_weight(weight.codes.contiguous().numpy(), weight.scale.float().contiguous().numpy(),
-                                     weight.group_size, weight.num_bits)
-        return _native.Linear(linear.name, packed, None, _floats(linear.bias), act)
-    if act is not None:
-        raise ValueError(f"{linear.name}: the native backend has no kernel for float weights with quantized "
-                         f"activations; quantize the weight or use the reference backend")
-    if weight.dtype == torch.bfloat16:
-        kept = _native.pack_float(weight.contiguous().view(torch.int16).numpy())
-    else:
-        kept = _native.pack_float(weight.float().contiguous().numpy())
-    return _native.Linear(linear.name, None, kept, _floats(linear.bias), None)
+def _floats(array: Array | None) -> list[float]:
+    return [] if array is None else _float32(array).tolist()
+
+
+def _prepare_embedding(embedding: Embedding) -> Prepared:
+    """Rows are gathered from where they lie: of a mapped file, a process holds those that were asked for."""
+    weight = embedding.weight if embedding.weight.flags.c_contiguous else embedding.weight.copy()
+    vocab, width = weight.shape
+    return Prepared(_native.Embedding(weight.ctypes.data, weight.dtype.name, vocab, width), (weight,))
 
 
 def _prepare_norm(norm: Norm) -> Any:
@@ -258,11 +265,11 @@ def _prepare_norm(norm: Norm) -> Any:
 
 
 def _prepare_attention(spec: AttentionSpec) -> Prepared:
-    rope: tuple[torch.Tensor, ...] = ()
+    rope: tuple[Float32Array, ...] = ()
     if spec.rope is not None:
-        rope = tuple(table.float().contiguous() for table in spec.rope)
+        rope = tuple(map(_float32, spec.rope))
         if any(table.shape != rope[0].shape or table.shape[-1] * 2 != spec.head_dim for table in rope):
-            raise ValueError(f"rope tables must be [positions, {spec.head_dim // 2}], not {tuple(rope[0].shape)}")
+            raise ValueError(f"rope tables must be [positions, {spec.head_dim // 2}], not {rope[0].shape}")
     if spec.sliding_window is not None and spec.sliding_window < 1:
         raise ValueError(f"sliding_window must be at least 1, not {spec.sliding_window}")
     native = _native.Attention(
@@ -272,8 +279,8 @@ def _prepare_attention(spec: AttentionSpec) -> Prepared:
         head_dim=spec.head_dim,
         softmax_scale=spec.softmax_scale,
         sliding_window=spec.sliding_window or 0,
-        rope_cos=rope[0].data_ptr() if rope else 0,
-        rope_sin=rope[1].data_ptr() if rope else 0,
+        rope_cos=rope[0].ctypes.data if rope else 0,
+        rope_sin=rope[1].ctypes.data if rope else 0,
         rope_positions=rope[0].shape[0] if rope else 0,
         alibi_slopes=_floats(spec.alibi_slopes),
         q_norm=None if spec.q_norm is None else _prepare_norm(spec.q_norm),

@@ -9,13 +9,16 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from ml_dtypes import bfloat16
 
-from fptq_runtime.artifact.numerics import dequantize, fake_quantize, token_scale
+from fptq_runtime.artifact.numerics import dequantize, fake_quantize, token_scale, unpack_codes
 from fptq_runtime.config import KVCacheDtype
 from fptq_runtime.kernels.base import (
     ActivationQuant,
+    Array,
     AttentionSpec,
     Embedding,
     Float32Array,
@@ -32,17 +35,20 @@ class ReferenceBackend:
     name = "reference"
 
     def prepare(self, parameter: Any) -> Any:
+        """The same classes with torch tensors, all but the embedding in float32."""
         if isinstance(parameter, Linear):
             weight = parameter.weight
-            if isinstance(weight, QuantizedWeight):
-                weight = dequantize(weight.codes, weight.scale)
-            bias = None if parameter.bias is None else parameter.bias.float()
-            return replace(parameter, weight=weight.float(), bias=bias)
+            weight = dequantized(weight) if isinstance(weight, QuantizedWeight) else to_torch(weight).float()
+            return replace(parameter, weight=weight, bias=_floats(parameter.bias))
         if isinstance(parameter, Norm):
             return _float_norm(parameter)
+        if isinstance(parameter, Embedding):
+            return Embedding(to_torch(parameter.weight))
         if isinstance(parameter, AttentionSpec):
-            return replace(parameter, q_norm=_float_norm(parameter.q_norm), k_norm=_float_norm(parameter.k_norm))
-        return parameter
+            rope = None if parameter.rope is None else (to_torch(parameter.rope[0]), to_torch(parameter.rope[1]))
+            return replace(parameter, q_norm=_float_norm(parameter.q_norm), k_norm=_float_norm(parameter.k_norm),
+                           rope=rope, alibi_slopes=_floats(parameter.alibi_slopes))
+        raise TypeError(f"cannot prepare a {type(parameter).__name__}")
 
     def compile(self, forward: Callable[[Ops[Any]], Any], limits: StepLimits) -> ReferenceExecutor:
         return ReferenceExecutor(forward, limits)
@@ -147,6 +153,29 @@ class ReferenceOps:
         return x.index_select(0, torch.from_numpy(self.batch.logits_rows).long())
 
 
+def to_torch(array: Array) -> torch.Tensor:
+    """The same memory as a tensor; a tensor as it is."""
+    if isinstance(array, torch.Tensor):
+        return array
+    bits: torch.Tensor = torch.from_numpy(array.view(np.int16) if array.dtype == bfloat16 else array)
+    return bits.view(torch.bfloat16) if array.dtype == bfloat16 else bits
+
+
+def to_numpy(tensor: Array) -> Array:
+    """The inverse of `to_torch`."""
+    if not isinstance(tensor, torch.Tensor):
+        return tensor
+    if tensor.dtype == torch.bfloat16:
+        return tensor.contiguous().view(torch.int16).numpy().view(bfloat16)
+    return tensor.numpy()
+
+
+def dequantized(weight: QuantizedWeight) -> torch.Tensor:
+    """float32 [N, K]"""
+    codes = unpack_codes(to_torch(weight.packed), weight.num_bits, weight.k)
+    return dequantize(codes, to_torch(weight.scale))
+
+
 def quantize_activations(x: torch.Tensor, act: ActivationQuant | None) -> torch.Tensor:
     """A linear's input [rows, K] as it will be read: quantized as `act` says and back."""
     if act is None:
@@ -190,13 +219,15 @@ def _attention_bias(positions: torch.Tensor, length: int, attention: AttentionSp
     bias = torch.zeros(distance.shape).masked_fill(hidden, float("-inf"))
     if attention.alibi_slopes is None:
         return bias
-    return bias + attention.alibi_slopes[:, None, None] * key_positions.float()
+    slopes: torch.Tensor = attention.alibi_slopes
+    return bias + slopes[:, None, None] * key_positions.float()
 
 
 def _normalise(x: torch.Tensor, norm: Norm) -> torch.Tensor:
     if norm.kind == "layer":
         return F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps)
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.eps) * norm.weight
+    weight: torch.Tensor = norm.weight
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.eps) * weight
 
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -207,4 +238,8 @@ def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tens
 def _float_norm(norm: Norm | None) -> Any:
     if norm is None:
         return None
-    return replace(norm, weight=norm.weight.float(), bias=None if norm.bias is None else norm.bias.float())
+    return replace(norm, weight=_floats(norm.weight), bias=_floats(norm.bias))
+
+
+def _floats(array: Array | None) -> torch.Tensor | None:
+    return None if array is None else to_torch(array).float()

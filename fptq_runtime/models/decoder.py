@@ -51,6 +51,14 @@ class Head:
     act: ActivationQuant | None = None
 
 
+def prepare_stem(stem: Stem, backend: Backend) -> Stem:
+    return Stem(backend.prepare(stem.embedding), None if stem.norm is None else backend.prepare(stem.norm))
+
+
+def prepare_head(head: Head, backend: Backend) -> Head:
+    return Head(backend.prepare(head.norm), backend.prepare(head.lm_head), head.lm_head.act)
+
+
 def prepare_block(block: Block, backend: Backend) -> Block:
     """Hand a block's parameters to a backend."""
     return Block(

@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
+import numpy as np
 
 from fptq_runtime.config import ModelConfig, RopeConfig
-from fptq_runtime.kernels.base import Embedding, Linear, Norm, QuantizedWeight
+from fptq_runtime.kernels.base import Array, Embedding, Linear, Norm, QuantizedWeight
 from fptq_runtime.models.decoder import Block, Head, Stem
 
 MAX_POSITIONS = 1 << 21  # a rope table of 1 GiB at head_dim 128
@@ -102,12 +102,12 @@ class ModelSpec:
     def up_sizes(self, config: ModelConfig) -> tuple[int, ...]:
         return (config.intermediate_size,) * len(self.up)
 
-    def qkv_order(self, config: ModelConfig) -> torch.Tensor | None:
+    def qkv_order(self, config: ModelConfig) -> Array | None:
         """order[j]: which checkpoint row stands at row j of the stacked q | k | v; None where they are the same."""
         if not self.interleaved_qkv:
             return None
-        rows = torch.arange(config.num_heads * 3 * config.head_dim)
-        return rows.reshape(config.num_heads, 3, config.head_dim).transpose(0, 1).flatten()
+        rows = np.arange(config.num_heads * 3 * config.head_dim)
+        return rows.reshape(config.num_heads, 3, config.head_dim).swapaxes(0, 1).ravel()
 
     def stem_modules(self, stem: Stem) -> list[tuple[str, Embedding | Norm]]:
         modules: list[tuple[str, Embedding | Norm]] = [(self.embedding, stem.embedding)]
@@ -132,34 +132,30 @@ class ModelSpec:
         return [(self.final_norm, head.norm), (self.lm_head, head.lm_head)]
 
 
-def fuse(name: str, parts: Sequence[Linear], order: torch.Tensor | None) -> Linear:
+def fuse(name: str, parts: Sequence[Linear], order: Array | None) -> Linear:
     """Stack linears that read the same input. Raises ModelError where their schemes differ."""
     first = parts[0]
     if any(part.act != first.act for part in parts):
         raise ModelError(f"{name}: {', '.join(p.name for p in parts)} read one input but quantize it differently")
     biases = [part.bias for part in parts]
     if any(bias is None for bias in biases) != all(bias is None for bias in biases):
-        biases = [torch.zeros(_rows(p)) if p.bias is None else p.bias for p in parts]
-    bias = None if biases[0] is None else torch.cat([b for b in biases if b is not None])
+        biases = [np.zeros(_rows(p), np.float32) if p.bias is None else p.bias for p in parts]
+    bias = None if biases[0] is None else _stack(biases)
     weights = [part.weight for part in parts]
-    weight: torch.Tensor | QuantizedWeight
-    if isinstance(weights[0], QuantizedWeight):
-        quantized = [w for w in weights if isinstance(w, QuantizedWeight)]
-        if len({(w.num_bits, w.group_size) for w in quantized}) != 1 or len(quantized) != len(weights):
-            raise ModelError(f"{name}: {', '.join(p.name for p in parts)} are fused but quantized differently")
-        weight = replace(weights[0], codes=torch.cat([w.codes for w in quantized]),
-                         scale=torch.cat([w.scale for w in quantized]))
-    else:
-        floats = [w for w in weights if isinstance(w, torch.Tensor)]
-        if len(floats) != len(weights):
-            raise ModelError(f"{name}: {', '.join(p.name for p in parts)} are fused but quantized differently")
-        weight = floats[0] if len(floats) == 1 else torch.cat(floats)
+    quantized = [w for w in weights if isinstance(w, QuantizedWeight)]
+    if quantized and (len(quantized) != len(weights) or len({(w.num_bits, w.group_size) for w in quantized}) != 1):
+        raise ModelError(f"{name}: {', '.join(p.name for p in parts)} are fused but quantized differently")
+    weight = (
+        replace(quantized[0], packed=_stack([w.packed for w in quantized]), scale=_stack([w.scale for w in quantized]))
+        if quantized
+        else _stack(weights)
+    )
     fused = Linear(name, weight, bias, first.act)
     return fused if order is None else _take_rows(fused, name, order)
 
 
 def unfuse(linear: Linear, names: Sequence[str], sizes: Sequence[int],
-           order: torch.Tensor | None) -> list[tuple[str, Linear]]:
+           order: Array | None) -> list[tuple[str, Linear]]:
     """The inverse of `fuse`."""
     restored = linear if order is None else _take_rows(linear, linear.name, order.argsort())
     starts = [sum(sizes[:i]) for i in range(len(sizes))]
@@ -169,15 +165,22 @@ def unfuse(linear: Linear, names: Sequence[str], sizes: Sequence[int],
     ]
 
 
+def _stack(arrays: Sequence[Array]) -> Array:
+    """Along the first dimension; in float32 where their types differ."""
+    if len({array.dtype for array in arrays}) > 1:
+        return np.concatenate([array.astype(np.float32) for array in arrays])
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+
+
 def _rows(linear: Linear) -> int:
     weight = linear.weight
-    return int((weight.codes if isinstance(weight, QuantizedWeight) else weight).shape[0])
+    return int((weight.packed if isinstance(weight, QuantizedWeight) else weight).shape[0])
 
 
-def _take_rows(linear: Linear, name: str, rows: torch.Tensor | slice) -> Linear:
+def _take_rows(linear: Linear, name: str, rows: Array | slice) -> Linear:
     weight = linear.weight
     taken = (
-        replace(weight, codes=weight.codes[rows], scale=weight.scale[rows])
+        replace(weight, packed=weight.packed[rows], scale=weight.scale[rows])
         if isinstance(weight, QuantizedWeight)
         else weight[rows]
     )

@@ -6,17 +6,19 @@ import json
 import math
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
+from ml_dtypes import bfloat16
 from safetensors import SafetensorError, safe_open
 
-from fptq_runtime.artifact.numerics import unpack_codes
 from fptq_runtime.artifact.scheme import LayerScheme, ModuleSchemes, SchemeError
 from fptq_runtime.kernels.base import (
     ActivationQuant,
+    Array,
     AttentionSpec,
     Backend,
     Embedding,
@@ -24,22 +26,37 @@ from fptq_runtime.kernels.base import (
     Norm,
     QuantizedWeight,
 )
-from fptq_runtime.models.decoder import Block, Decoder, Head, Stem, prepare_block
+from fptq_runtime.models.decoder import Block, Decoder, Head, Stem, prepare_block, prepare_head, prepare_stem
 from fptq_runtime.models.families import fuse, parse_config
 from fptq_runtime.models.layers import alibi_slopes, rope_tables
 
 MAX_JSON_BYTES = 64 << 20
-FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(bfloat16),
+          "I64": np.dtype(np.int64), "I32": np.dtype(np.int32)}  # by their names in a safetensors header
+FLOATS = ("F32", "F16", "BF16")
 
 
 class CheckpointError(ValueError):
     """A checkpoint that is missing, damaged or inconsistent. One line, for the user."""
 
 
-class Checkpoint:
-    """A model directory: config.json and safetensors, float or compressed-tensors (pack-quantized)."""
+@dataclass(frozen=True)
+class _Stored:
+    """Where a tensor lies: dtype as the header names it, offset in bytes from the file's start."""
 
-    def __init__(self, path: Path | str) -> None:
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+
+class Checkpoint:
+    """A model directory: config.json and safetensors, float or compressed-tensors (pack-quantized).
+
+    max_positions: what rope tables are cut to; the model's own limit unless given.
+    """
+
+    def __init__(self, path: Path | str, max_positions: int | None = None) -> None:
         self.path = Path(path)
         if not self.path.is_dir():
             raise CheckpointError(f"{self.path} is not a directory")
@@ -47,14 +64,15 @@ class Checkpoint:
         self.spec, self.model_config = parse_config(self.config)
         quantization = self.config.get("quantization_config")
         self.schemes = None if quantization is None else _schemes(quantization)
-        self._files = self._open()
+        limit = self.model_config.max_position_embeddings
+        self._max_positions = limit if max_positions is None else min(max_positions, limit)
+        self._tensors = self._open()
 
     @property
     def quantized(self) -> bool:
         return self.schemes is not None
 
-    def _open(self) -> dict[str, Any]:
-        """Which open file holds each tensor."""
+    def _open(self) -> dict[str, _Stored]:
         index = self.path / "model.safetensors.index.json"
         single = self.path / "model.safetensors"
         if index.is_file():
@@ -72,14 +90,13 @@ class Checkpoint:
                 raise CheckpointError(f"{self.path} has only pickled weights ({pickled[0]}), which can run code when "
                                       "loaded; convert the model to safetensors first")
             raise CheckpointError(f"{self.path} has no model.safetensors")
-        files: dict[str, Any] = {}
+        tensors: dict[str, _Stored] = {}
         for shard in sorted(shards):
             try:
-                handle: Any = safe_open(self.path / shard, framework="pt")
-                files.update(dict.fromkeys(handle.keys(), handle))
+                tensors |= _read_header(self.path / shard)
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(f"{self.path / shard} is not a readable safetensors file: {error}") from None
-        return files
+        return tensors
 
     def has(self, name: str) -> bool:
         return self._find(name) is not None
@@ -87,22 +104,23 @@ class Checkpoint:
     def _find(self, name: str) -> str | None:
         """The stored name: some checkpoints leave out the family's prefix."""
         bare = name.removeprefix(self.spec.bare_prefix)
-        return next((candidate for candidate in (name, bare) if candidate in self._files), None)
+        return next((candidate for candidate in (name, bare) if candidate in self._tensors), None)
 
-    def tensor(self, name: str, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...] = FLOAT_DTYPES) -> torch.Tensor:
-        """A tensor, memory-mapped where its file allows. Raises CheckpointError unless shape and dtype are right."""
+    def tensor(self, name: str, shape: tuple[int, ...], dtypes: tuple[str, ...] = FLOATS) -> Array:
+        """A tensor with a memory mapping of its own, so that a process holds what it touches of those it keeps and
+        nothing of those it dropped. Raises CheckpointError unless shape and dtype are right."""
         found = self._find(name)
         if found is None:
             raise CheckpointError(f"{self.path} has no tensor {name!r}")
-        try:
-            tensor: torch.Tensor = self._files[found].get_tensor(found)
-        except (SafetensorError, OSError) as error:
+        stored = self._tensors[found]
+        if stored.shape != shape:
+            raise CheckpointError(f"{name} has shape {list(stored.shape)}, but config.json asks for {list(shape)}")
+        if stored.dtype not in dtypes:
+            raise CheckpointError(f"{name} is {_dtype(stored.dtype)}, not {' or '.join(map(_dtype, dtypes))}")
+        try:  # mode "c": private, since torch wants arrays that could be written
+            return np.memmap(stored.file, DTYPES[stored.dtype], "c", stored.offset, shape).view(np.ndarray)
+        except (OSError, ValueError) as error:
             raise CheckpointError(f"{name} cannot be read: {error}") from None
-        if tensor.shape != shape:
-            raise CheckpointError(f"{name} has shape {list(tensor.shape)}, but config.json asks for {list(shape)}")
-        if tensor.dtype not in dtypes:
-            raise CheckpointError(f"{name} is {_dtype(tensor.dtype)}, not {' or '.join(map(_dtype, dtypes))}")
-        return tensor
 
     def linear(self, name: str, n: int, k: int) -> Linear:
         """The linear layer `name`, [n, k], in float or quantized as the config says."""
@@ -119,14 +137,14 @@ class Checkpoint:
             raise CheckpointError(f"{name}: {k} input features are not a multiple of the group size {group}")
         if self.has(f"{name}.weight_g_idx"):
             raise CheckpointError(f"{name} has weight_g_idx: act-order without static groups is not supported")
-        shape = self.tensor(f"{name}.weight_shape", (2,), (torch.int64, torch.int32))
+        shape = self.tensor(f"{name}.weight_shape", (2,), ("I64", "I32"))
         if shape.tolist() != [n, k]:
             raise CheckpointError(f"{name}.weight_shape is {shape.tolist()}, but config.json asks for {[n, k]}")
-        packed = self.tensor(f"{name}.weight_packed", (n, math.ceil(k * bits / 32)), (torch.int32,))
+        packed = self.tensor(f"{name}.weight_packed", (n, math.ceil(k * bits / 32)), ("I32",))
         scale = self.tensor(f"{name}.weight_scale", (n, k // group))
-        if not bool(torch.isfinite(scale).all()):
+        if not np.isfinite(scale).all():
             raise CheckpointError(f"{name}.weight_scale holds values that are not finite")
-        return QuantizedWeight(unpack_codes(packed, bits, k), scale, 4 if bits == 4 else 8, group)
+        return QuantizedWeight(packed, scale, 4 if bits == 4 else 8, group)
 
     def _activation(self, name: str, scheme: LayerScheme) -> ActivationQuant:
         if scheme.input_activations is None:
@@ -134,7 +152,7 @@ class Checkpoint:
                                   "this runtime needs 8-bit activations")
         if scheme.input_activations.dynamic:
             return ActivationQuant()
-        scale = float(self.tensor(f"{name}.input_scale", (1,)))
+        scale = float(self.tensor(f"{name}.input_scale", (1,))[0])
         if not (math.isfinite(scale) and scale > 0):
             raise CheckpointError(f"{name}.input_scale must be finite and positive, not {scale}")
         return ActivationQuant(scale)
@@ -145,12 +163,12 @@ class Checkpoint:
         return Norm(config.norm, self.tensor(f"{name}.weight", (size,)), bias, config.norm_eps)
 
     @cached_property
-    def rope(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+    def rope(self) -> tuple[Array, Array] | None:
         """Shared by all layers."""
         config = self.model_config
         if config.rope is None:
             return None
-        return rope_tables(config.rope, config.head_dim, config.max_position_embeddings)
+        return rope_tables(config.rope, config.head_dim, self._max_positions)
 
 
 def load_stem(checkpoint: Checkpoint) -> Stem:
@@ -165,7 +183,7 @@ def load_block(checkpoint: Checkpoint, index: int) -> Block:
     spec, config = checkpoint.spec, checkpoint.model_config
     hidden, heads = config.hidden_size, config.num_heads * config.head_dim
 
-    def stacked(name: str, modules: tuple[str, ...], sizes: tuple[int, ...], order: torch.Tensor | None) -> Linear:
+    def stacked(name: str, modules: tuple[str, ...], sizes: tuple[int, ...], order: Array | None) -> Linear:
         parts = [checkpoint.linear(spec.layer(index, m), n, hidden) for m, n in zip(modules, sizes, strict=True)]
         return fuse(name, parts, order)
 
@@ -217,9 +235,9 @@ def load_model(checkpoint: Checkpoint, backend: Backend) -> Decoder:
     ]
     return Decoder(
         checkpoint.model_config,
-        Stem(backend.prepare(stem.embedding), None if stem.norm is None else backend.prepare(stem.norm)),
+        prepare_stem(stem, backend),
         blocks,
-        Head(backend.prepare(head.norm), backend.prepare(head.lm_head), head.lm_head.act),
+        prepare_head(head, backend),
     )
 
 
@@ -258,5 +276,18 @@ def _renamed(linear: Linear, name: str) -> Linear:
     return Linear(name, linear.weight, linear.bias, linear.act)
 
 
-def _dtype(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def _read_header(file: Path) -> dict[str, _Stored]:
+    """Every tensor of a safetensors file, once the library found its header sound: sizes and offsets within the file
+    that agree. Raises SafetensorError or OSError."""
+    with safe_open(file, framework="numpy"):
+        pass
+    with file.open("rb") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(size))
+    header.pop("__metadata__", None)
+    return {name: _Stored(file, entry["dtype"], tuple(entry["shape"]), 8 + size + entry["data_offsets"][0])
+            for name, entry in header.items()}
+
+
+def _dtype(name: str) -> str:
+    return DTYPES[name].name if name in DTYPES else name

@@ -5,28 +5,28 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
+import numpy as np
 
-from fptq_runtime.artifact.numerics import pack_codes
 from fptq_runtime.artifact.scheme import INT8_DYNAMIC, INT8_STATIC, LayerScheme, QuantizationArgs
-from fptq_runtime.kernels.base import Embedding, Linear, Norm, QuantizedWeight
+from fptq_runtime.kernels.base import Array, Embedding, Linear, Norm, QuantizedWeight
+from fptq_runtime.kernels.reference import to_numpy
 
 
-def module_tensors(name: str, module: Linear | Norm | Embedding) -> dict[str, torch.Tensor]:
-    """A module's tensors under their names in the file."""
+def module_tensors(name: str, module: Linear | Norm | Embedding) -> dict[str, Array]:
+    """A module's tensors under their names in the file, in numpy."""
     weight = module.weight
-    if isinstance(weight, torch.Tensor):
-        tensors = {f"{name}.weight": weight}
-    else:
+    if isinstance(weight, QuantizedWeight):
         tensors = {
-            f"{name}.weight_packed": pack_codes(weight.codes, weight.num_bits),
-            f"{name}.weight_scale": weight.scale,
-            f"{name}.weight_shape": torch.tensor(weight.codes.shape, dtype=torch.int64),
+            f"{name}.weight_packed": to_numpy(weight.packed),
+            f"{name}.weight_scale": to_numpy(weight.scale),
+            f"{name}.weight_shape": np.array([weight.packed.shape[0], weight.k], dtype=np.int64),
         }
         if isinstance(module, Linear) and module.act is not None and module.act.scale is not None:
-            tensors[f"{name}.input_scale"] = torch.tensor([module.act.scale])
+            tensors[f"{name}.input_scale"] = np.array([module.act.scale], dtype=np.float32)
+    else:
+        tensors = {f"{name}.weight": to_numpy(weight)}
     if not isinstance(module, Embedding) and module.bias is not None:
-        tensors[f"{name}.bias"] = module.bias
+        tensors[f"{name}.bias"] = to_numpy(module.bias)
     return tensors
 
 
@@ -35,7 +35,7 @@ def linear_scheme(linear: Linear) -> LayerScheme | None:
     weight = linear.weight
     if not isinstance(weight, QuantizedWeight):
         return None
-    per_channel = weight.group_size == weight.codes.shape[1]
+    per_channel = weight.group_size == weight.k
     weights = (
         QuantizationArgs(num_bits=weight.num_bits, strategy="channel")
         if per_channel

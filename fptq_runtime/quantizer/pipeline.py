@@ -16,12 +16,11 @@ from tqdm import tqdm
 
 from fptq_runtime import __version__
 from fptq_runtime.artifact.io import ArtifactWriter, LayerRecord, Manifest, Provenance, Quality, TextRecord, hash_file
-from fptq_runtime.artifact.numerics import dequantize
 from fptq_runtime.artifact.scheme import LayerScheme
 from fptq_runtime.config import ModelConfig
 from fptq_runtime.kernels.base import Embedding, Linear, Norm, QuantizedWeight
-from fptq_runtime.kernels.reference import ReferenceBackend
-from fptq_runtime.models.decoder import Block, Decoder, Head, Stem, prepare_block
+from fptq_runtime.kernels.reference import ReferenceBackend, dequantized, to_torch
+from fptq_runtime.models.decoder import Block, Decoder, Head, prepare_block, prepare_head, prepare_stem
 from fptq_runtime.models.golden import compute_golden
 from fptq_runtime.models.loader import Checkpoint, load_block, load_head, load_stem
 from fptq_runtime.models.tokenizer import Tokenizer
@@ -39,7 +38,7 @@ from fptq_runtime.quantizer.calibrate import (
 from fptq_runtime.quantizer.evaluate import MAX_WINDOW, text_windows
 from fptq_runtime.quantizer.export import linear_scheme, module_tensors, quantization_config
 from fptq_runtime.quantizer.recipe import Recipe, RecipeError, load_recipe
-from fptq_runtime.quantizer.source import resolve_model
+from fptq_runtime.quantizer.source import load_tokenizer, resolve_model
 from fptq_runtime.quantizer.steps.base import BlockWork, HeadWork, QuantizationError, Target, matches
 
 GOLDEN_TOKENS = 32
@@ -77,7 +76,7 @@ def quantize(
     if checkpoint.quantized:
         raise QuantizationError(f"{source.name} is quantized already; quantize the float model it was made from")
     config = checkpoint.model_config
-    tokenizer = Tokenizer(source.path)
+    tokenizer = load_tokenizer(source.path)
     length = min(sample_length, config.max_position_embeddings)
     measured_on = packaged_text("heldout") if text is None else read_text(text)
     measured = text_windows(measured_on, tokenizer, config.max_position_embeddings, text_tokens)
@@ -93,6 +92,8 @@ def quantize(
         for pattern in COPIED:
             for file in sorted(source.path.glob(pattern)):
                 writer.copy_file(file)
+        if tokenizer.serialized != Tokenizer(writer.directory).serialized:
+            writer.add_file("tokenizer.json", tokenizer.serialized)
         provenance = Provenance(
             source=source.name,
             revision=source.revision,
@@ -186,8 +187,7 @@ class _Run:
         _refuse_not_finite(self._checkpoint.spec.stem_modules(stem))
         for name, module in self._checkpoint.spec.stem_modules(stem):
             self._writer.add_tensors(module_tensors(name, module))
-        backend = ReferenceBackend()
-        prepared = Stem(stem.embedding, None if stem.norm is None else backend.prepare(stem.norm))
+        prepared = prepare_stem(stem, ReferenceBackend())
         for states in (self._calibrated, self._float, self._quantized):
             states.run_stem(prepared)
 
@@ -223,7 +223,7 @@ class _Run:
         spec, backend = self._checkpoint.spec, ReferenceBackend()
         loaded = load_head(self._checkpoint)
         _refuse_not_finite(spec.head_modules(loaded))
-        head = Head(backend.prepare(loaded.norm), backend.prepare(loaded.lm_head))
+        head = prepare_head(loaded, backend)
         loss, self._scored = self._float.negative_log_likelihood(head)
         target = Target("head", head.lm_head, (spec.lm_head,), observe_head(self._calibrated, head), head.norm)
         with torch.inference_mode():
@@ -254,8 +254,8 @@ class _Run:
 def _refuse_not_finite(modules: Sequence[tuple[str, Linear | Norm | Embedding]]) -> None:
     for name, module in modules:
         bias = None if isinstance(module, Embedding) else module.bias
-        for suffix, tensor in (("weight", module.weight), ("bias", bias)):
-            if isinstance(tensor, torch.Tensor) and not bool(torch.isfinite(tensor).all()):
+        for suffix, array in (("weight", module.weight), ("bias", bias)):
+            if array is not None and not bool(torch.isfinite(to_torch(array)).all()):
                 raise QuantizationError(f"{name}.{suffix} holds NaN or infinity; the checkpoint is damaged")
 
 
@@ -263,7 +263,7 @@ def _fake_quantized(linear: Linear) -> Linear:
     weight = linear.weight
     if not isinstance(weight, QuantizedWeight):
         return linear
-    return replace(linear, weight=dequantize(weight.codes, weight.scale))
+    return replace(linear, weight=dequantized(weight))
 
 
 def _fake_quantized_block(block: Block) -> Block:
@@ -280,7 +280,7 @@ def _record(target: Target) -> LayerRecord:
     activations: Literal["static", "dynamic", "float"] = (
         "float" if linear.act is None else "dynamic" if linear.act.scale is None else "static"
     )
-    per_channel = not isinstance(weight, QuantizedWeight) or weight.group_size == weight.codes.shape[1]
+    per_channel = not isinstance(weight, QuantizedWeight) or weight.group_size == weight.k
     return LayerRecord(
         name=linear.name,
         kind=target.kind,
@@ -315,8 +315,8 @@ def _golden(directory: Path, prompt: Sequence[int]) -> dict[str, object]:
     stem, head = load_stem(checkpoint), load_head(checkpoint)
     decoder = Decoder(
         checkpoint.model_config,
-        Stem(stem.embedding, None if stem.norm is None else backend.prepare(stem.norm)),
+        prepare_stem(stem, backend),
         _StreamedBlocks(checkpoint),
-        Head(backend.prepare(head.norm), backend.prepare(head.lm_head), head.lm_head.act),
+        prepare_head(head, backend),
     )
     return compute_golden(decoder, backend, prompt)

@@ -10,8 +10,10 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from fptq_runtime.models.loader import CheckpointError
+from fptq_runtime.models.tokenizer import Tokenizer
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+SAMPLE = "Once upon a time, 3 \u00e9migr\u00e9s\u2019 \u6f22\u5b57 \U0001f600:\n\n\tif (x != 42) { return; }  <s>[INST] "
 DOWNLOADED = ("*.safetensors", "*.json", "tokenizer.model", "merges.txt", "*.jinja", "LICENSE*", "NOTICE*")
 
 
@@ -22,6 +24,25 @@ class Source:
     path: Path
     name: str
     revision: str | None = None
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """The source's tokenizer as transformers makes it, which for some classes is another than tokenizer.json says.
+    Raises CheckpointError."""
+    ours = Tokenizer(path)
+    from transformers import AutoTokenizer
+
+    try:
+        theirs = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        serialized = theirs.backend_tokenizer.to_str()
+    except Exception as error:  # whatever a malformed file leads to
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"the tokenizer of {path} cannot be loaded: {reason}") from None
+    if serialized != ours.serialized:
+        ours = Tokenizer(path, serialized)
+    if ours.encode(SAMPLE) != theirs.encode(SAMPLE):
+        raise CheckpointError(f"the tokenizer of {path} works in transformers only: its tokenizer.json gives other ids")
+    return ours
 
 
 def resolve_model(model: str) -> Source:

@@ -9,16 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 import fptq_runtime
-from fptq_runtime.artifact.numerics import quantize_weight
+from fptq_runtime.artifact.numerics import pack_codes, quantize_weight
 from fptq_runtime.config import EngineConfig, KVCacheDtype
 from fptq_runtime.engine.engine import Engine
 from fptq_runtime.engine.kv_cache import token_bytes
 from fptq_runtime.engine.output import RequestOutput
 from fptq_runtime.engine.request import SamplingParams
 from fptq_runtime.kernels.base import ActivationQuant, Backend, Linear, QuantizedWeight
+from fptq_runtime.kernels.reference import to_numpy, to_torch
 from fptq_runtime.models.decoder import Block, Decoder, Head, Stem, prepare_block
 from fptq_runtime.models.loader import Checkpoint, load_block, load_head, load_stem
 from fptq_runtime.models.tokenizer import Tokenizer
@@ -30,9 +30,9 @@ MAX_LEN = 192
 
 
 def quantized(linear: Linear, act: ActivationQuant, num_bits: int = 4) -> Linear:
-    assert isinstance(linear.weight, torch.Tensor)
-    codes, scale = quantize_weight(linear.weight.float(), num_bits, 128)
-    return replace(linear, weight=QuantizedWeight(codes, scale, 4 if num_bits == 4 else 8, 128), act=act)
+    codes, scale = quantize_weight(to_torch(linear.weight), num_bits, 128)
+    packed = to_numpy(pack_codes(codes, num_bits))
+    return replace(linear, weight=QuantizedWeight(packed, to_numpy(scale), 4 if num_bits == 4 else 8, 128), act=act)
 
 
 def w4a8_decoder(backend: Backend) -> Decoder:

@@ -9,10 +9,11 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from fptq_runtime.artifact.numerics import quantize_weight
+from fptq_runtime.artifact.numerics import pack_codes, quantize_weight
 from fptq_runtime.config import KVCacheDtype, ModelConfig, RopeConfig
 from fptq_runtime.kernels.base import (
     ActivationQuant,
+    Array,
     AttentionSpec,
     Backend,
     Embedding,
@@ -22,6 +23,7 @@ from fptq_runtime.kernels.base import (
     StepInput,
     StepLimits,
 )
+from fptq_runtime.kernels.reference import to_numpy, to_torch
 from fptq_runtime.models.decoder import Block, Decoder, Head, Stem, prepare_block
 from fptq_runtime.models.layers import alibi_slopes, rope_tables
 
@@ -64,17 +66,19 @@ def make_decoder(options: Options, backend: Backend, seed: int = 0) -> Decoder:
     """The same parameters for every backend."""
     generator = torch.Generator().manual_seed(seed)
 
-    def random(*shape: int, scale: float = 1.0) -> torch.Tensor:
-        return (torch.randn(shape, generator=generator) * scale).to(options.dtype)
+    def random(*shape: int, scale: float = 1.0) -> Array:
+        return to_numpy((torch.randn(shape, generator=generator) * scale).to(options.dtype))
 
     def linear(name: str, n: int, k: int) -> Linear:
-        weight: torch.Tensor | QuantizedWeight = random(n, k, scale=k**-0.5)
+        weight = random(n, k, scale=k**-0.5)
         bias = random(n, scale=0.1) if options.bias else None
         if options.act == "float":
             return Linear(name, weight, bias)
-        codes, scale = quantize_weight(weight, options.bits, options.group_size)
+        codes, scale = quantize_weight(to_torch(weight), options.bits, options.group_size)
         act = ActivationQuant(0.03 if options.act == "static" else None)
-        return Linear(name, QuantizedWeight(codes, scale, options.bits, options.group_size or k), bias, act)
+        packed = to_numpy(pack_codes(codes, options.bits))
+        quantized = QuantizedWeight(packed, to_numpy(scale), options.bits, options.group_size or k)
+        return Linear(name, quantized, bias, act)
 
     def norm(width: int) -> Norm:
         bias = random(width, scale=0.1) if options.norm == "layer" else None

@@ -41,7 +41,7 @@ def attend(qkv: torch.Tensor, spec: AttentionSpec, kv_dtype: KVCacheDtype) -> to
             g = h // (heads // kv_heads)
             scores = k[first : t + 1, g] @ q[t, h].double() * spec.softmax_scale
             if spec.alibi_slopes is not None:
-                scores += spec.alibi_slopes[h].double() * torch.arange(first, t + 1)
+                scores += float(spec.alibi_slopes[h]) * torch.arange(first, t + 1)
             out[t, h] = torch.softmax(scores, 0) @ v[first : t + 1, g]
     return out.reshape(len(qkv), heads * dim)
 
@@ -59,7 +59,7 @@ def test_attention(isa: str, data: st.DataObject) -> None:
     kv_dtype = draw(st.sampled_from(["float32", "bf16", "int8"]))
     block_size = draw(st.sampled_from([16, 32, 64, 128]))
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
-    slopes = torch.from_numpy(rng.random(heads).astype(np.float32) / 10) if draw(st.booleans()) else None
+    slopes = rng.random(heads).astype(np.float32) / 10 if draw(st.booleans()) else None
     spec = AttentionSpec(0, heads, kv_heads, dim, dim**-0.5, window, None, slopes)
 
     # Token t's embedding is its q | k | v row; the rows after `length` are NaN.
@@ -69,7 +69,7 @@ def test_attention(isa: str, data: st.DataObject) -> None:
                         num_blocks=-(-length // block_size), block_size=block_size, kv_dtype=kv_dtype, num_layers=1,
                         num_kv_heads=kv_heads, head_dim=dim)
     backend = CpuBackend(draw(st.sampled_from([1, 2])), isa)
-    embedding, attention = backend.prepare(Embedding(table)), backend.prepare(spec)
+    embedding, attention = backend.prepare(Embedding(table.numpy())), backend.prepare(spec)
 
     def forward(ops: Any) -> Any:
         q = ops.rope_and_cache(ops.embed(embedding), attention)

@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models
-from transformers import PreTrainedTokenizerFast
 
 import fptq_runtime
 from fptq_runtime.models.tokenizer import Tokenizer, TokenStream
@@ -20,17 +19,17 @@ texts = st.text(st.sampled_from("aB é—„ß漢😀\n1 .") | st.characters(cod
 
 
 @pytest.fixture(scope="session")
-def sentencepiece() -> PreTrainedTokenizerFast:
+def sentencepiece() -> Backend:
     """Llama 2's decoder over a small vocabulary: ▁ for a space, a leading one dropped, bytes as <0xE4>."""
     words = ["<s>", "▁", "▁a", "▁the", "b", "c", *(f"<0x{byte:02X}>" for byte in range(256))]
     backend = Backend(models.BPE(vocab={word: i for i, word in enumerate(words)}, merges=[], byte_fallback=True))
     backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
                                          decoders.Strip(" ", 1, 0)])
     backend.add_special_tokens(["<s>"])
-    return PreTrainedTokenizerFast(tokenizer_object=backend)
+    return backend
 
 
-def streamed(tokenizer: PreTrainedTokenizerFast, prompt: list[int], ids: list[int]) -> str:
+def streamed(tokenizer: Backend, prompt: list[int], ids: list[int]) -> str:
     stream = TokenStream(tokenizer, True, prompt[-8:])
     return "".join(stream.step(token_id) or "" for token_id in ids)
 
@@ -49,7 +48,7 @@ def test_text_arrives_whole(prompt: str, text: str) -> None:
 
 @settings(deadline=None)
 @given(prompt=texts, text=texts)
-def test_spaces_and_bytes_of_sentencepiece(sentencepiece: PreTrainedTokenizerFast, prompt: str, text: str) -> None:
+def test_spaces_and_bytes_of_sentencepiece(sentencepiece: Backend, prompt: str, text: str) -> None:
     def encoded(value: str) -> list[int]:
         return [6 + byte for byte in value.encode()]
 
@@ -60,7 +59,7 @@ def test_spaces_and_bytes_of_sentencepiece(sentencepiece: PreTrainedTokenizerFas
 
 @settings(deadline=None)
 @given(ids=st.lists(st.integers(0, 261), max_size=40), prompt=st.lists(st.integers(0, 261), max_size=10))
-def test_bytes_that_make_no_character_are_no_error(sentencepiece: PreTrainedTokenizerFast, ids: list[int],
+def test_bytes_that_make_no_character_are_no_error(sentencepiece: Backend, ids: list[int],
                                                    prompt: list[int]) -> None:
     """And what follows them comes out."""
     assert streamed(sentencepiece, prompt, [*ids, 5, 5]).endswith("cc")
@@ -71,7 +70,7 @@ def test_a_lone_surrogate_is_refused() -> None:
         DEMO.encode("a\udcff")
 
 
-def test_nothing_is_held_back_for_long(sentencepiece: PreTrainedTokenizerFast) -> None:
+def test_nothing_is_held_back_for_long(sentencepiece: Backend) -> None:
     stream = TokenStream(sentencepiece, True, [])
     out = [stream.step(6 + 0xE4) for _ in range(12)]
     assert sum(text is not None for text in out) == 3

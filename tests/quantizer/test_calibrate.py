@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fptq_runtime.kernels.reference import ReferenceBackend
-from fptq_runtime.models.decoder import Head, prepare_block
+from fptq_runtime.models.decoder import prepare_block, prepare_head, prepare_stem
 from fptq_runtime.models.loader import Checkpoint, load_block, load_head, load_stem
 from fptq_runtime.models.tokenizer import Tokenizer
 from fptq_runtime.quantizer import calibrate
@@ -52,7 +52,7 @@ def test_observed_inputs_are_what_transformers_feeds_its_linears(
     with torch.no_grad():
         expected_loss = float(model(torch.tensor(windows), labels=torch.tensor(windows)).loss)
 
-    states.run_stem(load_stem(checkpoint))
+    states.run_stem(prepare_stem(load_stem(checkpoint), ReferenceBackend()))
     names = {"qkv": "self_attn.q_proj", "o": "self_attn.o_proj", "up": "mlp.gate_proj", "down": "mlp.down_proj"}
     for index in range(checkpoint.model_config.num_layers):
         block = prepare_block(load_block(checkpoint, index), ReferenceBackend())
@@ -64,7 +64,7 @@ def test_observed_inputs_are_what_transformers_feeds_its_linears(
             assert stats.rows == 60
         states.run_block(block)
     head, backend = load_head(checkpoint), ReferenceBackend()
-    loss, count = states.negative_log_likelihood(Head(backend.prepare(head.norm), backend.prepare(head.lm_head)))
+    loss, count = states.negative_log_likelihood(prepare_head(head, backend))
     assert count == 3 * 19
     assert loss / count == pytest.approx(expected_loss, rel=1e-5)
 
@@ -72,7 +72,7 @@ def test_observed_inputs_are_what_transformers_feeds_its_linears(
 def test_damaged_activations_are_refused(llama: tuple[Path, torch.nn.Module]) -> None:
     checkpoint = Checkpoint(llama[0])
     states = HiddenStates(checkpoint.model_config, [[1, 2, 3]])
-    states.run_stem(load_stem(checkpoint))
+    states.run_stem(prepare_stem(load_stem(checkpoint), ReferenceBackend()))
     block = prepare_block(load_block(checkpoint, 0), ReferenceBackend())
     block.up.weight = block.up.weight * float("nan")
     with pytest.raises(CalibrationError, match=r"layers\.0\.down is not finite"):

@@ -10,7 +10,7 @@ import torch
 
 from fptq_runtime.kernels.base import Linear, Norm
 from fptq_runtime.kernels.reference import ReferenceBackend
-from fptq_runtime.models.decoder import prepare_block
+from fptq_runtime.models.decoder import prepare_block, prepare_stem
 from fptq_runtime.models.loader import Checkpoint, load_block, load_stem
 from fptq_runtime.quantizer.calibrate import BLOCK_KINDS, HiddenStates, Kind, observe_block
 from fptq_runtime.quantizer.folds import can_fold, fold, foldable_scale
@@ -24,7 +24,7 @@ def work_on(family: str, path: Path) -> tuple[HiddenStates, BlockWork]:
     checkpoint = Checkpoint(path)
     windows = torch.randint(3, 260, (2, 30), generator=torch.Generator().manual_seed(0)).tolist()
     states = HiddenStates(checkpoint.model_config, windows)
-    states.run_stem(load_stem(checkpoint))
+    states.run_stem(prepare_stem(load_stem(checkpoint), ReferenceBackend()))
     block = prepare_block(load_block(checkpoint, 0), ReferenceBackend())
     stats = observe_block(states, block)
     linears: dict[Kind, Linear] = {"qkv": block.qkv, "o": block.o, "up": block.up, "down": block.down}

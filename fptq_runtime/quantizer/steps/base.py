@@ -9,10 +9,10 @@ from fnmatch import fnmatchcase
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from fptq_runtime.artifact.numerics import absmax_scale, dequantize
+from fptq_runtime.artifact.numerics import absmax_scale
 from fptq_runtime.config import ModelConfig
 from fptq_runtime.kernels.base import ActivationQuant, Linear, Norm, QuantizedWeight
-from fptq_runtime.kernels.reference import quantize_activations
+from fptq_runtime.kernels.reference import dequantized, quantize_activations
 from fptq_runtime.models.decoder import Block, Head
 from fptq_runtime.quantizer.calibrate import InputStats, Kind
 
@@ -45,7 +45,8 @@ class Target:
         """The float weight [N, K]; a step that needs it runs before the weights are quantized."""
         if isinstance(self.linear.weight, QuantizedWeight):
             raise QuantizationError(f"{self.linear.name} is quantized already; transforms go before `weights`")
-        return self.linear.weight
+        weight: torch.Tensor = self.linear.weight
+        return weight
 
     def set_act(self, act: ActivationQuant, reason: str) -> None:
         """How this linear's input is quantized, and why."""
@@ -55,7 +56,7 @@ class Target:
 
     def set_weight(self, quantized: QuantizedWeight) -> None:
         """Replace the float weight and measure the whole error against it."""
-        read = dequantize(quantized.codes, quantized.scale)
+        read = dequantized(quantized)
         self.error = relative_error(self._output(self.linear.act, read), self._output(None, self.weight))
         self.linear.weight = quantized
 

@@ -6,7 +6,7 @@ from typing import Literal
 
 import torch
 
-from fptq_runtime.artifact.numerics import dequantize, quantize_weight
+from fptq_runtime.artifact.numerics import dequantize, pack_codes, quantize_weight
 from fptq_runtime.kernels.base import QuantizedWeight
 from fptq_runtime.quantizer.steps.base import BlockWork, HeadWork, QuantizationError, Step, Target
 
@@ -49,7 +49,7 @@ class Weights(Step):
             clip = search_clip(weight, target.stats.mean_square, num_bits, group)
         codes, scale = quantize_weight(weight, num_bits, group, clip, torch.bfloat16)
         _refuse_degenerate(target.linear.name, codes, scale, num_bits)
-        target.set_weight(QuantizedWeight(codes, scale, num_bits, group or k))
+        target.set_weight(QuantizedWeight(pack_codes(codes, num_bits), scale, num_bits, group or k))
 
 
 def search_clip(weight: torch.Tensor, importance: torch.Tensor, num_bits: int, group_size: int | None) -> torch.Tensor:

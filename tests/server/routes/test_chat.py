@@ -119,7 +119,7 @@ def test_harmless_fields(served: Served) -> None:
 
 def test_no_chat_template(run_server: Callable[..., Any], tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
                           ) -> None:
-    monkeypatch.setattr(tokenizer._tokenizer, "chat_template", None)
+    monkeypatch.setattr(tokenizer, "_chat_template", None)
     with pytest.raises(ChatTemplateError):
         tokenizer.apply_chat_template(MESSAGES)
     with run_server() as served:

@@ -1,0 +1,214 @@
+"""Tokenizer files as transformers reads them. Oracle: AutoTokenizer on the same directory."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from fptq_runtime.models.tokenizer import ChatTemplateError, Tokenizer
+from fptq_runtime.quantizer.source import load_tokenizer
+
+DEMO = Path(__file__).parents[2] / "fptq_runtime" / "demo"
+SHARED = Path(__file__).parents[3] / "shared" / "models"
+IGNORED = shutil.ignore_patterns("*.safetensors")
+
+LLAMA3_TEMPLATE = """{{- bos_token }}
+{%- if custom_tools is defined %}{% set tools = custom_tools %}{% endif %}
+{%- if not tools is defined %}{% set tools = none %}{% endif %}
+{#- The system message comes first. #}
+{%- if messages[0]['role'] == 'system' %}
+    {%- set system_message = messages[0]['content']|trim %}
+    {%- set messages = messages[1:] %}
+{%- else %}
+    {%- set system_message = "" %}
+{%- endif %}
+{{- "<|start_header_id|>system<|end_header_id|>\\n\\n" }}
+{{- "Today: " + (date_string if date_string is defined else strftime_now("%d %b %Y")) + "\\n" }}
+{{- system_message }}<|eot_id|>
+{%- for message in messages %}
+    {%- if message.role == "tool" %}{% continue %}{% endif %}
+    {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}
+    {%- if message.role == "assistant" %}{% generation %}{{ message['content'] | trim }}{% endgeneration %}
+    {%- else %}{{ message['content'] | trim }}{% endif %}{{ '<|eot_id|>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}
+{%- endif %}
+"""
+QWEN_TEMPLATE = """{%- if tools %}
+    {{- '<|im_start|>system\\n# Tools' }}{% for tool in tools %}{{ "\\n" }}{{ tool | tojson }}{% endfor %}<|im_end|>
+{%- elif messages[0].role != 'system' %}
+    {{- '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}
+{%- endif %}
+{%- set ns = namespace(last=messages|length - 1) %}
+{% for message in messages %}
+    {%- if message.role not in ('system', 'user', 'assistant', 'tool') %}{{ raise_exception('no such role') }}{% endif %}
+    {{- '<|im_start|>' + message.role + ('\\n[' + message.name + ']' if message.name is defined else '') }}
+    {{- '\\n' + message.content + '<|im_end|>' + '\\n' }}{% if loop.index0 == ns.last %}{% break %}{% endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}
+"""
+
+
+def byte_level() -> Backend:
+    """Byte-level BPE with the demo's vocabulary, without a post-processor and special tokens."""
+    backend = Backend.from_file(str(DEMO / "tokenizer.json"))
+    plain = json.loads(backend.to_str())
+    plain["post_processor"], plain["added_tokens"] = None, []
+    return Backend.from_str(json.dumps(plain))
+
+
+def bytes_vocab(words: list[str]) -> list[str]:
+    return ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *words]
+
+
+def sentencepiece_bpe() -> Backend:
+    """Llama 2's pipeline as its tokenizer.json has it: spaces by normalizers, bytes by fallback."""
+    words = ["▁", "t", "h", "e", "▁t", "he", "▁the", "a", "▁a"]
+    vocab = {word: i for i, word in enumerate(bytes_vocab(words))}
+    merges = [("▁", "t"), ("h", "e"), ("▁t", "he"), ("▁", "a")]
+    backend = Backend(models.BPE(vocab=vocab, merges=merges, byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
+                                         decoders.Strip(" ", 1, 0)])
+    backend.add_special_tokens(["<unk>", "<s>", "</s>"])
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return backend
+
+
+def unigram() -> Backend:
+    words = ["▁", "▁the", "t", "h", "e", "a", "▁a", "n"]
+    vocab = [(word, -float(i)) for i, word in enumerate(bytes_vocab(words))]
+    backend = Backend(models.Unigram(vocab, unk_id=0, byte_fallback=True))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    backend.decoder = decoders.Sequence([decoders.Metaspace(), decoders.ByteFallback(), decoders.Fuse()])
+    return backend
+
+
+# A tokenizer.json and what lies beside it.
+CASES: dict[str, tuple[Callable[[], Backend], dict[str, Any]]] = {
+    "llama 3": (byte_level, {
+        "bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>", "chat_template": LLAMA3_TEMPLATE,
+        "added_tokens_decoder": {
+            str(4096 + i): {"content": token, "special": True, "normalized": False, "lstrip": False, "rstrip": False,
+                            "single_word": False}
+            for i, token in enumerate(["<|begin_of_text|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>"])
+        }}),
+    "qwen": (byte_level, {
+        "add_bos_token": False, "bos_token": None, "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>",
+        "additional_special_tokens": ["<|im_start|>", "<|im_end|>"], "chat_template": QWEN_TEMPLATE}),
+    "bos and eos": (byte_level, {"add_bos_token": True, "add_eos_token": True, "bos_token": "<s>", "eos_token": {
+        "__type": "AddedToken", "content": "</s>", "lstrip": False, "normalized": False, "rstrip": True,
+        "single_word": False}}),
+    "sentencepiece bpe": (sentencepiece_bpe, {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}),
+    "unigram": (unigram, {"add_bos_token": True, "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}),
+    "templates by name": (sentencepiece_bpe, {"bos_token": "<s>", "chat_template": [
+        {"name": "default", "template": "{{ bos_token }}{% for m in messages %}{{ m.content }}\n{% endfor %}"},
+        {"name": "rag", "template": "{{ documents }}"}]}),
+}
+TEXTS = st.text(st.sampled_from("the a\n漢é😀<s>") | st.characters(codec="utf-8"), max_size=40)
+MESSAGES = [{"role": "system", "content": " Be brief. "}, {"role": "user", "content": "<s>the \n", "name": "a"},
+            {"role": "assistant", "content": "the", "tool_calls": None}, {"role": "user", "content": "a\té"}]
+
+
+def write(path: Path, backend: Backend, config: dict[str, Any]) -> Path:
+    path.mkdir()
+    backend.save(str(path / "tokenizer.json"))
+    (path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "TokenizersBackend", **config}))
+    (path / "config.json").write_text("{}")
+    return path
+
+
+@pytest.fixture(scope="module", params=[*CASES, "demo", "tales-6m", "stories260k"])
+def directory(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tokenizer") / "model"
+    if request.param in CASES:
+        backend, config = CASES[request.param]
+        return write(path, backend(), config)
+    source = DEMO if request.param == "demo" else SHARED / request.param
+    if not source.is_dir():
+        pytest.skip(f"{source} is not here")
+    return Path(shutil.copytree(source, path, ignore=IGNORED))
+
+
+@pytest.fixture(scope="module")
+def ours(directory: Path) -> Tokenizer:
+    return Tokenizer(directory)
+
+
+@pytest.fixture(scope="module")
+def theirs(directory: Path) -> PreTrainedTokenizerFast:
+    return AutoTokenizer.from_pretrained(directory, local_files_only=True)
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(text=TEXTS)
+def test_ids_and_texts(ours: Tokenizer, theirs: PreTrainedTokenizerFast, text: str) -> None:
+    for add_special_tokens in (True, False):
+        ids = ours.encode(text, add_special_tokens)
+        assert ids == theirs.encode(text, add_special_tokens=add_special_tokens)
+        for skip in (True, False):
+            assert ours.decode(ids, skip) == theirs.backend_tokenizer.decode(ids, skip_special_tokens=skip)
+    assert [ours.token(i) for i in ids] == theirs.convert_ids_to_tokens(ids)
+
+
+def test_special_tokens(ours: Tokenizer, theirs: PreTrainedTokenizerFast) -> None:
+    assert ours.vocab_size == len(theirs)
+    assert ours.bos_token_id == theirs.bos_token_id
+    info = ours.info()
+    assert {k: v for k, v in info.items() if k.endswith("_token")} == theirs.special_tokens_map
+
+
+@pytest.mark.parametrize("add_generation_prompt", [True, False])
+@pytest.mark.parametrize("variables", [{}, {"tools": [{"name": "é<b>", "arguments": [1, None]}]},
+                                       {"date_string": "1 Jan", "custom": 3}])
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_chat_templates(ours: Tokenizer, theirs: PreTrainedTokenizerFast, add_generation_prompt: bool,
+                        variables: dict[str, Any], count: int) -> None:
+    if not ours.has_chat_template:
+        assert theirs.chat_template is None
+        return
+    expected = theirs.apply_chat_template(MESSAGES[:count], add_generation_prompt=add_generation_prompt,
+                                          return_dict=False, **variables)
+    assert ours.apply_chat_template(MESSAGES[:count], add_generation_prompt, **variables) == expected
+
+
+def test_the_quantizer_writes_what_transformers_reads(directory: Path, theirs: PreTrainedTokenizerFast) -> None:
+    text = "the a\n <s>the"
+    assert load_tokenizer(directory).encode(text) == theirs.encode(text)
+
+
+def test_a_class_of_transformers_that_rebuilds_its_tokenizer(tmp_path: Path) -> None:
+    """LlamaTokenizer keeps vocabulary and merges and takes its own rules for spaces."""
+    path = write(tmp_path / "model", sentencepiece_bpe(), {"bos_token": "<s>", "tokenizer_class": "LlamaTokenizer"})
+    (path / "config.json").write_text('{"model_type": "llama"}')
+    theirs = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    text = "the <s> the"
+    assert Tokenizer(path).encode(text) != theirs.encode(text)
+    assert Tokenizer(path, load_tokenizer(path).serialized).encode(text) == theirs.encode(text)
+
+
+@pytest.mark.parametrize("template", ["{{ messages[9].content }}", "{{ raise_exception('no') }}", "{% if %}",
+                                      "{{ ''.__class__.__mro__ }}", "{{ messages.append(1) }}"])
+def test_a_template_that_fails_or_reaches_out_is_refused(tmp_path: Path, template: str) -> None:
+    path = write(tmp_path / "model", sentencepiece_bpe(), {"chat_template": template})
+    with pytest.raises(ChatTemplateError, match="refuses these messages"):
+        Tokenizer(path).apply_chat_template(MESSAGES)
+
+
+def test_special_tokens_map_of_old_checkpoints(tmp_path: Path) -> None:
+    path = write(tmp_path / "model", byte_level(), {"bos_token": "<b>"})
+    (path / "special_tokens_map.json").write_text('{"bos_token": {"content": "<s>"}, "eos_token": "</s>"}')
+    theirs = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    assert Tokenizer(path).bos_token_id == theirs.bos_token_id
+    assert Tokenizer(path).encode("the</s>") == theirs.encode("the</s>")
