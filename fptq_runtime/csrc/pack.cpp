@@ -58,7 +58,6 @@ std::shared_ptr<const PackedWeight> pack_weight(const int8_t* codes, const float
   packed->group_size = static_cast<int>(round_up(group_size, kSumGroup));
   packed->bits = bits;
   packed->data = static_cast<uint8_t*>(allocate_lines(panels * (kp / 4) * row_bytes));
-  packed->scales = static_cast<float*>(allocate_lines(panels * groups * kPanelCols * sizeof(float)));
 
   constexpr size_t kSteps = kSumGroup / 4;
   uint32_t outside = 0;
@@ -91,15 +90,32 @@ std::shared_ptr<const PackedWeight> pack_weight(const int8_t* codes, const float
         }
       }
     }
-    for (size_t g = 0; g < groups; ++g) {
-      for (size_t j = 0; j < kPanelCols; ++j) {
-        const size_t row = p * kPanelCols + j;
-        const float value = row < static_cast<size_t>(n) ? scale[row * groups + g] : 0.0f;
-        packed->scales[(p * groups + g) * kPanelCols + j] = bits == 4 && j / 16 % 2 ? value / 16 : value;
-      }
-    }
   }
   if (outside & 0xf0f0f0f0u) throw std::invalid_argument("4-bit codes must lie within -8..7");
+
+  const auto panel_scale = [&](size_t p, size_t g, size_t j) {
+    const size_t row = p * kPanelCols + j;
+    const float value = row < static_cast<size_t>(n) ? scale[row * groups + g] : 0.0f;
+    return bits == 4 && j / 16 % 2 ? value / 16 : value;
+  };
+  const auto each_scale = [&](auto f) {
+    for (size_t p = 0, i = 0; p < panels; ++p)
+      for (size_t g = 0; g < groups; ++g)
+        for (size_t j = 0; j < kPanelCols; ++j, ++i) f(i, panel_scale(p, g, j));
+  };
+  const auto float_bits = [](float value) {
+    uint32_t word;
+    std::memcpy(&word, &value, sizeof word);
+    return word;
+  };
+  uint32_t low = 0;
+  each_scale([&](size_t, float value) { low |= float_bits(value) & 0xffff; });
+  packed->bf16_scales = low == 0;
+  packed->scales = allocate_lines(panels * groups * kPanelCols * (packed->bf16_scales ? 2 : 4));
+  each_scale([&](size_t i, float value) {
+    if (packed->bf16_scales) static_cast<uint16_t*>(packed->scales)[i] = static_cast<uint16_t>(float_bits(value) >> 16);
+    else static_cast<float*>(packed->scales)[i] = value;
+  });
   return std::shared_ptr<const PackedWeight>(packed.release(), release);
 }
 
