@@ -54,7 +54,7 @@ class QuantizedRows {
         padded_k_((x.shape(1) + kSumGroup - 1) / kSumGroup * kSumGroup),
         codes_(rows_ * padded_k_),
         scales_(rows_),
-        sums_(rows_ * padded_k_ / kSumGroup) {
+        sums_(Activations::sums_size(rows_, padded_k_)) {
     require(rows_ > 0 && padded_k_ > 0, "x must have rows and columns");
     require(!scale || *scale > 0, "the static scale must be positive");
     Activations view = activations(static_cast<int>(x.shape(1)));
@@ -79,7 +79,16 @@ class QuantizedRows {
     return to_numpy(std::move(plain), rows_, padded_k_);
   }
   NumpyMatrix<float> scales() const { return to_numpy(scales_, rows_, 1); }
-  NumpyMatrix<int32_t> sums() const { return to_numpy(sums_, rows_, padded_k_ / kSumGroup); }
+  NumpyMatrix<int32_t> sums() const {
+    const size_t blocks = padded_k_ / kSumGroup;
+    std::vector<int32_t> plain(rows_ * blocks);
+    for (size_t m = 0; m < rows_; ++m) {
+      const int rows = static_cast<int>(rows_), panel = panel_of(static_cast<int>(m), rows);
+      for (size_t b = 0; b < blocks; ++b)
+        plain[m * blocks + b] = sums_[(panel * blocks + b) * kSumRows + m - panel_begin(panel, rows)];
+    }
+    return to_numpy(std::move(plain), rows_, blocks);
+  }
 
  private:
   size_t rows_, padded_k_;
@@ -192,7 +201,8 @@ void bind_gemm(nb::module_& m) {
   nb::class_<PackedWeight>(m, "PackedWeight", "int4 or int8 weight codes and scales in the kernels' layout.")
       .def_ro("n", &PackedWeight::n)
       .def_ro("k", &PackedWeight::k)
-      .def_ro("bits", &PackedWeight::bits);
+      .def_ro("bits", &PackedWeight::bits)
+      .def_ro("bf16_scales", &PackedWeight::bf16_scales);
   nb::class_<FloatWeight>(m, "FloatWeight", "float32 or bfloat16 weights in the kernels' layout.")
       .def_ro("n", &FloatWeight::n)
       .def_ro("k", &FloatWeight::k);

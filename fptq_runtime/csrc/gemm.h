@@ -20,10 +20,11 @@ struct Tile {
   const int8_t* a;       // row r of step s at a + s · a_stride + r · 4
   ptrdiff_t a_stride;
   const uint8_t* w;      // the panel from the first group on
-  const int32_t* sums;   // row r's sums of 32 codes at sums + r · sum_stride
-  ptrdiff_t sum_stride;
+  const int32_t* sums;   // row r's sum of 32-block b at sums[b · kSumRows + r]
   const float* scales;   // [groups][64]
   float* f;              // [R][64], the float sums so far
+  const uint8_t* ahead;  // weights to prefetch at the first step, then ahead_step bytes further at each
+  ptrdiff_t ahead_step;
 };
 
 struct FloatTile {
@@ -33,24 +34,25 @@ struct FloatTile {
   float* f;         // [R][64]
 };
 
+constexpr int kBlockBytes = 8192;   // of weights that every tile of a chunk reads before the next, from L1
+constexpr int kMaxGroups = kBlockBytes * 2 / kPanelCols / kSumGroup;   // in a block
+constexpr int kAhead = 2048;        // bytes between a weight's prefetch and its use, where a block is walked over once
+
 inline int smaller(int a, int b) { return a < b ? a : b; }
 
 // What the unsigned weight codes (code + zero) add to a group's dot product: zero · Σ a, to be subtracted. Wraps as
 // the accumulators do: only the difference must fit in 32 bits.
 inline int32_t zero_point(const int32_t* sums, int count, uint32_t zero) {
   uint32_t total = 0;
-  for (int i = 0; i < count; ++i) {
-    total += static_cast<uint32_t>(sums[i]);
-    asm("" : "+r"(total));   // count is mostly 4: vectorizing costs more than it saves
-  }
+  for (int i = 0; i < count; ++i) total += static_cast<uint32_t>(sums[i * kSumRows]);
   return static_cast<int32_t>(0u - zero * total);
 }
 
 }  // namespace
 }  // namespace fptq::FPTQ_NS
 
-// Each defines add_groups<Bits, R>(tile, groups, steps), which adds `groups` groups of `steps` · 4 codes to f, and
-// add_products<Bf16, R>(tile, k).
+// Each defines add_groups<Bits, R>(tile, groups, steps), which adds `groups` groups of `steps` · 4 codes to f and walks
+// over the weights passes(Bits, R) times, and add_products<Bf16, R>(tile, k).
 #if defined(__AVX512VNNI__)
 #include "gemm_avx512.h"
 #elif defined(__AVX2__)
@@ -63,8 +65,6 @@ namespace fptq::FPTQ_NS {
 namespace {
 
 constexpr int kChunkRows = 8 * kTileRows;   // rows whose float sums are kept at once
-constexpr int kBlockSteps = 64;             // steps of k that every tile of a chunk reads before the next, from L1
-
 template <int Bits>
 void add_groups(int rows, const Tile& tile, int groups, int steps) {
   switch (rows) {
@@ -107,39 +107,56 @@ void store_row(const float* f, float scale, const Epilogue& e, int m, int n0, in
   }
 }
 
+// The scales of `count` groups as floats.
+const float* widen_scales(const PackedWeight& w, ptrdiff_t first, int count, float* wide) {
+  if (!w.bf16_scales) return static_cast<const float*>(w.scales) + first * kPanelCols;
+  const uint16_t* half = static_cast<const uint16_t*>(w.scales) + first * kPanelCols;
+  for (int j = 0; j < count * kPanelCols; ++j) {
+    const uint32_t bits = static_cast<uint32_t>(half[j]) << 16;
+    std::memcpy(wide + j, &bits, 4);
+  }
+  return wide;
+}
+
 template <int Bits>
 void gemm_int(const Activations& x, const PackedWeight& w, const Epilogue& e, int m0, int m1, int p0, int p1) {
+  constexpr ptrdiff_t kStepBytes = kPanelCols * 4 * Bits / 8;
+  constexpr int kBlockSteps = kBlockBytes / kStepBytes;
   const int steps = (w.k + kSumGroup - 1) / kSumGroup * (kSumGroup / 4);
   const int group_steps = w.group_size / 4;
   const int groups = (steps + group_steps - 1) / group_steps;
   const int whole_groups = steps / group_steps;   // the last group may be cut short by K
   const int block = group_steps < kBlockSteps ? kBlockSteps / group_steps : 1;
-  const ptrdiff_t step_bytes = kPanelCols * 4 * Bits / 8;
-  const ptrdiff_t sum_stride = steps * 4 / kSumGroup;
-  alignas(64) float f[kChunkRows * kPanelCols];
+  alignas(64) float f[kChunkRows * kPanelCols], wide[kMaxGroups * kPanelCols];
 
   for (int p = p0; p < p1; ++p) {
-    const uint8_t* panel = w.data + p * steps * step_bytes;
-    const float* scales = w.scales + static_cast<ptrdiff_t>(p) * groups * kPanelCols;
+    const uint8_t* panel = w.data + p * steps * kStepBytes;
     for (int c0 = m0, c1; c0 < m1; c0 = c1) {
       c1 = c0 + kChunkRows < m1 ? panel_begin(panel_of(c0 + kChunkRows, x.rows), x.rows) : m1;
+      const int tiles = panel_of(c1 - 1, x.rows) - panel_of(c0, x.rows) + 1;
       std::memset(f, 0, static_cast<size_t>(c1 - c0) * kPanelCols * sizeof(float));
       for (int g = 0, count; g < groups; g += count) {
         count = g < whole_groups ? smaller(block, whole_groups - g) : 1;
-        const int s = g * group_steps;
-        for (int m = c0, rows; m < c1; m += rows) {
+        const int s = g * group_steps, each = smaller(group_steps, steps - s);
+        const float* scales = widen_scales(w, static_cast<ptrdiff_t>(p) * groups + g, count, wide);
+        // The walks over a block share out the prefetching of the next one.
+        const int walks = tiles * passes(Bits, smaller(c1 - c0, kTileRows));
+        const ptrdiff_t ahead_step = (kStepBytes + walks - 1) / walks;
+        const uint8_t* ahead = panel + s * kStepBytes + (walks == 1 ? kAhead : count * each * kStepBytes);
+        for (int m = c0, rows; m < c1; m += rows, ahead += walks / tiles * count * each * ahead_step) {
           const int row_panel = panel_of(m, x.rows), begin = panel_begin(row_panel, x.rows);
           const int end = panel_begin(row_panel + 1, x.rows);
           rows = smaller(end, c1) - m;
           const Tile tile{
               x.codes + (begin * static_cast<ptrdiff_t>(steps) + s * (end - begin) + m - begin) * 4,
               (end - begin) * 4,
-              panel + s * step_bytes,
-              x.sums + m * sum_stride + s * 4 / kSumGroup,
-              sum_stride,
-              scales + static_cast<ptrdiff_t>(g) * kPanelCols,
-              f + (m - c0) * kPanelCols};
-          add_groups<Bits>(rows, tile, count, smaller(group_steps, steps - s));
+              panel + s * kStepBytes,
+              x.sums + (static_cast<ptrdiff_t>(row_panel) * steps + s) * 4 / kSumGroup * kSumRows + m - begin,
+              scales,
+              f + (m - c0) * kPanelCols,
+              ahead,
+              ahead_step};
+          add_groups<Bits>(rows, tile, count, each);
         }
       }
       for (int m = c0; m < c1; ++m) store_row(f + (m - c0) * kPanelCols, x.scales[m], e, m, p * kPanelCols, w.n);
@@ -201,7 +218,7 @@ void quantize_part(const float* x, int m, float scale, int k0, int k1, Activatio
   const int panel = panel_of(m, out.rows), begin = panel_begin(panel, out.rows);
   const int height = panel_begin(panel + 1, out.rows) - begin;
   int8_t* codes = out.codes + begin * static_cast<ptrdiff_t>(blocks) * kSumGroup + (m - begin) * 4;
-  int32_t* sums = out.sums + m * static_cast<ptrdiff_t>(blocks);
+  int32_t* sums = out.sums + panel * static_cast<ptrdiff_t>(blocks) * kSumRows + m - begin;
   if (k0 == 0) out.scales[m] = scale;
   for (int k = k0; k < k1; k += kSumGroup) {
     const float* block = x + k;
@@ -221,7 +238,7 @@ void quantize_part(const float* x, int m, float scale, int k0, int k1, Activatio
       sum += code;
       q[i] = static_cast<int8_t>(code);
     }
-    sums[k / kSumGroup] = sum;
+    sums[k / kSumGroup * kSumRows] = sum;
     for (int i = 0; i < kSumGroup; i += 4) std::memcpy(codes + (k + i) * height, q + i, 4);
   }
 }

@@ -25,6 +25,8 @@ inline void scale_add(float* f, __m256i acc, const float* scales) {
   _mm256_storeu_ps(f, _mm256_fmadd_ps(_mm256_cvtepi32_ps(acc), _mm256_loadu_ps(scales), _mm256_loadu_ps(f)));
 }
 
+constexpr int passes(int, int) { return 1; }
+
 // Where the low-nibble columns of half h of a step start; the high ones are 16 further.
 constexpr int low_column(int h) { return h / 2 * 32 + h % 2 * 8; }
 
@@ -59,7 +61,7 @@ void add_vectors(const Tile& t, int steps, int v0) {
   __m256i acc[R][V];
 #pragma GCC unroll 6
   for (int r = 0; r < R; ++r) {
-    const int32_t zero = zero_point(t.sums + r * t.sum_stride, steps / 8, Bits == 4 ? 8 : 128);
+    const int32_t zero = zero_point(t.sums + r, steps / 8, Bits == 4 ? 8 : 128);
     // A byte as it stands is low + 16 · high, of which the low columns' sum is subtracted at the end.
     const int32_t odd = Bits == 4 ? static_cast<int32_t>(17u * static_cast<uint32_t>(zero)) : zero;
 #pragma GCC unroll 8
@@ -143,7 +145,7 @@ void add_nibbles(const Tile& t, int steps, int h0) {
   const __m256i nibble = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
   __m256i acc[R][H * 2];
   for (int r = 0; r < R; ++r) {
-    const int32_t zero = zero_point(t.sums + r * t.sum_stride, steps / 8, 8);
+    const int32_t zero = zero_point(t.sums + r, steps / 8, 8);
     for (int c = 0; c < H * 2; ++c) acc[r][c] = _mm256_set1_epi32(zero);
   }
   const int8_t* a = t.a;
@@ -205,7 +207,7 @@ void add_bytes(const Tile& t, int steps, int c0) {
   }
 #pragma GCC unroll 6
   for (int r = 0; r < R; ++r) {
-    const __m256i zero = _mm256_set1_epi32(zero_point(t.sums + r * t.sum_stride, steps / 8, 128));
+    const __m256i zero = _mm256_set1_epi32(zero_point(t.sums + r, steps / 8, 128));
 #pragma GCC unroll 4
     for (int q = 0; q < Q; q += 2) {
       // hadd works within 128-bit lanes: columns 0 1 4 5 2 3 6 7
@@ -235,7 +237,8 @@ void add_groups(const Tile& t, int groups, int steps) {
     add_group<Bits, R>(group, steps);
     group.a += steps * t.a_stride;
     group.w += steps * (kPanelCols * Bits / 2);
-    group.sums += steps / 8;
+    group.ahead += steps * t.ahead_step;
+    group.sums += steps / 8 * kSumRows;
     group.scales += kPanelCols;
   }
 }

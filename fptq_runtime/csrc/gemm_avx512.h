@@ -12,12 +12,37 @@ constexpr const char* kGemmFloatName = "float32, AVX-512";
 
 using Int32Alias [[gnu::may_alias]] = int32_t;
 
-// acc += w · a, four unsigned by four signed bytes a lane. Assembly because GCC 12 turns an intrinsics tile with
-// embedded broadcasts into spills.
-inline __m512i dot(__m512i acc, __m512i w, const int8_t* a) {
-  asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(acc) : "v"(w), "m"(*reinterpret_cast<const Int32Alias*>(a)));
-  return acc;
+// acc[c] += w[c] · a, four unsigned by four signed bytes a lane. Assembly because GCC 12 broadcasts all rows first and
+// spills the accumulators.
+inline void dot(__m512i (&acc)[4], const __m512i (&w)[4], const int8_t* a) {
+  __m512i x;
+  asm("vpbroadcastd %[a], %[x]\n\t"
+      "vpdpbusd %[x], %[w0], %[acc0]\n\t"
+      "vpdpbusd %[x], %[w1], %[acc1]\n\t"
+      "vpdpbusd %[x], %[w2], %[acc2]\n\t"
+      "vpdpbusd %[x], %[w3], %[acc3]"
+      : [acc0] "+v"(acc[0]), [acc1] "+v"(acc[1]), [acc2] "+v"(acc[2]), [acc3] "+v"(acc[3]), [x] "=&v"(x)
+      : [w0] "v"(w[0]), [w1] "v"(w[1]), [w2] "v"(w[2]), [w3] "v"(w[3]),
+        [a] "m"(*reinterpret_cast<const Int32Alias*>(a)));
 }
+
+inline void dot(__m512i (&acc)[2], const __m512i (&w)[2], const int8_t* a) {
+  __m512i x;
+  asm("vpbroadcastd %[a], %[x]\n\t"
+      "vpdpbusd %[x], %[w0], %[acc0]\n\t"
+      "vpdpbusd %[x], %[w1], %[acc1]"
+      : [acc0] "+v"(acc[0]), [acc1] "+v"(acc[1]), [x] "=&v"(x)
+      : [w0] "v"(w[0]), [w1] "v"(w[1]), [a] "m"(*reinterpret_cast<const Int32Alias*>(a)));
+}
+
+// f += float(acc) · scale
+inline void scale_add(__m512& f, __m512i acc, __m512 scale) {
+  asm("vcvtdq2ps %[acc], %[acc]\n\tvfmadd231ps %[scale], %[acc], %[f]"
+      : [f] "+v"(f), [acc] "+v"(acc)
+      : [scale] "v"(scale));
+}
+
+constexpr int passes(int, int rows) { return rows <= 3 ? 1 : 2; }
 
 int64_t multiply(int64_t rounds) {
   __m512i acc[16] = {};
@@ -29,72 +54,85 @@ int64_t multiply(int64_t rounds) {
   return rounds * 16 * 64;
 }
 
+// V vectors of 16 columns at a time, so that their float sums stay in registers from group to group.
 template <int Bits, int R>
 [[gnu::noinline]] void add_groups(const Tile& t, int groups, int steps) {
+  constexpr int V = 4 / passes(Bits, R);
+  constexpr int kStepLines = Bits / 2, kLines = kStepLines * V / 4;
+  constexpr int kUnroll = R == 1 ? 2 : 1;   // steps with accumulators of their own: four chains do not fill the units
   const __m512i nibble = _mm512_set1_epi8(15);
-  const int8_t* a = t.a;
-  const uint8_t* w = t.w;
+
+  alignas(64) int32_t zero[kMaxGroups][2][8];
   const int32_t* sums = t.sums;
-  const float* scales = t.scales;
   for (int g = 0; g < groups; ++g) {
-    __m512i acc[R][4];
+    __m256i total = _mm256_setzero_si256();
+    for (int i = 0; i < steps / 8; ++i, sums += kSumRows)
+      total = _mm256_sub_epi32(total, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(sums)));
+    // A byte of two nibbles as it stands is low + 16 · high, of which the low columns' sum is subtracted at the end.
+    const __m256i low = _mm256_slli_epi32(total, Bits == 4 ? 3 : 7);
+    const __m256i high = Bits == 4 ? _mm256_add_epi32(low, _mm256_slli_epi32(low, 4)) : low;
+    _mm256_store_si256(reinterpret_cast<__m256i*>(zero[g][0]), low);
+    _mm256_store_si256(reinterpret_cast<__m256i*>(zero[g][1]), high);
+  }
+
+  const char* ahead = reinterpret_cast<const char*>(t.ahead);
+  for (int v = 0; v < 4; v += V) {
+    const int8_t* a = t.a;
+    const uint8_t* w = t.w + v / V * kLines * 64;
+    const float* scales = t.scales + 16 * v;
+    __m512 f[R][V];
 #pragma GCC unroll 6
     for (int r = 0; r < R; ++r) {
-      const int32_t* row = sums + r * t.sum_stride;
-      if constexpr (Bits == 4) {
-        // A byte as it stands is low + 16 · high, of which the low columns' sum is subtracted at the end.
-        const int32_t low = zero_point(row, steps / 8, 8);
-        acc[r][0] = acc[r][2] = _mm512_set1_epi32(low);
-        acc[r][1] = acc[r][3] = _mm512_set1_epi32(static_cast<int32_t>(17u * static_cast<uint32_t>(low)));
-      } else {
-        acc[r][0] = acc[r][1] = acc[r][2] = acc[r][3] = _mm512_set1_epi32(zero_point(row, steps / 8, 128));
-      }
+#pragma GCC unroll 4
+      for (int c = 0; c < V; ++c) f[r][c] = _mm512_loadu_ps(t.f + r * kPanelCols + 16 * (v + c));
     }
-    for (int s = 0; s < steps; ++s, a += t.a_stride) {
-      if constexpr (Bits == 4) {
-        const __m512i p0 = _mm512_loadu_si512(w), p1 = _mm512_loadu_si512(w + 64);
-        const __m512i l0 = _mm512_and_si512(p0, nibble), l1 = _mm512_and_si512(p1, nibble);
-        _mm_prefetch(reinterpret_cast<const char*>(w + 2048), _MM_HINT_T0);
-        _mm_prefetch(reinterpret_cast<const char*>(w + 2112), _MM_HINT_T0);
-        w += 128;
+    for (int g = 0; g < groups; ++g, scales += kPanelCols) {
+      __m512i acc[kUnroll][R][V];
 #pragma GCC unroll 6
-        for (int r = 0; r < R; ++r) {
-          acc[r][0] = dot(acc[r][0], l0, a + 4 * r);
-          acc[r][1] = dot(acc[r][1], p0, a + 4 * r);
-          acc[r][2] = dot(acc[r][2], l1, a + 4 * r);
-          acc[r][3] = dot(acc[r][3], p1, a + 4 * r);
-        }
-      } else {
-        __m512i p[4];
+      for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
-        for (int l = 0; l < 4; ++l) {
-          p[l] = _mm512_loadu_si512(w + 64 * l);
-          _mm_prefetch(reinterpret_cast<const char*>(w + 2048 + 64 * l), _MM_HINT_T0);
+        for (int c = 0; c < V; ++c) {
+          acc[0][r][c] = _mm512_set1_epi32(zero[g][c % 2][r]);
+          if constexpr (kUnroll == 2) acc[1][r][c] = _mm512_setzero_si512();
         }
-        w += 256;
+      }
+      for (int s = 0; s < steps; s += kUnroll) {
+#pragma GCC unroll 2
+        for (int u = 0; u < kUnroll; ++u, w += 64 * kStepLines, a += t.a_stride, ahead += t.ahead_step) {
+          __m512i p[V];
+#pragma GCC unroll 4
+          for (int c = 0; c < V; ++c) {
+            p[c] = _mm512_loadu_si512(w + 64 * (Bits == 4 ? c / 2 : c));
+            if (Bits == 4 && c % 2 == 0) p[c] = _mm512_and_si512(p[c], nibble);
+          }
+#pragma GCC unroll 4
+          for (int l = 0; l < kLines; ++l) _mm_prefetch(ahead + 64 * l, _MM_HINT_T0);
 #pragma GCC unroll 6
-        for (int r = 0; r < R; ++r) {
+          for (int r = 0; r < R; ++r) dot(acc[u][r], p, a + 4 * r);
+        }
+      }
+      __m512 scale[V];
 #pragma GCC unroll 4
-          for (int l = 0; l < 4; ++l) acc[r][l] = dot(acc[r][l], p[l], a + 4 * r);
+      for (int c = 0; c < V; ++c) scale[c] = _mm512_loadu_ps(scales + 16 * c);
+#pragma GCC unroll 6
+      for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+        for (int c = 0; c < V; ++c) {
+          __m512i sum = acc[0][r][c];
+          if constexpr (kUnroll == 2) sum = _mm512_add_epi32(sum, acc[1][r][c]);
+          if constexpr (Bits == 4) {
+            if (c % 2) sum = _mm512_sub_epi32(sum, acc[0][r][c - 1]);
+            else acc[0][r][c] = sum;
+          }
+          scale_add(f[r][c], sum, scale[c]);
         }
       }
     }
 #pragma GCC unroll 6
     for (int r = 0; r < R; ++r) {
-      if constexpr (Bits == 4) {
-        acc[r][1] = _mm512_sub_epi32(acc[r][1], acc[r][0]);
-        acc[r][3] = _mm512_sub_epi32(acc[r][3], acc[r][2]);
-      }
 #pragma GCC unroll 4
-      for (int c = 0; c < 4; ++c) {
-        float* f = t.f + r * kPanelCols + 16 * c;
-        _mm512_storeu_ps(f, _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc[r][c]), _mm512_loadu_ps(scales + 16 * c),
-                                            _mm512_loadu_ps(f)));
-      }
+      for (int c = 0; c < V; ++c) _mm512_storeu_ps(t.f + r * kPanelCols + 16 * (v + c), f[r][c]);
     }
-    sums += steps / 8;
-    scales += kPanelCols;
-    asm volatile("" ::: "memory");   // else GCC keeps copies of f from group to group in registers it then spills
   }
 }
 

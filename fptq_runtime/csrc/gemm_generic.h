@@ -8,6 +8,8 @@ constexpr const char* kGemmInt4Name = "int4 x int8, plain C++";
 constexpr const char* kGemmInt8Name = "int8 x int8, plain C++";
 constexpr const char* kGemmFloatName = "float32, plain C++";
 
+constexpr int passes(int, int) { return 1; }
+
 int64_t multiply(int64_t rounds) {
   constexpr int kLanes = 64;
   int32_t acc[kLanes] = {};

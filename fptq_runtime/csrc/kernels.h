@@ -10,6 +10,7 @@ namespace fptq {
 constexpr int kTileRows = 6;       // at most, of an activation panel
 constexpr int kPanelCols = 64;     // columns of a weight panel
 constexpr int kSumGroup = 32;      // activations carry one sum per 32 k; a weight group is a multiple of it
+constexpr int kSumRows = 8;        // stride of an activation panel's sums
 
 // M rows lie in ceil(M / kTileRows) panels of nearly equal heights, the first at row 0 and each where the last ends.
 static inline int count_panels(int rows) { return (rows + kTileRows - 1) / kTileRows; }
@@ -23,9 +24,13 @@ static inline int panel_of(int row, int rows) {
 // int8 activations of M rows, written panel by panel as the GEMM reads them: a panel of R rows from row m on lies at
 // m · Kp, [Kp/4][R][4], zero beyond K; Kp = K rounded up to 32.
 struct Activations {
+  static size_t sums_size(size_t rows, size_t padded_k) {
+    return ((rows + kTileRows - 1) / kTileRows * (padded_k / kSumGroup) + 1) * kSumRows;
+  }
+
   int8_t* codes;
   float* scales;   // [M], the row's scale (the same static one everywhere, or dynamic)
-  int32_t* sums;   // [M][Kp/32], sums of the codes
+  int32_t* sums;   // [ceil(M/6)][Kp/32][8], sums of the codes; 8 more are read, not used, beyond the last
   int rows;
   int k;
 };
@@ -33,10 +38,12 @@ struct Activations {
 // Integer weights in "x32" panels. 4 bits: [N/64][Kp/4][2 lines of 64 bytes]; line l, byte 4j+b holds
 // W[64p + 32l + j][4s+b] + 8 in the low nibble and W[64p + 32l + 16 + j][4s+b] + 8 in the high one.
 // 8 bits: [N/64][Kp/4][4 lines of 64 bytes]; line l, byte 4j+b holds W[64p + 16l + j][4s+b] + 128.
-// scales [N/64][groups][64] float, those of high-nibble columns divided by 16; N rounded up to 64 with zero scales.
+// scales [N/64][groups][64], bf16 where every one is exactly representable, else float; those of high-nibble columns
+// divided by 16; N rounded up to 64 with zero scales.
 struct PackedWeight {
   uint8_t* data;
-  float* scales;
+  void* scales;
+  bool bf16_scales;
   int n, k, group_size, bits;   // group_size == k rounded up to 32 where quantized per channel
 };
 

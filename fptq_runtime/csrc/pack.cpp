@@ -37,7 +37,19 @@ void each_panel(int n, ThreadPool* pool, const F& f) {
 
 using Packed = std::shared_ptr<PackedWeight>;
 
-Packed allocate(int n, int k, int group_size, int bits) {
+uint32_t float_bits(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+// Of scale [N][groups], those of high-nibble columns divided by 16.
+float panel_scale(const PackedWeight& packed, const float* scale, size_t groups, size_t row, size_t group) {
+  const float value = scale[row * groups + group];
+  return packed.bits == 4 && row / 16 % 2 ? value / 16 : value;
+}
+
+Packed allocate(const float* scale, int n, int k, int group_size, int bits) {
   check_shape(n, k);
   if (bits != 4 && bits != 8) throw std::invalid_argument("weights have 4 or 8 bits, not " + std::to_string(bits));
   if (group_size <= 0 || (group_size % kSumGroup && group_size != k))
@@ -53,7 +65,11 @@ Packed allocate(int n, int k, int group_size, int bits) {
   packed->group_size = static_cast<int>(round_up(group_size, kSumGroup));
   packed->bits = bits;
   packed->data = static_cast<uint8_t*>(allocate_lines(panels * round_up(k, kSumGroup) * kPanelCols * bits / 8));
-  packed->scales = static_cast<float*>(allocate_lines(panels * groups * kPanelCols * sizeof(float)));
+  uint32_t low = 0;
+  for (size_t row = 0; row < static_cast<size_t>(n); ++row)
+    for (size_t g = 0; g < groups; ++g) low |= float_bits(panel_scale(*packed, scale, groups, row, g)) & 0xffff;
+  packed->bf16_scales = low == 0;
+  packed->scales = allocate_lines(panels * groups * kPanelCols * (packed->bf16_scales ? 2 : 4));
   return packed;
 }
 
@@ -91,8 +107,10 @@ void pack_panel(PackedWeight& packed, const float* scale, size_t p, const Load& 
   for (size_t g = 0; g < groups; ++g) {
     for (size_t j = 0; j < kPanelCols; ++j) {
       const size_t row = p * kPanelCols + j;
-      const float value = row < n ? scale[row * groups + g] : 0.0f;
-      packed.scales[(p * groups + g) * kPanelCols + j] = packed.bits == 4 && j / 16 % 2 ? value / 16 : value;
+      const size_t i = (p * groups + g) * kPanelCols + j;
+      const float value = row < n ? panel_scale(packed, scale, groups, row, g) : 0.0f;
+      if (packed.bf16_scales) static_cast<uint16_t*>(packed.scales)[i] = static_cast<uint16_t>(float_bits(value) >> 16);
+      else static_cast<float*>(packed.scales)[i] = value;
     }
   }
 }
@@ -134,7 +152,7 @@ void* allocate_lines(size_t bytes) {
 
 std::shared_ptr<const PackedWeight> pack_weight(const int8_t* codes, const float* scale, int n, int k, int group_size,
                                                 int bits) {
-  const Packed packed = allocate(n, k, group_size, bits);
+  const Packed packed = allocate(scale, n, k, group_size, bits);
   const uint32_t offset = bits == 4 ? 0x08080808u : 0x80808080u;
   uint32_t outside = 0;
   const auto load = [&](size_t row, size_t k0, size_t width, BlockWords& words) {
@@ -152,7 +170,7 @@ std::shared_ptr<const PackedWeight> pack_weight(const int8_t* codes, const float
 
 std::shared_ptr<const PackedWeight> pack_weight(const void* words, const float* scale, int n, int k, int group_size,
                                                 int bits, ThreadPool* pool) {
-  const Packed packed = allocate(n, k, group_size, bits);
+  const Packed packed = allocate(scale, n, k, group_size, bits);
   const size_t row_bytes = (static_cast<size_t>(k) * bits + 31) / 32 * 4;
   const char* rows = static_cast<const char*>(words);
   const auto load4 = [=](size_t row, size_t k0, size_t width, BlockWords& out) {

@@ -121,7 +121,7 @@ size_t Program::bytes(const Value& value) const {
   const size_t rows = capacity(value);
   if (!value.act) return lines(rows * value.width * sizeof(float));
   const size_t k = round_up(value.width, kSumGroup);
-  return lines(rows * k) + lines(rows * sizeof(float)) + lines(rows * (k / kSumGroup) * sizeof(int32_t));
+  return lines(rows * k) + lines(rows * sizeof(float)) + lines(Activations::sums_size(rows, k) * sizeof(int32_t));
 }
 
 Activations Program::activations(int id, const StepView& step) const {
