@@ -52,7 +52,7 @@ QWEN_TEMPLATE = """{%- if tools %}
 {%- endif %}
 {%- set ns = namespace(last=messages|length - 1) %}
 {% for message in messages %}
-    {%- if message.role not in ('system', 'user', 'assistant', 'tool') %}{{ raise_exception('no such role') }}{% endif %}
+    {%- if message.role not in ('system', 'user', 'assistant', 'tool') %}{{ raise_exception('no role') }}{% endif %}
     {{- '<|im_start|>' + message.role + ('\\n[' + message.name + ']' if message.name is defined else '') }}
     {{- '\\n' + message.content + '<|im_end|>' + '\\n' }}{% if loop.index0 == ns.last %}{% break %}{% endif %}
 {%- endfor %}
