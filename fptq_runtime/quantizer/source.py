@@ -13,7 +13,7 @@ from fptq_runtime.models.loader import CheckpointError
 from fptq_runtime.models.tokenizer import Tokenizer
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
-SAMPLE = "Once upon a time, 3 \u00e9migr\u00e9s\u2019 \u6f22\u5b57 \U0001f600:\n\n\tif (x != 42) { return; } <s>[INST] "
+SAMPLE = "Once upon a time, 3 \u00e9migr\u00e9s \u6f22\u5b57 \U0001f600:\n\n\tif (x != 42) { return; }  <s>[INST] "
 DOWNLOADED = ("*.safetensors", "*.json", "tokenizer.model", "merges.txt", "*.jinja", "LICENSE*", "NOTICE*")
 
 
