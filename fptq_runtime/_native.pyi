@@ -147,3 +147,31 @@ class Program:
         rows: int,
         logits: int,
     ) -> None: ...
+
+class Sampler:
+    def __init__(self, pool: ThreadPool, isa: str) -> None: ...
+    def run(
+        self,
+        logits: int,
+        rows: int,
+        vocab: int,
+        parameters: int,
+        row: int,
+        token_ids: int,
+        positions: int,
+        num_logprobs: int,
+        draws: int,
+        bias_start: int,
+        bias_ids: int,
+        bias_values: int,
+        biases: int,
+        history_start: int,
+        output_start: int,
+        history: int,
+        tokens: int,
+        out_ids: int,
+        out_logprobs: int,
+        top_ids: int,
+        top_logprobs: int,
+        width: int,
+    ) -> None: ...

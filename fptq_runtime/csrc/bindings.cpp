@@ -11,6 +11,7 @@
 #include <stdexcept>
 
 #include "program.h"
+#include "sampler.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -147,4 +148,22 @@ NB_MODULE(_native, m) {
                       at<int32_t>(logits_rows), rows, reinterpret_cast<float*>(logits)});
       }, nb::call_guard<nb::gil_scoped_release>(),
          "Addresses of int32 arrays (and of the float32 logits) with their lengths. Raises ValueError before writing.");
+
+  nb::class_<Sampler>(m, "Sampler")
+      .def("__init__", [](Sampler* self, std::shared_ptr<ThreadPool> pool, const std::string& isa) {
+        new (self) Sampler(std::move(pool), isa);
+      }, "pool"_a, "isa"_a)
+      .def("run", [](Sampler& sampler, uintptr_t logits, int rows, int vocab, uintptr_t parameters, uintptr_t row,
+                     uintptr_t token_ids, uintptr_t positions, uintptr_t num_logprobs, int draws, uintptr_t bias_start,
+                     uintptr_t bias_ids, uintptr_t bias_values, int biases, uintptr_t history_start,
+                     uintptr_t output_start, uintptr_t history, int tokens, uintptr_t out_ids, uintptr_t out_logprobs,
+                     uintptr_t top_ids, uintptr_t top_logprobs, int width) {
+        sampler.run({reinterpret_cast<float*>(logits), rows, vocab, draws, at<SampleParameters>(parameters),
+                     at<int32_t>(row), at<int32_t>(token_ids), at<int64_t>(positions), at<int32_t>(num_logprobs),
+                     at<int32_t>(bias_start), at<int32_t>(bias_ids), at<float>(bias_values), biases,
+                     at<int32_t>(history_start), at<int32_t>(output_start), at<int32_t>(history), tokens,
+                     reinterpret_cast<int32_t*>(out_ids), reinterpret_cast<double*>(out_logprobs),
+                     reinterpret_cast<int32_t*>(top_ids), reinterpret_cast<double*>(top_logprobs), width});
+      }, nb::call_guard<nb::gil_scoped_release>(),
+         "Addresses of arrays, as sampler.h's SampleView describes them. Raises ValueError before writing.");
 }

@@ -9,6 +9,8 @@
 
 namespace fptq {
 
+constexpr int kSampleBlock = 512;  // tokens that the sampler weighs together
+
 // What kernels.cpp provides, compiled once per ISA. Row functions touch one row; rows may run on any thread.
 struct Kernels {
   const char* isa;
@@ -29,6 +31,14 @@ struct Kernels {
   void (*rope_and_cache_row)(const AttentionView&, const KvCache&, int position, int slot, const float* qkv, float* q);
   void (*attention_tile)(const AttentionView&, const KvCache&, const AttentionTile&);
   void (*merge_partials)(const AttentionView&, const AttentionTile&);
+  // Of each block of a row, its largest value and (sums not null) Σ 2^((x - that) · log2_scale). False: one is NaN.
+  bool (*scan_row)(const float* x, int n, float log2_scale, float* maxima, float* sums);
+  // w = 2^((x - top) · log2_scale) over n <= kSampleBlock values x <= top. Returns the sum.
+  float (*weigh_block)(const float* x, int n, float top, float log2_scale, float* w);
+  // The values >= bound, with their ids (first_id onwards where ids is null), in order; in place is fine. Returns how
+  // many. Room for 16 values more than there are results is needed.
+  int (*select_at_least)(const float* x, const int32_t* ids, int first_id, int n, float bound, float* out,
+                         int32_t* out_ids);
 };
 
 // ISAs compiled in that this CPU and operating system run, best first; "generic" is always the last.

@@ -9,13 +9,15 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from fptq_runtime.config import EngineConfig
 from fptq_runtime.engine.batch import build_step_input
 from fptq_runtime.engine.block_manager import BlockManager
 from fptq_runtime.engine.kv_cache import step_limits
 from fptq_runtime.engine.output import RequestOutput, TextStream, TokenLogprobs
 from fptq_runtime.engine.request import FinishReason, Request, RequestStatus, SamplingParams
-from fptq_runtime.engine.sampler import sample, token_logprobs
+from fptq_runtime.engine.sampler import SampleBatch, SampleResult, Sampling
 from fptq_runtime.engine.scheduler import ScheduledRequest, Scheduler, SchedulerOutput
 from fptq_runtime.engine.stats import FinishedStats, StepStats
 from fptq_runtime.kernels.base import Backend, Float32Array
@@ -48,7 +50,24 @@ class _Sequence:
 
     request: Request
     text: TextStream
+    sampling: Sampling
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=lambda: [None])
+
+    def unscored(self, item: ScheduledRequest) -> range:
+        """Positions whose rows of logits tell of a prompt token, the next one, that has no log-probability yet: after a
+        preemption rows may come a second time."""
+        if not self.request.needs_prompt_logits:
+            return range(0)
+        end = min(item.start + item.num_tokens, self.request.num_prompt_tokens - 1)
+        return range(max(item.start, len(self.prompt_logprobs) - 1), end)
+
+
+@dataclass
+class _Draws:
+    """What a step's logits gave. spans: first and end draw of each scheduled item."""
+
+    spans: list[tuple[int, int]]
+    result: SampleResult
 
 
 @dataclass
@@ -83,6 +102,8 @@ class Engine:
             limits.max_logits_rows - limits.max_seqs,
         )
         self._executor = backend.compile(decoder, limits)
+        # One buffer for all steps, touched as far as they need it: a fresh one would be zeroed by the kernel each time.
+        self._logits = np.empty((limits.max_logits_rows, decoder.config.vocab_size), np.float32)
         self._live: dict[tuple[str, int], _Sequence] = {}
         self._drain_rate = _DrainRate()
         # Shared between threads, under the lock.
@@ -111,7 +132,8 @@ class Engine:
         sequences = []
         for request in Request.expand(request_id, prompt_token_ids, params):
             stream = self.tokenizer.stream(params.skip_special_tokens, prompt_token_ids)
-            sequences.append(_Sequence(request, TextStream(stream, params.stop)))
+            sequences.append(_Sequence(request, TextStream(stream, params.stop),
+                                       Sampling(request, self._eos_token_ids)))
         tokens = len(prompt_token_ids) * params.n
         with self._lock:
             if request_id in self._unfinished:
@@ -142,12 +164,12 @@ class Engine:
             request.scheduled_time = started
             step.stats.queue_seconds.append(started - request.arrival_time)
         if plan.scheduled:
-            logits = self._execute(plan)
-            if logits is None:
+            draws = self._execute(plan)
+            if draws is None:
                 for item in plan.scheduled:
                     self._emit(step, self._live[item.request.key], finish_reason=FinishReason.ERROR)
             else:
-                self._advance(step, plan, logits)
+                self._advance(step, plan, draws)
         elif self._scheduler.running or self._scheduler.waiting:
             raise RuntimeError("sequences are left but none can be scheduled")
         self._account(step, plan, time.monotonic() - started)
@@ -195,26 +217,44 @@ class Engine:
             for sequence in [s for s in self._live.values() if s.request.request_id in aborted]:
                 self._emit(step, sequence, finish_reason=FinishReason.ABORT)
 
-    def _execute(self, plan: SchedulerOutput) -> Float32Array | None:
+    def _execute(self, plan: SchedulerOutput) -> _Draws | None:
         try:
-            return self._executor.step(build_step_input(plan, self.config.block_size))
+            logits = self._executor.step(build_step_input(plan, self.config.block_size), self._logits)
+            return self._sample(plan, logits)
         except Exception:
             logger.exception("a step failed; its %d sequences end with an error", len(plan.scheduled))
             return None
 
-    def _advance(self, step: _Step, plan: SchedulerOutput, logits: Float32Array) -> None:
-        """Draw a token for every sequence that has caught up, then tell what each of them gained."""
-        drawn: list[int | None] = []
-        chosen: list[tuple[TokenLogprobs, ...]] = []
+    def _sample(self, plan: SchedulerOutput, logits: Float32Array) -> _Draws:
+        """logits: the rows that the schedule asked for, in its order. [R, V]"""
+        batch = SampleBatch()
+        spans = []
         row = 0
         for item in plan.scheduled:
+            first = len(batch)
+            if item.num_logits:
+                sequence = self._live[item.request.key]
+                for position in sequence.unscored(item):
+                    batch.score(row + position - item.start, item.request.token_ids[position + 1],
+                                item.request.params.prompt_logprobs or 0)
+                row += item.num_logits
+                if item.samples:
+                    batch.draw(row - 1, sequence.sampling)
+            spans.append((first, len(batch)))
+        return _Draws(spans, SampleResult(self.backend.sample(logits, batch.build()), logits.shape[1]))
+
+    def _advance(self, step: _Step, plan: SchedulerOutput, draws: _Draws) -> None:
+        """Take in what was drawn for every sequence, then tell what each of them gained."""
+        drawn: list[int | None] = []
+        chosen: list[tuple[TokenLogprobs, ...]] = []
+        for item, (first, end) in zip(plan.scheduled, draws.spans, strict=True):
             token_id: int | None = None
             logprobs: tuple[TokenLogprobs, ...] = ()
-            try:
-                token_id, logprobs = self._draw(item, logits[row : row + item.num_logits])
-            except Exception:
-                self._fail(step, item.request)
-            row += item.num_logits
+            if first < end:
+                try:
+                    token_id, logprobs = self._draw(item, draws.result, first, end)
+                except Exception:
+                    self._fail(step, item.request)
             drawn.append(token_id)
             chosen.append(logprobs)
         self._scheduler.update(plan, drawn)
@@ -231,21 +271,18 @@ class Engine:
         logger.exception("request %s, sequence %d ends with an error", request.request_id, request.index)
         self._emit(step, self._live[request.key], finish_reason=FinishReason.ERROR)
 
-    def _draw(self, item: ScheduledRequest, rows: Float32Array) -> tuple[int | None, tuple[TokenLogprobs, ...]]:
-        """rows: the logits that the schedule asked for. [num_logits, V]"""
-        request, params = item.request, item.request.params
-        if params.prompt_logprobs is not None and request.needs_prompt_logits:
-            known = self._live[request.key].prompt_logprobs
-            # The row at position p tells of the token at p + 1; after a preemption rows may come a second time.
-            for position in range(len(known) - 1, min(item.start + item.num_tokens, request.num_prompt_tokens - 1)):
-                known.append(token_logprobs(rows[position - item.start], request.token_ids[position + 1],
-                                            params.prompt_logprobs))
+    def _draw(self, item: ScheduledRequest, result: SampleResult, first: int,
+              end: int) -> tuple[int | None, tuple[TokenLogprobs, ...]]:
+        """Draws first to end - 1 are the item's: prompt tokens scored, then the next token where it `samples`. Raises
+        ValueError where logits were not finite."""
+        params = item.request.params
+        if params.prompt_logprobs is not None and first < end - item.samples:
+            self._live[item.request.key].prompt_logprobs += [
+                result.logprobs(draw, params.prompt_logprobs) for draw in range(first, end - item.samples)]
         if not item.samples:
             return None, ()
-        token_id = sample(rows[-1], request, self._eos_token_ids)
-        if params.logprobs is None:
-            return token_id, ()
-        return token_id, (token_logprobs(rows[-1], token_id, params.logprobs),)
+        logprobs = () if params.logprobs is None else (result.logprobs(end - 1, params.logprobs),)
+        return result.token_id(end - 1), logprobs
 
     def _report(self, step: _Step, sequence: _Sequence, token_id: int | None, logprobs: tuple[TokenLogprobs, ...],
                 now: float) -> None:

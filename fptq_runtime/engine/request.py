@@ -102,7 +102,7 @@ class Request:
         self.index = index
         self.params = params
         self.seed = seed
-        self.token_ids = list(prompt_token_ids)  # the prompt, then what was sampled
+        self.token_ids = array("i", prompt_token_ids)  # the prompt, then what was sampled
         self.num_prompt_tokens = len(prompt_token_ids)
         self.num_computed_tokens = 0
         self.num_cached_tokens = 0  # prompt tokens found in the prefix cache when first scheduled

@@ -23,6 +23,9 @@ Array = Any
 
 Int32Array = npt.NDArray[np.int32]
 Float32Array = npt.NDArray[np.float32]
+Float64Array = npt.NDArray[np.float64]
+
+GREEDY_BELOW = 1e-5  # vLLM's bound: a temperature below is 0
 
 
 @dataclass(frozen=True)
@@ -133,6 +136,58 @@ class StepLimits:
     head_dim: int
 
 
+PARAMETERS = np.dtype([
+    ("seed", "u8"), ("temperature", "f8"), ("top_p", "f8"), ("min_p", "f8"), ("repetition_penalty", "f8"),
+    ("presence_penalty", "f8"), ("frequency_penalty", "f8"), ("top_k", "i8"),
+])  # top_k 0, top_p 1, min_p 0, repetition_penalty 1 and the other penalties 0 are off
+
+
+@dataclass(frozen=True)
+class SampleInput:
+    """D rows of logits, each to draw a token from or to score a token with.
+
+    Draw d, in this order:
+    1. bias: logits[bias_ids] += bias_values, for entries bias_start[d] to bias_start[d + 1]; -inf suppresses.
+    2. repetition: logits of all tokens in the history are divided by the penalty where positive, else multiplied.
+    3. presence + frequency · count is subtracted for the tokens of the output, which begins at output_start[d].
+    4. temperature below GREEDY_BELOW: the largest logit, the lower id on ties. Else weights = exp((x - max) / t).
+    5. min_p keeps weights >= min_p; of those top_k the k largest logits, the lower id first on ties; of those top_p
+       the fewest largest that hold that share of their weight.
+    6. The first kept id at which the running sum, by ascending id, exceeds uniform · the sum.
+
+    uniform: 53 bits of Philox4x64-10 keyed by the seed, the position its counter; numpy's random.Philox.
+    """
+
+    parameters: npt.NDArray[np.void]  # [D] of PARAMETERS
+    rows: Int32Array  # [D], ascending
+    token_ids: Int32Array  # [D], the token to score; -1: draw
+    positions: npt.NDArray[np.int64]  # [D], what the randomness is counted by
+    num_logprobs: Int32Array  # [D], how many of the best tokens to report beside the token's own; -1: report nothing
+    bias_start: Int32Array  # [D + 1]
+    bias_ids: Int32Array  # [biases], no id twice in a draw
+    bias_values: Float32Array  # [biases]
+    history_start: Int32Array  # [D + 1], each draw's own tokens; none where no penalty applies
+    output_start: Int32Array  # [D]
+    history: Int32Array  # [tokens]
+
+
+@dataclass(frozen=True)
+class SampleOutput:
+    """Log-probabilities are of the logits as they came: x - max - log Σ exp(x - max). Entries that nobody asked for
+    are undefined."""
+
+    token_ids: Int32Array  # [D], drawn or scored; -1 where logits are NaN, or their maximum is not finite
+    logprobs: Float64Array  # [D]
+    top_ids: Int32Array  # [D, most num_logprobs], the best first, the lower id first on ties; V at most
+    top_logprobs: Float64Array  # [D, most num_logprobs]
+
+    @classmethod
+    def empty(cls, batch: SampleInput) -> SampleOutput:
+        draws, width = batch.rows.size, int(batch.num_logprobs.max(initial=0))
+        return cls(np.full(draws, -1, np.int32), np.empty(draws), np.empty((draws, width), np.int32),
+                   np.empty((draws, width)))
+
+
 class Ops(Protocol[V]):
     """The network's vocabulary. Float values are float32 [rows, width]; a value made with `act` set is quantized
     and only a linear with that same `act` may read it. Parameters are what `Backend.prepare` returned."""
@@ -169,8 +224,9 @@ class Ops(Protocol[V]):
 class Executor(Protocol):
     """A model bound to a backend, a KV cache and the limits it was compiled for."""
 
-    def step(self, batch: StepInput) -> Float32Array:
-        """Run one step and return logits [R, V]; the array is the caller's to keep."""
+    def step(self, batch: StepInput, out: Float32Array | None = None) -> Float32Array:
+        """Run one step and return logits [R, V]: in the first R rows of `out` where that is given and the backend can,
+        else in an array that is the caller's to keep."""
         ...
 
 
@@ -184,6 +240,10 @@ class Backend(Protocol):
 
     def compile(self, forward: Callable[[Ops[Any]], Any], limits: StepLimits) -> Executor:
         """`forward` returns the logits value; each compiled executor has a KV cache of its own."""
+        ...
+
+    def sample(self, logits: Float32Array, batch: SampleInput) -> SampleOutput:
+        """Draw or score tokens, given rows of logits [R, V]; they are the same afterwards."""
         ...
 
     def describe(self) -> dict[str, str]:

@@ -10,20 +10,23 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 from ml_dtypes import bfloat16
 
 import fptq_runtime._native as _native
 from fptq_runtime.kernels.base import (
+    PARAMETERS,
     ActivationQuant,
     Array,
     AttentionSpec,
     Embedding,
     Float32Array,
-    Int32Array,
     Linear,
     Norm,
     Ops,
     QuantizedWeight,
+    SampleInput,
+    SampleOutput,
     StepInput,
     StepLimits,
 )
@@ -59,6 +62,7 @@ class CpuBackend:
             logging.getLogger(__name__).warning("%d threads on %d cores: those beyond the cores slow every step down",
                                                 threads, available)
         self._pool = _native.ThreadPool(threads or available)
+        self._sampler = _native.Sampler(self._pool, self._isa)
 
     def prepare(self, parameter: Any) -> Prepared:
         if isinstance(parameter, Linear):
@@ -107,6 +111,31 @@ class CpuBackend:
         ops = CaptureOps(program)
         program.finish(forward(ops))
         return CpuExecutor(program, ops.parameters)
+
+    def sample(self, logits: Float32Array, batch: SampleInput) -> SampleOutput:
+        """Raises ValueError, and draws nothing, where an array or an index is wrong."""
+        if logits.ndim != 2 or not logits.flags.writeable:
+            raise ValueError("logits must be a writable [R, V] array")
+        rows, vocab = logits.shape
+        draws, biases, tokens = batch.rows.size, batch.bias_ids.size, batch.history.size
+        out = SampleOutput.empty(batch)
+        self._sampler.run(
+            _address("logits", logits, (rows, vocab), np.float32), rows, vocab,
+            _address("parameters", batch.parameters, (draws,), PARAMETERS),
+            _address("rows", batch.rows, (draws,)),
+            _address("token_ids", batch.token_ids, (draws,)),
+            _address("positions", batch.positions, (draws,), np.int64),
+            _address("num_logprobs", batch.num_logprobs, (draws,)), draws,
+            _address("bias_start", batch.bias_start, (draws + 1,)),
+            _address("bias_ids", batch.bias_ids, (biases,)),
+            _address("bias_values", batch.bias_values, (biases,), np.float32), biases,
+            _address("history_start", batch.history_start, (draws + 1,)),
+            _address("output_start", batch.output_start, (draws,)),
+            _address("history", batch.history, (tokens,)), tokens,
+            out.token_ids.ctypes.data, out.logprobs.ctypes.data,
+            out.top_ids.ctypes.data, out.top_logprobs.ctypes.data, out.top_ids.shape[1],
+        )
+        return out
 
     def describe(self) -> dict[str, str]:
         return {
@@ -166,13 +195,14 @@ class CpuExecutor:
         seconds: dict[str, float] = self._program.seconds
         return seconds
 
-    def step(self, batch: StepInput) -> Float32Array:
+    def step(self, batch: StepInput, out: Float32Array | None = None) -> Float32Array:
         """Logits [R, V]. Raises ValueError, and leaves the cache as it was, where an array or an index is wrong."""
         tokens = batch.token_ids.size
         seqs = batch.seq_lens.size
         rows = batch.logits_rows.size
         table_width = batch.block_tables.shape[-1]
-        logits = np.empty((rows, self._program.logits_width), dtype=np.float32)
+        width = self._program.logits_width
+        logits = np.empty((rows, width), dtype=np.float32) if out is None else out[:rows]
         self._program.step(
             _address("token_ids", batch.token_ids, (tokens,)),
             _address("positions", batch.positions, (tokens,)),
@@ -185,7 +215,7 @@ class CpuExecutor:
             table_width,
             _address("logits_rows", batch.logits_rows, (rows,)),
             rows,
-            logits.ctypes.data,
+            _address("out", logits, (rows, width), np.float32),
         )
         return logits
 
@@ -239,9 +269,10 @@ def _act(act: ActivationQuant | None) -> float | None:
     return act.scale
 
 
-def _address(name: str, array: Int32Array, shape: tuple[int, ...]) -> int:
-    if array.dtype != np.int32 or array.shape != shape or not array.flags.c_contiguous:
-        raise ValueError(f"{name} must be a contiguous int32 array of shape {shape}, not {array.dtype} {array.shape}")
+def _address(name: str, array: npt.NDArray[Any], shape: tuple[int, ...], dtype: npt.DTypeLike = np.int32) -> int:
+    if array.dtype != dtype or array.shape != shape or not array.flags.c_contiguous:
+        raise ValueError(f"{name} must be a contiguous {np.dtype(dtype)} array of shape {shape}, "
+                         f"not {array.dtype} {array.shape}")
     return array.ctypes.data
 
 

@@ -26,9 +26,12 @@ from fptq_runtime.kernels.base import (
     Norm,
     Ops,
     QuantizedWeight,
+    SampleInput,
+    SampleOutput,
     StepInput,
     StepLimits,
 )
+from fptq_runtime.kernels.sampling import sample_reference
 
 
 class ReferenceBackend:
@@ -52,6 +55,9 @@ class ReferenceBackend:
 
     def compile(self, forward: Callable[[Ops[Any]], Any], limits: StepLimits) -> ReferenceExecutor:
         return ReferenceExecutor(forward, limits)
+
+    def sample(self, logits: Float32Array, batch: SampleInput) -> SampleOutput:
+        return sample_reference(logits, batch)
 
     def describe(self) -> dict[str, str]:
         return {"backend": "reference", "kernel": f"torch {torch.__version__}, float32, fake-quantized"}
@@ -83,7 +89,7 @@ class ReferenceExecutor:
         self._forward = forward
         self._cache = ReferenceCache(limits)
 
-    def step(self, batch: StepInput) -> Float32Array:
+    def step(self, batch: StepInput, out: Float32Array | None = None) -> Float32Array:
         with torch.inference_mode():
             logits: torch.Tensor = self._forward(ReferenceOps(batch, self._cache))
             return logits.numpy()

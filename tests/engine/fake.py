@@ -13,7 +13,8 @@ from fptq_runtime.config import EngineConfig, ModelConfig
 from fptq_runtime.engine.engine import Engine
 from fptq_runtime.engine.output import RequestOutput
 from fptq_runtime.engine.request import SamplingParams
-from fptq_runtime.kernels.base import StepInput, StepLimits
+from fptq_runtime.kernels.base import SampleInput, SampleOutput, StepInput, StepLimits
+from fptq_runtime.kernels.sampling import sample_reference
 
 VOCAB = 97
 EOS = 0
@@ -42,7 +43,7 @@ class FakeExecutor:
         self.before: Callable[[StepInput], None] = lambda batch: None
         self.after: Callable[[np.ndarray], np.ndarray] = lambda logits: logits
 
-    def step(self, batch: StepInput) -> np.ndarray:
+    def step(self, batch: StepInput, out: np.ndarray | None = None) -> np.ndarray:
         self.before(batch)
         limits, size = self.limits, self.limits.block_size
         assert 0 < len(batch.token_ids) <= limits.max_tokens
@@ -74,6 +75,9 @@ class FakeBackend:
     def compile(self, forward: Any, limits: StepLimits) -> FakeExecutor:
         self.executor = FakeExecutor(limits)
         return self.executor
+
+    def sample(self, logits: np.ndarray, batch: SampleInput) -> SampleOutput:
+        return sample_reference(logits, batch)
 
     def describe(self) -> dict[str, str]:
         return {}

@@ -183,7 +183,7 @@ def test_the_last_one_in_gives_way_and_comes_back_first() -> None:
     kept = list(second.token_ids)
     s.finish(first)
     assert chunks(s)["b"] == (0, len(kept), 1)  # its prompt and what it had decoded
-    assert second.token_ids == [*kept, 1]
+    assert list(second.token_ids) == [*kept, 1]
 
 
 def test_siblings_wait_for_the_prompt_they_can_share() -> None:
