@@ -133,6 +133,22 @@ class StepLimits:
     head_dim: int
 
 
+@dataclass(frozen=True)
+class Work:
+    """Of one step's linears: a multiply-add is one; each weight and its scales are read once."""
+
+    multiply_adds: int
+    weight_bytes: int
+
+
+@dataclass(frozen=True)
+class Roofs:
+    """What a machine's threads reach together: integer GOPS (a multiply-add is two), GB/s read from memory."""
+
+    gops: float
+    read_gb_per_s: float
+
+
 class Ops(Protocol[V]):
     """The network's vocabulary. Float values are float32 [rows, width]; a value made with `act` set is quantized
     and only a linear with that same `act` may read it. Parameters are what `Backend.prepare` returned."""
@@ -169,6 +185,15 @@ class Ops(Protocol[V]):
 class Executor(Protocol):
     """A model bound to a backend, a KV cache and the limits it was compiled for."""
 
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Spent inside all steps so far, by kind of op."""
+        ...
+
+    def work(self, tokens: int, rows: int) -> Work:
+        """What the linears of a step with that many tokens and rows of logits must do at least."""
+        ...
+
     def step(self, batch: StepInput) -> Float32Array:
         """Run one step and return logits [R, V]; the array is the caller's to keep."""
         ...
@@ -184,6 +209,10 @@ class Backend(Protocol):
 
     def compile(self, forward: Callable[[Ops[Any]], Any], limits: StepLimits) -> Executor:
         """`forward` returns the logits value; each compiled executor has a KV cache of its own."""
+        ...
+
+    def roofs(self) -> Roofs | None:
+        """Measured now, on the threads that run the model; None where a backend has none to reach."""
         ...
 
     def describe(self) -> dict[str, str]:

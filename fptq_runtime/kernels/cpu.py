@@ -24,8 +24,10 @@ from fptq_runtime.kernels.base import (
     Norm,
     Ops,
     QuantizedWeight,
+    Roofs,
     StepInput,
     StepLimits,
+    Work,
 )
 
 
@@ -108,6 +110,9 @@ class CpuBackend:
         program.finish(forward(ops))
         return CpuExecutor(program, ops.parameters)
 
+    def roofs(self) -> Roofs:
+        return Roofs(_native.peak_gops(self._pool, self._isa), _native.read_bandwidth(self._pool))
+
     def describe(self) -> dict[str, str]:
         return {
             "backend": "native",
@@ -162,9 +167,10 @@ class CpuExecutor:
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Spent inside all steps so far, by kind of op ("attention", "linear N x K", …)."""
-        seconds: dict[str, float] = self._program.seconds
-        return seconds
+        return self._program.seconds
+
+    def work(self, tokens: int, rows: int) -> Work:
+        return Work(*self._program.work(tokens, rows))
 
     def step(self, batch: StepInput) -> Float32Array:
         """Logits [R, V]. Raises ValueError, and leaves the cache as it was, where an array or an index is wrong."""

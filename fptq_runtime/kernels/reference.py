@@ -5,6 +5,7 @@ Quantized inputs are fake-quantized floats, so autograd passes through. Weights 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Literal
@@ -28,6 +29,7 @@ from fptq_runtime.kernels.base import (
     QuantizedWeight,
     StepInput,
     StepLimits,
+    Work,
 )
 
 
@@ -52,6 +54,9 @@ class ReferenceBackend:
 
     def compile(self, forward: Callable[[Ops[Any]], Any], limits: StepLimits) -> ReferenceExecutor:
         return ReferenceExecutor(forward, limits)
+
+    def roofs(self) -> None:
+        return None
 
     def describe(self) -> dict[str, str]:
         return {"backend": "reference", "kernel": f"torch {torch.__version__}, float32, fake-quantized"}
@@ -82,11 +87,17 @@ class ReferenceExecutor:
     def __init__(self, forward: Callable[[Ops[Any]], Any], limits: StepLimits) -> None:
         self._forward = forward
         self._cache = ReferenceCache(limits)
+        self.seconds = {"forward": 0.0}
+
+    def work(self, tokens: int, rows: int) -> Work:
+        return Work(0, 0)  # nothing to hold it against: it has no roofs
 
     def step(self, batch: StepInput) -> Float32Array:
+        started = time.perf_counter()
         with torch.inference_mode():
             logits: torch.Tensor = self._forward(ReferenceOps(batch, self._cache))
-            return logits.numpy()
+        self.seconds["forward"] += time.perf_counter() - started
+        return logits.numpy()
 
 
 class ReferenceOps:
