@@ -121,7 +121,7 @@ def test_the_default_rows() -> None:
 def test_rows_fit_the_model() -> None:
     model = SHAPES["llama-3.2-1b"]  # 256 positions
     assert bench.rows((), (), model, 8, 512)[0] == Row(1, 128)
-    with pytest.raises(ValueError, match="2 prompts of 250 tokens .* exceed the model's 256 positions"):
+    with pytest.raises(ValueError, match=r"2 prompts of 250 tokens .* exceed the model's 256 positions"):
         bench.rows((2,), (250,), model, 8, 512)
     with pytest.raises(ValueError, match="40 prompts of 240 tokens"):
         bench.rows((40,), (240,), model, 8, 512)
