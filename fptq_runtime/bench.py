@@ -1,45 +1,124 @@
-"""Tokens per second of a model on this machine, through the engine that serves it."""
+"""Tokens per second of a model on this machine, through the engine that serves it, against the machine's roofs."""
 
 from __future__ import annotations
 
+import platform
 import random
 import statistics
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Literal, cast
 
-from fptq_runtime.config import EngineConfig
+from fptq_runtime.config import EngineConfig, KVCacheDtype, ModelConfig
 from fptq_runtime.engine.engine import Engine
+from fptq_runtime.engine.kv_cache import token_bytes
 from fptq_runtime.engine.request import SamplingParams
-from fptq_runtime.engine.stats import StepStats
+from fptq_runtime.kernels.base import Roofs
 from fptq_runtime.kernels.select import select_backend
 from fptq_runtime.models.tokenizer import Tokenizer
 from fptq_runtime.shapes import SHAPES, random_decoder
 
+Phase = Literal["prefill", "decode"]
+PHASES: tuple[Phase, ...] = ("prefill", "decode")
+# The default: prompts of 32 · 2048 tokens would take minutes to compute.
+BATCHES = {512: (1, 2, 4, 8, 16, 32), 2048: (1, 8)}
+
+
+@dataclass(frozen=True)
+class Row:
+    """What to measure: `batch` sequences at once, with prompts of `context` tokens."""
+
+    batch: int
+    context: int
+
+    def output_tokens(self, steps: int, budget: int) -> int:
+        """Enough for those whose prompts are computed first to decode until the last one's is, and `steps` more."""
+        return steps + 1 + self.batch + -(-self.batch * self.context // max(1, budget - self.batch))
+
 
 @dataclass(frozen=True)
 class Measurement:
-    """Medians over the runs, of the steps that compute prompts (prefill) or of the others (decode). context: tokens of
-    each prompt; tokens_per_s: over all sequences; step_ms: milliseconds of one step."""
+    """prefill: the steps until every prompt is computed. decode: steps in which each of `batch` sequences gains a
+    token and no prompt is computed. tokens_per_s counts all tokens that these steps compute.
 
-    phase: Literal["prefill", "decode"]
+    percent_of_roof: the time a roofline needs (the linears' multiply-adds at the integer peak, or the bytes of weights
+    and, in decode, of keys and values at the read bandwidth, whichever is longer) over the time taken; `bound` says
+    which. Both are None where the backend has no roofs. percent_outside_kernels: of the steps' time, what the
+    executor's ops did not take.
+    """
+
+    phase: Phase
     batch: int
     context: int
     tokens_per_s: float
     step_ms: float
+    percent_of_roof: float | None
+    bound: Literal["compute", "memory"] | None
+    percent_outside_kernels: float
 
 
-def measure(engine: Engine, batch: int, context: int, output_tokens: int, runs: int) -> tuple[Measurement, Measurement]:
-    """Prefill and decode of `batch` requests with random prompts at once, greedy, after one run that is not counted.
-    output_tokens must be at least 2: the first token comes out of the prefill."""
-    if output_tokens < 2:
-        raise ValueError(f"decoding is measured on 2 output tokens or more, not {output_tokens}")
-    measured = [_run(engine, batch, context, output_tokens, seed) for seed in range(runs + 1)][1:]
-    prefill, prefill_ms, decode, decode_ms = (statistics.median(values) for values in zip(*measured, strict=True))
-    return (
-        Measurement("prefill", batch, context, prefill, prefill_ms),
-        Measurement("decode", batch, context, decode, decode_ms),
+@dataclass
+class Steps:
+    """Those of one phase, and what they had to do at least: multiply-adds and bytes to read."""
+
+    phase: Phase
+    row: Row
+    seconds: list[float] = field(default_factory=list)
+    tokens: int = 0
+    kernel_seconds: float = 0.0
+    multiply_adds: int = 0
+    bytes_read: int = 0
+
+    @property
+    def total_seconds(self) -> float:
+        """Steps of decoding are alike, so that the median tells of what disturbed none of them."""
+        return sum(self.seconds) if self.phase == "prefill" else len(self.seconds) * statistics.median(self.seconds)
+
+    def against(self, roofs: Roofs | None) -> Measurement:
+        percent: float | None = None
+        bound: Literal["compute", "memory"] | None = None
+        if roofs is not None:
+            compute, memory = 2e-9 * self.multiply_adds / roofs.gops, 1e-9 * self.bytes_read / roofs.read_gb_per_s
+            percent = 100 * max(compute, memory) / self.total_seconds
+            bound = "compute" if compute > memory else "memory"
+        return Measurement(
+            self.phase, self.row.batch, self.row.context, self.tokens / self.total_seconds,
+            1000 * statistics.median(self.seconds), percent, bound,
+            100 * (1 - self.kernel_seconds / sum(self.seconds)),
+        )
+
+
+def rows(batches: Sequence[int], contexts: Sequence[int], model: ModelConfig, steps: int, budget: int) -> list[Row]:
+    """Every batch at every context. Empty: the default of `BATCHES`, where it fits into the model's positions. Raises
+    ValueError where what was asked for does not."""
+    def fits(row: Row) -> bool:
+        return row.context + row.output_tokens(steps, budget) <= model.max_position_embeddings
+
+    by_default = [context for context in BATCHES if fits(Row(1, context))] or [model.max_position_embeddings // 2]
+    chosen = [Row(batch, context) for context in contexts or by_default
+              for batch in batches or BATCHES.get(context, BATCHES[512] if context < 512 else BATCHES[2048])]
+    fitting = [row for row in chosen if fits(row)]
+    if not fitting or (contexts and fitting != chosen):
+        row = next(row for row in chosen if not fits(row))
+        raise ValueError(
+            f"{row.batch} prompts of {row.context} tokens and what they decode meanwhile exceed the model's "
+            f"{model.max_position_embeddings} positions; lower context, batch or steps")
+    return fitting
+
+
+def bench_config(model: ModelConfig, rows: Sequence[Row], steps: int, *, max_num_batched_tokens: int = 512,
+                 kv_cache_dtype: KVCacheDtype = "int8", threads: int = 0) -> EngineConfig:
+    """An engine as large as the largest row: nothing is preempted, and no prompt is found in a cache."""
+    lengths = [(row.batch, row.context + row.output_tokens(steps, max_num_batched_tokens)) for row in rows]
+    config = EngineConfig(
+        max_model_len=max(length for _, length in lengths), max_num_seqs=max(batch for batch, _ in lengths),
+        max_num_batched_tokens=max_num_batched_tokens, kv_cache_dtype=kv_cache_dtype, threads=threads,
+        enable_prefix_caching=False,
     )
+    blocks = max(batch * (-(-length // config.block_size) + 1) for batch, length in lengths)
+    return replace(config, kv_cache_memory=blocks * config.block_size * token_bytes(model, kv_cache_dtype))
 
 
 def shape_engine(name: str, head_bits: int, backend: str, config: EngineConfig) -> Engine:
@@ -47,6 +126,28 @@ def shape_engine(name: str, head_bits: int, backend: str, config: EngineConfig) 
     kernels = select_backend(backend, config.threads)
     decoder = random_decoder(SHAPES[name], kernels, head_bits)
     return Engine(decoder, kernels, config, cast(Tokenizer, NoText()))
+
+
+def measure(engine: Engine, row: Row, phases: Sequence[Phase] = PHASES, *, steps: int = 24, seconds: float = 3.0
+            ) -> list[Steps]:
+    """Greedy requests with random prompts, again and again until `seconds` have passed, with `steps` steps of decoding
+    each time. For each phase the run with the median rate. Raises ValueError for less than one step."""
+    if steps < 1:
+        raise ValueError(f"decoding is measured on 1 step or more, not {steps}")
+    runs: list[dict[Phase, Steps]] = []
+    started = time.monotonic()
+    while not runs or time.monotonic() - started < seconds:
+        runs.append(_run(engine, row, steps if "decode" in phases else 0, seed=len(runs)))
+    return [sorted((run[phase] for run in runs), key=lambda one: one.tokens / one.total_seconds)[len(runs) // 2]
+            for phase in phases]
+
+
+def machine() -> str:
+    """The processor's name and how many of it there are."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{len(names)} × {names[0]}" if names else platform.processor() or platform.machine()
 
 
 class NoText:
@@ -62,20 +163,33 @@ class NoText:
         return ""
 
 
-def _run(engine: Engine, batch: int, context: int, output_tokens: int, seed: int) -> tuple[float, ...]:
-    generator = random.Random(seed)
+def _run(engine: Engine, row: Row, steps: int, seed: int) -> dict[Phase, Steps]:
+    """Until every prompt is computed and `steps` steps with all sequences have followed."""
+    config, vocab_size = engine.config, engine.model_config.vocab_size
+    generator = random.Random(f"{seed} {row.batch} {row.context}")
+    output_tokens = row.output_tokens(steps, config.max_num_batched_tokens)
     params = SamplingParams(temperature=0, max_tokens=output_tokens, ignore_eos=True)
-    vocab = range(engine.model_config.vocab_size)
-    for i in range(batch):
-        engine.add_request(f"{seed}.{i}", generator.choices(vocab, k=context), params)
-    steps: list[StepStats] = []
+    for index in range(row.batch):
+        engine.add_request(str(index), generator.choices(range(vocab_size), k=row.context), params)
+    prefill, decode = Steps("prefill", row), Steps("decode", row)
+    kv_bytes = token_bytes(engine.model_config, config.kv_cache_dtype)
+    to_compute, cached = row.batch * row.context, 0
+    while to_compute or len(decode.seconds) < steps:
+        before = sum(engine.executor.seconds.values())
+        _, stats = engine.step()
+        to_compute -= stats.prompt_tokens
+        cached += stats.batch_tokens
+        part = prefill if stats.prompt_tokens else decode
+        if part is decode and stats.generated_tokens < row.batch:
+            raise RuntimeError("a sequence ended before it was measured")
+        part.seconds.append(stats.step_seconds)
+        part.tokens += stats.batch_tokens
+        part.kernel_seconds += sum(engine.executor.seconds.values()) - before
+        work = engine.executor.work(stats.batch_tokens, stats.generated_tokens)
+        part.multiply_adds += work.multiply_adds
+        part.bytes_read += work.weight_bytes + (cached * kv_bytes if part is decode else 0)
+    for index in range(row.batch):
+        engine.abort(str(index))
     while engine.has_unfinished_requests:
-        steps.append(engine.step()[1])
-    prefill = [step for step in steps if step.prompt_tokens]
-    decode = [step for step in steps if step.generated_tokens and not step.prompt_tokens]
-    return (
-        sum(step.batch_tokens for step in prefill) / sum(step.step_seconds for step in prefill),
-        1000 * statistics.median(step.step_seconds for step in prefill),
-        sum(step.generated_tokens for step in decode) / sum(step.step_seconds for step in decode),
-        1000 * statistics.median(step.step_seconds for step in decode),
-    )
+        engine.step()
+    return {"prefill": prefill, "decode": decode}

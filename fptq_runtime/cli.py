@@ -314,43 +314,64 @@ def verify(artifact: str, backend: str, threads: int) -> Answer:
 @click.argument("artifact", required=False)
 @click.option("--shape", type=click.Choice(["llama-3.2-1b", "qwen2.5-0.5b", "llama-2-7b"]),
               help="Random weights of this shape, instead of ARTIFACT.")
-@click.option("--head-bits", type=click.Choice(["4", "8"]), default="8", show_default=True, help="Of a --shape.")
-@click.option("--batch", type=click.IntRange(1), multiple=True, default=(1, 2, 4, 8, 16), show_default=True,
-              help="Concurrent sequences; may be given more than once.")
-@click.option("--context", type=click.IntRange(1), multiple=True, default=(128,), show_default=True,
-              help="Tokens of each prompt; may be given more than once.")
-@click.option("--output-tokens", type=click.IntRange(2), default=64, show_default=True)
-@click.option("--runs", type=click.IntRange(1), default=3, show_default=True, help="The median is printed.")
-@engine_options
+@click.option("--head-bits", type=click.Choice(["4", "8"]), default="4", show_default=True, help="Of a --shape.")
+@click.option("--phase", "phases", type=click.Choice(["prefill", "decode"]), multiple=True, help="Measure only this.")
+@click.option("--batch", "batches", type=click.IntRange(1), multiple=True,
+              help="Concurrent sequences; may be given more than once (1 to 32; 1 and 8 at long contexts).")
+@click.option("--context", "contexts", type=click.IntRange(1), multiple=True,
+              help="Tokens of each prompt; may be given more than once (512 and 2048).")
+@click.option("--steps", type=click.IntRange(1), default=24, show_default=True, help="Steps of decoding in a run.")
+@click.option("--seconds", type=click.FloatRange(0), default=3.0, show_default=True,
+              help="Runs of a row are repeated for so long, and the median is shown.")
+@click.option("--max-num-batched-tokens", type=click.IntRange(1), default=512, show_default=True,
+              help="Most tokens in one step.")
+@click.option("--kv-cache-dtype", type=click.Choice(["bf16", "int8"]), default="int8", show_default=True)
+@backend_options
 @answers
-def bench(artifact: str | None, shape: str | None, head_bits: str, batch: tuple[int, ...], context: tuple[int, ...],
-          output_tokens: int, runs: int, max_num_seqs: int, max_model_len: int | None, backend: str,
-          **options: Any) -> Answer:
-    """Prefill and decode tokens per second of ARTIFACT or a --shape, by batch size and context."""
+def bench(artifact: str | None, shape: str | None, head_bits: str, phases: tuple[Any, ...], batches: tuple[int, ...],
+          contexts: tuple[int, ...], steps: int, seconds: float, backend: str, **options: Any) -> Answer:
+    """Prefill and decode tokens per second of ARTIFACT or a --shape, by batch size and context, and what part of this
+    machine's roofs that is."""
     if (artifact is None) == (shape is None):
         raise click.UsageError("give either an ARTIFACT or --shape")
-    options["max_num_seqs"] = max(max_num_seqs, *batch)
+    from fptq_runtime import bench
+
     if shape is not None:
-        from fptq_runtime.bench import shape_engine
-        from fptq_runtime.config import EngineConfig
+        from fptq_runtime.shapes import SHAPES
 
-        config = EngineConfig(max_model_len=max_model_len or max(context) + output_tokens, **options)
-        engine = shape_engine(shape, int(head_bits), backend, config)
+        model = SHAPES[shape]
+        rows = bench.rows(batches, contexts, model, steps, options["max_num_batched_tokens"])
+        engine = bench.shape_engine(shape, int(head_bits), backend, bench.bench_config(model, rows, steps, **options))
     else:
-        from fptq_runtime.locate import load
+        from fptq_runtime.engine.llm import load_engine
+        from fptq_runtime.locate import find_artifact
+        from fptq_runtime.models.loader import Checkpoint
 
-        engine = load(str(artifact), max_model_len=max_model_len, backend=backend, **options).engine
-    from fptq_runtime.bench import measure
-
+        path = find_artifact(str(artifact))
+        model = Checkpoint(path).model_config
+        rows = bench.rows(batches, contexts, model, steps, options["max_num_batched_tokens"])
+        config = bench.bench_config(model, rows, steps, **options)
+        engine = load_engine(path, backend=backend, **asdict(config))
+    roofs = engine.backend.roofs()
+    bench.measure(engine, bench.Row(1, rows[0].context), steps=1, seconds=0)  # warms up
+    with click.progressbar(rows, label="measuring", file=sys.stderr) as remaining:
+        measured = [part for row in remaining
+                    for part in bench.measure(engine, row, phases or bench.PHASES, steps=steps, seconds=seconds)]
+    results = [part.against(roofs) for part in measured]
+    name = artifact or f"{shape}, random weights, {head_bits}-bit head"
     kernels = engine.backend.describe()
-    results = [row for length in context for size in batch
-               for row in measure(engine, size, length, output_tokens, runs)]
-    lines = [*(f"{kind}: {kernel}" for kind, kernel in kernels.items()),
-             f"{'phase':>7} {'batch':>5} {'context':>7} {'tokens/s':>9} {'ms/step':>8}",
-             *(f"{r.phase:>7} {r.batch:5} {r.context:7} {r.tokens_per_s:9.1f} {r.step_ms:8.2f}" for r in results)]
+    lines = [name, bench.machine(), *(f"{kind}: {kernel}" for kind, kernel in kernels.items())]
+    if roofs is not None:
+        lines.append(f"roofs: {roofs.gops:.0f} GOPS int8, {roofs.read_gb_per_s:.1f} GB/s read")
+    lines.append(f"{'phase':>7} {'batch':>5} {'context':>7} {'tokens/s':>9} {'ms/step':>8} {'of the roof':>16} "
+                 f"{'outside kernels':>15}")
+    for r in results:
+        roof = "" if r.percent_of_roof is None else f"{r.percent_of_roof:.0f} % ({r.bound})"
+        lines.append(f"{r.phase:>7} {r.batch:5} {r.context:7} {r.tokens_per_s:9.1f} {r.step_ms:8.2f} {roof:>16} "
+                     f"{r.percent_outside_kernels:13.1f} %")
     return {
-        "model": artifact or f"{shape}, random weights, {head_bits}-bit head", "output_tokens": output_tokens,
-        "kernels": kernels, "results": [asdict(result) for result in results],
+        "model": name, "machine": bench.machine(), "version": fptq_runtime.__version__, "kernels": kernels,
+        "roofs": None if roofs is None else asdict(roofs), "results": [asdict(result) for result in results],
     }, "\n".join(lines)
 
 

@@ -140,6 +140,10 @@ NB_MODULE(_native, m) {
       .def("finish", &Program::finish, "logits"_a)
       .def_prop_ro("logits_width", &Program::logits_width)
       .def_prop_ro("seconds", &Program::seconds, "Spent in all steps so far, by kind of op.")
+      .def("work", [](const Program& program, int tokens, int rows) {
+        const Work work = program.work(tokens, rows);
+        return std::pair(work.multiply_adds, work.weight_bytes);
+      }, "tokens"_a, "rows"_a, "(multiply-adds, bytes of weights) of a step's linears.")
       .def("step", [](Program& program, uintptr_t token_ids, uintptr_t positions, uintptr_t slot_mapping, int tokens,
                       uintptr_t query_start_loc, uintptr_t seq_lens, int seqs, uintptr_t block_tables, int table_width,
                       uintptr_t logits_rows, int rows, uintptr_t logits) {

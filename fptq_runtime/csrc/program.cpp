@@ -294,6 +294,14 @@ int Program::linear(int x, std::shared_ptr<const LinearParameter> linear, std::o
       refuse(linear->name, ": input and residual have different rows");
     reads.push_back(*residual);
   }
+  const int64_t weights = static_cast<int64_t>(n) * k;
+  Work& work = in.selected ? row_work_ : token_work_;
+  work.multiply_adds += weights;
+  if (const PackedWeight* packed = linear->packed.get())
+    work.weight_bytes += weights * packed->bits / 8 +
+                         int64_t{n} * ceil_div(k, packed->group_size) * (packed->bf16_scales ? 2 : 4);
+  else
+    work.weight_bytes += weights * (linear->float_weight->bf16 ? 2 : 4);
   const int out = define(linear_kind(*linear), n, in.selected, {}, reads, residual && *residual != x ? *residual : -1);
   if (linear->packed && !residual) ops_.back().gateable = linear;
   record([=, this_ = this](const StepView& step) {
@@ -547,6 +555,11 @@ void Program::step(const StepView& step) {
     op.seconds += std::chrono::duration<double>(now - then).count();
     then = now;
   }
+}
+
+Work Program::work(int tokens, int rows) const {
+  return {tokens * token_work_.multiply_adds + rows * row_work_.multiply_adds,
+          token_work_.weight_bytes + (rows ? row_work_.weight_bytes : 0)};
 }
 
 std::map<std::string, double> Program::seconds() const {

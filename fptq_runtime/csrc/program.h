@@ -73,6 +73,10 @@ struct StepView {
   float* logits;                  // [R][width of the logits value]
 };
 
+struct Work {
+  int64_t multiply_adds, weight_bytes;
+};
+
 // Every recording function returns the id of the value it defines and throws std::invalid_argument where an operand
 // does not fit. Not thread-safe, but programs on several threads may share a pool.
 class Program {
@@ -98,6 +102,8 @@ class Program {
 
   // Spent in all steps so far, by kind of op ("attention", "linear N x K", …).
   std::map<std::string, double> seconds() const;
+  // What the linears of a step of that many tokens and logits rows must do, however they do it.
+  Work work(int tokens, int rows) const;
 
  private:
   struct Value {
@@ -153,6 +159,7 @@ class Program {
   std::vector<KvCache> cache_;   // a layer each
   std::vector<Value> values_;
   std::vector<Op> ops_;
+  Work token_work_{}, row_work_{};            // of one token, of one logits row; the bytes are a step's
   std::vector<std::vector<float>> scratch_;   // for each thread
   std::vector<int32_t> max_bits_;             // [rows][groups of a cut], between a gated linear and its quantization
   std::vector<AttentionTile> tiles_, parts_;

@@ -20,7 +20,7 @@ from fptq_runtime.engine.request import FinishReason, Request, RequestStatus, Sa
 from fptq_runtime.engine.sampler import SampleBatch, SampleResult, Sampling
 from fptq_runtime.engine.scheduler import ScheduledRequest, Scheduler, SchedulerOutput
 from fptq_runtime.engine.stats import FinishedStats, StepStats
-from fptq_runtime.kernels.base import Backend, Float32Array
+from fptq_runtime.kernels.base import Backend, Executor, Float32Array
 from fptq_runtime.models.decoder import Decoder
 from fptq_runtime.models.tokenizer import Tokenizer
 
@@ -113,6 +113,11 @@ class Engine:
         self._unfinished: dict[str, int] = {}  # sequences by request
         self._num_unfinished = 0
         self._waiting_tokens = 0
+
+    @property
+    def executor(self) -> Executor:
+        """For its measurements; steps are the engine's."""
+        return self._executor
 
     @property
     def has_unfinished_requests(self) -> bool:

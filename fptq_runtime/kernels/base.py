@@ -188,6 +188,22 @@ class SampleOutput:
                    np.empty((draws, width)))
 
 
+@dataclass(frozen=True)
+class Work:
+    """Of one step's linears: a multiply-add is one; each weight and its scales are read once."""
+
+    multiply_adds: int
+    weight_bytes: int
+
+
+@dataclass(frozen=True)
+class Roofs:
+    """What a machine's threads reach together: integer GOPS (a multiply-add is two), GB/s read from memory."""
+
+    gops: float
+    read_gb_per_s: float
+
+
 class Ops(Protocol[V]):
     """The network's vocabulary. Float values are float32 [rows, width]; a value made with `act` set is quantized
     and only a linear with that same `act` may read it. Parameters are what `Backend.prepare` returned."""
@@ -224,6 +240,15 @@ class Ops(Protocol[V]):
 class Executor(Protocol):
     """A model bound to a backend, a KV cache and the limits it was compiled for."""
 
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Spent inside all steps so far, by kind of op."""
+        ...
+
+    def work(self, tokens: int, rows: int) -> Work:
+        """What the linears of a step with that many tokens and rows of logits must do at least."""
+        ...
+
     def step(self, batch: StepInput, out: Float32Array | None = None) -> Float32Array:
         """Run one step and return logits [R, V]: in the first R rows of `out` where that is given and the backend can,
         else in an array that is the caller's to keep."""
@@ -244,6 +269,10 @@ class Backend(Protocol):
 
     def sample(self, logits: Float32Array, batch: SampleInput) -> SampleOutput:
         """Draw or score tokens, given rows of logits [R, V]; they are the same afterwards."""
+        ...
+
+    def roofs(self) -> Roofs | None:
+        """Measured now, on the threads that run the model; None where a backend has none to reach."""
         ...
 
     def describe(self) -> dict[str, str]:

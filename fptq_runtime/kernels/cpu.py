@@ -25,10 +25,12 @@ from fptq_runtime.kernels.base import (
     Norm,
     Ops,
     QuantizedWeight,
+    Roofs,
     SampleInput,
     SampleOutput,
     StepInput,
     StepLimits,
+    Work,
 )
 
 
@@ -137,6 +139,9 @@ class CpuBackend:
         )
         return out
 
+    def roofs(self) -> Roofs:
+        return Roofs(_native.peak_gops(self._pool, self._isa), _native.read_bandwidth(self._pool))
+
     def describe(self) -> dict[str, str]:
         return {
             "backend": "native",
@@ -191,9 +196,10 @@ class CpuExecutor:
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Spent inside all steps so far, by kind of op ("attention", "linear N x K", …)."""
-        seconds: dict[str, float] = self._program.seconds
-        return seconds
+        return self._program.seconds
+
+    def work(self, tokens: int, rows: int) -> Work:
+        return Work(*self._program.work(tokens, rows))
 
     def step(self, batch: StepInput, out: Float32Array | None = None) -> Float32Array:
         """Logits [R, V]. Raises ValueError, and leaves the cache as it was, where an array or an index is wrong."""

@@ -5,6 +5,7 @@ Quantized inputs are fake-quantized floats, so autograd passes through. Weights 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Literal
@@ -30,6 +31,7 @@ from fptq_runtime.kernels.base import (
     SampleOutput,
     StepInput,
     StepLimits,
+    Work,
 )
 from fptq_runtime.kernels.sampling import sample_reference
 
@@ -58,6 +60,9 @@ class ReferenceBackend:
 
     def sample(self, logits: Float32Array, batch: SampleInput) -> SampleOutput:
         return sample_reference(logits, batch)
+
+    def roofs(self) -> None:
+        return None
 
     def describe(self) -> dict[str, str]:
         return {"backend": "reference", "kernel": f"torch {torch.__version__}, float32, fake-quantized"}
@@ -88,11 +93,17 @@ class ReferenceExecutor:
     def __init__(self, forward: Callable[[Ops[Any]], Any], limits: StepLimits) -> None:
         self._forward = forward
         self._cache = ReferenceCache(limits)
+        self.seconds = {"forward": 0.0}
+
+    def work(self, tokens: int, rows: int) -> Work:
+        return Work(0, 0)  # nothing to hold it against: it has no roofs
 
     def step(self, batch: StepInput, out: Float32Array | None = None) -> Float32Array:
+        started = time.perf_counter()
         with torch.inference_mode():
             logits: torch.Tensor = self._forward(ReferenceOps(batch, self._cache))
-            return logits.numpy()
+        self.seconds["forward"] += time.perf_counter() - started
+        return logits.numpy()
 
 
 class ReferenceOps:

@@ -1,0 +1,184 @@
+"""python -m benchmarks.peers: see the package."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fcntl
+import json
+import shlex
+import sys
+from collections.abc import Iterator
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import benchmarks.peers as package
+from benchmarks.peers import report, serving
+from benchmarks.peers.base import Peer, Row, Unavailable
+from benchmarks.peers.llama_cpp import LlamaCpp
+from benchmarks.peers.openvino import OpenVino
+from benchmarks.peers.ours import Ours
+from benchmarks.peers.vllm import Vllm
+from fptq_runtime.bench import machine
+from fptq_runtime.shapes import SHAPES
+
+RESULTS = Path(__file__).parent.parent / "results"
+ROWS = {
+    "prefill": [Row("prefill", 1, 512)],
+    "decode": [Row("decode", batch, 512) for batch in (1, 8, 16, 32)],
+    "long": [Row("decode", batch, 2048) for batch in (1, 8)],
+    "avx2": [Row("prefill", 1, 512, "avx2"), Row("decode", 8, 512, "avx2")],
+}
+SMALL_ROWS_7B = {"prefill": ROWS["prefill"], "decode": ROWS["decode"][:2], "long": ROWS["long"][:1]}
+CLIENTS = (8, 32)
+PEERS = ("ours", "llama.cpp", "llama.cpp-q8", "openvino", "vllm")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.peers", description=package.__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=list(SHAPES), required=True)
+    parser.add_argument("--peer", choices=PEERS, action="append", help="only these (all)")
+    parser.add_argument("--rows", choices=[*ROWS, "http"], action="append", help="only these (all)")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--work-dir", type=Path, default=Path("build/peers"), help="for packages, builds and models")
+    parser.add_argument("--out", type=Path, help="the results, without suffix (benchmarks/results/peers-SHAPE)")
+    parser.add_argument("--keep", action="store_true", help="keep rows of OUT that this run does not measure")
+    parser.add_argument("--lock", type=Path, help="a file to hold a lock on while measuring, one turn at a time")
+    parser.add_argument("--prepare", action="store_true", help="only install, build and convert")
+    options = parser.parse_args()
+    out: Path = options.out or RESULTS / f"peers-{options.shape}"
+    work_dir: Path = options.work_dir.resolve()
+
+    peers: list[Peer] = []
+    old = json.loads(out.with_suffix(".json").read_text()) if options.keep else {}
+    results: dict[str, Any] = {
+        "shape": options.shape, "machine": machine(), "threads": options.threads, "rounds": options.rounds,
+        "date": date.today().isoformat(), "command": shlex.join(["python", "-m", "benchmarks.peers", *_shown()]),
+        "versions": old.get("versions", {}), "unavailable": {}, "rows": old.get("rows", []),
+        "commands": old.get("commands", {}),
+    }
+    for name in options.peer or PEERS:
+        peer = _peer(name, work_dir, options.threads)
+        try:
+            results["versions"][peer.name] = peer.prepare(options.shape)
+            peers.append(peer)
+        except (Unavailable, RuntimeError) as error:
+            print(f"{peer.name}: {error}", file=sys.stderr)
+            results["unavailable"][peer.name] = str(error).splitlines()[0]
+    if options.prepare:
+        return
+
+    def write() -> None:
+        results["commands"].update({peer.name: peer.commands for peer in peers if peer.commands})
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
+        out.with_suffix(".md").write_text(report.markdown(results))
+        report.plot(results, out.with_suffix(".svg"))
+
+    groups = SMALL_ROWS_7B if options.shape == "llama-2-7b" else ROWS
+    chosen = options.rows or [*ROWS, "http"]
+    memory: dict[str, list[float]] = {}
+    try:
+        for row in [row for group in chosen for row in groups.get(group, [])]:
+            entry = _row(results, row.label)
+            for _ in range(options.rounds):
+                for peer in peers:
+                    if peer.name.endswith("KV") and row.context < 1024:
+                        continue  # the cache's type matters where the cache is large
+                    with _locked(options.lock):
+                        value = peer.measure(row)
+                    if value is not None:
+                        entry["runs"].setdefault(peer.name, []).append(value)
+                        print(f"{row.label}: {peer.name} {value:.1f}", flush=True)
+            if row == ROWS["prefill"][0]:
+                memory = {peer.name: [size] for peer in peers if (size := peer.resident_mib()) is not None}
+            write()
+        if memory:
+            _row(results, "memory of the engine after prefill, MiB", lower=True)["runs"] |= memory
+        if "http" in chosen:
+            _http(options, results, peers, write)
+    finally:
+        for peer in peers:
+            peer.close()
+    results["rows"] = [row for row in results["rows"] if row["runs"]]
+    write()
+    print(report.markdown(results))
+
+
+def _http(options: argparse.Namespace, results: dict[str, Any], peers: list[Peer], write: Any) -> None:
+    ours = next((peer for peer in peers if isinstance(peer, Ours)), None)
+    servers: list[tuple[Ours | LlamaCpp, str, str]] = [
+        (peer, "/readyz" if isinstance(peer, Ours) else "/health", options.shape)
+        for peer in peers if isinstance(peer, Ours) or (isinstance(peer, LlamaCpp) and peer.name == "llama.cpp")
+    ]
+    for clients in CLIENTS:
+        label = f"HTTP, {clients} clients: "
+        rate = _row(results, label + "output tokens/s")
+        first = _row(results, label + "median time to first token, ms", lower=True)
+        start = _row(results, label + "exec to ready, s", lower=True)
+        resident = _row(results, label + "memory after serving, MiB", lower=True)
+        alone = _row(results, f"{clients} requests without HTTP: output tokens/s")
+        for _ in range(options.rounds):
+            for peer, probe, model in servers:
+                port = serving.free_port()
+                command = peer.server(port, clients, serving.CONTEXT)
+                with _locked(options.lock):
+                    served = serving.serve_and_load(command, port, probe, model, clients)
+                print(f"{label}{peer.name} {served}", flush=True)
+                for entry, value in ((rate, served.output_tokens_per_s), (first, served.ttft_ms_p50),
+                                     (start, served.start_s), (resident, served.resident_mib)):
+                    entry["runs"].setdefault(peer.name, []).append(value)
+            if ours is not None:
+                with _locked(options.lock):
+                    value = ours.without_http(clients, serving.PROMPT_TOKENS, serving.OUTPUT_TOKENS)
+                alone["runs"].setdefault(ours.name, []).append(value)
+        write()
+
+
+def _peer(name: str, work_dir: Path, threads: int) -> Peer:
+    if name == "ours":
+        return Ours(work_dir, threads)
+    if name == "openvino":
+        return OpenVino(work_dir, threads)
+    if name == "vllm":
+        return Vllm(work_dir, threads)
+    return LlamaCpp(work_dir, threads, "q8_0" if name == "llama.cpp-q8" else "f16")
+
+
+def _row(results: dict[str, Any], label: str, lower: bool = False) -> dict[str, Any]:
+    """A new entry, in the place of one that was kept."""
+    entry: dict[str, Any] = {"label": label, "lower_is_better": lower, "runs": {}}
+    rows: list[dict[str, Any]] = results["rows"]
+    for i, row in enumerate(rows):
+        if row["label"] == label:
+            rows[i] = entry
+            return entry
+    rows.append(entry)
+    return entry
+
+
+def _shown() -> list[str]:
+    """The arguments, without this machine's directories."""
+    shown, skip = [], False
+    for argument in sys.argv[1:]:
+        if not skip and not argument.startswith(("--work-dir", "--out", "--lock")):
+            shown.append(argument)
+        skip = argument in ("--work-dir", "--out", "--lock")
+    return shown
+
+
+@contextlib.contextmanager
+def _locked(path: Path | None) -> Iterator[None]:
+    if path is None:
+        yield
+        return
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+if __name__ == "__main__":
+    main()
