@@ -137,7 +137,7 @@ class Program {
   std::vector<Value> values_;
   std::vector<Op> ops_;
   std::vector<std::vector<float>> row_scratch_;   // a row for each thread
-  std::vector<AttentionTile> tiles_, parts_;
+  std::vector<AttentionTile> tiles_, parts_, split_;
   std::vector<float> partials_;
   int vocab_ = 0;
   int logits_ = -1;
