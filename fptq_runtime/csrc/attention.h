@@ -1,10 +1,14 @@
 // Rope, KV writes and paged attention. Included by kernels.cpp only.
 //
-// Batch invariance: a key's score is one chain of fma over the head dimension; a row's softmax is taken per chunk of
-// kKvChunk keys at absolute positions and the chunks are merged in ascending order. What else shares the tile only adds
-// lanes and rows, or exact zeros.
+// Batch invariance: a key's score is one integer or one chain of fma over the head dimension; a row's softmax is taken
+// per chunk of kKvChunk keys at absolute positions and the chunks are merged in ascending order. What else shares the
+// tile only adds lanes and rows, or exact zeros.
+//
+// int8: a row of q is quantized like an activation, so q·K is an integer; P · value scale becomes 15-bit integers of a
+// scale for each row and chunk, so P·V is one too.
 #pragma once
 
+#include "dot.h"
 #include "norm.h"
 #include "simd.h"
 #include "views.h"
@@ -12,56 +16,97 @@
 namespace fptq {
 namespace FPTQ_NS {
 
-constexpr int kRowBlock = 4;                           // query rows of one register tile
-constexpr int kVecBlock = kLanes == 16 ? 4 : 2;        // vectors of one register tile
-constexpr int kBlockVecs = kKeyBlock / kLanes;         // vectors of 16 keys
-constexpr int kChunkVecs = kKvChunk / kLanes;
+constexpr int kRowBlock = 6;                           // query rows that go through a chunk together
+constexpr int kFloatRows = 4;                          // rows and vectors of one register tile of floats
+constexpr int kFloatVecs = kLanes == 16 ? 4 : 2;
+constexpr int kPieceSteps = kKeyBlock / 4;              // between which lines are prefetched
+constexpr int kChunkBlocks = kKvChunk / kKeyBlock;
 constexpr float kInfinity = __builtin_inff();
+constexpr float kLog2e = 1.44269504f;
+
+
+constexpr float kMaxP = 32512;                         // 127 · 256: its upper byte, rounded, is still signed
+
+template <int N>
+struct Int {
+  static constexpr int value = N;
+};
+
+template <int N, class F>
+[[gnu::always_inline]] static inline void with_int(int n, int start, const F& f) {
+  if (n == N) return f(Int<N>{}, start);
+  if constexpr (N > 1) with_int<N - 1>(n, start, f);
+}
+
+// f(Int<size>, start) over nearly equal parts of 0..n, none larger than Max.
+template <int Max, class F>
+[[gnu::always_inline]] static inline void tiles(int n, const F& f) {
+  for (int start = 0, parts = ceil_div(n, Max); parts > 0; --parts) {
+    const int size = ceil_div(n - start, parts);
+    with_int<Max>(size, start, f);
+    start += size;
+  }
+}
 
 // Halves paired as (i, i + n / 2).
 static inline void rotate(const float* cos, const float* sin, int n, float* x) {
   const int half = n / 2;
-  for (int i = 0; i < half; ++i) {
-    const float first = x[i], second = x[i + half];
-    x[i] = first * cos[i] - second * sin[i];
-    x[i + half] = second * cos[i] + first * sin[i];
-  }
+  each_vector(half, [&](int i, int lanes) {
+    const Vec first = load_lanes(x + i, lanes), second = load_lanes(x + half + i, lanes);
+    const Vec c = load_lanes(cos + i, lanes), s = load_lanes(sin + i, lanes);
+    store_lanes(x + i, first * c - second * s, lanes);
+    store_lanes(x + half + i, second * c + first * s, lanes);
+  });
 }
 
-// scale = max|x| / 127.5 (float32 epsilon where that is 0), codes half to even: as activations are quantized.
+// scale = max|x| / 127.5 (float32 epsilon where that is 0), codes half to even: as activations are quantized. Writes
+// zeros up to a multiple of 16; a NaN makes the scale NaN.
 static inline float quantize_head(const float* x, int n, int8_t* codes) {
-  float top = 0;
-  for (int i = 0; i < n; ++i) {
-    const float a = __builtin_fabsf(x[i]);
-    top = a > top || a != a ? a : top;
-  }
-  float scale = top / 127.5f;
+  IntVec tops = {};  // floats without their sign order as integers, NaN above all
+  each_vector(n, [&](int i, int lanes) {
+    const IntVec a = bits(load_lanes(x + i, lanes)) & 0x7fffffff;
+    tops = a > tops ? a : tops;
+  });
+  int32_t top = 0;
+  for (int i = 0; i < kLanes; ++i) top = tops[i] > top ? tops[i] : top;
+  float scale;
+  __builtin_memcpy(&scale, &top, sizeof scale);
+  scale /= 127.5f;
   if (scale == 0) scale = 0x1p-23f;
-  constexpr float kRound = 0x1.8p23f;
-  for (int i = 0; i < n; ++i) {
-    float q = x[i] / scale;
-    q = q < 127.0f ? q : 127.0f;
-    q = q > -128.0f ? q : -128.0f;
-    codes[i] = static_cast<int8_t>(static_cast<int32_t>((q + kRound) - kRound));
-  }
+  __builtin_memset(codes + n / 16 * 16, 0, n % 16 ? 16 : 0);
+  each_vector(n, [&](int i, int lanes) {
+    const Vec q = vmax(vmin(load_lanes(x + i, lanes) / splat(scale), splat(127.0f)), splat(-128.0f));
+    store_bytes(codes + i, bits(q + splat(kRound)));
+  });
   return scale;
 }
 
-// Writes one head's n values with a stride, and its scale where the cache is int8.
-static inline void write_head(const KvCache& cache, void* data, float* scales, size_t head_slot, size_t offset,
-                              size_t stride, const float* x) {
-  const int n = cache.head_dim;
-  if (cache.type == KvType::kFloat32) {
-    float* out = static_cast<float*>(data) + offset;
-    for (int i = 0; i < n; ++i) out[i * stride] = x[i];
+// Keys and values of one token and head into its slot.
+static inline void write_slot(const KvCache& cache, size_t block, int within, int head, const float* key,
+                              const float* value) {
+  const int dim = cache.head_dim, padded = cache.padded_dim(), size = cache.block_size;
+  if (cache.type == KvType::kInt8) {
+    int8_t codes[kMaxHeadDim + kLanes];
+    cache.k_scale(block, head)[within] = quantize_head(key, dim, codes);
+    uint8_t* k = reinterpret_cast<uint8_t*>(cache.k(block, head)) + 4 * within;
+    for (int d = 0; d < dim; d += 4) {
+      uint32_t four;
+      __builtin_memcpy(&four, codes + d, sizeof four);
+      four ^= 0x80808080;
+      __builtin_memcpy(k + static_cast<size_t>(d) * size, &four, sizeof four);
+    }
+    cache.v_scale(block, head)[within] = quantize_head(value, dim, codes);
+    uint8_t* v = reinterpret_cast<uint8_t*>(cache.v(block, head)) + within / 4 * 4 * padded + within % 4;
+    for (int d = 0; d < dim; ++d) v[4 * d] = static_cast<uint8_t>(codes[d] + 128);
   } else if (cache.type == KvType::kBfloat16) {
-    uint16_t* out = static_cast<uint16_t*>(data) + offset;
-    for (int i = 0; i < n; ++i) out[i * stride] = to_bf16(x[i]);
+    uint16_t* k = reinterpret_cast<uint16_t*>(cache.k(block, head)) + within;
+    uint16_t* v = reinterpret_cast<uint16_t*>(cache.v(block, head)) + within * padded;
+    for (int d = 0; d < dim; ++d) k[d * size] = to_bf16(key[d]);
+    for (int d = 0; d < dim; ++d) v[d] = to_bf16(value[d]);
   } else {
-    int8_t codes[kMaxHeadDim];
-    scales[head_slot] = quantize_head(x, n, codes);
-    int8_t* out = static_cast<int8_t*>(data) + offset;
-    for (int i = 0; i < n; ++i) out[i * stride] = codes[i];
+    float* k = reinterpret_cast<float*>(cache.k(block, head)) + within;
+    for (int d = 0; d < dim; ++d) k[d * size] = key[d];
+    __builtin_memcpy(reinterpret_cast<float*>(cache.v(block, head)) + within * padded, value, dim * sizeof(float));
   }
 }
 
@@ -80,30 +125,140 @@ static void rope_and_cache_row(const AttentionView& a, const KvCache& cache, int
 
   const float* k = qkv + a.num_heads * dim;
   const float* v = k + a.num_kv_heads * dim;
-  const size_t block = slot / cache.block_size, within = slot % cache.block_size;
   for (int h = 0; h < a.num_kv_heads; ++h) {
     float key[kMaxHeadDim];
     finish(k + h * dim, a.k_norm, key);
-    const size_t head = block * a.num_kv_heads + h, head_slot = head * cache.block_size + within;
-    write_head(cache, cache.k, cache.k_scale, head_slot, head * dim * cache.block_size + within, cache.block_size, key);
-    write_head(cache, cache.v, cache.v_scale, head_slot, head_slot * cache.padded_dim, 1, v + h * dim);
+    write_slot(cache, slot / cache.block_size, slot % cache.block_size, h, key, v + h * dim);
   }
 }
 
-// The state of one tile on its way through the chunks.
-struct TileState {
-  int rows;
+// One chunk of the cache as a tile sees it, in blocks of kKeyBlock keys.
+struct Chunk {
+  int base, first, last;   // the chunk's first key; the blocks that a row of the tile sees
+  int low, high;           // the keys, from `base` on
+  const uint8_t* k[kChunkBlocks];
+  const uint8_t* v[kChunkBlocks];
+  alignas(64) float k_scale[kKvChunk], v_scale[kKvChunk];
+};
+
+// Asks for the next chunk's lines a few at a time, between pieces of arithmetic: all at once they would stall it. The
+// pieces of one chunk tell how many the next will have.
+class Prefetch {
+ public:
+  // Points at the chunk from key `base` on of a tile; null: at nothing.
+  void start(const KvCache& cache, const AttentionTile* tile, int base) {
+    const int pieces = pieces_ ? pieces_ : 32;
+    pieces_ = 0;
+    blocks_ = 0;
+    left_ = 0;
+    if (!tile) return;
+    const int last = tile->position + tile->tokens - 1, end = last < base + kKvChunk ? last + 1 : base + kKvChunk;
+    cache_ = &cache;
+    block_ = tile->block_table + base / cache.block_size;
+    blocks_ = ceil_div(end - base, cache.block_size);
+    head_ = tile->kv_head;
+    block_lines_ = static_cast<int>(cache.head_bytes() / 64);
+    rate_ = ceil_div(blocks_ * block_lines_, pieces);
+  }
+
+  void some() {
+    ++pieces_;
+    for (int n = rate_; n > 0;) {
+      if (left_ == 0) {
+        if (blocks_ == 0) return;
+        --blocks_;
+        at_ = cache_->k(*block_++, head_);
+        left_ = block_lines_;
+      }
+      const int count = n < left_ ? n : left_;
+      for (int i = 0; i < count; ++i) __builtin_prefetch(at_ + 64 * i);
+      at_ += 64 * count;
+      left_ -= count;
+      n -= count;
+    }
+  }
+
+ private:
+  const KvCache* cache_ = nullptr;
+  const int32_t* block_ = nullptr;
+  const char* at_ = nullptr;
+  int blocks_ = 0, left_ = 0, head_ = 0, block_lines_ = 0, rate_ = 0, pieces_ = 0;
+};
+
+// A tile's rows, and their softmax over the chunks merged so far.
+struct TileRows {
   const float* q[kTileQueries];
   int position[kTileQueries];
-  float slope[kTileQueries];
-  alignas(64) float score[kTileQueries][kKvChunk];         // then probability · value scale
-  alignas(64) float chunk_out[kTileQueries][kMaxHeadDim];
-  float chunk_max[kTileQueries], chunk_sum[kTileQueries];  // max -inf: the row sees no key of the chunk
+  float slope[kTileQueries];                                // · log2 e
+  float scale[kTileQueries];                                // of q·K, in units of log 2
+  int32_t zero[kTileQueries];                               // 128 · Σ codes
+  alignas(64) Code codes[kTileQueries][kMaxHeadDim];
+  float max[kTileQueries], sum[kTileQueries];               // max -inf: no key yet
+  alignas(64) float values[kTileQueries * kMaxHeadDim];     // [rows][padded_dim]
 };
+
+// Rows r .. r + n of a tile on their way through one chunk.
+struct RowBlock {
+  int r, n;
+  float max[kRowBlock], sum[kRowBlock];                     // max -inf: the row sees no key of the chunk
+  float p_scale[kRowBlock];
+  int32_t p_zero[kRowBlock];                                // 128 · Σ p
+  alignas(64) int32_t product[kRowBlock * kPlanes][kMaxHeadDim];   // q·K, then p·V
+  alignas(64) float score[kRowBlock][kKvChunk];             // in units of log 2, then probabilities (· value scale)
+  alignas(64) Code p[kRowBlock * kPlanes][kKvChunk];
+  alignas(64) float out[kRowBlock][kMaxHeadDim];
+};
+
+static inline void int_scores(const KvCache& cache, const Chunk& chunk, const TileRows& rows, RowBlock& b,
+                              Prefetch& prefetch) {
+  const int steps = ceil_div(cache.head_dim, 4);
+  tiles<kDotLines>(chunk.last - chunk.first, [&](auto lines, int line) {
+    const int block = chunk.first + line;
+    tiles<kDotRows>(b.n, [&](auto n, int i) {
+      Dots<n.value, lines.value, kMaxHeadDim> dots;
+      dots.clear();
+      const size_t step_bytes = 4 * static_cast<size_t>(cache.block_size);
+      const uint8_t* k[lines.value];
+      for (int l = 0; l < lines.value; ++l) k[l] = chunk.k[block + l];
+      for (int step = 0; step < steps; step += kPieceSteps) {
+        dots.add(rows.codes[b.r + i] + 4 * step, k, step_bytes, steps - step < kPieceSteps ? steps - step : kPieceSteps);
+        for (int l = 0; l < lines.value; ++l) k[l] += kPieceSteps * step_bytes;
+        prefetch.some();
+      }
+      dots.store(b.product[i] + block * kKeyBlock, kMaxHeadDim);
+    });
+  });
+}
+
+static inline void int_values(const KvCache& cache, const Chunk& chunk, RowBlock& b, Prefetch& prefetch) {
+  const int padded = cache.padded_dim();
+  tiles<kDotLines>(padded / 16, [&](auto lines, int line) {
+    tiles<kDotRows>(b.n * kPlanes, [&](auto n, int i) {
+      Dots<n.value, lines.value, kKvChunk> dots;
+      dots.clear();
+      for (int block = chunk.first; block < chunk.last; ++block) {
+        const uint8_t* v[lines.value];
+        for (int l = 0; l < lines.value; ++l) v[l] = chunk.v[block] + 64 * (line + l);
+        dots.add(b.p[i] + block * kKeyBlock, v, 4 * static_cast<size_t>(padded), kPieceSteps);
+        prefetch.some();
+      }
+      dots.store(b.product[i] + 16 * line, kMaxHeadDim);
+    });
+  });
+  for (int i = 0; i < b.n; ++i) {
+    const IntVec zero = IntVec{} + b.p_zero[i];
+    const int32_t* product = b.product[i * kPlanes];
+    for (int d = 0; d < padded; d += kLanes) {
+      IntVec x = load_int(product + d) - zero;
+      if (kPlanes == 2) x = (load_int(product + d) << 8) + load_int(product + kMaxHeadDim + d) - zero;
+      store(b.out[i] + d, __builtin_convertvector(x, Vec) * splat(b.p_scale[i]));
+    }
+  }
+}
 
 // score[r][v · kLanes ..] = q[r] · K over R rows and V vectors of keys; keys[v] points at [dim][stride].
 template <int R, int V, class T>
-static inline void score_tile(const float* const* q, const T* const* keys, int dim, int stride, float* const* score) {
+static inline void score_tile(const float* const* q, const T* const* keys, int dim, int stride, float* score) {
   Vec acc[R][V] = {};
   for (int d = 0; d < dim; ++d) {
     Vec k[V];
@@ -114,146 +269,152 @@ static inline void score_tile(const float* const* q, const T* const* keys, int d
     }
   }
   for (int r = 0; r < R; ++r)
-    for (int v = 0; v < V; ++v) store(score[r] + v * kLanes, acc[r][v]);
+    for (int v = 0; v < V; ++v) store(score + r * kKvChunk + v * kLanes, acc[r][v]);
 }
 
-template <int R, class T>
-static inline void score_rows(TileState& s, int r, const T* const* keys, int first, int last, int dim, int stride) {
-  for (int v = first; v < last;) {
-    float* score[R];
-    for (int i = 0; i < R; ++i) score[i] = s.score[r + i] + v * kLanes;
-    if (last - v >= kVecBlock) {
-      score_tile<R, kVecBlock>(s.q + r, keys + v, dim, stride, score);
-      v += kVecBlock;
-    } else {
-      score_tile<R, 1>(s.q + r, keys + v, dim, stride, score);
-      v += 1;
-    }
-  }
+template <class T>
+static inline void float_scores(const KvCache& cache, const Chunk& chunk, const TileRows& rows, RowBlock& b) {
+  constexpr int kBlockVecs = kKeyBlock / kLanes;
+  const T* keys[kKvChunk / kLanes];
+  const int vecs = (chunk.last - chunk.first) * kBlockVecs;
+  for (int v = 0; v < vecs; ++v)
+    keys[v] = reinterpret_cast<const T*>(chunk.k[chunk.first + v / kBlockVecs]) + v % kBlockVecs * kLanes;
+  tiles<kFloatVecs>(vecs, [&](auto width, int v) {
+    tiles<kFloatRows>(b.n, [&](auto n, int i) {
+      score_tile<n.value, width.value>(rows.q + b.r + i, keys + v, cache.head_dim, cache.block_size,
+                                       b.score[i] + chunk.first * kKeyBlock + v * kLanes);
+    });
+  });
 }
 
-// out[r][d ..] = Σ_key p[r][key] · V[key][d], keys first..last of the chunk ascending; values[b] is 16 keys' rows.
+// out[r][d ..] = Σ_key p[r][key] · V[key][d], keys low..high ascending.
 template <int R, int V, class T>
-static inline void value_tile(TileState& s, int r, const T* const* values, int first, int last, int stride, int d) {
+static inline void value_tile(const Chunk& chunk, RowBlock& b, int i, int d, int stride) {
   Vec acc[R][V] = {};
-  for (int key = first; key < last;) {
-    const int end = key / kKeyBlock * kKeyBlock + kKeyBlock < last ? key / kKeyBlock * kKeyBlock + kKeyBlock : last;
-    const T* row = values[key / kKeyBlock] + static_cast<size_t>(key % kKeyBlock) * stride + d;
+  for (int key = chunk.low; key < chunk.high;) {
+    const int end = key / kKeyBlock * kKeyBlock + kKeyBlock < chunk.high ? key / kKeyBlock * kKeyBlock + kKeyBlock
+                                                                         : chunk.high;
+    const T* row = reinterpret_cast<const T*>(chunk.v[key / kKeyBlock]) +
+                   static_cast<size_t>(key % kKeyBlock) * stride + d;
     for (; key < end; ++key, row += stride) {
       Vec x[V];
       for (int v = 0; v < V; ++v) x[v] = widen(row + v * kLanes);
-      for (int i = 0; i < R; ++i) {
-        const Vec p = splat(s.score[r + i][key]);
-        for (int v = 0; v < V; ++v) acc[i][v] = fma(p, x[v], acc[i][v]);
+      for (int r = 0; r < R; ++r) {
+        const Vec p = splat(b.score[i + r][key]);
+        for (int v = 0; v < V; ++v) acc[r][v] = fma(p, x[v], acc[r][v]);
       }
     }
   }
-  for (int i = 0; i < R; ++i)
-    for (int v = 0; v < V; ++v) store(s.chunk_out[r + i] + d + v * kLanes, acc[i][v]);
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < V; ++v) store(b.out[i + r] + d + v * kLanes, acc[r][v]);
 }
 
-template <int R, class T>
-static inline void value_rows(TileState& s, int r, const T* const* values, int first, int last, int stride) {
-  int d = 0;
-  for (; d + kVecBlock * kLanes <= stride; d += kVecBlock * kLanes)
-    value_tile<R, kVecBlock>(s, r, values, first, last, stride, d);
-  for (; d < stride; d += kLanes) value_tile<R, 1>(s, r, values, first, last, stride, d);
+template <class T>
+static inline void float_values(const KvCache& cache, const Chunk& chunk, RowBlock& b) {
+  const int padded = cache.padded_dim();
+  tiles<kFloatVecs>(padded / kLanes, [&](auto width, int v) {
+    tiles<kFloatRows>(b.n, [&](auto n, int i) {
+      value_tile<n.value, width.value, T>(chunk, b, i, v * kLanes, padded);
+    });
+  });
 }
 
-// Turns one row's scores over vectors first..last of a chunk into probabilities · value scale; sets its max and sum.
-static inline void softmax_row(const AttentionView& a, const KvCache& cache, TileState& s, int r, int base, int first,
-                               int last, const float* const* k_scale, const float* const* v_scale) {
-  const int position = s.position[r];
-  int low = a.sliding_window ? position - a.sliding_window + 1 - base : 0;
-  int high = position + 1 - base;
-  if (low < first * kLanes) low = first * kLanes;
-  if (high > last * kLanes) high = last * kLanes;
-  float* score = s.score[r];
-  if (low >= high) {
-    s.chunk_max[r] = -kInfinity;
-    for (int i = first * kLanes; i < last * kLanes; ++i) score[i] = 0;
+// Turns scores into probabilities, times the value scale and quantized if Int8; sets max and sum. Each pass goes over
+// all rows, so that one row's reduction waits beside another's arithmetic.
+template <bool Int8>
+static inline void softmax(const AttentionView& a, const Chunk& chunk, const TileRows& rows, RowBlock& b,
+                           Prefetch& prefetch) {
+  IntVec lane;
+  for (int i = 0; i < kLanes; ++i) lane[i] = i;
+  int lows[kRowBlock], highs[kRowBlock];  // the keys that a row sees
+  for (int i = 0; i < b.n; ++i) {
+    const int position = rows.position[b.r + i];
+    const int low = a.sliding_window ? position - a.sliding_window + 1 - chunk.base : 0, high = position + 1 - chunk.base;
+    lows[i] = low < 0 ? 0 : low;
+    highs[i] = high > kKvChunk ? kKvChunk : high;
+  }
+  // f(key, visible) for the vectors of row i that hold such keys, `visible` null where they hold no others.
+  const auto each_key = [&](int i, const auto& f) {
+    const int low = lows[i], high = highs[i];
+    if (low >= high) return;
+    const auto part = [&](int key) {
+      const IntVec at = lane + key;
+      const IntVec visible = (at >= low) & (at < high);
+      f(key, &visible);
+    };
+    int key = low / kLanes * kLanes;
+    if (key < low) part(key), key += kLanes;
+    for (; key + kLanes <= high; key += kLanes) f(key, nullptr);
+    if (key < high) part(key);
+  };
+
+  Vec top[kRowBlock];
+  for (int i = 0; i < b.n; ++i) {
+    const Vec scale = splat(rows.scale[b.r + i]), slope = splat(rows.slope[b.r + i]);
+    const IntVec zero = IntVec{} + rows.zero[b.r + i];
+    Vec max = splat(-kInfinity);
+    each_key(i, [&](int key, const IntVec* visible) {
+      Vec x;
+      if (Int8) x = __builtin_convertvector(load_int(b.product[i] + key) - zero, Vec) * load(chunk.k_scale + key);
+      else x = load(b.score[i] + key);
+      x = x * scale;
+      if (a.alibi_slopes) x = fma(slope, __builtin_convertvector(lane + (chunk.base + key), Vec), x);
+      if (visible) x = *visible ? x : splat(-kInfinity);
+      store(b.score[i] + key, x);
+      max = vmax(max, x);
+    });
+    top[i] = max;
+    prefetch.some();
+  }
+  for (int i = 0; i < b.n; ++i) b.max[i] = FPTQ_NS::max(top[i]);
+
+  Vec total[kRowBlock];
+  for (int i = 0; i < b.n; ++i) {
+    const Vec max = splat(b.max[i]);
+    Vec sum = {}, p_top = {};
+    each_key(i, [&](int key, const IntVec* visible) {
+      Vec p = exp2(vmax(splat(-125.0f), load(b.score[i] + key) - max));
+      if (visible) p = *visible ? p : Vec{};
+      sum = sum + p;
+      if (Int8) {
+        p = p * load(chunk.v_scale + key);
+        if (visible) p = *visible ? p : Vec{};  // a stale scale may be anything
+        p_top = vmax(p_top, p);
+      }
+      store(b.score[i] + key, p);
+    });
+    total[i] = sum;
+    top[i] = p_top;
+    prefetch.some();
+  }
+  for (int i = 0; i < b.n; ++i) b.sum[i] = FPTQ_NS::sum(total[i]);
+
+  if (!Int8) {
+    for (int i = 0; i < b.n; ++i)
+      for (int key = chunk.first * kKeyBlock; key < chunk.last * kKeyBlock; key += kLanes)
+        if (key + kLanes <= lows[i] || key >= highs[i]) store(b.score[i] + key, Vec{});
     return;
   }
-  const bool int8 = cache.type == KvType::kInt8;
-  const auto scale_at = [](const float* const* scale, int v) {
-    return load(scale[v / kBlockVecs] + v % kBlockVecs * kLanes);
-  };
-  const auto mask = [&](float value) {
-    for (int i = first * kLanes; i < low; ++i) score[i] = value;
-    for (int i = high; i < last * kLanes; ++i) score[i] = value;
-  };
-
-  Vec lane = {};
-  for (int i = 0; i < kLanes; ++i) lane[i] = i;
-  for (int v = first; v < last; ++v) {
-    Vec x = load(score + v * kLanes);
-    if (int8) x = x * scale_at(k_scale, v);
-    x = x * splat(a.softmax_scale);
-    if (a.alibi_slopes) x = x + splat(s.slope[r]) * (splat(static_cast<float>(base + v * kLanes)) + lane);
-    store(score + v * kLanes, x);
-  }
-  mask(-kInfinity);
-  Vec top = splat(-kInfinity);
-  for (int v = first; v < last; ++v) top = vmax(top, load(score + v * kLanes));
-  s.chunk_max[r] = max(top);
-  for (int v = first; v < last; ++v)
-    store(score + v * kLanes, exp(load(score + v * kLanes) - splat(s.chunk_max[r])));
-  mask(0);
-  Vec total = {};
-  for (int v = first; v < last; ++v) total = total + load(score + v * kLanes);
-  s.chunk_sum[r] = sum(total);
-  if (int8) {
-    for (int v = first; v < last; ++v) store(score + v * kLanes, load(score + v * kLanes) * scale_at(v_scale, v));
-    mask(0);  // a stale scale may be anything
-  }
-}
-
-// Fills chunk_max, chunk_sum and chunk_out of every row for one chunk.
-template <class T>
-static void attend_chunk(const AttentionView& a, const KvCache& cache, const AttentionTile& tile, int chunk,
-                         TileState& s) {
-  const int base = chunk * kKvChunk, dim = a.head_dim;
-  int low = a.sliding_window ? tile.position - a.sliding_window + 1 - base : 0;
-  int high = tile.position + tile.tokens - base;
-  if (low < 0) low = 0;
-  if (high > kKvChunk) high = kKvChunk;
-  const int first_block = low / kKeyBlock, last_block = ceil_div(high, kKeyBlock);
-
-  const T* keys[kChunkVecs];
-  const T* values[kKvChunk / kKeyBlock];
-  const float* k_scale[kKvChunk / kKeyBlock];
-  const float* v_scale[kKvChunk / kKeyBlock];
-  for (int b = first_block; b < last_block; ++b) {
-    const int key = base + b * kKeyBlock;
-    const size_t block = tile.block_table[key / cache.block_size], within = key % cache.block_size;
-    const size_t head = block * a.num_kv_heads + tile.kv_head;
-    const T* k = static_cast<const T*>(cache.k) + head * dim * cache.block_size + within;
-    for (int v = 0; v < kBlockVecs; ++v) keys[b * kBlockVecs + v] = k + v * kLanes;
-    const size_t slot = head * cache.block_size + within;
-    values[b] = static_cast<const T*>(cache.v) + slot * cache.padded_dim;
-    if (cache.type == KvType::kInt8) {
-      k_scale[b] = cache.k_scale + slot;
-      v_scale[b] = cache.v_scale + slot;
-    }
-  }
-
-  const int first = first_block * kBlockVecs, last = last_block * kBlockVecs;
-  for (int r = 0; r < s.rows; r += kRowBlock) {
-    switch (s.rows - r) {
-      case 1: score_rows<1>(s, r, keys, first, last, dim, cache.block_size); break;
-      case 2: score_rows<2>(s, r, keys, first, last, dim, cache.block_size); break;
-      case 3: score_rows<3>(s, r, keys, first, last, dim, cache.block_size); break;
-      default: score_rows<kRowBlock>(s, r, keys, first, last, dim, cache.block_size);
-    }
-  }
-  for (int r = 0; r < s.rows; ++r) softmax_row(a, cache, s, r, base, first, last, k_scale, v_scale);
-  for (int r = 0; r < s.rows; r += kRowBlock) {
-    switch (s.rows - r) {
-      case 1: value_rows<1>(s, r, values, low, high, cache.padded_dim); break;
-      case 2: value_rows<2>(s, r, values, low, high, cache.padded_dim); break;
-      case 3: value_rows<3>(s, r, values, low, high, cache.padded_dim); break;
-      default: value_rows<kRowBlock>(s, r, values, low, high, cache.padded_dim);
-    }
+  for (int i = 0; i < b.n; ++i) b.p_scale[i] = FPTQ_NS::max(top[i]) / kMaxP;
+  for (int i = 0; i < b.n; ++i) {
+    Code* p = b.p[i * kPlanes];
+    for (int plane = 0; plane < kPlanes; ++plane)
+      __builtin_memset(p + plane * kKvChunk + chunk.first * kKeyBlock, 0,
+                       (chunk.last - chunk.first) * kKeyBlock * sizeof(Code));
+    const Vec inverse = splat(1.0f / b.p_scale[i]);
+    IntVec sum = {};
+    each_key(i, [&](int key, const IntVec*) {
+      const IntVec x = bits(fma(load(b.score[i] + key), inverse, splat(kRound))) - bits(splat(kRound));
+      sum = sum + x;
+      if (kPlanes == 2) {
+        store_bytes(p + key, (x + 128) >> 8);
+        store_bytes(p + kKvChunk + key, x);
+      } else {
+        store_words(p + key, x);
+      }
+    });
+    b.p_zero[i] = FPTQ_NS::sum(sum) * 128;
+    prefetch.some();
   }
 }
 
@@ -262,12 +423,41 @@ static inline void merge(float& max, float& sum, float* values, float chunk_max,
                          int padded_dim) {
   if (chunk_max == -kInfinity) return;
   const float top = max > chunk_max ? max : chunk_max;
-  const float old_scale = max == -kInfinity ? 0.0f : exp(max - top), new_scale = exp(chunk_max - top);
+  const auto weight = [top](float of) { return exp2(of - top > -125.0f ? of - top : -125.0f); };
+  const float old_scale = max == -kInfinity ? 0.0f : weight(max), new_scale = weight(chunk_max);
   max = top;
   sum = sum * old_scale + chunk_sum * new_scale;
   const Vec x = splat(old_scale), y = splat(new_scale);
   for (int d = 0; d < padded_dim; d += kLanes)
     store(values + d, fma(load(chunk + d), y, load(values + d) * x));
+}
+
+static Chunk find_chunk(const AttentionView& a, const KvCache& cache, const AttentionTile& tile, int index) {
+  Chunk c;
+  c.base = index * kKvChunk;
+  c.low = a.sliding_window ? tile.position - a.sliding_window + 1 - c.base : 0;
+  c.high = tile.position + tile.tokens - c.base;
+  if (c.low < 0) c.low = 0;
+  if (c.high > kKvChunk) c.high = kKvChunk;
+  c.first = c.low / kKeyBlock;
+  c.last = ceil_div(c.high, kKeyBlock);
+  const bool int8 = cache.type == KvType::kInt8;
+  for (int b = c.first; b < c.last; ++b) {
+    const int key = c.base + b * kKeyBlock, within = key % cache.block_size;
+    const int block = tile.block_table[key / cache.block_size];
+    c.k[b] = reinterpret_cast<const uint8_t*>(cache.k(block, tile.kv_head)) + within * cache.element() * (int8 ? 4 : 1);
+    c.v[b] = reinterpret_cast<const uint8_t*>(cache.v(block, tile.kv_head)) +
+             within * cache.element() * cache.padded_dim();
+    if (int8) {
+      const float* k_scale = cache.k_scale(block, tile.kv_head) + within;
+      const float* v_scale = cache.v_scale(block, tile.kv_head) + within;
+      for (int i = 0; i < kKeyBlock; i += kLanes) {
+        store(c.k_scale + b * kKeyBlock + i, load(k_scale + i));
+        store(c.v_scale + b * kKeyBlock + i, load(v_scale + i));
+      }
+    }
+  }
+  return c;
 }
 
 static inline size_t out_offset(const AttentionView& a, const AttentionTile& tile, int r) {
@@ -276,43 +466,71 @@ static inline size_t out_offset(const AttentionView& a, const AttentionTile& til
 }
 
 static inline void write_row(const float* values, float sum, int dim, float* out) {
-  for (int d = 0; d < dim; ++d) out[d] = values[d] / sum;
+  each_vector(dim, [&](int d, int lanes) { store_lanes(out + d, load(values + d) / splat(sum), lanes); });
 }
 
-static void attention_tile(const AttentionView& a, const KvCache& cache, const AttentionTile& tile) {
-  TileState s;
-  s.rows = tile.tokens * tile.heads;
-  for (int r = 0; r < s.rows; ++r) {
-    s.q[r] = tile.q + out_offset(a, tile, r);
-    s.position[r] = tile.position + r / tile.heads;
-    s.slope[r] = a.alibi_slopes ? a.alibi_slopes[tile.first_head + r % tile.heads] : 0.0f;
+// `next` is the tile that this thread will probably take next, or null.
+static void attention_tile(const AttentionView& a, const KvCache& cache, const AttentionTile& tile,
+                           const AttentionTile* next) {
+  const int count = tile.tokens * tile.heads, padded = cache.padded_dim(), size = partial_size(padded);
+  const bool int8 = cache.type == KvType::kInt8;
+  TileRows rows;
+  for (int r = 0; r < count; ++r) {
+    rows.q[r] = tile.q + out_offset(a, tile, r);
+    rows.position[r] = tile.position + r / tile.heads;
+    rows.slope[r] = a.alibi_slopes ? a.alibi_slopes[tile.first_head + r % tile.heads] * kLog2e : 0.0f;
+    rows.scale[r] = a.softmax_scale * kLog2e;
+    rows.max[r] = -kInfinity;
+    rows.sum[r] = 0;
+    if (int8) {
+      int8_t codes[kMaxHeadDim + kLanes];
+      rows.scale[r] *= quantize_head(rows.q[r], a.head_dim, codes);
+      int32_t sum = 0;
+      for (int d = 0; d < round_up(a.head_dim, 4); ++d) {
+        rows.codes[r][d] = codes[d];
+        sum += codes[d];
+      }
+      rows.zero[r] = 128 * sum;
+    }
   }
-  const int padded = cache.padded_dim, size = partial_size(padded);
-  float row_max[kTileQueries], row_sum[kTileQueries];
-  alignas(64) float values[kTileQueries][kMaxHeadDim];
-  for (int r = 0; r < s.rows; ++r) {
-    row_max[r] = -kInfinity;
-    row_sum[r] = 0;
-    __builtin_memset(values[r], 0, padded * sizeof(float));
-  }
+  __builtin_memset(rows.values, 0, static_cast<size_t>(count) * padded * sizeof(float));
+
+  RowBlock b;
+  Prefetch prefetch;
   for (int c = 0; c < tile.chunks; ++c) {
-    const int chunk = tile.first_chunk + c;
-    if (cache.type == KvType::kFloat32) attend_chunk<float>(a, cache, tile, chunk, s);
-    else if (cache.type == KvType::kBfloat16) attend_chunk<uint16_t>(a, cache, tile, chunk, s);
-    else attend_chunk<int8_t>(a, cache, tile, chunk, s);
-    for (int r = 0; r < s.rows; ++r) {
-      if (tile.partials) {
-        float* partial = tile.partials + (static_cast<size_t>(c) * s.rows + r) * size;
-        partial[0] = s.chunk_max[r];
-        partial[1] = s.chunk_sum[r];
-        __builtin_memcpy(partial + 2, s.chunk_out[r], padded * sizeof(float));
+    const Chunk chunk = find_chunk(a, cache, tile, tile.first_chunk + c);
+    const int blocks = ceil_div(count, kRowBlock);
+    if (c + 1 < tile.chunks) prefetch.start(cache, &tile, (tile.first_chunk + c + 1) * kKvChunk);
+    else prefetch.start(cache, next, next ? next->first_chunk * kKvChunk : 0);
+    for (int block = 0; block < blocks; ++block) {
+      b.r = count * block / blocks;
+      b.n = count * (block + 1) / blocks - b.r;
+      if (int8) {
+        int_scores(cache, chunk, rows, b, prefetch);
+        softmax<true>(a, chunk, rows, b, prefetch);
+        int_values(cache, chunk, b, prefetch);
       } else {
-        merge(row_max[r], row_sum[r], values[r], s.chunk_max[r], s.chunk_sum[r], s.chunk_out[r], padded);
+        const bool bf16 = cache.type == KvType::kBfloat16;
+        bf16 ? float_scores<uint16_t>(cache, chunk, rows, b) : float_scores<float>(cache, chunk, rows, b);
+        softmax<false>(a, chunk, rows, b, prefetch);
+        bf16 ? float_values<uint16_t>(cache, chunk, b) : float_values<float>(cache, chunk, b);
+      }
+      for (int i = 0; i < b.n; ++i) {
+        const int r = b.r + i;
+        if (tile.partials) {
+          float* partial = tile.partials + (static_cast<size_t>(c) * count + r) * size;
+          partial[0] = b.max[i];
+          partial[1] = b.sum[i];
+          __builtin_memcpy(partial + 2, b.out[i], padded * sizeof(float));
+        } else {
+          merge(rows.max[r], rows.sum[r], rows.values + r * padded, b.max[i], b.sum[i], b.out[i], padded);
+        }
       }
     }
   }
   if (tile.partials) return;
-  for (int r = 0; r < s.rows; ++r) write_row(values[r], row_sum[r], a.head_dim, tile.out + out_offset(a, tile, r));
+  for (int r = 0; r < count; ++r)
+    write_row(rows.values + r * padded, rows.sum[r], a.head_dim, tile.out + out_offset(a, tile, r));
 }
 
 // Second pass of a tile whose chunks were attended apart: tile.partials holds all of tile.chunks.

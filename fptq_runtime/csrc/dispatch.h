@@ -29,7 +29,7 @@ struct Kernels {
   void (*silu_mul_row)(const float* x, int n, float* out);   // x [2n]: silu(x[:n]) · x[n:]
   void (*gelu_tanh_row)(const float* x, int n, float* out);
   void (*rope_and_cache_row)(const AttentionView&, const KvCache&, int position, int slot, const float* qkv, float* q);
-  void (*attention_tile)(const AttentionView&, const KvCache&, const AttentionTile&);
+  void (*attention_tile)(const AttentionView&, const KvCache&, const AttentionTile&, const AttentionTile* next);
   void (*merge_partials)(const AttentionView&, const AttentionTile&);
   // Of each block of a row, its largest value and (sums not null) Σ 2^((x - that) · log2_scale). False: one is NaN.
   bool (*scan_row)(const float* x, int n, float log2_scale, float* maxima, float* sums);

@@ -16,10 +16,12 @@ namespace {
 constexpr size_t kLine = 64;
 constexpr long kMinParallelFloats = 8192;       // below these, waking the pool costs more than the work
 constexpr double kMinParallelProducts = 150e3;
+constexpr long kMinParallelAttention = 4096;    // of chunks · (rows + kChunkCost) · head_dim
+constexpr int kChunkCost = 4;                   // rows that fetching a chunk costs as much as
 constexpr int kRowPanels = 16;                  // a tile's activations stay in L2 while its panels stream past
 constexpr int kScratch = 1 << 14;               // floats of gate and up at once: at least a panel of each for a tile
 static_assert(kScratch >= 2 * kPanelCols * kRowPanels * kTileRows);
-constexpr int kMinSplitChunks = 4;
+constexpr int kMinSplitChunks = 2;
 constexpr size_t kMaxPartials = size_t{16} << 20;
 
 template <class... Parts>
@@ -64,17 +66,9 @@ Program::Program(std::shared_ptr<ThreadPool> pool, const std::string& isa, const
   if (limits.num_blocks > std::numeric_limits<int32_t>::max() / limits.block_size)
     refuse("num_blocks · block_size must fit in 32 bits, num_blocks is ", limits.num_blocks);
 
-  const int padded_dim = round_up(limits.head_dim, 16);
-  const size_t slots = static_cast<size_t>(limits.num_blocks) * limits.block_size * limits.num_kv_heads;
-  const size_t element = limits.kv_type == KvType::kFloat32 ? 4 : limits.kv_type == KvType::kBfloat16 ? 2 : 1;
-  const size_t scales = limits.kv_type == KvType::kInt8 ? slots * sizeof(float) : 0;
   for (int layer = 0; layer < limits.num_layers; ++layer) {
-    KvCache cache{limits.kv_type, limits.block_size, limits.num_kv_heads, limits.head_dim, padded_dim,
-                  allocate(slots * limits.head_dim * element), allocate(slots * padded_dim * element), nullptr, nullptr};
-    if (scales) {
-      cache.k_scale = reinterpret_cast<float*>(allocate(scales));
-      cache.v_scale = reinterpret_cast<float*>(allocate(scales));
-    }
+    KvCache cache{limits.kv_type, limits.block_size, limits.num_kv_heads, limits.head_dim, nullptr};
+    cache.data = allocate(static_cast<size_t>(limits.num_blocks) * limits.num_kv_heads * cache.head_bytes());
     cache_.push_back(cache);
   }
 }
@@ -385,6 +379,8 @@ int Program::attention(int q, std::shared_ptr<const AttentionParameter> attentio
   return quantize(out, act);
 }
 
+// One task for each (sequence, KV head, some query rows). Those that would leave a thread waiting are split into parts of
+// whole KV chunks, whose partial softmaxes are merged in order afterwards.
 void Program::attend(const AttentionParameter& attention, const float* q, float* out, const StepView& step) {
   const AttentionView& a = attention.view;
   const KvCache& cache = cache_[attention.layer];
@@ -392,7 +388,10 @@ void Program::attend(const AttentionParameter& attention, const float* q, float*
   const int heads = std::min(group, kTileQueries), tokens = kTileQueries / heads;
 
   tiles_.clear();
-  long keys = 0, chunks = 0;
+  long work = 0;
+  const auto cost = [](const AttentionTile& tile) {
+    return static_cast<long>(tile.chunks) * (tile.tokens * tile.heads + kChunkCost);
+  };
   for (int s = 0; s < step.seqs; ++s) {
     const int begin = step.query_start_loc[s], end = step.query_start_loc[s + 1];
     for (int h = 0; h < a.num_kv_heads; ++h) {
@@ -404,47 +403,59 @@ void Program::attend(const AttentionParameter& attention, const float* q, float*
           const int last = tile.position + tile.tokens - 1;
           if (a.sliding_window) tile.first_chunk = std::max(0, tile.position - a.sliding_window + 1) / kKvChunk;
           tile.chunks = last / kKvChunk - tile.first_chunk + 1;
-          keys += static_cast<long>(tile.tokens) * tile.heads * std::min(tile.chunks * kKvChunk, last + 1);
-          chunks += tile.chunks;
+          work += cost(tile);
           tiles_.push_back(tile);
         }
       }
     }
   }
 
-  const int threads = pool_->threads(), count = static_cast<int>(tiles_.size());
-  const auto run = [&](const std::vector<AttentionTile>& tiles) {
-    pool_->run(static_cast<int>(tiles.size()), [&](int task, int) {
-      kernels_.attention_tile(a, cache, tiles[task]);
-    });
-  };
-  if (threads == 1 || keys * a.head_dim < kMinParallelFloats * 4) {
-    for (const AttentionTile& tile : tiles_) kernels_.attention_tile(a, cache, tile);
+  const int threads = pool_->threads();
+  if (threads == 1 || work * a.head_dim < kMinParallelAttention) {
+    for (const AttentionTile& tile : tiles_)
+      kernels_.attention_tile(a, cache, tile, &tile == &tiles_.back() ? nullptr : &tile + 1);
     return;
   }
-  const size_t partial = static_cast<size_t>(partial_size(cache.padded_dim)) * kTileQueries;
-  if (count >= 2 * threads || chunks < kMinSplitChunks * static_cast<long>(count) || chunks * partial > kMaxPartials)
-    return run(tiles_);
 
-  // Few tiles over long contexts: share out each tile's chunks, then merge them in order.
-  const int part_chunks = std::max<int>(2, static_cast<int>(chunks / (4 * threads)));
-  if (partials_.size() < chunks * partial) partials_.resize(chunks * partial);
+  const long share = std::max(work / (4 * threads), 1L);
+  const auto pieces = [&](const AttentionTile& tile) {
+    return static_cast<int>(std::min<long>(tile.chunks / kMinSplitChunks, cost(tile) / share));
+  };
+  const auto chunk_floats = [&](const AttentionTile& tile) {
+    return static_cast<size_t>(tile.tokens) * tile.heads * partial_size(cache.padded_dim());
+  };
+  size_t floats = 0;
+  for (const AttentionTile& tile : tiles_)
+    if (pieces(tile) > 1) floats += tile.chunks * chunk_floats(tile);
+  const bool split = floats <= kMaxPartials;
+  if (split && partials_.size() < floats) partials_.resize(floats);
+
   parts_.clear();
+  split_.clear();
   float* next = partials_.data();
   for (AttentionTile& tile : tiles_) {
-    const size_t chunk_size = static_cast<size_t>(partial_size(cache.padded_dim)) * tile.tokens * tile.heads;
+    const int parts = split ? pieces(tile) : 1;
+    if (parts < 2) {
+      parts_.push_back(tile);
+      continue;
+    }
     tile.partials = next;
-    for (int c = 0; c < tile.chunks; c += part_chunks) {
+    next += tile.chunks * chunk_floats(tile);
+    split_.push_back(tile);
+    for (int i = 0; i < parts; ++i) {
+      const int chunk = tile.chunks * i / parts;
       AttentionTile part = tile;
-      part.first_chunk += c;
-      part.chunks = std::min(part_chunks, tile.chunks - c);
-      part.partials += c * chunk_size;
+      part.first_chunk += chunk;
+      part.chunks = tile.chunks * (i + 1) / parts - chunk;
+      part.partials += chunk * chunk_floats(tile);
       parts_.push_back(part);
     }
-    next += tile.chunks * chunk_size;
   }
-  run(parts_);
-  pool_->run(count, [&](int task, int) { kernels_.merge_partials(a, tiles_[task]); });
+  const int count = static_cast<int>(parts_.size());
+  pool_->run(count, [&](int task, int) {
+    kernels_.attention_tile(a, cache, parts_[task], task + 1 < count ? &parts_[task + 1] : nullptr);
+  });
+  pool_->run(static_cast<int>(split_.size()), [&](int task, int) { kernels_.merge_partials(a, split_[task]); });
 }
 
 int Program::select_rows(int x) {

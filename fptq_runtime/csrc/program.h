@@ -162,7 +162,7 @@ class Program {
   Work token_work_{}, row_work_{};            // of one token, of one logits row; the bytes are a step's
   std::vector<std::vector<float>> scratch_;   // for each thread
   std::vector<int32_t> max_bits_;             // [rows][groups of a cut], between a gated linear and its quantization
-  std::vector<AttentionTile> tiles_, parts_;
+  std::vector<AttentionTile> tiles_, parts_, split_;
   std::vector<float> partials_;
   int vocab_ = 0;
   int logits_ = -1;

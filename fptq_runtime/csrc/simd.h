@@ -27,6 +27,12 @@ static inline Vec load(const float* p) {
   return v;
 }
 
+static inline IntVec load_int(const int32_t* p) {
+  IntVec v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+
 // The first n floats, zero beyond.
 static inline Vec load_part(const float* p, int n) {
   Vec v = {};
@@ -44,9 +50,9 @@ static inline Vec splat(float x) { return x - Vec{}; }
 
 #if defined(__AVX512F__)
 static inline Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
-// Where one operand is NaN: the second.
-static inline Vec vmax(Vec a, Vec b) { return _mm512_max_ps(a, b); }
-static inline Vec vmin(Vec a, Vec b) { return _mm512_min_ps(a, b); }
+// Where one operand is NaN: the second. (Masked, because GCC 12 warns about its own _mm512_max_ps.)
+static inline Vec vmax(Vec a, Vec b) { return _mm512_maskz_max_ps(0xffff, a, b); }
+static inline Vec vmin(Vec a, Vec b) { return _mm512_maskz_min_ps(0xffff, a, b); }
 #elif defined(__AVX2__)
 static inline Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
 static inline Vec vmax(Vec a, Vec b) { return _mm256_max_ps(a, b); }
@@ -65,16 +71,10 @@ static inline Vec widen(const uint16_t* p) {
   const __m512i x = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   return _mm512_castsi512_ps(_mm512_slli_epi32(x, 16));
 }
-static inline Vec widen(const int8_t* p) {
-  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
-}
 #elif defined(__AVX2__)
 static inline Vec widen(const uint16_t* p) {
   const __m256i x = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   return _mm256_castsi256_ps(_mm256_slli_epi32(x, 16));
-}
-static inline Vec widen(const int8_t* p) {
-  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
 }
 #else
 static inline Vec widen(const uint16_t* p) {
@@ -82,36 +82,71 @@ static inline Vec widen(const uint16_t* p) {
   for (int i = 0; i < kLanes; ++i) bits[i] = static_cast<int32_t>(static_cast<uint32_t>(p[i]) << 16);
   return reinterpret_cast<Vec>(bits);
 }
-static inline Vec widen(const int8_t* p) {
-  Vec v;
-  for (int i = 0; i < kLanes; ++i) v[i] = p[i];
-  return v;
-}
 #endif
 
-// Lanes folded in halves: always the same tree.
+// Lanes folded in halves with f: always the same tree.
+template <class V, class F>
+static inline auto fold(V v, F f) {
+#if defined(__AVX512F__)
+  const auto half = f(__builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7),
+                      __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15));
+#else
+  const auto half = v;
+#endif
+#if defined(__AVX2__)
+  const auto four = f(__builtin_shufflevector(half, half, 0, 1, 2, 3), __builtin_shufflevector(half, half, 4, 5, 6, 7));
+#else
+  const auto four = half;
+#endif
+  const auto two = f(four, __builtin_shufflevector(four, four, 2, 3, 2, 3));
+  return f(two, __builtin_shufflevector(two, two, 1, 1, 1, 1))[0];
+}
+
 static inline float sum(Vec v) {
-  float lanes[kLanes];
-  store(lanes, v);
-  for (int half = kLanes / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-  return lanes[0];
+  return fold(v, [](auto a, auto b) { return a + b; });
 }
 
 static inline float max(Vec v) {
-  float lanes[kLanes];
-  store(lanes, v);
-  for (int half = kLanes / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) lanes[i] = lanes[i] > lanes[i + half] ? lanes[i] : lanes[i + half];
-  return lanes[0];
+  return fold(v, [](auto a, auto b) { return a > b ? a : b; });
 }
+
+static inline int32_t sum(IntVec v) {
+  return fold(v, [](auto a, auto b) { return a + b; });
+}
+
+static inline IntVec bits(Vec v) { return reinterpret_cast<IntVec>(v); }
+
+// The lowest byte of each lane.
+static inline void store_bytes(void* p, IntVec v) {
+#if defined(__AVX512F__)
+  _mm_storeu_si128(static_cast<__m128i*>(p), _mm512_maskz_cvtepi32_epi8(0xffff, reinterpret_cast<__m512i>(v)));
+#elif defined(__AVX2__)
+  const __m256i low = _mm256_and_si256(reinterpret_cast<__m256i>(v), _mm256_set1_epi32(255));
+  const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(low), _mm256_extracti128_si256(low, 1));
+  _mm_storel_epi64(static_cast<__m128i*>(p), _mm_packus_epi16(words, words));
+#else
+  for (int i = 0; i < kLanes; ++i) static_cast<uint8_t*>(p)[i] = static_cast<uint8_t>(v[i]);
+#endif
+}
+
+// The lower half of each lane.
+static inline void store_words(void* p, IntVec v) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  const __m256i low = _mm256_and_si256(reinterpret_cast<__m256i>(v), _mm256_set1_epi32(65535));
+  _mm_storeu_si128(static_cast<__m128i*>(p),
+                   _mm_packus_epi32(_mm256_castsi256_si128(low), _mm256_extracti128_si256(low, 1)));
+#else
+  for (int i = 0; i < kLanes; ++i) static_cast<uint16_t*>(p)[i] = static_cast<uint16_t>(v[i]);
+#endif
+}
+
+constexpr float kRound = 12582912.0f;  // 1.5 · 2^23: adding it rounds to an integer, half to even
 
 // e^x within 2 ulp: x = n·ln 2 + r, a degree-7 polynomial in r (Cephes' expf), 2^n by its exponent bits.
 // Arguments are clamped to [-87.3, 88]; NaN stays NaN.
 static inline Vec exp(Vec x) {
   x = vmin(splat(88.0f), vmax(splat(-87.3f), x));
-  const Vec round = splat(12582912.0f);  // 1.5 · 2^23: adding it rounds to an integer
-  const Vec n = fma(x, splat(1.44269504f), round) - round;
+  const Vec n = fma(x, splat(1.44269504f), splat(kRound)) - splat(kRound);
   const Vec r = fma(n, splat(2.12194440e-4f), fma(n, splat(-0.693359375f), x));
   Vec p = splat(1.9875691500e-4f);
   p = fma(p, r, splat(1.3981999507e-3f));
@@ -124,7 +159,21 @@ static inline Vec exp(Vec x) {
   return p * reinterpret_cast<Vec>(exponent);
 }
 
-static inline float exp(float x) { return exp(splat(x))[0]; }
+// 2^x within 3 ulp for x in [-125, 127]: 2^n by adding to the exponent bits, and a minimax polynomial of degree 5 on the
+// rest, [-1/2, 1/2] (relative error 9.2e-8). NaN stays NaN.
+static inline Vec exp2(Vec x) {
+  const Vec shifted = x + splat(kRound);
+  const Vec r = x - (shifted - splat(kRound));
+  Vec p = splat(1.326472731e-3f);
+  p = fma(p, r, splat(9.671512991e-3f));
+  p = fma(p, r, splat(5.550733581e-2f));
+  p = fma(p, r, splat(2.402224243e-1f));
+  p = fma(p, r, splat(6.931470037e-1f));
+  p = fma(p, r, splat(1.0f));
+  return reinterpret_cast<Vec>(bits(p) + (bits(shifted) << 23));
+}
+
+static inline float exp2(float x) { return exp2(splat(x))[0]; }
 
 static inline float from_bf16(uint16_t x) {
   const uint32_t bits = static_cast<uint32_t>(x) << 16;

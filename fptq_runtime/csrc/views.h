@@ -12,7 +12,7 @@ enum class KvType { kFloat32, kBfloat16, kInt8 };
 constexpr int kKvChunk = 128;      // keys of one softmax partial, at absolute positions
 constexpr int kKeyBlock = 16;      // keys that lie side by side in the cache; a cache block is a multiple of it
 constexpr int kMaxHeadDim = 256;
-constexpr int kTileQueries = 16;   // (token, head) rows of one attention tile
+constexpr int kTileQueries = 48;   // (token, head) rows of one attention tile
 
 // RMSNorm, or LayerNorm where `layer`.
 struct NormView {
@@ -33,15 +33,29 @@ struct AttentionView {
   NormView q_norm, k_norm;
 };
 
-// One layer's paged cache. Keys lie transposed, so that q·K runs over keys in lanes; values lie row by row.
+// One layer's paged cache: [blocks][kv heads][k | v | k scales | v scales], so that what a task reads of a block is one
+// stream. Keys lie so that q·K runs over keys in lanes, values so that P·V runs over dimensions in lanes.
+//   floats: k [head_dim][block_size], v [block_size][padded_dim], no scales
+//   int8:   k [ceil(head_dim / 4)][block_size][4], v [block_size / 4][padded_dim][4], bytes of code + 128;
+//           scales [block_size] float
 struct KvCache {
   KvType type;
   int block_size, num_kv_heads, head_dim;
-  int padded_dim;   // head_dim rounded up to 16
-  void* k;          // [blocks][kv heads][head_dim][block_size]
-  void* v;          // [blocks][kv heads][block_size][padded_dim]
-  float* k_scale;   // [blocks][kv heads][block_size], int8 only
-  float* v_scale;
+  char* data;
+
+  int padded_dim() const { return (head_dim + 15) / 16 * 16; }
+  size_t element() const { return type == KvType::kFloat32 ? 4 : type == KvType::kBfloat16 ? 2 : 1; }
+  size_t k_bytes() const {
+    return element() * block_size * (type == KvType::kInt8 ? (head_dim + 3) / 4 * 4 : head_dim);
+  }
+  size_t v_bytes() const { return element() * block_size * padded_dim(); }
+  size_t scale_bytes() const { return type == KvType::kInt8 ? block_size * sizeof(float) : 0; }
+  size_t head_bytes() const { return k_bytes() + v_bytes() + 2 * scale_bytes(); }
+
+  char* k(size_t block, int head) const { return data + (block * num_kv_heads + head) * head_bytes(); }
+  char* v(size_t block, int head) const { return k(block, head) + k_bytes(); }
+  float* k_scale(size_t block, int head) const { return reinterpret_cast<float*>(v(block, head) + v_bytes()); }
+  float* v_scale(size_t block, int head) const { return k_scale(block, head) + block_size; }
 };
 
 // Consecutive tokens of one sequence × query heads of one KV head: at most kTileQueries (token, head) rows.

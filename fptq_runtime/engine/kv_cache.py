@@ -14,9 +14,12 @@ _SCALE_BYTES = {"float32": 0, "bf16": 0, "int8": 4}  # a token and head
 
 
 def token_bytes(model: ModelConfig, dtype: KVCacheDtype) -> int:
-    """Keys and values of one token in all layers."""
-    head = model.head_dim * _ELEMENT_BYTES[dtype] + _SCALE_BYTES[dtype]
-    return 2 * model.num_layers * model.num_kv_heads * head
+    """Keys and values of one token in all layers, as the native cache lays them out: int8 keys in fours, values in
+    sixteens."""
+    fours, sixteens = -(-model.head_dim // 4) * 4, -(-model.head_dim // 16) * 16
+    keys = fours if dtype == "int8" else model.head_dim
+    head = (keys + sixteens) * _ELEMENT_BYTES[dtype] + 2 * _SCALE_BYTES[dtype]
+    return model.num_layers * model.num_kv_heads * head
 
 
 def cache_tokens(model: ModelConfig, dtype: KVCacheDtype, block_size: int, memory: int) -> int:

@@ -150,7 +150,7 @@ class CpuBackend:
             "linear int4": self._int4,
             "linear int8": self._int8,
             "linear float": self._float,
-            "attention": f"paged, float32 arithmetic, {self._isa}",
+            "attention": f"paged, {self._isa}; int8 KV: integer q·K and P·V; bf16 and float32 KV: float32 FMA",
         }
 
 

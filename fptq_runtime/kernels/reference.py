@@ -74,7 +74,7 @@ class ReferenceCache:
     def __init__(self, limits: StepLimits) -> None:
         shape = (limits.num_layers, limits.num_blocks * limits.block_size, limits.num_kv_heads, limits.head_dim)
         self.block_size = limits.block_size
-        self.dtype = limits.kv_dtype
+        self.dtype: KVCacheDtype = limits.kv_dtype
         self.keys = torch.zeros(shape)
         self.values = torch.zeros(shape)
 
@@ -108,12 +108,12 @@ class ReferenceExecutor:
 
 class ReferenceOps:
     """The ops of one step. cache None: every sequence is whole in the batch and attends to itself alone, its keys and
-    values rounded as `kv_dtype` would."""
+    values rounded as a cache of `kv_dtype` would."""
 
     def __init__(self, batch: StepInput, cache: ReferenceCache | None, kv_dtype: KVCacheDtype = "float32") -> None:
         self.batch = batch
         self._cache = cache
-        self._kv_dtype = kv_dtype
+        self._kv_dtype = kv_dtype if cache is None else cache.dtype
         self._positions = torch.from_numpy(batch.positions).long()
         self._own_kv: tuple[torch.Tensor, torch.Tensor] | None = None
 
@@ -155,6 +155,8 @@ class ReferenceOps:
     def attention(self, q: torch.Tensor, attention: AttentionSpec, act: ActivationQuant | None) -> torch.Tensor:
         batch = self.batch
         rows = q.reshape(-1, attention.num_heads, attention.head_dim)
+        if self._kv_dtype == "int8":  # so that q · K is a product of integers
+            rows = round_kv(rows, "int8")
         attended = []
         for s, length in enumerate(batch.seq_lens.tolist()):
             first, last = batch.query_start_loc[s : s + 2].tolist()

@@ -23,7 +23,7 @@ MODEL = ModelConfig(
     num_kv_heads=1, head_dim=1, max_position_embeddings=1 << 20, norm="rms", norm_eps=1e-5, activation="silu_mul",
     eos_token_ids=(EOS,),
 )
-TOKEN_BYTES = 10  # keys and values, a byte each, and their two scales
+TOKEN_BYTES = 28  # a key of 4 bytes, a value of 16, and their two scales
 
 
 def logits_after(token_ids: Sequence[int]) -> np.ndarray:

@@ -15,6 +15,8 @@ def test_bytes_of_a_token() -> None:
     assert token_bytes(LLAMA, "bf16") == 128 << 10  # Llama 3 8B's well-known 128 KiB
     assert token_bytes(LLAMA, "int8") == 2 * 32 * 8 * (128 + 4)
     assert token_bytes(MODEL, "int8") == TOKEN_BYTES
+    odd = replace(MODEL, num_layers=1, num_kv_heads=1, head_dim=70)
+    assert [token_bytes(odd, dtype) for dtype in ("int8", "bf16", "float32")] == [72 + 80 + 8, 2 * 150, 4 * 150]
 
 
 def test_the_cache_is_whole_blocks() -> None:
