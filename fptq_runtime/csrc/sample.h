@@ -9,20 +9,22 @@ namespace fptq {
 namespace FPTQ_NS {
 
 constexpr int kSumLanes = 16, kParts = kSumLanes / kLanes;
+constexpr int kAbreast = 4;   // vectors computed abreast: one alone would wait for its own results most of the time
+constexpr int kStride = 64;   // values that are whole numbers of those on any ISA
 
-// 2^t for t <= 0, within 2e-7; 0 below 2^-126. t = n + f, |f| <= 1/2, and a minimax polynomial in f.
-static inline Vec exp2_negative(Vec t) {
-  t = vmax(t, splat(-127.0f));
+// Each t becomes 2^t, t <= 0, within 2e-7; 0 below 2^-126. t = n + f, |f| <= 1/2, and a minimax polynomial in f.
+static inline void exp2_negative(Vec (&t)[kAbreast]) {
+  constexpr float kCoefficients[] = {9.671512991189957e-3f, 5.550733581185341e-2f, 2.4022242426872253e-1f,
+                                     6.931470036506653e-1f, 1.0f};
   const Vec round = splat(12583039.0f);  // 1.5 · 2^23 + 127: the sum's low bits are n and the exponent's bias
-  const Vec biased = t + round;
-  const Vec f = t - (biased - round);
-  Vec p = splat(1.3264724984765053e-3f);
-  p = p * f + splat(9.671512991189957e-3f);
-  p = p * f + splat(5.550733581185341e-2f);
-  p = p * f + splat(2.4022242426872253e-1f);
-  p = p * f + splat(6.931470036506653e-1f);
-  p = p * f + splat(1.0f);
-  return p * reinterpret_cast<Vec>(reinterpret_cast<IntVec>(biased) << 23);
+  Vec biased[kAbreast], p[kAbreast];
+  for (int j = 0; j < kAbreast; ++j) t[j] = vmax(t[j], splat(-127.0f));
+  for (int j = 0; j < kAbreast; ++j) biased[j] = t[j] + round;
+  for (int j = 0; j < kAbreast; ++j) t[j] -= biased[j] - round;
+  for (int j = 0; j < kAbreast; ++j) p[j] = splat(1.3264724984765053e-3f);
+  for (float c : kCoefficients)
+    for (int j = 0; j < kAbreast; ++j) p[j] = p[j] * t[j] + splat(c);
+  for (int j = 0; j < kAbreast; ++j) t[j] = p[j] * reinterpret_cast<Vec>(reinterpret_cast<IntVec>(biased[j]) << 23);
 }
 
 // Which of the values seen are NaN.
@@ -44,31 +46,33 @@ struct NanLanes {
 };
 #endif
 
-// n values, n a multiple of 16.
+// n values, n a multiple of kStride.
 static inline float largest(const float* x, int n, NanLanes& nan) {
-  Vec best[kParts];
+  Vec best[kAbreast];
   for (Vec& b : best) b = splat(-__builtin_inff());
-  for (int i = 0; i < n; i += kSumLanes) {
-    for (int j = 0; j < kParts; ++j) {
+  for (int i = 0; i < n; i += kAbreast * kLanes) {
+    for (int j = 0; j < kAbreast; ++j) {
       const Vec v = load(x + i + j * kLanes);
       best[j] = vmax(v, best[j]);
       nan.add(v);
     }
   }
-  for (int j = 1; j < kParts; ++j) best[0] = vmax(best[0], best[j]);
+  for (int j = 1; j < kAbreast; ++j) best[0] = vmax(best[0], best[j]);
   return max(best[0]);
 }
 
-// Σ 2^((x - top) · log2_scale) over n values, n a multiple of 16; the terms go to w where it is not null.
+// Σ 2^((x - top) · log2_scale) over n values, n a multiple of kStride; the terms go to w where it is not null.
 template <bool kStore>
 static inline float sum_weights(const float* x, int n, float top, float log2_scale, float* w) {
   const Vec tops = splat(top), scales = splat(log2_scale);
   Vec sums[kParts] = {};
-  for (int i = 0; i < n; i += kSumLanes) {
-    for (int j = 0; j < kParts; ++j) {
-      const Vec weight = exp2_negative((load(x + i + j * kLanes) - tops) * scales);
-      if constexpr (kStore) store(w + i + j * kLanes, weight);
-      sums[j] += weight;
+  for (int i = 0; i < n; i += kAbreast * kLanes) {
+    Vec t[kAbreast];
+    for (int j = 0; j < kAbreast; ++j) t[j] = (load(x + i + j * kLanes) - tops) * scales;
+    exp2_negative(t);
+    for (int j = 0; j < kAbreast; ++j) {
+      if constexpr (kStore) store(w + i + j * kLanes, t[j]);
+      sums[j % kParts] += t[j];
     }
   }
   float lanes[kSumLanes];
@@ -78,32 +82,36 @@ static inline float sum_weights(const float* x, int n, float top, float log2_sca
   return lanes[0];
 }
 
-// At most a block of values, padded with what weighs nothing to whole vectors.
+static inline float sum_block(const float* x, int n, float top, float log2_scale) {
+  return top == -__builtin_inff() ? 0 : sum_weights<false>(x, n, top, log2_scale, nullptr);
+}
+
+// At most a block of values, padded with what weighs nothing to whole strides.
 struct Padded {
   float values[kSampleBlock];
   int n;
-  Padded(const float* x, int count) : n(round_up(count, kSumLanes)) {
+  Padded(const float* x, int count) : n(round_up(count, kStride)) {
     for (int i = 0; i < n; ++i) values[i] = i < count ? x[i] : -__builtin_inff();
   }
 };
 
 static bool scan_row(const float* x, int n, float log2_scale, float* maxima, float* sums) {
   NanLanes nan;
-  const auto scan = [&](const float* block, int size, int b) {
-    maxima[b] = largest(block, size, nan);
-    if (sums) sums[b] = maxima[b] == -__builtin_inff() ? 0 : sum_weights<false>(block, size, maxima[b], log2_scale, nullptr);
-  };
   const int whole = n / kSampleBlock;
-  for (int b = 0; b < whole; ++b) scan(x + b * kSampleBlock, kSampleBlock, b);
+  for (int b = 0; b <= whole; ++b) {  // sums follow a block behind: they need not wait for a maximum then
+    if (b < whole) maxima[b] = largest(x + b * kSampleBlock, kSampleBlock, nan);
+    if (sums && b > 0) sums[b - 1] = sum_block(x + (b - 1) * kSampleBlock, kSampleBlock, maxima[b - 1], log2_scale);
+  }
   if (n > whole * kSampleBlock) {
     const Padded tail(x + whole * kSampleBlock, n - whole * kSampleBlock);
-    scan(tail.values, tail.n, whole);
+    maxima[whole] = largest(tail.values, tail.n, nan);
+    if (sums) sums[whole] = sum_block(tail.values, tail.n, maxima[whole], log2_scale);
   }
   return !nan.any();
 }
 
 static float weigh_block(const float* x, int n, float top, float log2_scale, float* w) {
-  if (n % kSumLanes == 0) return sum_weights<true>(x, n, top, log2_scale, w);
+  if (n % kStride == 0) return sum_weights<true>(x, n, top, log2_scale, w);
   const Padded tail(x, n);
   float weights[kSampleBlock];
   const float sum = sum_weights<true>(tail.values, tail.n, top, log2_scale, weights);

@@ -22,10 +22,18 @@ constexpr int kSlack = 16;         // what select_at_least may write beyond its 
 // Not the C library's exp and log: theirs round differently from one CPU to another.
 double exp_negative(double x) {
   if (x < -700) return 0;
-  const double n = std::floor(x * kLog2E + 0.5), r = x - n * kLn2High - n * kLn2Low;
-  double p = 1;
-  for (int i = 14; i > 0; --i) p = p * r / i + 1;
-  return std::ldexp(p, static_cast<int>(n));
+  constexpr double kRound = 0x1.8p52 + 1023;  // the sum's low bits are n and the exponent's bias
+  const double biased = x * kLog2E + kRound, n = biased - kRound, r = x - n * kLn2High - n * kLn2Low;
+  constexpr double kFactorials[] = {1 / 479001600.0, 1 / 39916800.0, 1 / 3628800.0, 1 / 362880.0, 1 / 40320.0, 1 / 5040.0,
+                                    1 / 720.0, 1 / 120.0, 1 / 24.0, 1 / 6.0, 0.5, 1, 1};
+  double p = 1 / 6227020800.0;
+  for (double c : kFactorials) p = p * r + c;
+  uint64_t power;
+  std::memcpy(&power, &biased, sizeof power);
+  power <<= 52;
+  double scale;
+  std::memcpy(&scale, &power, sizeof scale);
+  return p * scale;
 }
 
 double log_positive(double x) {
@@ -279,6 +287,7 @@ class Sampler::Worker {
   }
 
   void collect(const float* x, float bound) {
+    bound_ = bound;
     count_ = 0;
     for (int b = 0; b < blocks_; ++b) {
       if (!(maxima_[b] >= bound)) continue;
@@ -296,13 +305,14 @@ class Sampler::Worker {
   // Drops every candidate that is worse than this one.
   void keep(int last) {
     const float bound = xs_[last];
-    int kept = 0;
-    for (int i = 0; i < count_; ++i) {
-      if (!(xs_[i] > bound || (xs_[i] == bound && i <= last))) continue;
-      xs_[kept] = xs_[i];
-      ids_[kept++] = ids_[i];
-    }
-    count_ = kept;
+    const int better_or_equal = select(0, last + 1, bound, 0);
+    count_ = better_or_equal + select(last + 1, count_, std::nextafter(bound, kInfinity), better_or_equal);
+  }
+
+  // Moves the candidates of [begin, end) that reach the bound to `to` and following. Returns how many.
+  int select(int begin, int end, float bound, int to) {
+    return kernels_.select_at_least(xs_.get() + begin, ids_.get() + begin, 0, end - begin, bound, xs_.get() + to,
+                                    ids_.get() + to);
   }
 
   // Weights of the candidates, relative to the best token; the sum of each block of them into chunks_. Returns Σ.
@@ -325,35 +335,48 @@ class Sampler::Worker {
       const int before = count_;
       if (before < 2 * kFewMembers || spare <= 0) return;
       const float bound = bound_of_weight(spare / before, temperature);
-      count_ = kernels_.select_at_least(xs_.get(), ids_.get(), 0, before, bound, xs_.get(), ids_.get());
+      count_ = select(0, before, bound_ = bound, 0);
       if (count_ == before) return;
       if (count_ > before * 0.7) break;
     }
     weigh();
   }
 
-  // The last of the fewest best candidates that weigh enough.
+  // The last of the fewest best candidates that weigh enough: found among those of one bin of values, binned again
+  // while they are many.
   int last_of_nucleus(double enough) {
-    order_all();
     double above = 0;
-    while (static_cast<int>(order_.size()) > kFewMembers) {
-      double low = kInfinity, high = -kInfinity;
-      for (int i : order_) low = std::min<double>(low, xs_[i]), high = std::max<double>(high, xs_[i]);
-      if (low == high) break;
+    order_all();
+    double low = bound_, high = top_;
+    while (static_cast<int>(order_.size()) > kFewMembers && low < high) {
+      const int members = static_cast<int>(order_.size());
       const double scale = kBins / (high - low);
-      const auto bin_of = [&](int i) { return std::min(kBins - 1, static_cast<int>((xs_[i] - low) * scale)); };
-      double bins[kBins] = {};
-      for (int i : order_) bins[bin_of(i)] += weights_[i];
-      int bin = kBins - 1;
-      for (; bin > 0 && above + bins[bin] < enough; --bin) above += bins[bin];
-      order_.erase(std::remove_if(order_.begin(), order_.end(), [&](int i) { return bin_of(i) != bin; }), order_.end());
+      double weights[kBins + 1] = {};  // by bin; rounding may put the highest into one more
+      bins_.resize(members);
+      for (int m = 0; m < members; ++m) bins_[m] = static_cast<int>((xs_[order_[m]] - low) * scale);
+      for (int m = 0; m < members; ++m) weights[bins_[m]] += weights_[order_[m]];
+      int bin = kBins;
+      for (; bin > 0 && above + weights[bin] < enough; --bin) above += weights[bin];
+      int left = 0;
+      for (int m = 0; m < members; ++m)
+        if (bins_[m] == bin) order_[left++] = order_[m];
+      if (left == 0) return worst();  // the weights fall short of enough, by rounding
+      order_.resize(left);
+      low = kInfinity, high = -kInfinity;
+      for (int i : order_) low = std::min<double>(low, xs_[i]), high = std::max<double>(high, xs_[i]);
     }
-    std::sort(order_.begin(), order_.end(), Better{xs_.get()});
+    if (low < high) std::sort(order_.begin(), order_.end(), Better{xs_.get()});
     for (int i : order_) {
       above += weights_[i];
       if (above >= enough) return i;
     }
     return order_.back();
+  }
+
+  int worst() const {
+    int at = 0;
+    for (int i = 1; i < count_; ++i) if (xs_[i] <= xs_[at]) at = i;
+    return at;
   }
 
   const Kernels& kernels_;
@@ -365,11 +388,12 @@ class Sampler::Worker {
   std::vector<double> scaled_;
   // Candidates in the order of their ids.
   int count_ = 0;
+  float bound_ = 0;  // which all of them reach
   float log2_scale_ = 0;
   std::unique_ptr<float[]> xs_, weights_;
   std::unique_ptr<int32_t[]> ids_;
   std::vector<double> chunks_;
-  std::vector<int> order_;
+  std::vector<int> order_, bins_;
   std::vector<Edit> edits_;
   std::vector<uint32_t> counts_;
 };
