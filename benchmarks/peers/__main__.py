@@ -7,8 +7,9 @@ import contextlib
 import fcntl
 import json
 import shlex
+import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -26,11 +27,12 @@ from fptq_runtime.shapes import SHAPES
 RESULTS = Path(__file__).parent.parent / "results"
 ROWS = {
     "prefill": [Row("prefill", 1, 512)],
-    "decode": [Row("decode", batch, 512) for batch in (1, 8, 16, 32)],
+    "decode": [Row("decode", batch, 512) for batch in (1, 8)],
+    "large": [Row("decode", batch, 512) for batch in (16, 32)],
     "long": [Row("decode", batch, 2048) for batch in (1, 8)],
     "avx2": [Row("prefill", 1, 512, "avx2"), Row("decode", 8, 512, "avx2")],
 }
-SMALL_ROWS_7B = {"prefill": ROWS["prefill"], "decode": ROWS["decode"][:2], "long": ROWS["long"][:1]}
+ROWS_7B = {"prefill": ROWS["prefill"], "decode": ROWS["decode"], "long": ROWS["long"][:1]}
 CLIENTS = (8, 32)
 PEERS = ("ours", "llama.cpp", "llama.cpp-q8", "openvino", "vllm")
 
@@ -45,19 +47,21 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--work-dir", type=Path, default=Path("build/peers"), help="for packages, builds and models")
     parser.add_argument("--out", type=Path, help="the results, without suffix (benchmarks/results/peers-SHAPE)")
-    parser.add_argument("--keep", action="store_true", help="keep rows of OUT that this run does not measure")
+    parser.add_argument("--keep", action="store_true", help="keep what OUT has of other rows and peers")
     parser.add_argument("--lock", type=Path, help="a file to hold a lock on while measuring, one turn at a time")
     parser.add_argument("--prepare", action="store_true", help="only install, build and convert")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no worker is left behind
     out: Path = options.out or RESULTS / f"peers-{options.shape}"
     work_dir: Path = options.work_dir.resolve()
 
     peers: list[Peer] = []
-    old = json.loads(out.with_suffix(".json").read_text()) if options.keep else {}
+    kept = out.with_suffix(".json")
+    old = json.loads(kept.read_text()) if options.keep and kept.exists() else {}
     results: dict[str, Any] = {
         "shape": options.shape, "machine": machine(), "threads": options.threads, "rounds": options.rounds,
         "date": date.today().isoformat(), "command": shlex.join(["python", "-m", "benchmarks.peers", *_shown()]),
-        "versions": old.get("versions", {}), "unavailable": {}, "rows": old.get("rows", []),
+        "versions": old.get("versions", {}), "unavailable": old.get("unavailable", {}), "rows": old.get("rows", []),
         "commands": old.get("commands", {}),
     }
     for name in options.peer or PEERS:
@@ -78,18 +82,25 @@ def main() -> None:
         out.with_suffix(".md").write_text(report.markdown(results))
         report.plot(results, out.with_suffix(".svg"))
 
-    groups = SMALL_ROWS_7B if options.shape == "llama-2-7b" else ROWS
+    groups = ROWS_7B if options.shape == "llama-2-7b" else ROWS
     chosen = options.rows or [*ROWS, "http"]
     memory: dict[str, list[float]] = {}
     try:
         for row in [row for group in chosen for row in groups.get(group, [])]:
-            entry = _row(results, row.label)
+            entry = _row(results, row.label, peers)
             for _ in range(options.rounds):
-                for peer in peers:
+                for peer in list(peers):
                     if peer.name.endswith("KV") and row.context < 1024:
                         continue  # the cache's type matters where the cache is large
-                    with _locked(options.lock):
-                        value = peer.measure(row)
+                    try:
+                        with _locked(options.lock):
+                            value = peer.measure(row)
+                    except RuntimeError as error:
+                        print(f"{peer.name}, {row.label}: {error}", file=sys.stderr)
+                        results["unavailable"][f"{peer.name}, {row.label}"] = str(error).splitlines()[0]
+                        peer.close()
+                        peers.remove(peer)
+                        continue
                     if value is not None:
                         entry["runs"].setdefault(peer.name, []).append(value)
                         print(f"{row.label}: {peer.name} {value:.1f}", flush=True)
@@ -97,7 +108,7 @@ def main() -> None:
                 memory = {peer.name: [size] for peer in peers if (size := peer.resident_mib()) is not None}
             write()
         if memory:
-            _row(results, "memory of the engine after prefill, MiB", lower=True)["runs"] |= memory
+            _row(results, "memory of the engine after prefill, MiB", [], lower=True)["runs"] |= memory
         if "http" in chosen:
             _http(options, results, peers, write)
     finally:
@@ -116,11 +127,11 @@ def _http(options: argparse.Namespace, results: dict[str, Any], peers: list[Peer
     ]
     for clients in CLIENTS:
         label = f"HTTP, {clients} clients: "
-        rate = _row(results, label + "output tokens/s")
-        first = _row(results, label + "median time to first token, ms", lower=True)
-        start = _row(results, label + "exec to ready, s", lower=True)
-        resident = _row(results, label + "memory after serving, MiB", lower=True)
-        alone = _row(results, f"{clients} requests without HTTP: output tokens/s")
+        rate = _row(results, label + "output tokens/s", peers)
+        first = _row(results, label + "median time to first token, ms", peers, lower=True)
+        start = _row(results, label + "exec to ready, s", peers, lower=True)
+        resident = _row(results, label + "memory after serving, MiB", peers, lower=True)
+        alone = _row(results, f"{clients} requests without HTTP: output tokens/s", peers)
         for _ in range(options.rounds):
             for peer, probe, model in servers:
                 port = serving.free_port()
@@ -148,15 +159,15 @@ def _peer(name: str, work_dir: Path, threads: int) -> Peer:
     return LlamaCpp(work_dir, threads, "q8_0" if name == "llama.cpp-q8" else "f16")
 
 
-def _row(results: dict[str, Any], label: str, lower: bool = False) -> dict[str, Any]:
-    """A new entry, in the place of one that was kept."""
-    entry: dict[str, Any] = {"label": label, "lower_is_better": lower, "runs": {}}
+def _row(results: dict[str, Any], label: str, peers: Sequence[Peer], lower: bool = False) -> dict[str, Any]:
+    """The entry of that label, without what it has of `peers`."""
     rows: list[dict[str, Any]] = results["rows"]
-    for i, row in enumerate(rows):
-        if row["label"] == label:
-            rows[i] = entry
-            return entry
-    rows.append(entry)
+    entry = next((row for row in rows if row["label"] == label), None)
+    if entry is None:
+        entry = {"label": label, "lower_is_better": lower, "runs": {}}
+        rows.append(entry)
+    for peer in peers:
+        entry["runs"].pop(peer.name, None)
     return entry
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -70,6 +71,7 @@ class Worker:
     its answers, so that threads which wait by spinning take nothing from the others."""
 
     def __init__(self, command: Sequence[str], env: Mapping[str, str]) -> None:
+        self._command = command
         self._process = subprocess.Popen(command, env=dict(env), stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                          text=True, start_new_session=True)
         self._read()
@@ -90,7 +92,8 @@ class Worker:
                    if path.name.isdigit() and os.getpgid(int(path.name)) == self._process.pid)
 
     def close(self) -> None:
-        self._signal(signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # where it ended by itself
+            self._signal(signal.SIGKILL)
         self._process.wait()
 
     def _signal(self, number: int) -> None:
@@ -102,7 +105,7 @@ class Worker:
             if line.startswith("{"):  # libraries print as they like
                 answer: dict[str, Any] = json.loads(line)
                 return answer
-        raise RuntimeError(f"{self._process.args!r} ended with {self._process.wait()}")
+        raise RuntimeError(f"{' '.join(self._command)} ended with {self._process.wait()}")
 
 
 class WorkerPeer:
