@@ -48,6 +48,8 @@ def find_artifact(name: str) -> Path:
     if name == DEMO:
         return _quantized_demo()
     model = find_model(name)
+    if Path(model).is_dir():
+        return Path(model)
     from fptq_runtime.quantizer.source import resolve_model
 
     return resolve_model(model).path
@@ -71,22 +73,21 @@ def did_you_mean(path: Path, *others: str) -> str:
 
 
 def _quantized_demo() -> Path:
-    """Keyed by version, model and recipe; one process makes it while others wait."""
-    from filelock import FileLock
-
+    """Keyed by version, model and the quantizer's own code; one process makes it while others wait."""
     from fptq_runtime.artifact.io import cache_directory, hash_file, is_artifact
-    from fptq_runtime.quantizer.pipeline import quantize
-    from fptq_runtime.quantizer.recipe import load_recipe
 
-    recipe = load_recipe("fptq")
-    key = hashlib.sha256(recipe.model_dump_json().encode())
-    for file in sorted(DEMO_MODEL.iterdir()):
+    key = hashlib.sha256()
+    for file in (*sorted(DEMO_MODEL.iterdir()), *sorted(Path(__file__).parent.glob("quantizer/**/*.py"))):
         key.update(hash_file(file).encode())
     out = cache_directory() / f"demo-{__version__}-{key.hexdigest()[:12]}"
     if not is_artifact(out):
+        from filelock import FileLock
+
+        from fptq_runtime.quantizer.pipeline import quantize
+
         out.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{out}.lock"):
             if not is_artifact(out):
                 logger.warning("quantizing the demo model into %s, once", out)
-                quantize(DEMO_MODEL, out, recipe, progress=True)
+                quantize(DEMO_MODEL, out, "fptq", progress=True)
     return out

@@ -7,8 +7,10 @@ import errno
 import logging
 import socket
 import sys
+import threading
 import time
 from dataclasses import asdict
+from importlib import import_module
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -21,9 +23,7 @@ from fptq_runtime.engine.async_engine import AsyncEngine
 from fptq_runtime.engine.engine import Engine
 from fptq_runtime.engine.kv_cache import format_bytes
 from fptq_runtime.engine.llm import load_engine
-from server.app import create_app
 from server.config import ModelCard, ServerConfig
-from server.metrics import Metrics
 
 log = logging.getLogger("fptq.server")
 
@@ -46,7 +46,12 @@ def serve(path: Path | str, config: ServerConfig, *, model_id: str | None = None
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     with bind(config.host, config.port) as listener:  # before the model loads, which can take minutes
         log.info("loading %s", path)
+        # What the endpoints import takes a good part of the time that a small model loads in.
+        threading.Thread(target=import_module, args=("server.app",), daemon=True).start()
         engine = load_engine(path, backend=backend, **engine_options)
+        from server.app import create_app
+        from server.metrics import Metrics
+
         model = model_card(model_id or path.resolve().name, engine)
         metrics = Metrics(__version__, model)
         async_engine = AsyncEngine(engine, metrics.record_step)

@@ -6,6 +6,7 @@ import itertools
 import logging
 from collections import deque
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -103,14 +104,16 @@ def load_engine(path: str | Path, *, backend: str = "auto", max_model_len: int |
         config = _fit(config, model)
     step_limits(model, config)  # says what is wrong with it before minutes of loading
     kernels = select_backend(backend, config.threads)
-    decoder = load_model(checkpoint, kernels)
-    if manifest is not None:
-        deviation = check_golden(decoder, kernels, manifest.golden)
-        logger.info("golden logits agree within %.1e of max |logit|", deviation)
-    elif checkpoint.quantized:
-        logger.warning("%s has no %s: neither its files nor its logits were checked", path, MANIFEST)
+    with ThreadPoolExecutor(1) as executor:
+        tokenizer = executor.submit(Tokenizer, path)  # half a second for a large vocabulary
+        decoder = load_model(checkpoint, kernels)
+        if manifest is not None:
+            deviation = check_golden(decoder, kernels, manifest.golden)
+            logger.info("golden logits agree within %.1e of max |logit|", deviation)
+        elif checkpoint.quantized:
+            logger.warning("%s has no %s: neither its files nor its logits were checked", path, MANIFEST)
     try:
-        return Engine(decoder, kernels, config, Tokenizer(path), eos_token_ids(checkpoint))
+        return Engine(decoder, kernels, config, tokenizer.result(), eos_token_ids(checkpoint))
     except MemoryError:
         raise ValueError(f"a KV cache of {format_bytes(config.kv_cache_memory)} does not fit into this machine's "
                          "memory; lower kv_cache_memory") from None
