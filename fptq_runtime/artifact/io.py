@@ -13,6 +13,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -154,20 +155,22 @@ def read_manifest(path: Path) -> Manifest:
 def verify(path: Path) -> Manifest:
     """Re-read and hash every file. Raises ArtifactError that names the files that are damaged, missing or foreign."""
     manifest = read_manifest(path)
-    bad = []
-    for name, record in manifest.files.items():
-        file = path / name
-        if not file.is_file():
-            bad.append(f"{name} is missing")
-        elif file.stat().st_size != record.size:
-            bad.append(f"{name} has {file.stat().st_size} bytes, not {record.size}")
-        elif hash_file(file) != record.sha256:
-            bad.append(f"{name} does not match its sha256")
+    with ThreadPoolExecutor() as executor:
+        faults = executor.map(lambda item: _fault(path / item[0], item[1]), manifest.files.items())
+    bad = [fault for fault in faults if fault is not None]
     bad += [f"{file.name} is not part of the artifact" for file in sorted(path.glob("*.safetensors*"))
             if file.name not in manifest.files]
     if bad:
         raise ArtifactError(f"{path} is damaged: {'; '.join(bad)}")
     return manifest
+
+
+def _fault(file: Path, record: FileRecord) -> str | None:
+    if not file.is_file():
+        return f"{file.name} is missing"
+    if file.stat().st_size != record.size:
+        return f"{file.name} has {file.stat().st_size} bytes, not {record.size}"
+    return None if hash_file(file) == record.sha256 else f"{file.name} does not match its sha256"
 
 
 def check_files(path: Path) -> Manifest:
@@ -200,10 +203,10 @@ def cache_directory() -> Path:
 
 def hash_file(path: Path) -> str:
     """sha256 in hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(1 << 18))
+    with path.open("rb", buffering=0) as file:
+        while size := file.readinto(buffer):
+            digest.update(buffer[:size])
     return digest.hexdigest()
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import logging
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -112,11 +114,18 @@ def load_engine(path: str | Path, *, backend: str = "auto", max_model_len: int |
             logger.info("golden logits agree within %.1e of max |logit|", deviation)
         elif checkpoint.quantized:
             logger.warning("%s has no %s: neither its files nor its logits were checked", path, MANIFEST)
+    _release_freed_memory()
     try:
         return Engine(decoder, kernels, config, tokenizer.result(), eos_token_ids(checkpoint))
     except MemoryError:
         raise ValueError(f"a KV cache of {format_bytes(config.kv_cache_memory)} does not fit into this machine's "
                          "memory; lower kv_cache_memory") from None
+
+
+def _release_freed_memory() -> None:
+    """Reading a large vocabulary frees tens of megabytes that glibc would keep."""
+    with suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _fit(config: EngineConfig, model: ModelConfig) -> EngineConfig:
