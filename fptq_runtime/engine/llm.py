@@ -105,6 +105,8 @@ def load_engine(path: str | Path, *, backend: str = "auto", max_model_len: int |
     if max_model_len is None:
         config = _fit(config, model)
     step_limits(model, config)  # says what is wrong with it before minutes of loading
+    prompt = () if manifest is None else manifest.golden.get("prompt_token_ids", ())
+    checkpoint.max_positions = min(model.max_position_embeddings, max(config.max_model_len, len(prompt)))
     kernels = select_backend(backend, config.threads)
     with ThreadPoolExecutor(1) as executor:
         tokenizer = executor.submit(Tokenizer, path)  # half a second for a large vocabulary

@@ -53,10 +53,10 @@ class _Stored:
 class Checkpoint:
     """A model directory: config.json and safetensors, float or compressed-tensors (pack-quantized).
 
-    max_positions: what rope tables are cut to; the model's own limit unless given.
+    max_positions: how many the rope tables hold; may be lowered before the first block is loaded.
     """
 
-    def __init__(self, path: Path | str, max_positions: int | None = None) -> None:
+    def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
         if not self.path.is_dir():
             raise CheckpointError(f"{self.path} is not a directory")
@@ -64,8 +64,7 @@ class Checkpoint:
         self.spec, self.model_config = parse_config(self.config)
         quantization = self.config.get("quantization_config")
         self.schemes = None if quantization is None else _schemes(quantization)
-        limit = self.model_config.max_position_embeddings
-        self._max_positions = limit if max_positions is None else min(max_positions, limit)
+        self.max_positions = self.model_config.max_position_embeddings
         self._tensors = self._open()
 
     @property
@@ -168,7 +167,7 @@ class Checkpoint:
         config = self.model_config
         if config.rope is None:
             return None
-        return rope_tables(config.rope, config.head_dim, self._max_positions)
+        return rope_tables(config.rope, config.head_dim, self.max_positions)
 
 
 def load_stem(checkpoint: Checkpoint) -> Stem:

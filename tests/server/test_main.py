@@ -62,6 +62,25 @@ def test_headers_without_an_end(run_server: Callable[..., Any]) -> None:
         assert served.http.get("/livez").status_code == 200
 
 
+def test_a_native_server_needs_neither_torch_nor_transformers(model_path: Path) -> None:
+    """Nor a hub client: each would take longer to import than a small model to load. Up to the open port, and through a
+    request."""
+    program = f"""
+import sys
+import server.main
+from fptq_runtime import cli, load
+server.main.Server.run = lambda self, sockets: None
+try:
+    cli.main(["serve", {str(model_path)!r}, "--port", "0", "--backend", "native"])
+except SystemExit as exit:
+    assert not exit.code
+load({str(model_path)!r}, backend="native").generate(["Once upon a time"])
+print([name for name in ("torch", "transformers", "huggingface_hub") if name in sys.modules])
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert run.stdout == "[]\n", run.stderr
+
+
 @contextmanager
 def serving(model_path: Path, drain_timeout: float) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """A server process on a free port, and its URL."""
