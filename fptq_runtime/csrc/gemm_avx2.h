@@ -25,6 +25,22 @@ inline void scale_add(float* f, __m256i acc, const float* scales) {
   _mm256_storeu_ps(f, _mm256_fmadd_ps(_mm256_cvtepi32_ps(acc), _mm256_loadu_ps(scales), _mm256_loadu_ps(f)));
 }
 
+inline int32_t quantize_block(const float* x, float scale, int8_t* codes) {
+  const __m256 divisor = _mm256_set1_ps(scale), most = _mm256_set1_ps(127.0f), least = _mm256_set1_ps(-128.0f);
+  __m256i v[4];
+  for (int i = 0; i < 4; ++i) {
+    const __m256 quotient = _mm256_div_ps(_mm256_loadu_ps(x + 8 * i), divisor);
+    v[i] = _mm256_cvtps_epi32(_mm256_max_ps(_mm256_min_ps(quotient, most), least));
+  }
+  // Packing works within 128-bit lanes: fours of codes arrive as 0 2 4 6 1 3 5 7.
+  const __m256i fours = _mm256_packs_epi16(_mm256_packs_epi32(v[0], v[1]), _mm256_packs_epi32(v[2], v[3]));
+  const __m256i q = _mm256_permutevar8x32_epi32(fours, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes), q);
+  const __m256i sum = _mm256_sad_epu8(_mm256_xor_si256(q, _mm256_set1_epi8(-128)), _mm256_setzero_si256());
+  const __m128i half = _mm_add_epi32(_mm256_castsi256_si128(sum), _mm256_extracti128_si256(sum, 1));
+  return _mm_cvtsi128_si32(half) + _mm_extract_epi32(half, 2) - kSumGroup * 128;
+}
+
 constexpr int passes(int, int) { return 1; }
 
 // Where the low-nibble columns of half h of a step start; the high ones are 16 further.
