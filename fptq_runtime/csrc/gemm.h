@@ -52,7 +52,8 @@ inline int32_t zero_point(const int32_t* sums, int count, uint32_t zero) {
 }  // namespace fptq::FPTQ_NS
 
 // Each defines add_groups<Bits, R>(tile, groups, steps), which adds `groups` groups of `steps` · 4 codes to f and walks
-// over the weights passes(Bits, R) times, and add_products<Bf16, R>(tile, k).
+// over the weights passes(Bits, R) times, add_products<Bf16, R>(tile, k), and quantize_block(x, scale, codes), which
+// quantizes 32 floats (NaN as 127) and returns the sum of the codes.
 #if defined(__AVX512VNNI__)
 #include "gemm_avx512.h"
 #elif defined(__AVX2__)
@@ -91,20 +92,21 @@ void add_products(int rows, const FloatTile& tile, int k) {
 
 // Row m's 64 float sums to out. scale is 1 for float weights, which leaves f + bias.
 void store_row(const float* f, float scale, const Epilogue& e, int m, int n0, int n) {
+  static constexpr float kZeros[kPanelCols] = {};
   const ptrdiff_t row = (m - e.row) * e.stride + n0 - e.column;
-  const int width = smaller(kPanelCols, n - n0);
+  const float* bias = e.bias ? e.bias + n0 : kZeros;
   float* out = e.out + row;
-  float values[kPanelCols];
-  for (int j = 0; j < kPanelCols; ++j) values[j] = 0;
-  if (e.bias) std::memcpy(values, e.bias + n0, width * sizeof(float));
-  for (int j = 0; j < kPanelCols; ++j) values[j] = __builtin_fmaf(f[j], scale, values[j]);
-  if (e.residual) {
-    const float* residual = e.residual + row;
+  const auto store = [=](int width) {
+    if (e.residual) {
+      const float* residual = e.residual + row;
 #pragma GCC ivdep
-    for (int j = 0; j < width; ++j) out[j] = values[j] + residual[j];
-  } else {
-    std::memcpy(out, values, width * sizeof(float));
-  }
+      for (int j = 0; j < width; ++j) out[j] = __builtin_fmaf(f[j], scale, bias[j]) + residual[j];
+    } else {
+#pragma GCC ivdep
+      for (int j = 0; j < width; ++j) out[j] = __builtin_fmaf(f[j], scale, bias[j]);
+    }
+  };
+  n - n0 >= kPanelCols ? store(kPanelCols) : store(n - n0);
 }
 
 // The scales of `count` groups as floats.
@@ -213,7 +215,6 @@ int32_t max_bits(const float* x, int n) {
 // Codes half to even. A NaN or infinity in a dynamic row makes its scale, and so its outputs, NaN or infinite: the other
 // rows are safe.
 void quantize_part(const float* x, int m, float scale, int k0, int k1, Activations& out) {
-  constexpr float kRound = 0x1.8p23f;   // adding it rounds to an integer, half to even
   const int blocks = (out.k + kSumGroup - 1) / kSumGroup;
   const int panel = panel_of(m, out.rows), begin = panel_begin(panel, out.rows);
   const int height = panel_begin(panel + 1, out.rows) - begin;
@@ -229,16 +230,7 @@ void quantize_part(const float* x, int m, float scale, int k0, int k1, Activatio
       block = padded;
     }
     int8_t q[kSumGroup];
-    int32_t sum = 0;
-    for (int i = 0; i < kSumGroup; ++i) {
-      float v = block[i] / scale;
-      v = v < 127.0f ? v : 127.0f;   // NaN becomes 127
-      v = v > -128.0f ? v : -128.0f;
-      const int32_t code = static_cast<int32_t>((v + kRound) - kRound);
-      sum += code;
-      q[i] = static_cast<int8_t>(code);
-    }
-    sums[k / kSumGroup * kSumRows] = sum;
+    sums[k / kSumGroup * kSumRows] = quantize_block(block, scale, q);
     for (int i = 0; i < kSumGroup; i += 4) std::memcpy(codes + (k + i) * height, q + i, 4);
   }
 }

@@ -25,7 +25,47 @@ inline void scale_add(float* f, __m256i acc, const float* scales) {
   _mm256_storeu_ps(f, _mm256_fmadd_ps(_mm256_cvtepi32_ps(acc), _mm256_loadu_ps(scales), _mm256_loadu_ps(f)));
 }
 
-constexpr int passes(int, int) { return 1; }
+inline int32_t quantize_block(const float* x, float scale, int8_t* codes) {
+  const __m256 divisor = _mm256_set1_ps(scale), most = _mm256_set1_ps(127.0f), least = _mm256_set1_ps(-128.0f);
+  __m256i v[4];
+  for (int i = 0; i < 4; ++i) {
+    const __m256 quotient = _mm256_div_ps(_mm256_loadu_ps(x + 8 * i), divisor);
+    v[i] = _mm256_cvtps_epi32(_mm256_max_ps(_mm256_min_ps(quotient, most), least));
+  }
+  // Packing works within 128-bit lanes: fours of codes arrive as 0 2 4 6 1 3 5 7.
+  const __m256i fours = _mm256_packs_epi16(_mm256_packs_epi32(v[0], v[1]), _mm256_packs_epi32(v[2], v[3]));
+  const __m256i q = _mm256_permutevar8x32_epi32(fours, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes), q);
+  const __m256i sum = _mm256_sad_epu8(_mm256_xor_si256(q, _mm256_set1_epi8(-128)), _mm256_setzero_si256());
+  const __m128i half = _mm_add_epi32(_mm256_castsi256_si128(sum), _mm256_extracti128_si256(sum, 1));
+  return _mm_cvtsi128_si32(half) + _mm_extract_epi32(half, 2) - kSumGroup * 128;
+}
+
+// Vectors of accumulators that a row of a tile takes at once: as many as leave none in memory.
+constexpr int at_once(int bits, int rows) {
+#if defined(__AVXVNNI__)
+  (void)bits;
+  return rows == 1 ? 8 : rows <= 3 ? 4 : 2;
+#else
+  if (bits == 4) return rows <= 3 ? 2 : 1;
+  return rows == 1 ? 8 : rows <= 3 ? 4 : 2;   // each of 4 columns
+#endif
+}
+
+constexpr int passes(int bits, int rows) {
+#if defined(__AVXVNNI__)
+  return 8 / at_once(bits, rows);
+#else
+  return (bits == 4 ? 8 : 16) / at_once(bits, rows);
+#endif
+}
+
+// A pass's share of what is prefetched in eight steps.
+template <int Bits, int R>
+inline void prefetch(const uint8_t* ahead) {
+  constexpr int kBytes = 8 * kPanelCols * Bits / 2 / passes(Bits, R);
+  for (int i = 0; i < kBytes; i += 64) _mm_prefetch(reinterpret_cast<const char*>(ahead + i), _MM_HINT_T0);
+}
 
 // Where the low-nibble columns of half h of a step start; the high ones are 16 further.
 constexpr int low_column(int h) { return h / 2 * 32 + h % 2 * 8; }
@@ -56,7 +96,6 @@ int64_t multiply(int64_t rounds) {
 // One group: R rows by V vectors of 8 columns from vector v0 on. With 4 bits two of them are one half, low and high.
 template <int Bits, int R, int V>
 void add_vectors(const Tile& t, int steps, int v0) {
-  constexpr int kLoads = Bits == 4 ? V / 2 : V;
   const __m256i nibble = _mm256_set1_epi8(15);
   __m256i acc[R][V];
 #pragma GCC unroll 6
@@ -69,7 +108,9 @@ void add_vectors(const Tile& t, int steps, int v0) {
   }
   const int8_t* a = t.a;
   const uint8_t* w = t.w + 32 * (Bits == 4 ? v0 / 2 : v0);
+  const uint8_t* ahead = t.ahead + v0 / V * steps * t.ahead_step;
   for (int s = 0; s < steps; ++s, a += t.a_stride, w += kPanelCols * Bits / 2) {
+    if (s % 8 == 0) prefetch<Bits, R>(ahead + s * t.ahead_step);
 #pragma GCC unroll 8
     for (int v = 0; v < V; v += 2) {
       const __m256i w1 = load(w + 32 * (Bits == 4 ? v / 2 : v + 1));
@@ -77,7 +118,6 @@ void add_vectors(const Tile& t, int steps, int v0) {
 #pragma GCC unroll 6
       for (int r = 0; r < R; ++r) dot(acc[r][v], acc[r][v + 1], w0, w1, a + 4 * r);
     }
-    for (int l = 0; l < kLoads; l += 2) _mm_prefetch(reinterpret_cast<const char*>(w + 2048 + 32 * l), _MM_HINT_T0);
   }
 #pragma GCC unroll 6
   for (int r = 0; r < R; ++r) {
@@ -94,7 +134,7 @@ void add_vectors(const Tile& t, int steps, int v0) {
 
 template <int Bits, int R>
 void add_group(const Tile& t, int steps) {
-  constexpr int kAtOnce = R == 1 ? 8 : R <= 3 ? 4 : 2;   // as many as leave no accumulator in memory
+  constexpr int kAtOnce = at_once(Bits, R);
   for (int v = 0; v < kPanelCols / 8; v += kAtOnce) add_vectors<Bits, R, kAtOnce>(t, steps, v);
 }
 
@@ -113,16 +153,41 @@ int64_t multiply(int64_t rounds) {
   return rounds * 8 * 32;
 }
 
-// sum0 += w0 · a, sum1 += w1 · a in pairs, unsigned by signed bytes.
-inline void dot_pairs(__m256i& sum0, __m256i& sum1, __m256i w0, __m256i w1, const int8_t* a) {
-  __m256i x, product;
-  asm("vpbroadcastd %[a], %[x]\n\t"
-      "vpmaddubsw %[x], %[w0], %[product]\n\t"
-      "vpaddw %[product], %[sum0], %[sum0]\n\t"
-      "vpmaddubsw %[x], %[w1], %[x]\n\t"
-      "vpaddw %[x], %[sum1], %[sum1]"
-      : [sum0] "+x"(sum0), [sum1] "+x"(sum1), [x] "=&x"(x), [product] "=&x"(product)
-      : [w0] "x"(w0), [w1] "x"(w1), [a] "m"(*reinterpret_cast<const Int32Alias*>(a)));
+// sum += w · a in pairs, unsigned by signed bytes; the first of them starts the sum.
+template <bool First>
+inline void dot_pairs(__m256i (&sum)[1], const __m256i (&w)[1], const int8_t* a) {
+  const auto& word = *reinterpret_cast<const Int32Alias*>(a);
+  if constexpr (First) {
+    asm("vpbroadcastd %[a], %[sum]\n\tvpmaddubsw %[sum], %[w], %[sum]" : [sum] "=&x"(sum[0]) : [w] "x"(w[0]), [a] "m"(word));
+  } else {
+    __m256i x;
+    asm("vpbroadcastd %[a], %[x]\n\t"
+        "vpmaddubsw %[x], %[w], %[x]\n\t"
+        "vpaddw %[x], %[sum], %[sum]"
+        : [sum] "+x"(sum[0]), [x] "=&x"(x)
+        : [w] "x"(w[0]), [a] "m"(word));
+  }
+}
+
+template <bool First>
+inline void dot_pairs(__m256i (&sum)[2], const __m256i (&w)[2], const int8_t* a) {
+  const auto& word = *reinterpret_cast<const Int32Alias*>(a);
+  if constexpr (First) {
+    asm("vpbroadcastd %[a], %[sum1]\n\t"
+        "vpmaddubsw %[sum1], %[w0], %[sum0]\n\t"
+        "vpmaddubsw %[sum1], %[w1], %[sum1]"
+        : [sum0] "=&x"(sum[0]), [sum1] "=&x"(sum[1])
+        : [w0] "x"(w[0]), [w1] "x"(w[1]), [a] "m"(word));
+  } else {
+    __m256i x, product;
+    asm("vpbroadcastd %[a], %[x]\n\t"
+        "vpmaddubsw %[x], %[w0], %[product]\n\t"
+        "vpaddw %[product], %[sum0], %[sum0]\n\t"
+        "vpmaddubsw %[x], %[w1], %[x]\n\t"
+        "vpaddw %[x], %[sum1], %[sum1]"
+        : [sum0] "+x"(sum[0]), [sum1] "+x"(sum[1]), [x] "=&x"(x), [product] "=&x"(product)
+        : [w0] "x"(w[0]), [w1] "x"(w[1]), [a] "m"(word));
+  }
 }
 
 // acc0 += w0 · a, acc1 += w1 · a in pairs, both sides widened to int16.
@@ -138,48 +203,48 @@ inline void dot_wide(__m256i& acc0, __m256i& acc1, __m256i w0, __m256i w1, const
       : [w0] "x"(w0), [w1] "x"(w1), [a] "m"(*reinterpret_cast<const Int32Alias*>(a)));
 }
 
-// One group of 4-bit weights: R rows, H halves from half h0 on. Products are summed as int16 over 32 k, which is safe:
-// 2 · 8 · 15 · 128 < 2^15.
-template <int R, int H>
-void add_nibbles(const Tile& t, int steps, int h0) {
-  const __m256i nibble = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
-  __m256i acc[R][H * 2];
+// One group of 4-bit weights: R rows; of half h, V vectors of 8 columns from the low (0) or high (1) one on. Products
+// are summed as int16 over 32 k, which is safe: 2 · 8 · 15 · 128 < 2^15.
+template <int R, int V, int First>
+void add_nibbles(const Tile& t, int steps, int h) {
+  const __m256i nibble = _mm256_set1_epi8(15);
+  __m256i acc[R][V];
+#pragma GCC unroll 6
   for (int r = 0; r < R; ++r) {
-    const int32_t zero = zero_point(t.sums + r, steps / 8, 8);
-    for (int c = 0; c < H * 2; ++c) acc[r][c] = _mm256_set1_epi32(zero);
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) acc[r][v] = _mm256_set1_epi32(zero_point(t.sums + r, steps / 8, 8));
   }
   const int8_t* a = t.a;
-  const uint8_t* w = t.w + 32 * h0;
-  for (int s = 0; s < steps; s += 8) {
-    __m256i sum[R][H * 2];
-    for (int r = 0; r < R; ++r)
-      for (int c = 0; c < H * 2; ++c) sum[r][c] = _mm256_setzero_si256();
-#pragma GCC unroll 1
+  const uint8_t* w = t.w + 32 * h;
+  const uint8_t* ahead = t.ahead + (2 / V * h + First) * steps * t.ahead_step;
+  for (int s = 0; s < steps; s += 8, ahead += 8 * t.ahead_step) {
+    prefetch<4, R>(ahead);
+    __m256i sum[R][V];
+#pragma GCC unroll 8
     for (int i = 0; i < 8; ++i, a += t.a_stride, w += 128) {
-      _mm_prefetch(reinterpret_cast<const char*>(w + 2048), _MM_HINT_T0);
-#pragma GCC unroll 4
-      for (int h = 0; h < H; ++h) {
-        const __m256i p = load(w + 32 * h);
-        const __m256i low = _mm256_and_si256(p, nibble);
-        const __m256i high = _mm256_and_si256(_mm256_srli_epi16(p, 4), nibble);
+      const __m256i p = load(w);
+      __m256i codes[V];
+#pragma GCC unroll 2
+      for (int v = 0; v < V; ++v)
+        codes[v] = _mm256_and_si256(First + v == 1 ? _mm256_srli_epi16(p, 4) : p, nibble);
 #pragma GCC unroll 6
-        for (int r = 0; r < R; ++r) dot_pairs(sum[r][h * 2], sum[r][h * 2 + 1], low, high, a + 4 * r);
-      }
+      for (int r = 0; r < R; ++r)
+        i == 0 ? dot_pairs<true>(sum[r], codes, a + 4 * r) : dot_pairs<false>(sum[r], codes, a + 4 * r);
     }
+    const __m256i ones = _mm256_set1_epi16(1);
 #pragma GCC unroll 6
     for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 8
-      for (int c = 0; c < H * 2; ++c)
-        acc[r][c] = _mm256_add_epi32(acc[r][c], _mm256_madd_epi16(sum[r][c], ones));
+#pragma GCC unroll 2
+      for (int v = 0; v < V; ++v) acc[r][v] = _mm256_add_epi32(acc[r][v], _mm256_madd_epi16(sum[r][v], ones));
     }
   }
+#pragma GCC unroll 6
   for (int r = 0; r < R; ++r) {
-    for (int h = 0; h < H; ++h) {
-      const int column = low_column(h0 + h);
-      float* f = t.f + r * kPanelCols + column;
-      scale_add(f, acc[r][h * 2], t.scales + column);
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) {
+      const int high = First + v, column = low_column(h) + 16 * high;
       // The packed scale of a high column is divided by 16.
-      scale_add(f + 16, _mm256_slli_epi32(acc[r][h * 2 + 1], 4), t.scales + column + 16);
+      scale_add(t.f + r * kPanelCols + column, _mm256_slli_epi32(acc[r][v], 4 * high), t.scales + column);
     }
   }
 }
@@ -195,8 +260,9 @@ void add_bytes(const Tile& t, int steps, int c0) {
     for (int q = 0; q < Q; ++q) acc[r][q] = _mm256_setzero_si256();
   const int8_t* a = t.a;
   const uint8_t* w = t.w + 4 * c0;
+  const uint8_t* ahead = t.ahead + c0 / 4 / Q * steps * t.ahead_step;
   for (int s = 0; s < steps; ++s, a += t.a_stride, w += 256) {
-    _mm_prefetch(reinterpret_cast<const char*>(w + 2048), _MM_HINT_T0);
+    if (s % 8 == 0) prefetch<8, R>(ahead + s * t.ahead_step);
 #pragma GCC unroll 8
     for (int q = 0; q < Q; q += 2) {
       const __m256i w0 = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w + 16 * q)));
@@ -220,10 +286,16 @@ void add_bytes(const Tile& t, int steps, int c0) {
 template <int Bits, int R>
 void add_group(const Tile& t, int steps) {
   if constexpr (Bits == 4) {
-    constexpr int kAtOnce = R == 1 ? 2 : 1;
-    for (int h = 0; h < 4; h += kAtOnce) add_nibbles<R, kAtOnce>(t, steps, h);
+    for (int h = 0; h < 4; ++h) {
+      if constexpr (at_once(4, R) == 2) {
+        add_nibbles<R, 2, 0>(t, steps, h);
+      } else {
+        add_nibbles<R, 1, 0>(t, steps, h);
+        add_nibbles<R, 1, 1>(t, steps, h);
+      }
+    }
   } else {
-    constexpr int kAtOnce = R == 1 ? 8 : R <= 3 ? 4 : 2;
+    constexpr int kAtOnce = at_once(8, R);
     for (int c = 0; c < kPanelCols; c += 4 * kAtOnce) add_bytes<R, kAtOnce>(t, steps, c);
   }
 }
@@ -237,7 +309,7 @@ void add_groups(const Tile& t, int groups, int steps) {
     add_group<Bits, R>(group, steps);
     group.a += steps * t.a_stride;
     group.w += steps * (kPanelCols * Bits / 2);
-    group.ahead += steps * t.ahead_step;
+    group.ahead += passes(Bits, R) * steps * t.ahead_step;
     group.sums += steps / 8 * kSumRows;
     group.scales += kPanelCols;
   }

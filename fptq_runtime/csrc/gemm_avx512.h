@@ -42,6 +42,20 @@ inline void scale_add(__m512& f, __m512i acc, __m512 scale) {
       : [scale] "v"(scale));
 }
 
+inline int32_t quantize_block(const float* x, float scale, int8_t* codes) {
+  const __m512 divisor = _mm512_set1_ps(scale), most = _mm512_set1_ps(127.0f), least = _mm512_set1_ps(-128.0f);
+  __m128i q[2];
+  for (int h = 0; h < 2; ++h) {
+    const __m512 v = _mm512_div_ps(_mm512_loadu_ps(x + 16 * h), divisor);
+    q[h] = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(_mm512_max_ps(_mm512_min_ps(v, most), least)));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + 16 * h), q[h]);
+  }
+  const __m256i offset = _mm256_xor_si256(_mm256_set_m128i(q[1], q[0]), _mm256_set1_epi8(-128));
+  const __m256i sum = _mm256_sad_epu8(offset, _mm256_setzero_si256());
+  const __m128i half = _mm_add_epi32(_mm256_castsi256_si128(sum), _mm256_extracti128_si256(sum, 1));
+  return _mm_cvtsi128_si32(half) + _mm_extract_epi32(half, 2) - kSumGroup * 128;
+}
+
 constexpr int passes(int, int rows) { return rows <= 3 ? 1 : 2; }
 
 int64_t multiply(int64_t rounds) {

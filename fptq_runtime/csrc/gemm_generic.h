@@ -10,6 +10,20 @@ constexpr const char* kGemmFloatName = "float32, plain C++";
 
 constexpr int passes(int, int) { return 1; }
 
+inline int32_t quantize_block(const float* x, float scale, int8_t* codes) {
+  constexpr float kRound = 0x1.8p23f;   // adding it rounds to an integer, half to even
+  int32_t sum = 0;
+  for (int i = 0; i < kSumGroup; ++i) {
+    float v = x[i] / scale;
+    v = v < 127.0f ? v : 127.0f;
+    v = v > -128.0f ? v : -128.0f;
+    const int32_t code = static_cast<int32_t>((v + kRound) - kRound);
+    sum += code;
+    codes[i] = static_cast<int8_t>(code);
+  }
+  return sum;
+}
+
 int64_t multiply(int64_t rounds) {
   constexpr int kLanes = 64;
   int32_t acc[kLanes] = {};
