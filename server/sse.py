@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing
@@ -19,6 +20,19 @@ log = logging.getLogger("fptq.server")
 STREAM_RESPONSE: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
 
 T = TypeVar("T")
+
+
+class TextTemplate:
+    """JSON that differs from chunk to chunk in one text alone: rendered once, with a placeholder."""
+
+    _placeholder = "\0text\0"
+    _encode = json.JSONEncoder(ensure_ascii=False).encode
+
+    def __init__(self, render: Callable[[str], str]) -> None:
+        self._head, _, self._tail = render(self._placeholder).partition(self._encode(self._placeholder))
+
+    def __call__(self, text: str) -> str:
+        return self._head + self._encode(text) + self._tail
 
 
 async def run_while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:

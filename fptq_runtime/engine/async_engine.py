@@ -6,6 +6,7 @@ import asyncio
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from types import TracebackType
 
@@ -31,12 +32,15 @@ class RequestStream:
         self.request_id = request_id
         self.unfinished = set(range(num_sequences))
         self._abort = abort
-        self._outputs: asyncio.Queue[RequestOutput] = asyncio.Queue()
+        self._outputs: deque[RequestOutput] = deque()
+        self._arrived: asyncio.Future[None] | None = None  # what the consumer waits for
         self._undelivered = num_sequences  # sequences whose end the consumer has not seen
 
     def put(self, output: RequestOutput) -> None:
         if output.index in self.unfinished:
-            self._outputs.put_nowait(output)
+            self._outputs.append(output)
+            if self._arrived is not None and not self._arrived.done():
+                self._arrived.set_result(None)
             if output.finish_reason is not None:
                 self.unfinished.discard(output.index)
 
@@ -51,7 +55,10 @@ class RequestStream:
     async def __anext__(self) -> RequestOutput:
         if self._undelivered == 0:
             raise StopAsyncIteration
-        output = await self._outputs.get()
+        while not self._outputs:
+            self._arrived = asyncio.get_running_loop().create_future()
+            await self._arrived
+        output = self._outputs.popleft()
         if output.finish_reason is not None:
             self._undelivered -= 1
         return output

@@ -38,14 +38,15 @@ class SampleBatch:
 
     def __init__(self) -> None:
         self._parameters: list[bytes] = []
-        self._rows: list[int] = []
-        self._token_ids: list[int] = []
-        self._positions: list[int] = []
-        self._num_logprobs: list[int] = []
-        self._bias_start = [0]
-        self._bias: list[tuple[int, float]] = []
-        self._history_start = [0]
-        self._output_start: list[int] = []
+        self._rows = array("i")
+        self._token_ids = array("i")
+        self._positions = array("q")
+        self._num_logprobs = array("i")
+        self._bias_start = array("i", [0])
+        self._bias_ids = array("i")
+        self._bias_values = array("f")
+        self._history_start = array("i", [0])
+        self._output_start = array("i")
         self._history = array("i")
 
     def __len__(self) -> int:
@@ -60,7 +61,8 @@ class SampleBatch:
         request = sampling.request
         early = request.num_output_tokens < request.params.min_tokens
         if bias := sampling.early_bias if early else sampling.bias:
-            self._bias += bias.items()
+            self._bias_ids.extend(bias)
+            self._bias_values.extend(bias.values())
         output_start = len(self._history)
         if sampling.penalized:
             self._history += request.token_ids
@@ -71,16 +73,16 @@ class SampleBatch:
     def build(self) -> SampleInput:
         return SampleInput(
             parameters=np.frombuffer(b"".join(self._parameters), PARAMETERS),
-            rows=np.array(self._rows, np.int32),
-            token_ids=np.array(self._token_ids, np.int32),
-            positions=np.array(self._positions, np.int64),
-            num_logprobs=np.array(self._num_logprobs, np.int32),
-            bias_start=np.array(self._bias_start, np.int32),
-            bias_ids=np.array([token_id for token_id, _ in self._bias], np.int32),
-            bias_values=np.array([value for _, value in self._bias], np.float32),
-            history_start=np.array(self._history_start, np.int32),
-            output_start=np.array(self._output_start, np.int32),
-            history=np.array(self._history, np.int32),
+            rows=np.frombuffer(self._rows, np.int32),
+            token_ids=np.frombuffer(self._token_ids, np.int32),
+            positions=np.frombuffer(self._positions, np.int64),
+            num_logprobs=np.frombuffer(self._num_logprobs, np.int32),
+            bias_start=np.frombuffer(self._bias_start, np.int32),
+            bias_ids=np.frombuffer(self._bias_ids, np.int32),
+            bias_values=np.frombuffer(self._bias_values, np.float32),
+            history_start=np.frombuffer(self._history_start, np.int32),
+            output_start=np.frombuffer(self._output_start, np.int32),
+            history=np.frombuffer(self._history, np.int32),
         )
 
     def _add(self, row: int, token_id: int, position: int, num_logprobs: int, parameters: bytes,
@@ -90,7 +92,7 @@ class SampleBatch:
         self._positions.append(position)
         self._num_logprobs.append(num_logprobs)
         self._parameters.append(parameters)
-        self._bias_start.append(len(self._bias))
+        self._bias_start.append(len(self._bias_ids))
         self._output_start.append(len(self._history) if output_start is None else output_start)
         self._history_start.append(len(self._history))
 

@@ -28,7 +28,7 @@ from server.protocol import (
     ContentDelta,
     Usage,
 )
-from server.sse import STREAM_RESPONSE, EventStream, run_while_connected
+from server.sse import STREAM_RESPONSE, EventStream, TextTemplate, run_while_connected
 from server.validation import chat_prompt, check_length, check_model, max_tokens_of, sampling_params, stream_usage
 
 
@@ -57,13 +57,20 @@ class Reply:
             return ChatCompletionChunk(id=self.id, created=self.created, model=self.model, choices=choices,
                                        usage=usage).model_dump_json()
 
-        started: set[int] = set()
+        def plain(index: int) -> TextTemplate:
+            return TextTemplate(lambda text: chunk([ChatChunkChoice(index=index, delta=ContentDelta(content=text),
+                                                                    logprobs=None, finish_reason=None)], None))
+
+        templates: dict[int, TextTemplate] = {}
         async for index, output in self.generation.outputs():
             usage = self.generation.usage() if continuous_usage else None
-            if index not in started:
-                started.add(index)
+            if index not in templates:
+                templates[index] = plain(index)
                 yield chunk([ChatChunkChoice(index=index, delta=AssistantMessage(content=""), logprobs=None,
                                              finish_reason=None)], usage)
+            if output.finish_reason is None and not self.with_logprobs and usage is None:
+                yield templates[index](output.text)
+                continue
             yield chunk([ChatChunkChoice(
                 index=index,
                 delta=ContentDelta(content=output.text),

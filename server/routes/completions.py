@@ -18,7 +18,7 @@ from server.errors import ERROR_RESPONSES, APIError
 from server.generation import Generation, openai_reason
 from server.logprobs import LogprobsRenderer, TokenTexts
 from server.protocol import CompletionChoice, CompletionLogprobs, CompletionRequest, CompletionResponse, Usage
-from server.sse import STREAM_RESPONSE, EventStream, run_while_connected
+from server.sse import STREAM_RESPONSE, EventStream, TextTemplate, run_while_connected
 from server.validation import (
     check_length,
     check_model,
@@ -64,12 +64,19 @@ class Reply:
         def chunk(choice: CompletionChoice) -> str:
             return self._response([choice], self.generation.usage() if continuous_usage else None).model_dump_json()
 
-        started: set[int] = set()
+        def plain(index: int) -> TextTemplate:
+            return TextTemplate(lambda text: chunk(CompletionChoice(index=index, text=text, logprobs=None,
+                                                                    finish_reason=None)))
+
+        templates: dict[int, TextTemplate] = {}
         async for index, output in self.generation.outputs():
-            if index not in started:
-                started.add(index)
+            if index not in templates:
+                templates[index] = plain(index)
                 if (echo := self._echo(index)) is not None:
                     yield chunk(echo)
+            if output.finish_reason is None and not self.with_logprobs and not continuous_usage:
+                yield templates[index](output.text)
+                continue
             yield chunk(CompletionChoice(
                 index=index,
                 text=output.text,
