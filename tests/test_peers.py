@@ -26,7 +26,7 @@ for line in sys.stdin:
 
 
 def results(*rows: dict[str, Any]) -> dict[str, Any]:
-    return {"shape": "s", "machine": "m", "threads": 2, "rounds": 2, "date": "today", "command": "run me",
+    return {"shape": "s", "machine": "m", "threads": 2, "rounds": 2, "date": "today", "runs": ["run me"],
             "versions": {"FPTQ Serve": "1"}, "unavailable": {"C": "too large"}, "commands": {"B": ["b -x"]},
             "rows": list(rows)}
 

@@ -60,7 +60,8 @@ def main() -> None:
     old = json.loads(kept.read_text()) if options.keep and kept.exists() else {}
     results: dict[str, Any] = {
         "shape": options.shape, "machine": machine(), "threads": options.threads, "rounds": options.rounds,
-        "date": date.today().isoformat(), "command": shlex.join(["python", "-m", "benchmarks.peers", *_shown()]),
+        "date": date.today().isoformat(),
+        "runs": [*old.get("runs", []), shlex.join(["python", "-m", "benchmarks.peers", *_shown()])],
         "versions": old.get("versions", {}), "unavailable": old.get("unavailable", {}), "rows": old.get("rows", []),
         "commands": old.get("commands", {}),
     }
@@ -76,14 +77,18 @@ def main() -> None:
         return
 
     def write() -> None:
-        results["commands"].update({peer.name: peer.commands for peer in peers if peer.commands})
+        for peer in peers:
+            commands = [*results["commands"].get(peer.name, []), *peer.commands]
+            results["commands"][peer.name] = list(dict.fromkeys(commands))
+        order = [row.label for group in ROWS.values() for row in group]
+        results["rows"].sort(key=lambda row: order.index(row["label"]) if row["label"] in order else len(order))
         out.parent.mkdir(parents=True, exist_ok=True)
         out.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
         out.with_suffix(".md").write_text(report.markdown(results))
         report.plot(results, out.with_suffix(".svg"))
 
     groups = ROWS_7B if options.shape == "llama-2-7b" else ROWS
-    chosen = options.rows or [*ROWS, "http"]
+    chosen = options.rows or [*groups, *(["http"] if groups is ROWS else [])]
     memory: dict[str, list[float]] = {}
     try:
         for row in [row for group in chosen for row in groups.get(group, [])]:

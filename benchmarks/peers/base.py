@@ -117,14 +117,18 @@ class WorkerPeer:
         self.commands: list[str] = []
         self._workers: dict[str, Worker] = {}
 
-    def worker_command(self, row: Row) -> tuple[list[str], dict[str, str]]:
+    def worker_command(self, isa: str) -> tuple[list[str], dict[str, str]]:
         """What to run, and its environment."""
         raise NotImplementedError
 
     def measure(self, row: Row) -> float | None:
-        if row.isa not in self._workers:
-            self._workers[row.isa] = Worker(*self.worker_command(row))
-        return float(self._workers[row.isa].ask(asdict(row) | {"steps": STEPS})["tokens_per_s"])
+        return self.ask(asdict(row) | {"steps": STEPS}, row.isa)
+
+    def ask(self, question: Mapping[str, Any], isa: str = "native") -> float:
+        """Tokens per second, as the worker for that ISA answers."""
+        if isa not in self._workers:
+            self._workers[isa] = Worker(*self.worker_command(isa))
+        return float(self._workers[isa].ask(question)["tokens_per_s"])
 
     def resident_mib(self) -> float | None:
         """Of the worker for rows of this machine's own ISA."""

@@ -46,7 +46,7 @@ class OpenVino(WorkerPeer):
                              "DYNAMIC_QUANTIZATION_GROUP_SIZE=128, max_num_batched_tokens 512")
         return f"{', '.join(package for package in PACKAGES[:2])}, int4 symmetric group 128, 4-bit head, u8 KV"
 
-    def worker_command(self, row: Row) -> tuple[list[str], dict[str, str]]:
+    def worker_command(self, isa: str) -> tuple[list[str], dict[str, str]]:
         script = WORKERS / "measure_openvino.py"
         return [str(self._python), str(script), str(self._model), str(self._threads)], dict(os.environ)
 

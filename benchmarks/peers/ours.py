@@ -26,9 +26,9 @@ class Ours(WorkerPeer):
         return (f"fptq-serve {fptq_runtime.__version__}, int4 group 128, int8 activations per token, 4-bit head, "
                 "int8 KV")
 
-    def worker_command(self, row: Row) -> tuple[list[str], dict[str, str]]:
+    def worker_command(self, isa: str) -> tuple[list[str], dict[str, str]]:
         command = [sys.executable, "-m", "benchmarks.peers.workers.measure_ours", self._shape, str(self._threads)]
-        return command, {**os.environ, **({"FPTQ_ISA": "avx2"} if row.isa == "avx2" else {})}
+        return command, {**os.environ, **({"FPTQ_ISA": "avx2"} if isa == "avx2" else {})}
 
     def measure(self, row: Row) -> float | None:
         shown = (f"{'FPTQ_ISA=avx2 ' if row.isa == 'avx2' else ''}fptq bench --shape {self._shape} --phase {row.phase} "
@@ -41,13 +41,12 @@ class Ours(WorkerPeer):
         """tokens: of context, for each slot, and memory for them."""
         memory = slots * tokens * token_bytes(SHAPES[self._shape], "int8")
         return [sys.executable, "-m", "fptq_runtime.cli", "serve", str(make_artifact(self._work_dir, self._shape)),
-                "--port", str(port), "--threads", str(self._threads), "--max-num-seqs", str(slots), "--max-model-len",
-                str(tokens), "--kv-cache-memory", str(memory)]
+                "--port", str(port), "--served-model-name", self._shape, "--threads", str(self._threads),
+                "--max-num-seqs", str(slots), "--max-model-len", str(tokens), "--kv-cache-memory", str(memory)]
 
     def without_http(self, clients: int, prompt_tokens: int, output_tokens: int) -> float:
         """Output tokens per second of the engine alone under what the clients send."""
-        return float(self._workers["native"].ask({
-            "clients": clients, "prompt_tokens": prompt_tokens, "output_tokens": output_tokens})["tokens_per_s"])
+        return self.ask({"clients": clients, "prompt_tokens": prompt_tokens, "output_tokens": output_tokens})
 
 
 def make_artifact(work_dir: Path, shape: str) -> Path:

@@ -41,7 +41,7 @@ def markdown(results: dict[str, Any]) -> str:
     lines += ["", "## Versions", "", *(f"- {name}: {text}" for name, text in results["versions"].items())]
     if results["unavailable"]:
         lines += ["", "## Not run", "", *(f"- {name}: {reason}" for name, reason in results["unavailable"].items())]
-    lines += ["", "## Commands", "", f"`{results['command']}`", ""]
+    lines += ["", "## Commands", "", "```", *results["runs"], "```", ""]
     for name, commands in results["commands"].items():
         lines += [f"{name}:", "", "```", *commands, "```", ""]
     return "\n".join(lines).rstrip() + "\n"

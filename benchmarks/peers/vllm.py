@@ -32,7 +32,7 @@ class Vllm(WorkerPeer):
         self._artifact = make_artifact(self._artifact, shape)
         return f"{', '.join(PACKAGES[:2])}, int4 group 128, int8 activations per token, 4-bit head, bf16 KV"
 
-    def worker_command(self, row: Row) -> tuple[list[str], dict[str, str]]:
+    def worker_command(self, isa: str) -> tuple[list[str], dict[str, str]]:
         env = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": str(CACHE_GIB), "HF_HUB_OFFLINE": "1",
                "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, sorted(os.sched_getaffinity(0))[: self._threads])),
                "VLLM_NO_USAGE_STATS": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
