@@ -34,7 +34,7 @@ struct FloatTile {
   float* f;         // [R][64]
 };
 
-constexpr int kBlockBytes = 8192;   // of weights that every tile of a chunk reads before the next, from L1
+constexpr int kBlockBytes = 16384;   // of weights that every tile of a chunk reads before the next, from L1
 constexpr int kMaxGroups = kBlockBytes * 2 / kPanelCols / kSumGroup;   // in a block
 constexpr int kAhead = 2048;        // bytes between a weight's prefetch and its use, where a block is walked over once
 
