@@ -59,7 +59,7 @@ inline int32_t zero_point(const int32_t* sums, int count, uint32_t zero) {
 // Each defines add_groups<Bits, R>(tile, groups, steps), which adds `groups` groups of `steps` · 4 codes to f and walks
 // over the weights passes(Bits, R) times, add_products<Bf16, R>(tile, k), and quantize_block(x, scale, codes), which
 // quantizes 32 floats (NaN as 127) and returns the sum of the codes.
-#if defined(__AVX512VNNI__)
+#if defined(__AVX512VNNI__) && !defined(FPTQ_EVEX256)
 #include "gemm_avx512.h"
 #elif defined(__AVX2__)
 #include "gemm_avx2.h"

@@ -7,7 +7,16 @@
 namespace fptq::FPTQ_NS {
 namespace {
 
-#if defined(__AVXVNNI__)
+#if defined(__AVXVNNI__) || defined(FPTQ_EVEX256)
+#define FPTQ_VNNI
+#endif
+#if defined(FPTQ_EVEX256)
+#define FPTQ_VNNI_PREFIX   // a test build: AVX-512VL's encoding of the same instruction
+#else
+#define FPTQ_VNNI_PREFIX "%{vex%} "
+#endif
+
+#if defined(FPTQ_VNNI)
 constexpr const char* kGemmInt4Name = "int4 x int8, AVX-VNNI";
 constexpr const char* kGemmInt8Name = "int8 x int8, AVX-VNNI";
 #else
@@ -43,7 +52,7 @@ inline int32_t quantize_block(const float* x, float scale, int8_t* codes) {
 
 // Vectors of accumulators that a row of a tile takes at once: as many as leave none in memory.
 constexpr int at_once(int bits, int rows) {
-#if defined(__AVXVNNI__)
+#if defined(FPTQ_VNNI)
   (void)bits;
   return rows == 1 ? 8 : rows <= 3 ? 4 : 2;
 #else
@@ -53,7 +62,7 @@ constexpr int at_once(int bits, int rows) {
 }
 
 constexpr int passes(int bits, int rows) {
-#if defined(__AVXVNNI__)
+#if defined(FPTQ_VNNI)
   return 8 / at_once(bits, rows);
 #else
   return (bits == 4 ? 8 : 16) / at_once(bits, rows);
@@ -71,14 +80,14 @@ inline void prefetch(const uint8_t* ahead) {
 constexpr int low_column(int h) { return h / 2 * 32 + h % 2 * 8; }
 
 // The inner products are in assembly because GCC 12 otherwise broadcasts all rows first and spills the accumulators.
-#if defined(__AVXVNNI__)
+#if defined(FPTQ_VNNI)
 
 // acc0 += w0 · a, acc1 += w1 · a, four unsigned by four signed bytes a lane.
 inline void dot(__m256i& acc0, __m256i& acc1, __m256i w0, __m256i w1, const int8_t* a) {
   __m256i x;
   asm("vpbroadcastd %[a], %[x]\n\t"
-      "%{vex%} vpdpbusd %[x], %[w0], %[acc0]\n\t"
-      "%{vex%} vpdpbusd %[x], %[w1], %[acc1]"
+      FPTQ_VNNI_PREFIX "vpdpbusd %[x], %[w0], %[acc0]\n\t"
+      FPTQ_VNNI_PREFIX "vpdpbusd %[x], %[w1], %[acc1]"
       : [acc0] "+x"(acc0), [acc1] "+x"(acc1), [x] "=&x"(x)
       : [w0] "x"(w0), [w1] "x"(w1), [a] "m"(*reinterpret_cast<const Int32Alias*>(a)));
 }
@@ -88,7 +97,7 @@ int64_t multiply(int64_t rounds) {
   const __m256i ones = _mm256_set1_epi8(1);
   for (int64_t i = 0; i < rounds; ++i) {
 #pragma GCC unroll 12
-    for (int j = 0; j < 12; ++j) asm volatile("%{vex%} vpdpbusd %1, %1, %0" : "+x"(acc[j]) : "x"(ones));
+    for (int j = 0; j < 12; ++j) asm volatile(FPTQ_VNNI_PREFIX "vpdpbusd %1, %1, %0" : "+x"(acc[j]) : "x"(ones));
   }
   return rounds * 12 * 32;
 }

@@ -18,11 +18,13 @@ ISAS = native.available_isas()
 RANDOMIZED = {"max_examples": 60, "deadline": None, "derandomize": True}
 
 
-def random_weight(rng, n, k, group_size, bits, unit_scale=False):
+def random_weight(rng, n, k, group_size, bits, unit_scale=False, bf16_scale=False):
     limit = 2 ** (bits - 1)
     codes = rng.integers(-limit, limit, (n, k), dtype=np.int8)
     shape = (n, -(-k // group_size))
     scale = np.ones(shape, np.float32) if unit_scale else rng.uniform(1e-3, 1e-2, shape).astype(np.float32)
+    if bf16_scale:
+        scale = torch.from_numpy(scale).bfloat16().float().numpy()
     return codes, scale
 
 
@@ -36,18 +38,19 @@ def run(weight, x, n, isa, m=None, **kwargs):
 
 
 def group_sizes(k):
-    return st.sampled_from([32, 64, 128, k])
+    return st.sampled_from([32, 64, 128, 256, k])
 
 
 @st.composite
 def problems(draw):
     k = draw(st.one_of(st.integers(1, 300), st.sampled_from([32, 64, 128, 256, 384])))
     return {
-        "m": draw(st.one_of(st.integers(1, 14), st.sampled_from([48, 49, 101]))),
+        "m": draw(st.one_of(st.integers(1, 14), st.integers(1, 101))),
         "n": draw(st.one_of(st.integers(1, 200), st.sampled_from([64, 128]))),
         "k": k,
         "group_size": draw(group_sizes(k)),
         "bits": draw(st.sampled_from([4, 8])),
+        "bf16_scale": draw(st.booleans()),
         "seed": draw(st.integers(0, 2**32 - 1)),
     }
 
@@ -110,7 +113,7 @@ def test_refuses_what_it_cannot_pack():
 @given(problems(), st.booleans(), st.booleans(), st.booleans())
 def test_float64_reference_and_the_same_bits_from_every_isa(p, static, with_bias, with_residual):
     rng = np.random.default_rng(p["seed"])
-    codes, scale = random_weight(rng, p["n"], p["k"], p["group_size"], p["bits"])
+    codes, scale = random_weight(rng, p["n"], p["k"], p["group_size"], p["bits"], bf16_scale=p["bf16_scale"])
     x = rng.standard_normal((p["m"], p["k"])).astype(np.float32)
     bias = rng.standard_normal(p["n"]).astype(np.float32) if with_bias else None
     residual = rng.standard_normal((p["m"], p["n"])).astype(np.float32) if with_residual else None
@@ -127,6 +130,19 @@ def test_float64_reference_and_the_same_bits_from_every_isa(p, static, with_bias
     assert np.abs(outputs[0] - expected).max() <= 1e-5 * np.abs(expected).max()
     for isa, out in zip(ISAS, outputs, strict=True):
         assert np.array_equal(out, outputs[0]), isa
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_scales_are_bf16_where_that_loses_nothing(bits):
+    rng = np.random.default_rng(5)
+    codes, scale = random_weight(rng, 70, 64, 32, bits, bf16_scale=True)
+    x = rng.standard_normal((5, 64)).astype(np.float32)
+    narrow = native.pack_weight(codes, scale, 32, bits)
+    scale[69, 1] = np.nextafter(scale[69, 1], np.float32(1))
+    wide = native.pack_weight(codes, scale, 32, bits)
+    assert narrow.bf16_scales and not wide.bf16_scales
+    for isa in ISAS:
+        assert np.array_equal(run(narrow, x, 70, isa)[:, :69], run(wide, x, 70, isa)[:, :69]), isa
 
 
 def weights(rng, n, k):

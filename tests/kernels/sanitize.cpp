@@ -1,0 +1,154 @@
+// Drives packing, every ISA's GEMMs and row quantizer, and the thread pool, over odd shapes and from exactly sized
+// buffers, for the sanitizers to watch; every path must also give the plain C++ path's bits. CMake builds it as the
+// target `sanitize`, with -fsanitize=$FPTQ_SANITIZE; test_sanitizers.py runs it.
+#include <algorithm>
+#include <atomic>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <mutex>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "dispatch.h"
+#include "pack.h"
+#include "thread_pool.h"
+
+#if defined(FPTQ_HAS_EVEX256)
+namespace fptq::evex256 { extern const Kernels kernels; }   // the AVX-VNNI tiles in AVX-512VL's encoding
+#endif
+
+using namespace fptq;
+
+namespace {
+
+std::vector<const Kernels*> all_kernels() {
+  std::vector<const Kernels*> list;
+  for (const std::string& isa : available_isas()) list.push_back(&kernels_for(isa));
+#if defined(FPTQ_HAS_EVEX256)
+  if (available_isas().front() == "avx512vnni") list.push_back(&evex256::kernels);
+#endif
+  return list;
+}
+
+void check(bool same, const char* what, const Kernels& kernels, int m, int n, int k) {
+  if (same) return;
+  std::fprintf(stderr, "%s: %s differs from plain C++ at M=%d N=%d K=%d\n", kernels.isa, what, m, n, k);
+  std::exit(1);
+}
+
+template <class T>
+bool equal(const std::vector<T>& a, const std::vector<T>& b) {
+  return std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0;
+}
+
+struct Rows {
+  std::vector<int8_t> codes;
+  std::vector<float> scales;
+  std::vector<int32_t> sums;
+
+  Rows(const Kernels& kernels, const std::vector<float>& x, int m, int k)
+      : codes((m + kTileRows - 1) / kTileRows * kTileRows * padded(k)), scales(m), sums(Activations::sums_size(m, padded(k))) {
+    Activations view = activations(k);
+    for (int row = 0; row < m; ++row) kernels.quantize_row(x.data() + row * k, row, 0, view);
+  }
+  static size_t padded(int k) { return (k + kSumGroup - 1) / kSumGroup * kSumGroup; }
+  Activations activations(int k) {
+    return {codes.data(), scales.data(), sums.data(), static_cast<int>(scales.size()), k};
+  }
+};
+
+void check_gemms(std::mt19937& random, int m, int n, int k, int group_size) {
+  std::normal_distribution<float> normal;
+  const auto floats = [&](size_t count) {
+    std::vector<float> values(count);
+    for (float& value : values) value = normal(random);
+    return values;
+  };
+  const std::vector<float> x = floats(m * k), bias = floats(n), residual = floats(m * n);
+  const int panels = (n + kPanelCols - 1) / kPanelCols;
+  const Kernels& plain = kernels_for("generic");
+  Rows expected_rows(plain, x, m, k);
+
+  for (int bits : {4, 8}) {
+    std::vector<int8_t> codes(static_cast<size_t>(n) * k);
+    for (int8_t& code : codes) code = static_cast<int8_t>(static_cast<int>(random() % (1 << bits)) - (1 << (bits - 1)));
+    std::vector<float> scale = floats(static_cast<size_t>(n) * ((k + group_size - 1) / group_size));
+    if (random() % 2)
+      for (float& value : scale) value = 0.25f;   // kept as bf16
+    const auto weight = pack_weight(codes.data(), scale.data(), n, k, group_size, bits);
+    std::vector<float> expected(m * n), out(m * n);
+    const auto gemm = [&](const Kernels& kernels, Rows& rows, std::vector<float>& to) {
+      const Epilogue epilogue{bias.data(), residual.data(), to.data()};
+      (bits == 4 ? kernels.gemm_int4 : kernels.gemm_int8)(rows.activations(k), *weight, epilogue, 0, m, 0, panels);
+    };
+    gemm(plain, expected_rows, expected);
+    for (const Kernels* kernels : all_kernels()) {
+      Rows rows(*kernels, x, m, k);
+      check(equal(rows.codes, expected_rows.codes) && equal(rows.scales, expected_rows.scales) &&
+            equal(rows.sums, expected_rows.sums), "quantize_row", *kernels, m, n, k);
+      gemm(*kernels, rows, out);
+      check(equal(out, expected), bits == 4 ? "int4" : "int8", *kernels, m, n, k);
+    }
+  }
+
+  const std::vector<float> values = floats(static_cast<size_t>(n) * k);
+  std::vector<uint16_t> halves(values.size());
+  for (size_t i = 0; i < values.size(); ++i) {
+    uint32_t word;
+    std::memcpy(&word, &values[i], sizeof word);
+    halves[i] = static_cast<uint16_t>(word >> 16);
+  }
+  for (bool bf16 : {false, true}) {
+    const auto weight = pack_float(bf16 ? static_cast<const void*>(halves.data()) : values.data(), bf16, n, k);
+    std::vector<float> expected(m * n), out(m * n);
+    plain.gemm_float(x.data(), *weight, {bias.data(), nullptr, expected.data()}, 0, m, 0, panels);
+    for (const Kernels* kernels : all_kernels()) {
+      kernels->gemm_float(x.data(), *weight, {bias.data(), nullptr, out.data()}, 0, m, 0, panels);
+      check(equal(out, expected), bf16 ? "bf16" : "float32", *kernels, m, n, k);
+    }
+  }
+}
+
+// Two callers share a pool, job after job of a few tasks; pools come and go.
+void check_pool() {
+  for (int threads : {1, 2, 3, 5}) {
+    ThreadPool pool(threads);
+    const auto caller = [&](unsigned seed) {
+      std::mt19937 random(seed);
+      for (int job = 0; job < 2000; ++job) {
+        const int tasks = static_cast<int>(random() % 12);
+        std::vector<int> done(tasks);   // not atomic: each task is one thread's, and run() publishes it
+        {
+          std::lock_guard<std::mutex> lock(pool.mutex());
+          pool.run(tasks, [&](int task, int thread) { done[task] += 1 + 0 * thread; });
+        }
+        for (int count : done) {
+          if (count == 1) continue;
+          std::fprintf(stderr, "a task of %d ran %d times\n", tasks, count);
+          std::exit(1);
+        }
+        if (job % 500 == 0) std::this_thread::sleep_for(std::chrono::microseconds(200));   // workers fall asleep
+      }
+    };
+    std::thread other(caller, 1);
+    caller(2);
+    other.join();
+  }
+  for (int i = 0; i < 20; ++i) ThreadPool(3).run(i, [](int, int) {});
+}
+
+}  // namespace
+
+int main() {
+  std::mt19937 random(0);
+  for (int m : {1, 2, 3, 5, 6, 7, 13, 49})
+    for (int n : {1, 17, 64, 131})
+      for (int k : {1, 31, 32, 96, 260})
+        for (int group_size : {32, 64, k}) check_gemms(random, m, n, k, group_size);
+  check_pool();
+  std::puts("clean");
+}
