@@ -20,6 +20,7 @@ constexpr int kRowBlock = 6;                           // query rows that go thr
 constexpr int kFloatRows = 4;                          // rows and vectors of one register tile of floats
 constexpr int kFloatVecs = kLanes == 16 ? 4 : 2;
 constexpr int kPieceSteps = kKeyBlock / 4;              // between which lines are prefetched
+constexpr int kPrefetchRows = 12;                      // a tile of more is one of many that read the same keys
 constexpr int kChunkBlocks = kKvChunk / kKeyBlock;
 constexpr float kInfinity = __builtin_inff();
 constexpr float kLog2e = 1.44269504f;
@@ -149,8 +150,7 @@ class Prefetch {
   void start(const KvCache& cache, const AttentionTile* tile, int base) {
     const int pieces = pieces_ ? pieces_ : 32;
     pieces_ = 0;
-    blocks_ = 0;
-    left_ = 0;
+    blocks_ = left_ = rate_ = 0;
     if (!tile) return;
     const int last = tile->position + tile->tokens - 1, end = last < base + kKvChunk ? last + 1 : base + kKvChunk;
     cache_ = &cache;
@@ -171,7 +171,7 @@ class Prefetch {
         left_ = block_lines_;
       }
       const int count = n < left_ ? n : left_;
-      for (int i = 0; i < count; ++i) __builtin_prefetch(at_ + 64 * i);
+      for (int i = 0; i < count; ++i) __builtin_prefetch(at_ + 64 * i, 0, 2);  // into L2: it has more misses in flight than L1
       at_ += 64 * count;
       left_ -= count;
       n -= count;
@@ -500,7 +500,8 @@ static void attention_tile(const AttentionView& a, const KvCache& cache, const A
   for (int c = 0; c < tile.chunks; ++c) {
     const Chunk chunk = find_chunk(a, cache, tile, tile.first_chunk + c);
     const int blocks = ceil_div(count, kRowBlock);
-    if (c + 1 < tile.chunks) prefetch.start(cache, &tile, (tile.first_chunk + c + 1) * kKvChunk);
+    if (count > kPrefetchRows) prefetch.start(cache, nullptr, 0);
+    else if (c + 1 < tile.chunks) prefetch.start(cache, &tile, (tile.first_chunk + c + 1) * kKvChunk);
     else prefetch.start(cache, next, next ? next->first_chunk * kKvChunk : 0);
     for (int block = 0; block < blocks; ++block) {
       b.r = count * block / blocks;

@@ -33,15 +33,16 @@ struct AttentionView {
   NormView q_norm, k_norm;
 };
 
-// One layer's paged cache: [blocks][kv heads][k | v | k scales | v scales], so that what a task reads of a block is one
-// stream. Keys lie so that q·K runs over keys in lanes, values so that P·V runs over dimensions in lanes.
+// One layer's part of the paged cache, [blocks][layers][kv heads][k | v | k scales | v scales]: what a task reads of a
+// block is one stream, and a block is large enough for huge pages to hold little else. Keys lie so that q·K runs over keys in lanes, values so that P·V runs over dimensions in lanes.
 //   floats: k [head_dim][block_size], v [block_size][padded_dim], no scales
 //   int8:   k [ceil(head_dim / 4)][block_size][4], v [block_size / 4][padded_dim][4], bytes of code + 128;
 //           scales [block_size] float
 struct KvCache {
   KvType type;
   int block_size, num_kv_heads, head_dim;
-  char* data;
+  size_t block_bytes;   // of all layers
+  char* data;           // this layer's part of block 0
 
   int padded_dim() const { return (head_dim + 15) / 16 * 16; }
   size_t element() const { return type == KvType::kFloat32 ? 4 : type == KvType::kBfloat16 ? 2 : 1; }
@@ -52,7 +53,7 @@ struct KvCache {
   size_t scale_bytes() const { return type == KvType::kInt8 ? block_size * sizeof(float) : 0; }
   size_t head_bytes() const { return k_bytes() + v_bytes() + 2 * scale_bytes(); }
 
-  char* k(size_t block, int head) const { return data + (block * num_kv_heads + head) * head_bytes(); }
+  char* k(size_t block, int head) const { return data + block * block_bytes + head * head_bytes(); }
   char* v(size_t block, int head) const { return k(block, head) + k_bytes(); }
   float* k_scale(size_t block, int head) const { return reinterpret_cast<float*>(v(block, head) + v_bytes()); }
   float* v_scale(size_t block, int head) const { return k_scale(block, head) + block_size; }
