@@ -52,11 +52,11 @@ def main() -> None:
     parser.add_argument("--prepare", action="store_true", help="only install, build and convert")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no worker is left behind
-    out: Path = options.out or RESULTS / f"peers-{options.shape}"
+    out = str(options.out or RESULTS / f"peers-{options.shape}")
     work_dir: Path = options.work_dir.resolve()
 
     peers: list[Peer] = []
-    kept = out.with_suffix(".json")
+    kept = Path(out + ".json")
     old = json.loads(kept.read_text()) if options.keep and kept.exists() else {}
     results: dict[str, Any] = {
         "shape": options.shape, "machine": machine(), "threads": options.threads, "rounds": options.rounds,
@@ -82,10 +82,10 @@ def main() -> None:
             results["commands"][peer.name] = list(dict.fromkeys(commands))
         order = [row.label for group in ROWS.values() for row in group]
         results["rows"].sort(key=lambda row: order.index(row["label"]) if row["label"] in order else len(order))
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
-        out.with_suffix(".md").write_text(report.markdown(results))
-        report.plot(results, out.with_suffix(".svg"))
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        kept.write_text(json.dumps(results, indent=1) + "\n")
+        Path(out + ".md").write_text(report.markdown(results))
+        report.plot(results, Path(out + ".svg"))
 
     groups = ROWS_7B if options.shape == "llama-2-7b" else ROWS
     chosen = options.rows or [*groups, *(["http"] if groups is ROWS else [])]
