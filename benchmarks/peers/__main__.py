@@ -133,7 +133,7 @@ def _http(options: argparse.Namespace, results: dict[str, Any], peers: list[Peer
     for clients in CLIENTS:
         label = f"HTTP, {clients} clients: "
         rate = _row(results, label + "output tokens/s", peers)
-        first = _row(results, label + "median time to first token, ms", peers, lower=True)
+        first = _row(results, label + "median ms to first token", peers, lower=True)
         start = _row(results, label + "exec to ready, s", peers, lower=True)
         resident = _row(results, label + "memory after serving, MiB", peers, lower=True)
         alone = _row(results, f"{clients} requests without HTTP: output tokens/s", peers)

@@ -48,15 +48,18 @@ def markdown(results: dict[str, Any]) -> str:
 
 
 def plot(results: dict[str, Any], path: Path) -> None:
-    """A panel for each row, a bar for each peer."""
+    """A panel for each row that has a peer, a bar for each."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     mpl.rcParams["svg.hashsalt"] = results["shape"]  # the same file for the same numbers
     import matplotlib.pyplot as plt
 
-    rows: list[dict[str, Any]] = results["rows"]
+    rows: list[dict[str, Any]] = [row for row in results["rows"] if len(row["runs"]) > 1]
+    if not rows:
+        return
     names = list(dict.fromkeys([OURS, *(name for row in rows for name in row["runs"])]))
+    most = max(len(row["runs"]) for row in rows)
     palette = ["#1f5fa8", "#e0a458", "#8fb8a8", "#b9a7c9", "#c9c9c9"]
     colors = {name: palette[min(i, len(palette) - 1)] for i, name in enumerate(names)}
     columns = 3
@@ -69,7 +72,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
         shown = [name for name in names if name in values]
         axis.set_axis_on()
         axis.barh(shown, [values[name] for name in shown], color=[colors[name] for name in shown], height=0.72)
-        axis.invert_yaxis()
+        axis.set_ylim(most - 0.4, -0.6)
         axis.set_title(row["label"], fontsize=9, loc="left")
         for i, name in enumerate(shown):
             axis.text(values[name], i, " " + _number(values[name]), va="center", fontsize=8)
