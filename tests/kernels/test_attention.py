@@ -63,29 +63,15 @@ def attend(qkv: torch.Tensor, spec: AttentionSpec, kv_dtype: KVCacheDtype) -> tu
     return out.reshape(len(qkv), heads * dim), off.reshape(len(qkv), heads * dim)
 
 
-@pytest.mark.parametrize("isa", _native.available_isas())
-@settings(max_examples=25, deadline=None)
-@given(data=st.data())
-def test_attention(isa: str, data: st.DataObject) -> None:
-    draw: Any = data.draw
-    kv_heads = draw(st.integers(1, 3))
-    heads = kv_heads * draw(st.sampled_from([1, 2, 3, 7, 18]))
-    dim = draw(st.sampled_from([8, 20, 64, 80, 128, 256]))
-    length = draw(st.integers(1, 300))
-    window = draw(st.none() | st.integers(1, 200))
-    kv_dtype = draw(st.sampled_from(["float32", "bf16", "int8"]))
-    block_size = draw(st.sampled_from([16, 32, 64, 128]))
-    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
-    slopes = rng.random(heads).astype(np.float32) / 10 if draw(st.booleans()) else None
-    spec = AttentionSpec(0, heads, kv_heads, dim, dim**-0.5, window, None, slopes)
-
-    # Token t's embedding is its q | k | v row; the rows after `length` are NaN.
-    table = torch.from_numpy(rng.standard_normal((2 * length, (heads + 2 * kv_heads) * dim)).astype(np.float32))
-    table[length:] = torch.nan
+def run(table: torch.Tensor, spec: AttentionSpec, kv_dtype: KVCacheDtype, isa: str, threads: int, block_size: int,
+        steps: list[int], stale: bool = False) -> np.ndarray:
+    """Outputs [T, heads · dim] of one sequence computed `steps` tokens at a time. Token t's embedding, row t of the
+    table, is its q | k | v; stale: the cache was used before, for the rows from T on."""
+    length = sum(steps)
     limits = StepLimits(max_tokens=length, max_seqs=1, max_logits_rows=length, max_model_len=length,
                         num_blocks=-(-length // block_size), block_size=block_size, kv_dtype=kv_dtype, num_layers=1,
-                        num_kv_heads=kv_heads, head_dim=dim)
-    backend = CpuBackend(draw(st.sampled_from([1, 2])), isa)
+                        num_kv_heads=spec.num_kv_heads, head_dim=spec.head_dim)
+    backend = CpuBackend(threads, isa)
     embedding, attention = backend.prepare(Embedding(table.numpy())), backend.prepare(spec)
 
     def forward(ops: Any) -> Any:
@@ -93,15 +79,89 @@ def test_attention(isa: str, data: st.DataObject) -> None:
         return ops.select_rows(ops.attention(q, attention, None))
 
     executor = backend.compile(forward, limits)
-    batcher = Batcher(limits, rng)
-    stale = batcher.sequence(range(length, 2 * length))
-    executor.step(batcher.step([(stale, length)]))
-    batcher.release(stale)
+    batcher = Batcher(limits, np.random.default_rng(length))
+    if stale:
+        used = batcher.sequence(range(length, 2 * length))
+        executor.step(batcher.step([(used, length)]))
+        batcher.release(used)
     sequence = batcher.sequence(range(length))
-    got = []
-    while sequence.computed < length:
-        count = draw(st.integers(1, length - sequence.computed)) if len(got) < 3 else length - sequence.computed
-        got.append(executor.step(batcher.step([(sequence, count)])))
+    return np.concatenate([executor.step(batcher.step([(sequence, count)])) for count in steps])
+
+
+def cut(draw: Any, length: int, most: int) -> list[int]:
+    """`length` as a sum of at most that many steps."""
+    steps: list[int] = []
+    while sum(steps) < length:
+        left = length - sum(steps)
+        steps.append(draw(st.integers(1, left)) if len(steps) < most - 1 else left)
+    return steps
+
+
+@pytest.mark.parametrize("isa", _native.available_isas())
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_attention(isa: str, data: st.DataObject) -> None:
+    draw: Any = data.draw
+    kv_heads = draw(st.integers(1, 3))
+    heads = kv_heads * draw(st.sampled_from([1, 2, 3, 4, 7, 8, 18, 50]))
+    dim = draw(st.sampled_from([8, 20, 32, 64, 80, 96, 128, 256]))
+    length = draw(st.integers(1, 300))
+    window = draw(st.none() | st.integers(1, 200))
+    kv_dtype = draw(st.sampled_from(["float32", "bf16", "int8"]))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    slopes = rng.random(heads).astype(np.float32) / 10 if draw(st.booleans()) else None
+    spec = AttentionSpec(0, heads, kv_heads, dim, dim**-0.5, window, None, slopes)
+    table = torch.from_numpy(rng.standard_normal((2 * length, (heads + 2 * kv_heads) * dim)).astype(np.float32))
+    table[length:] = torch.nan
+    got = run(table, spec, kv_dtype, isa, draw(st.sampled_from([1, 2])), draw(st.sampled_from([16, 32, 64, 128])),
+              cut(draw, length, 4), stale=True)
     expected, off = (x.numpy() for x in attend(table[:length], spec, kv_dtype))
-    error = np.abs(np.concatenate(got) - expected)
+    error = np.abs(got - expected)
     assert (error <= off + 2e-6 * np.abs(expected).max() + 1e-6).all(), (error - off).max()
+
+
+@pytest.mark.parametrize("isa", _native.available_isas())
+@settings(max_examples=15, deadline=None)
+@given(data=st.data())
+def test_bits_depend_on_neither_threads_nor_steps_nor_blocks(isa: str, data: st.DataObject) -> None:
+    """Long enough for two threads to share out one query's chunks."""
+    draw: Any = data.draw
+    kv_heads = draw(st.integers(1, 2))
+    heads = kv_heads * draw(st.sampled_from([1, 4, 7, 16]))
+    length = draw(st.integers(520, 1100))
+    kv_dtype = draw(st.sampled_from(["float32", "bf16", "int8"]))
+    spec = AttentionSpec(0, heads, kv_heads, 128, 128**-0.5, draw(st.none() | st.integers(1, 1000)), None, None)
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    table = torch.from_numpy(rng.standard_normal((length, (heads + 2 * kv_heads) * 128)).astype(np.float32))
+    whole = run(table, spec, kv_dtype, isa, 1, 32, [length])
+    tail = draw(st.integers(1, 5))
+    parts = run(table, spec, kv_dtype, isa, 2, draw(st.sampled_from([16, 32, 128])),
+                [*cut(draw, length - tail, 4), *[1] * tail])
+    np.testing.assert_array_equal(parts, whole)
+
+
+@pytest.mark.parametrize("isa", _native.available_isas())
+@pytest.mark.parametrize("dim", [20, 64, 256])
+def test_int8_scores_are_exact(isa: str, dim: int) -> None:
+    """One unit of q · K is worth e^(1/8) of weight here, so an integer that is off by one shows."""
+    rng = np.random.default_rng(dim)
+    length = 200
+    q, k = rng.integers(-2, 3, (2, length, dim)).astype(np.float32)
+    q[:, 0], q[:, 1], k[:, 0], k[:, 1] = 127.5, 0, 0, -127.5    # scales of 1
+    v = rng.standard_normal((length, dim)).astype(np.float32)
+    spec = AttentionSpec(0, 1, 1, dim, 0.125, 5, None, None)
+    table = torch.from_numpy(np.concatenate([q, k, v], axis=1))
+    expected, off = (x.numpy() for x in attend(table, spec, "int8"))
+    got = run(table, spec, "int8", isa, 1, 32, [length])
+    assert (np.abs(got - expected) <= off + 1e-6).all()
+    assert off.max() < 1e-3 * (np.exp(0.125) - 1) * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("isa", _native.available_isas())
+def test_a_cached_value_comes_back_exactly(isa: str) -> None:
+    """A query that sees one key: the integers of an int8 value times its scale, on every path."""
+    rng = np.random.default_rng(0)
+    table = torch.from_numpy((100 * rng.standard_normal((70, 3 * 96))).astype(np.float32))
+    got = run(table, AttentionSpec(0, 1, 1, 96, 1.0, 1, None, None), "int8", isa, 1, 16, [70])
+    codes, scale = quantize(table[:, 192:])
+    np.testing.assert_allclose(got, (codes * scale).numpy(), rtol=3e-7, atol=0)
