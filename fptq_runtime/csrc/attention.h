@@ -16,7 +16,7 @@
 namespace fptq {
 namespace FPTQ_NS {
 
-constexpr int kRowBlock = 6;                           // query rows that go through a chunk together
+constexpr int kRowBlock = 8, kIntRowBlock = 6;         // query rows that go through a chunk together
 constexpr int kFloatRows = 4;                          // rows and vectors of one register tile of floats
 constexpr int kFloatVecs = kLanes == 16 ? 4 : 2;
 constexpr int kPieceSteps = kKeyBlock / 4;              // between which lines are prefetched
@@ -499,7 +499,7 @@ static void attention_tile(const AttentionView& a, const KvCache& cache, const A
   Prefetch prefetch;
   for (int c = 0; c < tile.chunks; ++c) {
     const Chunk chunk = find_chunk(a, cache, tile, tile.first_chunk + c);
-    const int blocks = ceil_div(count, kRowBlock);
+    const int blocks = ceil_div(count, int8 ? kIntRowBlock : kRowBlock);
     if (count > kPrefetchRows) prefetch.start(cache, nullptr, 0);
     else if (c + 1 < tile.chunks) prefetch.start(cache, &tile, (tile.first_chunk + c + 1) * kKvChunk);
     else prefetch.start(cache, next, next ? next->first_chunk * kKvChunk : 0);
