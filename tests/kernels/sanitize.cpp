@@ -82,7 +82,7 @@ void check_gemms(std::mt19937& random, int m, int n, int k, int group_size) {
     const auto weight = pack_weight(codes.data(), scale.data(), n, k, group_size, bits);
     std::vector<float> expected(m * n), out(m * n);
     const auto gemm = [&](const Kernels& kernels, Rows& rows, std::vector<float>& to) {
-      const Epilogue epilogue{bias.data(), residual.data(), to.data()};
+      const Epilogue epilogue{bias.data(), residual.data(), to.data(), n};
       (bits == 4 ? kernels.gemm_int4 : kernels.gemm_int8)(rows.activations(k), *weight, epilogue, 0, m, 0, panels);
     };
     gemm(plain, expected_rows, expected);
@@ -103,11 +103,11 @@ void check_gemms(std::mt19937& random, int m, int n, int k, int group_size) {
     halves[i] = static_cast<uint16_t>(word >> 16);
   }
   for (bool bf16 : {false, true}) {
-    const auto weight = pack_float(bf16 ? static_cast<const void*>(halves.data()) : values.data(), bf16, n, k);
+    const auto weight = pack_float(bf16 ? static_cast<const void*>(halves.data()) : values.data(), bf16, n, k, nullptr);
     std::vector<float> expected(m * n), out(m * n);
-    plain.gemm_float(x.data(), *weight, {bias.data(), nullptr, expected.data()}, 0, m, 0, panels);
+    plain.gemm_float(x.data(), *weight, {bias.data(), nullptr, expected.data(), n}, 0, m, 0, panels);
     for (const Kernels* kernels : all_kernels()) {
-      kernels->gemm_float(x.data(), *weight, {bias.data(), nullptr, out.data()}, 0, m, 0, panels);
+      kernels->gemm_float(x.data(), *weight, {bias.data(), nullptr, out.data(), n}, 0, m, 0, panels);
       check(equal(out, expected), bf16 ? "bf16" : "float32", *kernels, m, n, k);
     }
   }
