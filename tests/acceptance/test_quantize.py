@@ -77,7 +77,7 @@ def test_json_is_one_object(fptq: Fptq, small_model: Path, tmp_path: Path, text:
     assert fptq("verify", out, "--json").json
     assert fptq("eval", out, "--text", text, "--json").json.keys() >= {"perplexity"}
     assert fptq("generate", out, "Once upon a time", "--json").json
-    assert fptq("bench", out, "--batch", 2, "--runs", 1, "--context", 8, "--output-tokens", 4, "--json").json
+    assert fptq("bench", out, "--batch", 2, "--context", 8, "--steps", 4, "--seconds", 0.1, "--json").json
 
 
 def test_artifact_is_compressed_tensors(small_artifact: Path) -> None:
