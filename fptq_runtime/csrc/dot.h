@@ -15,7 +15,7 @@
 namespace fptq {
 namespace FPTQ_NS {
 
-#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)   // FPTQ_EVEX256 has the first
 using Code = int8_t;
 constexpr int kPlanes = 2;   // rows of bytes that a row of 15-bit numbers takes: 256 · first + second
 using Int32Alias [[gnu::may_alias]] = int32_t;
@@ -25,7 +25,7 @@ constexpr int kPlanes = 1;
 #endif
 
 // The inner products are in assembly because GCC 12 otherwise broadcasts all rows first and spills the accumulators.
-#if defined(__AVX512VNNI__)
+#if defined(__AVX512VNNI__) && !defined(FPTQ_EVEX256)
 
 constexpr int kDotRows = 6, kDotLines = 4;
 
@@ -69,7 +69,13 @@ struct Dots {
   }
 };
 
-#elif defined(__AVXVNNI__)
+#elif defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+
+#if defined(FPTQ_EVEX256)
+#define FPTQ_VEX ""   // the AVX-VNNI tile in AVX-512VL's encoding, to be tested where that is what the CPU has
+#else
+#define FPTQ_VEX "%{vex%} "
+#endif
 
 constexpr int kDotRows = 6, kDotLines = 1;
 
@@ -92,8 +98,8 @@ struct Dots {
       for (int r = 0; r < R; ++r) {
         __m256i b;
         asm("vpbroadcastd %[a], %[b]\n\t"
-            "%{vex%} vpdpbusd %[b], %[x0], %[acc0]\n\t"
-            "%{vex%} vpdpbusd %[b], %[x1], %[acc1]"
+            FPTQ_VEX "vpdpbusd %[b], %[x0], %[acc0]\n\t"
+            FPTQ_VEX "vpdpbusd %[b], %[x1], %[acc1]"
             : [acc0] "+x"(acc[r][0]), [acc1] "+x"(acc[r][1]), [b] "=&x"(b)
             : [x0] "x"(x0), [x1] "x"(x1), [a] "m"(*reinterpret_cast<const Int32Alias*>(a + r * Stride)));
       }

@@ -1,8 +1,9 @@
-// Drives packing, every ISA's GEMMs and row quantizer, and the thread pool, over odd shapes and from exactly sized
-// buffers, for the sanitizers to watch; every path must also give the plain C++ path's bits. CMake builds it as the
+// Drives packing, every ISA's GEMMs, row quantizer and attention, and the thread pool, over odd shapes and from exactly
+// sized buffers, for the sanitizers to watch; every path must also give the plain C++ path's bits (attention: its numbers). CMake builds it as the
 // target `sanitize`, with -fsanitize=$FPTQ_SANITIZE; test_sanitizers.py runs it.
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -113,6 +114,65 @@ void check_gemms(std::mt19937& random, int m, int n, int k, int group_size) {
   }
 }
 
+// One sequence of `tokens`, all at once, then its last token again with the chunks apart: the same bits.
+void check_attention(std::mt19937& random, KvType type, int group, int dim, int tokens, int block_size, int window) {
+  const int kv_heads = 2, heads = kv_heads * group, width = (heads + 2 * kv_heads) * dim;
+  std::normal_distribution<float> normal;
+  std::vector<float> qkv(static_cast<size_t>(tokens) * width), expected;
+  for (float& value : qkv) value = normal(random);
+  const std::vector<float> slopes(heads, 0.01f), table(static_cast<size_t>(tokens) * (dim / 2), 0.7f);
+  const AttentionView a{heads, kv_heads, dim, 0.2f, window, table.data(), table.data(), slopes.data(), {}, {}};
+  const int blocks = ceil_div(tokens, block_size);
+  std::vector<int32_t> block_table(blocks);
+  for (int i = 0; i < blocks; ++i) block_table[i] = blocks - 1 - i;
+  KvCache cache{type, block_size, kv_heads, dim, 0, nullptr};
+  cache.block_bytes = kv_heads * cache.head_bytes();
+  const int some = std::min(group, kTileQueries), rows = kTileQueries / some;
+
+  std::vector<const Kernels*> list = all_kernels();
+  std::swap(list.front(), *std::find(list.begin(), list.end(), &kernels_for("generic")));
+  for (const Kernels* kernels : list) {
+    std::vector<char> data(blocks * cache.block_bytes);
+    cache.data = data.data();
+    std::vector<float> q(static_cast<size_t>(tokens) * heads * dim), out(q.size()), apart(q.size());
+    for (int t = 0; t < tokens; ++t)
+      kernels->rope_and_cache_row(a, cache, t, block_table[t / block_size] * block_size + t % block_size,
+                                  qkv.data() + static_cast<size_t>(t) * width,
+                                  q.data() + static_cast<size_t>(t) * heads * dim);
+    for (int h = 0; h < kv_heads; ++h) {
+      for (int head = 0; head < group; head += some) {
+        const auto tile = [&](int row, int count, float* to) {
+          const int first = window ? std::max(0, row - window + 1) / kKvChunk : 0;
+          return AttentionTile{q.data(), to, block_table.data(), row, row, count, h, h * group + head,
+                               std::min(some, group - head), first, (row + count - 1) / kKvChunk - first + 1, nullptr};
+        };
+        for (int row = 0; row < tokens; row += rows) {
+          const AttentionTile whole = tile(row, std::min(rows, tokens - row), out.data());
+          kernels->attention_tile(a, cache, whole, &whole);
+        }
+        AttentionTile last = tile(tokens - 1, 1, apart.data());
+        const size_t chunk_floats = static_cast<size_t>(last.heads) * partial_size(cache.padded_dim());
+        std::vector<float> partials(last.chunks * chunk_floats);
+        last.partials = partials.data();
+        for (int chunk = 0; chunk < last.chunks; ++chunk) {
+          AttentionTile part = last;
+          part.first_chunk += chunk;
+          part.chunks = 1;
+          part.partials += chunk * chunk_floats;
+          kernels->attention_tile(a, cache, part, nullptr);
+        }
+        kernels->merge_partials(a, last);
+      }
+    }
+    const size_t end = static_cast<size_t>(heads) * dim;
+    check(std::memcmp(apart.data() + apart.size() - end, out.data() + out.size() - end, end * sizeof(float)) == 0,
+          "split attention", *kernels, tokens, heads, dim);
+    if (expected.empty()) expected = out;
+    for (size_t i = 0; i < out.size(); ++i)
+      check(std::abs(out[i] - expected[i]) <= 1e-3f, "attention", *kernels, tokens, heads, dim);
+  }
+}
+
 // Two callers share a pool, job after job of a few tasks; pools come and go.
 void check_pool() {
   for (int threads : {1, 2, 3, 5}) {
@@ -149,6 +209,11 @@ int main() {
     for (int n : {1, 17, 64, 131})
       for (int k : {1, 31, 32, 96, 260})
         for (int group_size : {32, 64, k}) check_gemms(random, m, n, k, group_size);
+  for (KvType type : {KvType::kFloat32, KvType::kBfloat16, KvType::kInt8})
+    for (int group : {1, 4, 7, 50})
+      for (int dim : {8, 20, 64, 256})
+        for (int tokens : {1, 17, 300})
+          check_attention(random, type, group, dim, tokens, tokens % 2 ? 16 : 128, tokens % 3 ? 0 : 100);
   check_pool();
   std::puts("clean");
 }
