@@ -24,8 +24,6 @@ constexpr int kPrefetchRows = 12;                      // a tile of more is one 
 constexpr int kChunkBlocks = kKvChunk / kKeyBlock;
 constexpr float kInfinity = __builtin_inff();
 constexpr float kLog2e = 1.44269504f;
-
-
 constexpr float kMaxP = 32512;                         // 127 · 256: its upper byte, rounded, is still signed
 
 template <int N>
