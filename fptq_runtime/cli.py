@@ -360,7 +360,8 @@ def bench(artifact: str | None, shape: str | None, head_bits: str, phases: tuple
     results = [part.against(roofs) for part in measured]
     name = artifact or f"{shape}, random weights, {head_bits}-bit head"
     kernels = engine.backend.describe()
-    lines = [name, bench.machine(), *(f"{kind}: {kernel}" for kind, kernel in kernels.items())]
+    machine = bench.machine()
+    lines = [name, machine, *(f"{kind}: {kernel}" for kind, kernel in kernels.items())]
     if roofs is not None:
         lines.append(f"roofs: {roofs.gops:.0f} GOPS int8, {roofs.read_gb_per_s:.1f} GB/s read")
     lines.append(f"{'phase':>7} {'batch':>5} {'context':>7} {'tokens/s':>9} {'ms/step':>8} {'of the roof':>16} "
@@ -370,7 +371,7 @@ def bench(artifact: str | None, shape: str | None, head_bits: str, phases: tuple
         lines.append(f"{r.phase:>7} {r.batch:5} {r.context:7} {r.tokens_per_s:9.1f} {r.step_ms:8.2f} {roof:>16} "
                      f"{r.percent_outside_kernels:13.1f} %")
     return {
-        "model": name, "machine": bench.machine(), "version": fptq_runtime.__version__, "kernels": kernels,
+        "model": name, "machine": machine, "version": fptq_runtime.__version__, "kernels": kernels,
         "roofs": None if roofs is None else asdict(roofs), "results": [asdict(result) for result in results],
     }, "\n".join(lines)
 

@@ -25,7 +25,7 @@ static inline int panel_of(int row, int rows) {
 // m · Kp, [Kp/4][R][4], zero beyond K; Kp = K rounded up to 32.
 struct Activations {
   static size_t sums_size(size_t rows, size_t padded_k) {
-    return ((rows + kTileRows - 1) / kTileRows * (padded_k / kSumGroup) + 1) * kSumRows;
+    return (count_panels(static_cast<int>(rows)) * (padded_k / kSumGroup) + 1) * kSumRows;
   }
 
   int8_t* codes;

@@ -15,6 +15,7 @@ namespace {
 
 // Longest K whose dot product of int8 by int8, or 16 times int4 by int8, fits in 32 bits.
 constexpr int kMaxK = (1 << 17) - kSumGroup;
+constexpr size_t kHugePage = size_t{2} << 20;
 
 size_t round_up(size_t value, size_t unit) { return (value + unit - 1) / unit * unit; }
 
@@ -139,14 +140,20 @@ void pack_float_panel(const T* weight, T* data, size_t n, size_t k, size_t p) {
 
 }  // namespace
 
-void* allocate_lines(size_t bytes) {
-  constexpr size_t kLine = 64, kHugePage = size_t{2} << 20;
-  const size_t alignment = bytes < kHugePage ? kLine : kHugePage;
-  void* memory = nullptr;
-  if (posix_memalign(&memory, alignment, bytes)) throw std::bad_alloc();
+void use_huge_pages(void* memory, size_t bytes) {
 #if defined(MADV_HUGEPAGE)
-  if (bytes >= kHugePage) madvise(memory, bytes / kHugePage * kHugePage, MADV_HUGEPAGE);
+  const uintptr_t address = reinterpret_cast<uintptr_t>(memory);
+  const uintptr_t begin = round_up(address, kHugePage), end = (address + bytes) / kHugePage * kHugePage;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)memory, (void)bytes;
 #endif
+}
+
+void* allocate_lines(size_t bytes) {
+  void* memory = nullptr;
+  if (posix_memalign(&memory, bytes < kHugePage ? 64 : kHugePage, bytes)) throw std::bad_alloc();
+  use_huge_pages(memory, bytes);
   return memory;
 }
 

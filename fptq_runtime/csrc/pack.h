@@ -9,6 +9,10 @@
 
 namespace fptq {
 
+// Asks for huge pages for what of the memory fills them, where the system leaves the choice: what streams from them reads
+// up to a third faster.
+void use_huge_pages(void* memory, size_t bytes);
+
 // Uninitialized memory that starts on a cache line, to be freed with std::free; on huge pages as far as it fills them
 // and the system grants them, which raises the rate at which weights stream from memory. Throws std::bad_alloc.
 void* allocate_lines(size_t bytes);

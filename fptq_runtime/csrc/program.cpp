@@ -9,9 +9,7 @@
 #include <new>
 #include <stdexcept>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
+#include "pack.h"
 
 namespace fptq {
 
@@ -45,18 +43,6 @@ void check_range(const char* name, int index, long value, long end) {
 
 std::string linear_kind(const LinearParameter& linear) {
   return "linear " + std::to_string(linear.n()) + " x " + std::to_string(linear.k());
-}
-
-// Asks for them where the system leaves the choice: reading a paged cache is a third faster.
-void use_huge_pages(char* data, size_t bytes) {
-#if defined(__linux__)
-  constexpr size_t kHugePage = size_t{2} << 20;
-  const size_t begin = (reinterpret_cast<size_t>(data) + kHugePage - 1) / kHugePage * kHugePage;
-  const size_t end = (reinterpret_cast<size_t>(data) + bytes) / kHugePage * kHugePage;
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#else
-  (void)data, (void)bytes;
-#endif
 }
 
 size_t lines(size_t bytes) { return (bytes + kLine - 1) / kLine * kLine; }
@@ -351,7 +337,8 @@ void Program::each_tile(const Cut& cut, int m, int panels, F f) const {
   const int row_panels = count_panels(m);
   pool_->run(cut.groups * cut.row_blocks, [&](int task, int thread) {
     const int group = task / cut.row_blocks, row_panel = task % cut.row_blocks * kRowPanels;
-    f(panel_begin(row_panel, m), panel_begin(std::min(row_panels, row_panel + kRowPanels), m), static_cast<int>(static_cast<long>(panels) * group / cut.groups),
+    f(panel_begin(row_panel, m), panel_begin(std::min(row_panels, row_panel + kRowPanels), m),
+      static_cast<int>(static_cast<long>(panels) * group / cut.groups),
       static_cast<int>(static_cast<long>(panels) * (group + 1) / cut.groups), group, thread);
   });
 }
