@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 from typing import Literal
@@ -173,30 +173,51 @@ def sum_nll(logits: torch.Tensor, targets: np.ndarray) -> float:
 class InputStats:
     """One linear's input over the calibration set: per-channel moments, and some of its rows."""
 
-    amax: torch.Tensor  # [K], max |x|
+    low: torch.Tensor  # [K], the least x
+    high: torch.Tensor  # [K], the largest x
+    total: torch.Tensor  # [K], float64, the sum of x
     square_sum: torch.Tensor  # [K], float64
     rows: int
     peak_position: int  # where in its sequence the largest |x| stands
     sample: torch.Tensor  # [at most about SAMPLE_ROWS, K]
 
     @property
+    def amax(self) -> torch.Tensor:
+        """max |x| of each channel. [K]"""
+        return torch.maximum(self.high, -self.low)
+
+    @property
     def range(self) -> float:
         return float(self.amax.max())
+
+    @property
+    def mean(self) -> torch.Tensor:
+        return (self.total / self.rows).float()
 
     @property
     def mean_square(self) -> torch.Tensor:
         return (self.square_sum / self.rows).float()
 
     def divide(self, scale: torch.Tensor) -> None:
-        """Follow a transform that divides the input's channels by `scale` [K]."""
-        self.amax = self.amax / scale
+        """Follow a transform that divides the input's channels by `scale` [K], which is positive."""
+        self.low, self.high = self.low / scale, self.high / scale
+        self.total = self.total / scale.double()
         self.square_sum = self.square_sum / scale.double().square()
         self.sample = self.sample / scale
+
+    def shift(self, offset: torch.Tensor) -> None:
+        """Follow a transform that subtracts `offset` [K] from the input's channels."""
+        self.low, self.high = self.low - offset, self.high - offset
+        self.square_sum = self.square_sum - 2 * offset.double() * self.total + self.rows * offset.double().square()
+        self.total = self.total - self.rows * offset.double()
+        self.sample = self.sample - offset
 
 
 @dataclass
 class _Observed:
-    amax: torch.Tensor | None = None
+    low: torch.Tensor | None = None
+    high: torch.Tensor | None = None
+    total: torch.Tensor | None = None
     square_sum: torch.Tensor | None = None
     rows: int = 0
     peak: float = -1.0
@@ -204,22 +225,26 @@ class _Observed:
     sample: list[torch.Tensor] = field(default_factory=list)
 
     def update(self, x: torch.Tensor, batch: StepInput, stride: int) -> None:
-        amax, square_sum = x.abs().amax(0), x.square().sum(0).double()
-        self.amax = amax if self.amax is None else torch.maximum(self.amax, amax)
+        low, high, total, square_sum = x.amin(0), x.amax(0), x.sum(0).double(), x.square().sum(0).double()
+        self.low = low if self.low is None else torch.minimum(self.low, low)
+        self.high = high if self.high is None else torch.maximum(self.high, high)
+        self.total = total if self.total is None else self.total + total
         self.square_sum = square_sum if self.square_sum is None else self.square_sum + square_sum
         self.rows += x.shape[0]
-        peak = float(amax.max())
+        peak = float(torch.maximum(high, -low).max())
         if peak > self.peak:
             self.peak = peak
             self.peak_position = int(batch.positions[int(x.abs().amax(-1).argmax())])
         self.sample.append(x[::stride].clone())
 
     def stats(self, name: str) -> InputStats:
-        assert self.amax is not None and self.square_sum is not None
+        assert self.low is not None and self.high is not None
+        assert self.total is not None and self.square_sum is not None
         if not bool(torch.isfinite(self.square_sum).all()):
             raise CalibrationError(f"the input of {name} is not finite on the calibration data; "
                                    "the model's weights may be damaged")
-        return InputStats(self.amax, self.square_sum, self.rows, self.peak_position, torch.cat(self.sample))
+        return InputStats(self.low, self.high, self.total, self.square_sum, self.rows, self.peak_position,
+                          torch.cat(self.sample))
 
 
 class _ObservingOps(ReferenceOps):
@@ -242,6 +267,29 @@ def observe_block(states: HiddenStates, block: Block) -> dict[Kind, InputStats]:
     for _ in states.block_outputs(block, lambda batch: _ObservingOps(batch, observed, stride)):
         pass
     return {kind: observed[id(linear)].stats(linear.name) for kind, linear in linears.items()}
+
+
+class _CapturingOps(ReferenceOps):
+    def __init__(self, batch: StepInput, kinds: dict[int, Kind], captured: dict[Kind, torch.Tensor]) -> None:
+        super().__init__(batch, None)
+        self._kinds = kinds
+        self._captured = captured
+
+    def linear(self, x: torch.Tensor, linear: Linear, residual: torch.Tensor | None = None) -> torch.Tensor:
+        self._captured[self._kinds[id(linear)]] = x
+        return super().linear(x, linear, residual)
+
+
+@torch.inference_mode()
+def block_inputs(states: HiddenStates, block: Block) -> Iterator[dict[Kind, torch.Tensor]]:
+    """What each of the block's linears reads, minibatch by minibatch, each [rows, K] and fake-quantized as its `act`
+    says. The block's weights must be float."""
+    linears: dict[Kind, Linear] = {"qkv": block.qkv, "o": block.o, "up": block.up, "down": block.down}
+    kinds = {id(linear): kind for kind, linear in linears.items()}
+    acting = replace(block, qkv_act=block.qkv.act, o_act=block.o.act, up_act=block.up.act, down_act=block.down.act)
+    captured: dict[Kind, torch.Tensor] = {}
+    for _ in states.block_outputs(acting, lambda batch: _CapturingOps(batch, kinds, captured)):
+        yield dict(captured)
 
 
 @torch.inference_mode()

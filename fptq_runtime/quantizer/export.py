@@ -56,8 +56,9 @@ def quantization_config(schemes: Mapping[str, LayerScheme], head: str, ignore: S
     for module, scheme in schemes.items():
         act = scheme.input_activations
         name = "head" if module == head else "float" if act is None else "dynamic" if act.dynamic else "static"
-        if module != head and scheme.weights.strategy == "channel":
-            name += "_channel"
+        if module != head:
+            name += "_channel" * (scheme.weights.strategy == "channel")
+            name += f"_{scheme.weights.num_bits}bit" * (scheme.weights.num_bits != 4)
         group = groups.setdefault(name, {
             "format": "pack-quantized",
             "weights": scheme.weights.to_dict(),

@@ -142,14 +142,19 @@ class _Run:
     def __init__(self, checkpoint: Checkpoint, recipe: Recipe, writer: ArtifactWriter,
                  calibrated: Sequence[Sequence[int]], measured: Sequence[Sequence[int]]) -> None:
         self.records: list[LayerRecord] = []
+        source = checkpoint.model_config
         self._checkpoint = checkpoint
-        self._config = checkpoint.model_config
         self._recipe = recipe
         self._writer = writer
+        self._config = source  # of the artifact
+        for step in recipe.steps:
+            step.check(self._config)
+            self._config = step.transform_config(self._config)
         self._calibrated = HiddenStates(self._config, calibrated)
-        self._float = HiddenStates(self._config, measured)
+        self._float = HiddenStates(source, measured)
         self._quantized = HiddenStates(self._config, measured)
         self._schemes: dict[str, LayerScheme] = {}
+        self._linears: list[str] = []
         self._losses: list[float] = []
         self._scored = 0
         self._tied = False
@@ -174,30 +179,37 @@ class _Run:
 
     def write_config(self) -> None:
         spec = self._checkpoint.spec
-        ignore = [] if spec.lm_head in self._schemes else [spec.lm_head]
-        config = {
-            **self._checkpoint.config,
-            "tie_word_embeddings": self._tied,
-            "quantization_config": quantization_config(self._schemes, spec.lm_head, ignore),
-        }
+        ignore = [name for name in self._linears if name not in self._schemes]
+        config = {**self._checkpoint.config, "tie_word_embeddings": self._tied, **self._changed_sizes()}
+        if self._schemes:
+            config["quantization_config"] = quantization_config(self._schemes, spec.lm_head, ignore)
+        else:
+            config["dtype"] = {"bf16": "bfloat16", "fp16": "float16"}[self._recipe.weights.dtype]
         self._writer.add_file("config.json", json.dumps(config, indent=2) + "\n")
 
+    def _changed_sizes(self) -> dict[str, int]:
+        before, after = self._checkpoint.model_config.intermediate_size, self._config.intermediate_size
+        return {} if after == before else {"intermediate_size": after}
+
     def _stem(self) -> None:
-        stem = load_stem(self._checkpoint)
+        stem = prepare_stem(load_stem(self._checkpoint), ReferenceBackend())
         _refuse_not_finite(self._checkpoint.spec.stem_modules(stem))
+        self._float.run_stem(stem)
+        for step in self._recipe.steps:
+            step.transform_stem(self._config, stem)
         for name, module in self._checkpoint.spec.stem_modules(stem):
             self._writer.add_tensors(module_tensors(name, module))
-        prepared = prepare_stem(stem, ReferenceBackend())
-        for states in (self._calibrated, self._float, self._quantized):
-            states.run_stem(prepared)
+        for states in (self._calibrated, self._quantized):
+            states.run_stem(stem)
 
     def _block(self, index: int) -> None:
         spec, config = self._checkpoint.spec, self._config
         loaded = load_block(self._checkpoint, index)
-        modules = spec.block_modules(config, index, loaded)
-        _refuse_not_finite(modules)
+        _refuse_not_finite(spec.block_modules(self._checkpoint.model_config, index, loaded))
         block = prepare_block(loaded, ReferenceBackend())
         self._float.run_block(block)
+        for step in self._recipe.steps:
+            step.transform_block(config, index, block)
         stats = observe_block(self._calibrated, block)
         linears: dict[Kind, Linear] = {"qkv": block.qkv, "o": block.o, "up": block.up, "down": block.down}
         norms: dict[Kind, Norm] = {"qkv": block.input_norm, "up": block.mlp_norm}
@@ -206,34 +218,41 @@ class _Run:
             kind: Target(kind, linears[kind], tuple(spec.layer(index, name) for name in fused[kind]), stats[kind],
                          norms.get(kind))
             for kind in BLOCK_KINDS
-        })
+        }, self._calibrated)
         with torch.inference_mode():
             for step in self._recipe.steps:
                 step.apply(work)
         for name, module in spec.block_modules(config, index, block):
             self._writer.add_tensors(module_tensors(name, module))
-            if isinstance(module, Linear) and (scheme := linear_scheme(module)) is not None:
-                self._schemes[name] = scheme
+            if isinstance(module, Linear):
+                self._linears.append(name)
+                if (scheme := linear_scheme(module)) is not None:
+                    self._schemes[name] = scheme
         self.records += [_record(target) for target in work.targets.values()]
         quantized = _fake_quantized_block(block)
         self._calibrated.run_block(quantized)
         self._quantized.run_block(quantized)
 
     def _head(self) -> None:
-        spec, backend = self._checkpoint.spec, ReferenceBackend()
+        spec = self._checkpoint.spec
         loaded = load_head(self._checkpoint)
         _refuse_not_finite(spec.head_modules(loaded))
-        head = prepare_head(loaded, backend)
+        head = prepare_head(loaded, ReferenceBackend())
         loss, self._scored = self._float.negative_log_likelihood(head)
+        untouched = head.lm_head.weight
+        for step in self._recipe.steps:
+            step.transform_head(self._config, head)
+        transformed = head.lm_head.weight is not untouched
         target = Target("head", head.lm_head, (spec.lm_head,), observe_head(self._calibrated, head), head.norm)
         with torch.inference_mode():
             for step in self._recipe.steps:
-                step.apply_head(HeadWork(self._config, head, target))
+                step.apply_head(HeadWork(self._config, head, target, self._calibrated))
+        self._linears.append(spec.lm_head)
         scheme = linear_scheme(head.lm_head)
-        self._tied = scheme is None and self._config.tie_word_embeddings
+        self._tied = scheme is None and self._config.tie_word_embeddings and not transformed
         if scheme is not None:
             self._schemes[spec.lm_head] = scheme
-        exported = head if scheme is not None else Head(head.norm, loaded.lm_head)
+        exported = head if scheme is not None or transformed else Head(head.norm, loaded.lm_head)
         for name, module in spec.head_modules(exported):
             if not (self._tied and name == spec.lm_head):
                 self._writer.add_tensors(module_tensors(name, module))
@@ -261,9 +280,7 @@ def _refuse_not_finite(modules: Sequence[tuple[str, Linear | Norm | Embedding]])
 
 def _fake_quantized(linear: Linear) -> Linear:
     weight = linear.weight
-    if not isinstance(weight, QuantizedWeight):
-        return linear
-    return replace(linear, weight=dequantized(weight))
+    return replace(linear, weight=dequantized(weight) if isinstance(weight, QuantizedWeight) else weight.float())
 
 
 def _fake_quantized_block(block: Block) -> Block:

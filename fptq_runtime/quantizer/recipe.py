@@ -36,17 +36,28 @@ class Recipe(BaseModel):
             super().__init__(**data)
         except ValidationError as error:
             raise RecipeError(_one_line(error)) from None
-        kinds = [step.type for step in self.steps]
-        if kinds.count("weights") != 1 or kinds[-1] != "weights":
-            raise RecipeError("a recipe ends with one step of type 'weights'")
-        if not {"fptq", "activations"} & set(kinds):
+        quantizing = [isinstance(step, Weights) for step in self.steps]
+        if quantizing.count(True) != 1 or not quantizing[-1]:
+            raise RecipeError("a recipe ends with one step that quantizes the weights: 'weights'")
+        if not any(isinstance(step, Fptq | Activations) for step in self.steps):
             raise RecipeError("a recipe needs a step that chooses activation schemes: 'fptq' or 'activations'")
+
+    @property
+    def weights(self) -> Weights:
+        """The last step."""
+        last = self.steps[-1]
+        assert isinstance(last, Weights)
+        return last
 
 
 PRESETS = (
     Recipe(name="fptq", steps=(Fptq(), Weights(clip="mse"))),
     Recipe(name="rtn", steps=(Activations(scheme="static"), Weights())),
     Recipe(name="rtn-dynamic", steps=(Activations(scheme="dynamic"), Weights())),
+    Recipe(name="w8a8-static", steps=(Activations(scheme="static"), Weights(num_bits=8, group_size=None))),
+    Recipe(name="w8a8-dynamic", steps=(Activations(scheme="dynamic"), Weights(num_bits=8, group_size=None))),
+    Recipe(name="bf16", steps=(Activations(scheme="float"), Weights(num_bits=16, head_bits=16))),
+    Recipe(name="fp16", steps=(Activations(scheme="float"), Weights(num_bits=16, head_bits=16, dtype="fp16"))),
 )
 
 

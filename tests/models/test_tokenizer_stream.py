@@ -15,7 +15,9 @@ from fptq_runtime.models.tokenizer import Tokenizer, TokenStream
 
 DEMO = Tokenizer(Path(fptq_runtime.__file__).parent / "demo")
 
-texts = st.text(st.sampled_from("aB é—„ß漢😀\n1 .") | st.characters(codec="utf-8"), max_size=30)
+# Not U+FFFD: text that ends in it cannot be told from a character still open, and is held back.
+texts = st.text(st.sampled_from("aB é—„ß漢😀\n1 .") | st.characters(codec="utf-8", exclude_characters="\ufffd"),
+                max_size=30)
 
 
 @pytest.fixture(scope="session")

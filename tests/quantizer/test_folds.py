@@ -30,7 +30,7 @@ def work_on(family: str, path: Path) -> tuple[HiddenStates, BlockWork]:
     linears: dict[Kind, Linear] = {"qkv": block.qkv, "o": block.o, "up": block.up, "down": block.down}
     norms: dict[Kind, Norm] = {"qkv": block.input_norm, "up": block.mlp_norm}
     targets = {kind: Target(kind, linears[kind], (kind,), stats[kind], norms.get(kind)) for kind in BLOCK_KINDS}
-    return states, BlockWork(checkpoint.model_config, 0, block, targets)
+    return states, BlockWork(checkpoint.model_config, 0, block, targets, states)
 
 
 @pytest.mark.parametrize("family", ["llama-tied-bias", "qwen2", "qwen3", "bloom"])

@@ -13,8 +13,8 @@ from fptq_runtime.artifact.numerics import absmax_scale
 from fptq_runtime.config import ModelConfig
 from fptq_runtime.kernels.base import ActivationQuant, Linear, Norm, QuantizedWeight
 from fptq_runtime.kernels.reference import dequantized, quantize_activations
-from fptq_runtime.models.decoder import Block, Head
-from fptq_runtime.quantizer.calibrate import InputStats, Kind
+from fptq_runtime.models.decoder import Block, Head, Stem
+from fptq_runtime.quantizer.calibrate import HiddenStates, InputStats, Kind
 
 
 class QuantizationError(ValueError):
@@ -42,13 +42,13 @@ class Target:
 
     @property
     def weight(self) -> torch.Tensor:
-        """The float weight [N, K]; a step that needs it runs before the weights are quantized."""
+        """The float32 weight [N, K]; a step that needs it runs before the weights are quantized."""
         if isinstance(self.linear.weight, QuantizedWeight):
             raise QuantizationError(f"{self.linear.name} is quantized already; transforms go before `weights`")
         weight: torch.Tensor = self.linear.weight
         return weight
 
-    def set_act(self, act: ActivationQuant, reason: str) -> None:
+    def set_act(self, act: ActivationQuant | None, reason: str) -> None:
         """How this linear's input is quantized, and why."""
         self.linear.act = act
         self.reason = reason
@@ -59,6 +59,16 @@ class Target:
         read = dequantized(quantized)
         self.error = relative_error(self._output(self.linear.act, read), self._output(None, self.weight))
         self.linear.weight = quantized
+
+    def keep_float(self, dtype: torch.dtype) -> None:
+        """Leave weight and input in float, the weight as `dtype`. Raises QuantizationError where it overflows."""
+        kept = self.weight.to(dtype)
+        if not bool(torch.isfinite(kept).all()):
+            raise QuantizationError(f"{self.linear.name}: weights up to {float(self.weight.abs().max()):g} overflow "
+                                    f"{str(dtype).removeprefix('torch.')}; use bf16")
+        self.linear.act, self.reason, self.activation_error = None, "float", 0.0
+        self.error = relative_error(self._output(None, kept.float()), self._output(None, self.weight))
+        self.linear.weight = kept
 
     def _output(self, act: ActivationQuant | None, weight: torch.Tensor) -> torch.Tensor:
         return quantize_activations(self.stats.sample, act) @ weight.T
@@ -77,28 +87,50 @@ def static_act(amax: torch.Tensor) -> ActivationQuant:
 
 @dataclass
 class BlockWork:
-    """A float block in the quantizer's hands."""
+    """A float block in the quantizer's hands. `states` are the calibration samples on their way into it."""
 
     config: ModelConfig
     index: int
     block: Block
     targets: Mapping[Kind, Target]  # qkv, o, up, down
+    states: HiddenStates
 
 
 @dataclass
 class HeadWork:
+    """`states` are the calibration samples on their way into the head's norm."""
+
     config: ModelConfig
     head: Head
     target: Target
+    states: HiddenStates
 
 
 class Step(BaseModel):
     """One step of a recipe: its settings, and what it does to each block and to the head.
 
-    A method is a subclass with a `type` of its own, listed in recipe.py.
+    A method is a subclass with a `type` of its own, listed in recipe.py. The `transform_*` of all steps run first, on
+    the float part as the checkpoint has it and before its inputs are observed: exact changes that need no data. Then
+    `apply` of all steps, with what was observed.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    def check(self, config: ModelConfig) -> None:
+        """Raise QuantizationError, naming the family, where this step cannot work on such a model."""
+
+    def transform_config(self, config: ModelConfig) -> ModelConfig:
+        """The model that the transforms lead to."""
+        return config
+
+    def transform_stem(self, config: ModelConfig, stem: Stem) -> None:
+        """Change the embedding. Parameters are replaced, never written into: they may be mapped from a file."""
+
+    def transform_block(self, config: ModelConfig, index: int, block: Block) -> None:
+        """Change a block's norms and linears. Raises QuantizationError."""
+
+    def transform_head(self, config: ModelConfig, head: Head) -> None:
+        """Change the last norm and the head."""
 
     def apply(self, work: BlockWork) -> None:
         """Change a block. Raises QuantizationError."""
