@@ -220,25 +220,57 @@ def serve(artifact: str, host: str, port: int, served_model_name: str | None, ap
 
 @cli.command("eval")
 @click.argument("model")
-@click.option("--text", type=ExistingFile(), required=True, help="A UTF-8 text file.")
+@click.option("--text", type=ExistingFile(), help="Perplexity on a UTF-8 text file.")
 @click.option("--max-tokens", type=click.IntRange(2), help="Read only the first tokens of the text.")
+@click.option("--choices", type=ExistingFile(), help='Multiple choice: a JSON object a line, {"context": …, '
+              '"choices": […], "answer": index}.')
+@click.option("--last-word", type=ExistingFile(), help='The last word as in LAMBADA: {"text": …} a line.')
+@click.option("--task", "tasks", multiple=True, help="An lm-eval task, a YAML file or a name; may be given more than "
+              "once.")
+@click.option("--limit", type=click.IntRange(1), help="Only the first documents of each --task.")
 @click.option("--kv-cache-dtype", type=click.Choice(["bf16", "int8"]), default="bf16", show_default=True)
 @backend_options
 @answers
-def evaluate(model: str, text: Path, max_tokens: int | None, kv_cache_dtype: Any, backend: str, threads: int) -> Answer:
-    """Perplexity of MODEL, in float or quantized, on a text."""
+def evaluate(model: str, text: Path | None, max_tokens: int | None, choices: Path | None, last_word: Path | None,
+             tasks: tuple[str, ...], limit: int | None, kv_cache_dtype: Any, backend: str, threads: int) -> Answer:
+    """Perplexity of MODEL, in float or quantized, on a text, and its accuracy in tasks."""
+    if not (text or choices or last_word or tasks):
+        raise click.UsageError("give what to evaluate on: --text, --choices, --last-word or --task")
     from fptq_runtime.locate import find_artifact
 
     path = find_artifact(model)
-    from fptq_runtime.kernels.select import select_backend
-    from fptq_runtime.quantizer.calibrate import read_text
-    from fptq_runtime.quantizer.evaluate import evaluate
+    data: dict[str, Any] = {}
+    lines = []
+    if text is not None:
+        from fptq_runtime.kernels.select import select_backend
+        from fptq_runtime.quantizer.calibrate import read_text
+        from fptq_runtime.quantizer.evaluate import evaluate
 
-    result = evaluate(path, read_text(text), select_backend(backend, threads), max_tokens=max_tokens,
-                      kv_dtype=kv_cache_dtype, progress=True)
-    return asdict(result), (
-        f"perplexity {result.perplexity:.4f} on {result.text}: {result.tokens} tokens, windows of {result.window}"
-    )
+        result = evaluate(path, read_text(text), select_backend(backend, threads), max_tokens=max_tokens,
+                          kv_dtype=kv_cache_dtype, progress=True)
+        data |= asdict(result)
+        lines.append(f"perplexity {result.perplexity:.4f} on {result.text}: {result.tokens} tokens, windows of "
+                     f"{result.window}")
+    if choices or last_word or tasks:
+        from fptq_runtime import tasks as task
+        from fptq_runtime.engine.llm import LLM
+
+        scorer = task.Scorer(LLM(path, backend=backend, threads=threads, kv_cache_dtype=kv_cache_dtype), progress=True)
+        if choices is not None:
+            chosen = task.choices(scorer, choices)
+            data["choices"] = asdict(chosen)
+            lines.append(f"accuracy {chosen.accuracy:.2%}, length-normalized {chosen.accuracy_normalized:.2%} on "
+                         f"{chosen.file}: {chosen.questions} questions")
+        if last_word is not None:
+            words = task.last_words(scorer, last_word)
+            data["last_word"] = asdict(words)
+            lines.append(f"last-word accuracy {words.accuracy:.2%}, perplexity {words.perplexity:.4f} on {words.file}: "
+                         f"{words.texts} texts")
+        if tasks:
+            data["tasks"] = task.lm_eval_tasks(scorer, tasks, limit)
+            lines += [f"{name}: {', '.join(f'{key} {value:.4f}' for key, value in metrics.items())}"
+                      for name, metrics in data["tasks"].items()]
+    return data, "\n".join(lines)
 
 
 @cli.command()
