@@ -352,11 +352,12 @@ def bench(artifact: str | None, shape: str | None, head_bits: str, phases: tuple
         rows = bench.rows(batches, contexts, model, steps, options["max_num_batched_tokens"])
         config = bench.bench_config(model, rows, steps, **options)
         engine = load_engine(path, backend=backend, **asdict(config))
-    roofs = engine.backend.roofs()
     bench.measure(engine, bench.Row(1, rows[0].context), steps=1, seconds=0)  # warms up
+    measured, roofs = [], engine.backend.roofs()
     with click.progressbar(rows, label="measuring", file=sys.stderr) as remaining:
-        measured = [part for row in remaining
-                    for part in bench.measure(engine, row, phases or bench.PHASES, steps=steps, seconds=seconds)]
+        for row in remaining:
+            measured += bench.measure(engine, row, phases or bench.PHASES, steps=steps, seconds=seconds)
+            roofs = bench.higher(roofs, engine.backend.roofs())
     results = [part.against(roofs) for part in measured]
     name = artifact or f"{shape}, random weights, {head_bits}-bit head"
     kernels = engine.backend.describe()
