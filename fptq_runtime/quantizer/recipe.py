@@ -54,8 +54,10 @@ PRESETS = (
     Recipe(name="fptq", steps=(Fptq(), Weights(clip="mse"))),
     Recipe(name="rtn", steps=(Activations(scheme="static"), Weights())),
     Recipe(name="rtn-dynamic", steps=(Activations(scheme="dynamic"), Weights())),
-    Recipe(name="w8a8-static", steps=(Activations(scheme="static"), Weights(num_bits=8, group_size=None))),
-    Recipe(name="w8a8-dynamic", steps=(Activations(scheme="dynamic"), Weights(num_bits=8, group_size=None))),
+    Recipe(name="w8a8-static", steps=(Activations(scheme="static"), Weights(num_bits=8, group_size=None, clip="mse"))),
+    Recipe(name="w8a8-dynamic", steps=(Activations(scheme="dynamic"),
+                                       Weights(num_bits=8, group_size=None, clip="mse"))),
+    Recipe(name="w8-dynamic-range", steps=(Activations(scheme="dynamic"), Weights(num_bits=8, group_size=None))),
     Recipe(name="bf16", steps=(Activations(scheme="float"), Weights(num_bits=16, head_bits=16))),
     Recipe(name="fp16", steps=(Activations(scheme="float"), Weights(num_bits=16, head_bits=16, dtype="fp16"))),
 )
