@@ -15,6 +15,7 @@ from fptq_runtime.kernels.base import ActivationQuant, Linear, Norm, QuantizedWe
 from fptq_runtime.kernels.reference import dequantized, quantize_activations
 from fptq_runtime.models.decoder import Block, Head, Stem
 from fptq_runtime.quantizer.calibrate import HiddenStates, InputStats, Kind
+from fptq_runtime.quantizer.ranges import QUANTILE, RangeMethod, choose_range
 
 
 class QuantizationError(ValueError):
@@ -80,9 +81,15 @@ def relative_error(output: torch.Tensor, exact: torch.Tensor) -> float:
     return float((difference / exact.square().sum(-1).clamp_min(1e-12)).mean())
 
 
-def static_act(amax: torch.Tensor) -> ActivationQuant:
-    """The per-tensor scheme whose scale covers the largest of amax [K]."""
-    return ActivationQuant(float(absmax_scale(amax.max(), 8)))
+def static_act(amax: torch.Tensor, sample: torch.Tensor | None = None, method: RangeMethod = "minmax",
+               quantile: float = QUANTILE) -> ActivationQuant:
+    """The per-tensor scheme for an input of which amax [K] is the largest magnitude of each channel and `sample`
+    [rows, K] some rows; "minmax" needs no sample, and covers all."""
+    covered = amax.max()
+    if method != "minmax":
+        assert sample is not None
+        covered = torch.tensor(choose_range(method, float(covered), sample, quantile))
+    return ActivationQuant(float(absmax_scale(covered, 8)))
 
 
 @dataclass
