@@ -44,10 +44,7 @@ class Target:
     @property
     def weight(self) -> torch.Tensor:
         """The float32 weight [N, K]; a step that needs it runs before the weights are quantized."""
-        if isinstance(self.linear.weight, QuantizedWeight):
-            raise QuantizationError(f"{self.linear.name} is quantized already; transforms go before `weights`")
-        weight: torch.Tensor = self.linear.weight
-        return weight
+        return float_weight(self.linear)
 
     def set_act(self, act: ActivationQuant | None, reason: str) -> None:
         """How this linear's input is quantized, and why."""
@@ -55,10 +52,16 @@ class Target:
         self.reason = reason
         self.activation_error = relative_error(self._output(act, self.weight), self._output(None, self.weight))
 
-    def set_weight(self, quantized: QuantizedWeight) -> None:
-        """Replace the float weight and measure the whole error against it."""
-        read = dequantized(quantized)
-        self.error = relative_error(self._output(self.linear.act, read), self._output(None, self.weight))
+    def set_weight(self, quantized: QuantizedWeight, correct_bias: bool = False) -> None:
+        """Replace the float weight and measure the whole error against it. correct_bias: where the linear has a bias,
+        take from it what the new weights add to the mean output."""
+        read, exact = dequantized(quantized), self._output(None, self.weight)
+        output = self._output(self.linear.act, read)
+        if correct_bias and self.linear.bias is not None:
+            added = (read - self.weight) @ self.stats.mean  # [N]
+            self.linear.bias = self.linear.bias - added
+            output = output - added
+        self.error = relative_error(output, exact)
         self.linear.weight = quantized
 
     def keep_float(self, dtype: torch.dtype) -> None:
@@ -73,6 +76,14 @@ class Target:
 
     def _output(self, act: ActivationQuant | None, weight: torch.Tensor) -> torch.Tensor:
         return quantize_activations(self.stats.sample, act) @ weight.T
+
+
+def float_weight(linear: Linear) -> torch.Tensor:
+    """[N, K]. Raises QuantizationError where it is quantized."""
+    if isinstance(linear.weight, QuantizedWeight):
+        raise QuantizationError(f"{linear.name} is quantized already; transforms go before `weights`")
+    weight: torch.Tensor = linear.weight
+    return weight
 
 
 def relative_error(output: torch.Tensor, exact: torch.Tensor) -> float:
