@@ -168,14 +168,21 @@ def cli() -> None:
 @click.argument("model")
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--recipe", type=RecipeName(), default="fptq", show_default=True, help="A preset, or a YAML file.")
-@click.option("--calibration", type=ExistingFile("random"), help="A text file, or `random` tokens "
-              "(public-domain tales that come with fptq).")
+@click.option("--calibration", type=ExistingFile("random", "self"), help="A text file; `random`: vocabulary "
+              "tokens; `self`: what the model writes (public-domain tales that come with fptq).")
+@click.option("--num-samples", type=click.IntRange(1), default=64, show_default=True, help="Calibration samples.")
+@click.option("--sample-length", type=click.IntRange(2), help="Tokens of each (512, or the model's context).")
+@click.option("--lengths", type=ExistingFile(), help="A request trace or a histogram of lengths (CSV or JSON), which "
+              "the samples then have; their tokens stay as many.")
+@click.option("--text", type=ExistingFile(), help="What perplexity is measured on before and after (tales that "
+              "calibration never sees).")
+@click.option("--text-tokens", type=click.IntRange(2), default=16384, show_default=True,
+              help="Read only the first tokens of it.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--revision", help="Branch, tag or commit of a hub model.")
 @click.option("--overwrite", is_flag=True, help="Replace an artifact at OUT.")
 @answers
-def quantize(model: str, out: Path, recipe: str, calibration: str | Path | None, seed: int, revision: str | None,
-             overwrite: bool) -> Answer:
+def quantize(model: str, out: Path, recipe: str, revision: str | None, **options: Any) -> Answer:
     """Quantize MODEL into the new directory OUT."""
     from fptq_runtime.locate import find_model
 
@@ -183,7 +190,7 @@ def quantize(model: str, out: Path, recipe: str, calibration: str | Path | None,
     from fptq_runtime.quantizer.pipeline import quantize
     from fptq_runtime.quantizer.report import summarize
 
-    manifest = quantize(source, out, recipe, calibration=calibration, seed=seed, overwrite=overwrite, progress=True)
+    manifest = quantize(source, out, recipe, progress=True, **options)
     return manifest.model_dump(mode="json"), summarize(manifest)
 
 
@@ -384,11 +391,12 @@ def bench(artifact: str | None, shape: str | None, head_bits: str, phases: tuple
         rows = bench.rows(batches, contexts, model, steps, options["max_num_batched_tokens"])
         config = bench.bench_config(model, rows, steps, **options)
         engine = load_engine(path, backend=backend, **asdict(config))
-    roofs = engine.backend.roofs()
     bench.measure(engine, bench.Row(1, rows[0].context), steps=1, seconds=0)  # warms up
+    measured, roofs = [], engine.backend.roofs()
     with click.progressbar(rows, label="measuring", file=sys.stderr) as remaining:
-        measured = [part for row in remaining
-                    for part in bench.measure(engine, row, phases or bench.PHASES, steps=steps, seconds=seconds)]
+        for row in remaining:
+            measured += bench.measure(engine, row, phases or bench.PHASES, steps=steps, seconds=seconds)
+            roofs = bench.higher(roofs, engine.backend.roofs())
     results = [part.against(roofs) for part in measured]
     name = artifact or f"{shape}, random weights, {head_bits}-bit head"
     kernels = engine.backend.describe()
