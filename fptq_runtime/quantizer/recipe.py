@@ -56,6 +56,8 @@ PRESETS = (
     Recipe(name="rtn-dynamic", steps=(Activations(scheme="dynamic"), Weights())),
     Recipe(name="w8a8-static", steps=(Activations(scheme="static"), Weights(num_bits=8, group_size=None))),
     Recipe(name="w8a8-dynamic", steps=(Activations(scheme="dynamic"), Weights(num_bits=8, group_size=None))),
+    Recipe(name="zeroquant-fp", steps=(
+        Activations(scheme="dynamic", grid="float"), Weights(grid="float", scales="m2", lorc=8))),
     Recipe(name="bf16", steps=(Activations(scheme="float"), Weights(num_bits=16, head_bits=16))),
     Recipe(name="fp16", steps=(Activations(scheme="float"), Weights(num_bits=16, head_bits=16, dtype="fp16"))),
 )

@@ -10,6 +10,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 from fptq_runtime.artifact.numerics import absmax_scale
+from fptq_runtime.artifact.scheme import NumberType
 from fptq_runtime.config import ModelConfig
 from fptq_runtime.kernels.base import ActivationQuant, Linear, Norm, QuantizedWeight
 from fptq_runtime.kernels.reference import dequantized, quantize_activations
@@ -54,11 +55,15 @@ class Target:
         self.reason = reason
         self.activation_error = relative_error(self._output(act, self.weight), self._output(None, self.weight))
 
-    def set_weight(self, quantized: QuantizedWeight) -> None:
-        """Replace the float weight and measure the whole error against it."""
+    def set_weight(self, quantized: QuantizedWeight,
+                   low_rank: tuple[torch.Tensor, torch.Tensor] | None = None) -> None:
+        """Replace the float weight, correct it by `low_rank` (as in `Linear`), and measure the whole error."""
         read = dequantized(quantized)
+        if low_rank is not None:
+            down, up = low_rank
+            read += up.float() @ down.float()
         self.error = relative_error(self._output(self.linear.act, read), self._output(None, self.weight))
-        self.linear.weight = quantized
+        self.linear.weight, self.linear.low_rank = quantized, low_rank
 
     def keep_float(self, dtype: torch.dtype) -> None:
         """Leave weight and input in float, the weight as `dtype`. Raises QuantizationError where it overflows."""
@@ -80,9 +85,9 @@ def relative_error(output: torch.Tensor, exact: torch.Tensor) -> float:
     return float((difference / exact.square().sum(-1).clamp_min(1e-12)).mean())
 
 
-def static_act(amax: torch.Tensor) -> ActivationQuant:
+def static_act(amax: torch.Tensor, type: NumberType = "int") -> ActivationQuant:
     """The per-tensor scheme whose scale covers the largest of amax [K]."""
-    return ActivationQuant(float(absmax_scale(amax.max(), 8)))
+    return ActivationQuant(float(absmax_scale(amax.max(), 8, type)), type)
 
 
 @dataclass
