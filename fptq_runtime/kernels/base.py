@@ -284,5 +284,5 @@ class Backend(Protocol):
         ...
 
     def describe(self) -> dict[str, str]:
-        """What really runs: ISA and kernel by kind of layer, for /info and `fptq bench`."""
+        """What really runs: ISA and kernel by kind of layer prepared so far, for /info and `fptq bench`."""
         ...

@@ -94,6 +94,11 @@ class ModelSpec:
     def layer(self, index: int, module: str) -> str:
         return f"{self.layers}.{index}.{module}"
 
+    def linear_names(self, config: ModelConfig) -> tuple[str, ...]:
+        """Of every block and the head."""
+        modules = (*self.qkv, self.o, *self.up, self.down)
+        return (*(self.layer(i, module) for i in range(config.num_layers) for module in modules), self.lm_head)
+
     def qkv_sizes(self, config: ModelConfig) -> tuple[int, ...]:
         """Rows of each module in `qkv`."""
         q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
