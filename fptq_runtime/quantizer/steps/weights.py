@@ -102,13 +102,14 @@ class Weights(Step):
 
 def low_rank_factors(error: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
     """down [r, K] and up [N, r], bfloat16, with up · down the nearest of that rank to error [N, K] (Eckart-Young), by
-    randomized subspace iteration; r is `rank`, or all that error can have."""
+    randomized subspace iteration; r is `rank`, or all that error can have. Rows of down are int8 times a power of two.
+    """
     rank = min(rank, *error.shape)
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(0)
         left, values, right = torch.svd_lowrank(error, q=min(2 * rank + 8, *error.shape), niter=8)
-    root = values[:rank].sqrt()
-    return (right[:, :rank] * root).T.bfloat16().contiguous(), (left[:, :rank] * root).bfloat16()
+    down = dequantize(*quantize_weight(right[:, :rank].T.contiguous(), 8, None, scales="m1"))
+    return down.bfloat16(), (left[:, :rank] * values[:rank]).bfloat16().contiguous()
 
 
 def search_clip(weight: torch.Tensor, importance: torch.Tensor, num_bits: int, group_size: int | None,

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from fptq_runtime.artifact.numerics import absmax_scale, dequantize, quantize_weight, token_scale
 from fptq_runtime.kernels.base import ActivationQuant, QuantizedWeight
+from fptq_runtime.kernels.cpu import CpuBackend
 from fptq_runtime.kernels.reference import ReferenceBackend, dequantized, quantize_activations
 from fptq_runtime.models.decoder import prepare_block, prepare_head, prepare_stem
 from fptq_runtime.models.golden import check_golden, prompt_logits
@@ -106,6 +107,21 @@ def test_lorc_lowers_the_output_error(tmp_path: Path, grid: Any) -> None:
         errors.append([target.error for target in work.targets.values()])
         assert all((target.linear.low_rank is None) == (rank == 0) for target in work.targets.values())
     assert all(with_it < 0.95 * without for without, with_it in zip(*errors, strict=True))
+
+
+@pytest.mark.parametrize("scheme", ["static", "dynamic"])
+def test_lorc_of_integers_is_served_natively(tmp_path: Path, text: Path, scheme: Any) -> None:
+    """Its golden logits come from the reference backend, and are far from what they are without it."""
+    save_model("llama", tmp_path / "float", num_hidden_layers=1)
+    logits = []
+    for rank in (0, 16):
+        recipe = Recipe(name="x", steps=(Activations(scheme=scheme), Weights(lorc=rank)))
+        manifest = quantize(tmp_path / "float", tmp_path / str(rank), recipe, text=text, **SMALL)
+        backend = CpuBackend(1)
+        decoder = load_model(Checkpoint(tmp_path / str(rank)), backend)
+        assert check_golden(decoder, backend, manifest.golden) < 0.02
+        logits.append(prompt_logits(decoder, backend, [1, 20, 30, 40]))
+    assert abs(logits[0] - logits[1]).max() > 0.05 * abs(logits[0]).max()
 
 
 @pytest.mark.parametrize(("family", "sizes", "scheme", "weights"), [
