@@ -175,14 +175,21 @@ def cli() -> None:
 @click.argument("model")
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--recipe", type=RecipeName(), default="fptq", show_default=True, help="A preset, or a YAML file.")
-@click.option("--calibration", type=ExistingFile("random"), help="A text file, or `random` tokens "
-              "(public-domain tales that come with fptq).")
+@click.option("--calibration", type=ExistingFile("random", "self"), help="A text file; `random`: vocabulary "
+              "tokens; `self`: what the model writes (public-domain tales that come with fptq).")
+@click.option("--num-samples", type=click.IntRange(1), default=64, show_default=True, help="Calibration samples.")
+@click.option("--sample-length", type=click.IntRange(2), help="Tokens of each (512, or the model's context).")
+@click.option("--lengths", type=ExistingFile(), help="A request trace or a histogram of lengths (CSV or JSON), which "
+              "the samples then have; their tokens stay as many.")
+@click.option("--text", type=ExistingFile(), help="What perplexity is measured on before and after (tales that "
+              "calibration never sees).")
+@click.option("--text-tokens", type=click.IntRange(2), default=16384, show_default=True,
+              help="Read only the first tokens of it.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--revision", help="Branch, tag or commit of a hub model.")
 @click.option("--overwrite", is_flag=True, help="Replace an artifact at OUT.")
 @answers
-def quantize(model: str, out: Path, recipe: str, calibration: str | Path | None, seed: int, revision: str | None,
-             overwrite: bool) -> Answer:
+def quantize(model: str, out: Path, recipe: str, revision: str | None, **options: Any) -> Answer:
     """Quantize MODEL into the new directory OUT."""
     from fptq_runtime.locate import find_model
 
@@ -190,7 +197,7 @@ def quantize(model: str, out: Path, recipe: str, calibration: str | Path | None,
     from fptq_runtime.quantizer.pipeline import quantize
     from fptq_runtime.quantizer.report import summarize
 
-    manifest = quantize(source, out, recipe, calibration=calibration, seed=seed, overwrite=overwrite, progress=True)
+    manifest = quantize(source, out, recipe, progress=True, **options)
     return manifest.model_dump(mode="json"), summarize(manifest)
 
 
@@ -228,29 +235,62 @@ def serve(artifact: str, host: str, port: int, served_model_name: str | None, ap
 
 @cli.command("eval")
 @click.argument("model")
-@click.option("--text", type=ExistingFile(), required=True, help="A UTF-8 text file.")
+@click.option("--text", type=ExistingFile(), help="Perplexity on a UTF-8 text file.")
 @click.option("--max-tokens", type=click.IntRange(2), help="Read only the first tokens of the text.")
+@click.option("--choices", type=ExistingFile(), help='Multiple choice: a JSON object a line, {"context": …, '
+              '"choices": […], "answer": index}.')
+@click.option("--last-word", type=ExistingFile(), help='The last word as in LAMBADA: {"text": …} a line.')
+@click.option("--task", "tasks", multiple=True, help="An lm-eval task, a YAML file or a name; may be given more than "
+              "once.")
+@click.option("--limit", type=click.IntRange(1), help="Only the first documents of each --task.")
 @click.option("--kv-cache-dtype", type=click.Choice(["bf16", "int8"]), default="bf16", show_default=True)
 @activation_option
 @backend_options
 @answers
-def evaluate(model: str, text: Path, max_tokens: int | None, kv_cache_dtype: Any, activations: Any, backend: str,
+def evaluate(model: str, text: Path | None, max_tokens: int | None, choices: Path | None, last_word: Path | None,
+             tasks: tuple[str, ...], limit: int | None, kv_cache_dtype: Any, activations: Any, backend: str,
              threads: int) -> Answer:
-    """Perplexity of MODEL, in float or quantized, on a text."""
+    """Perplexity of MODEL, in float or quantized, on a text, and its accuracy in tasks."""
+    if not (text or choices or last_word or tasks):
+        raise click.UsageError("give what to evaluate on: --text, --choices, --last-word or --task")
     from fptq_runtime.locate import find_artifact
 
     path = find_artifact(model)
-    from fptq_runtime.kernels.select import select_backend
-    from fptq_runtime.models.loader import Checkpoint
-    from fptq_runtime.quantizer.calibrate import read_text
-    from fptq_runtime.quantizer.evaluate import evaluate
+    data: dict[str, Any] = {}
+    lines = []
+    if text is not None:
+        from fptq_runtime.kernels.select import select_backend
+        from fptq_runtime.models.loader import Checkpoint
+        from fptq_runtime.quantizer.calibrate import read_text
+        from fptq_runtime.quantizer.evaluate import evaluate
 
-    kernels = select_backend(backend, threads, Checkpoint(path, activations).linear_schemes)
-    result = evaluate(path, read_text(text), kernels, max_tokens=max_tokens, kv_dtype=kv_cache_dtype,
-                      activations=activations, progress=True)
-    return asdict(result), (
-        f"perplexity {result.perplexity:.4f} on {result.text}: {result.tokens} tokens, windows of {result.window}"
-    )
+        kernels = select_backend(backend, threads, Checkpoint(path, activations).linear_schemes)
+        result = evaluate(path, read_text(text), kernels, max_tokens=max_tokens, kv_dtype=kv_cache_dtype,
+                          activations=activations, progress=True)
+        data |= asdict(result)
+        lines.append(f"perplexity {result.perplexity:.4f} on {result.text}: {result.tokens} tokens, windows of "
+                     f"{result.window}")
+    if choices or last_word or tasks:
+        from fptq_runtime import tasks as task
+        from fptq_runtime.engine.llm import LLM
+
+        llm = LLM(path, backend=backend, activations=activations, threads=threads, kv_cache_dtype=kv_cache_dtype)
+        scorer = task.Scorer(llm, progress=True)
+        if choices is not None:
+            chosen = task.choices(scorer, choices)
+            data["choices"] = asdict(chosen)
+            lines.append(f"accuracy {chosen.accuracy:.2%}, length-normalized {chosen.accuracy_normalized:.2%} on "
+                         f"{chosen.file}: {chosen.questions} questions")
+        if last_word is not None:
+            words = task.last_words(scorer, last_word)
+            data["last_word"] = asdict(words)
+            lines.append(f"last-word accuracy {words.accuracy:.2%}, perplexity {words.perplexity:.4f} on {words.file}: "
+                         f"{words.texts} texts")
+        if tasks:
+            data["tasks"] = task.lm_eval_tasks(scorer, tasks, limit)
+            lines += [f"{name}: {', '.join(f'{key} {value:.4f}' for key, value in metrics.items())}"
+                      for name, metrics in data["tasks"].items()]
+    return data, "\n".join(lines)
 
 
 @cli.command()
@@ -369,11 +409,12 @@ def bench(artifact: str | None, shape: str | None, head_bits: str, phases: tuple
         rows = bench.rows(batches, contexts, model, steps, options["max_num_batched_tokens"])
         config = bench.bench_config(model, rows, steps, **options)
         engine = load_engine(path, backend=backend, activations=activations, **asdict(config))
-    roofs = engine.backend.roofs()
     bench.measure(engine, bench.Row(1, rows[0].context), steps=1, seconds=0)  # warms up
+    measured, roofs = [], engine.backend.roofs()
     with click.progressbar(rows, label="measuring", file=sys.stderr) as remaining:
-        measured = [part for row in remaining
-                    for part in bench.measure(engine, row, phases or bench.PHASES, steps=steps, seconds=seconds)]
+        for row in remaining:
+            measured += bench.measure(engine, row, phases or bench.PHASES, steps=steps, seconds=seconds)
+            roofs = bench.higher(roofs, engine.backend.roofs())
     results = [part.against(roofs) for part in measured]
     name = artifact or f"{shape}, random weights, {head_bits}-bit head"
     kernels = engine.backend.describe()

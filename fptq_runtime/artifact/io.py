@@ -38,11 +38,23 @@ class _Record(BaseModel):
 
 
 class TextRecord(_Record):
-    """Which tokens something was measured on. sha256 is of the text as read, or of the token ids where random."""
+    """Which tokens something was measured on. sha256 is of the text as read, or of the token ids where they are
+    random or the model's own."""
 
     name: str
     sha256: str
     tokens: int
+
+
+class LengthsRecord(_Record):
+    """What the lengths of calibration windows were drawn from. quantiles: of the windows, 0, 10, 50, 90 and 100 %;
+    clipped: the share of the file's sequences that exceed the model's context."""
+
+    name: str
+    sha256: str
+    windows: int
+    quantiles: tuple[int, ...]
+    clipped: float
 
 
 class LayerRecord(_Record):
@@ -78,7 +90,8 @@ class Quality(_Record):
 
 
 class Provenance(_Record):
-    """What the artifact was made from. source_files maps every file of the source to its sha256."""
+    """What the artifact was made from. source_files maps every file of the source to its sha256. With `lengths`, the
+    calibration windows have its lengths and num_samples · sample_length tokens in all."""
 
     source: str
     revision: str | None
@@ -87,6 +100,7 @@ class Provenance(_Record):
     calibration: TextRecord
     num_samples: int
     sample_length: int
+    lengths: LengthsRecord | None = None
     seed: int
     fptq_version: str
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -10,14 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
 from fptq_runtime import __version__
-from fptq_runtime.artifact.io import ArtifactWriter, LayerRecord, Manifest, Provenance, Quality, TextRecord, hash_file
+from fptq_runtime.artifact.io import ArtifactWriter, LayerRecord, Manifest, Provenance, Quality, hash_file
 from fptq_runtime.artifact.scheme import LayerScheme
-from fptq_runtime.config import ModelConfig
 from fptq_runtime.kernels.base import Embedding, Linear, Norm, QuantizedWeight
 from fptq_runtime.kernels.reference import ReferenceBackend, dequantized, to_torch
 from fptq_runtime.models.decoder import Block, Decoder, Head, prepare_block, prepare_head, prepare_stem
@@ -31,13 +28,12 @@ from fptq_runtime.quantizer.calibrate import (
     observe_block,
     observe_head,
     packaged_text,
-    random_windows,
     read_text,
-    sample_windows,
 )
 from fptq_runtime.quantizer.evaluate import MAX_WINDOW, text_windows
 from fptq_runtime.quantizer.export import linear_scheme, module_tensors, quantization_config
 from fptq_runtime.quantizer.recipe import Recipe, RecipeError, load_recipe
+from fptq_runtime.quantizer.samples import calibration_set
 from fptq_runtime.quantizer.source import load_tokenizer, resolve_model
 from fptq_runtime.quantizer.steps.base import BlockWork, HeadWork, QuantizationError, Target, matches
 
@@ -56,7 +52,8 @@ def quantize(
     *,
     calibration: str | Path | None = None,
     num_samples: int = 64,
-    sample_length: int = 512,
+    sample_length: int | None = None,
+    lengths: str | Path | None = None,
     text: str | Path | None = None,
     text_tokens: int = 16384,
     seed: int = 0,
@@ -65,10 +62,12 @@ def quantize(
 ) -> Manifest:
     """Quantize `model` (a directory, or a hub id as name or name@revision) into the artifact directory `out`.
 
-    calibration: a text file, "random" for random vocabulary tokens, None for the packaged text; num_samples windows of
-    sample_length tokens (at most the model's context) are drawn from it. text: what perplexity is measured on before
-    and after, its first text_tokens tokens; None is a packaged text that calibration never sees. The same seed on the
-    same machine gives the same bytes. Every error is a ValueError of one line; nothing is left at `out` then.
+    calibration: a text file, "random" for vocabulary tokens, "self" for what the model writes, None for the packaged
+    text; num_samples windows of sample_length tokens (512, or the model's context) are drawn from it. lengths: a
+    request trace or histogram; the windows, of as many tokens in all, then have its lengths. text: what perplexity
+    is measured on before and after, its first text_tokens tokens; None is a packaged text that calibration never sees.
+    The same seed on the same machine gives the same bytes. Every error is a ValueError of one line; nothing is left at
+    `out` then.
     """
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     source = resolve_model(str(model))
@@ -77,13 +76,12 @@ def quantize(
         raise QuantizationError(f"{source.name} is quantized already; quantize the float model it was made from")
     config = checkpoint.model_config
     tokenizer = load_tokenizer(source.path)
-    length = min(sample_length, config.max_position_embeddings)
     measured_on = packaged_text("heldout") if text is None else read_text(text)
     measured = text_windows(measured_on, tokenizer, config.max_position_embeddings, text_tokens)
-    calibrated_on, calibrated = _calibration(calibration, tokenizer, config, num_samples, length, seed)
+    calibrated = calibration_set(checkpoint, tokenizer, calibration, num_samples, sample_length, lengths, seed)
 
     with ArtifactWriter(Path(out), overwrite) as writer:
-        run = _Run(checkpoint, recipe, writer, calibrated, measured)
+        run = _Run(checkpoint, recipe, writer, calibrated.windows, measured)
         with tqdm(total=config.num_layers + 1, desc=f"quantizing {source.name}", unit="block",
                   disable=not progress) as bar:
             for _ in run.walk():
@@ -100,9 +98,10 @@ def quantize(
             architecture=config.architecture,
             source_files={file.name: hash_file(file) for file in sorted(source.path.iterdir())
                           if file.suffix in (".json", ".safetensors")},
-            calibration=calibrated_on,
+            calibration=calibrated.tokens,
             num_samples=num_samples,
-            sample_length=length,
+            sample_length=calibrated.sample_length,
+            lengths=calibrated.lengths,
             seed=seed,
             fptq_version=__version__,
         )
@@ -119,20 +118,6 @@ def quantize(
             ),
             golden=_golden(writer.directory, measured[0][:GOLDEN_TOKENS]),
         ))
-
-
-def _calibration(
-    calibration: str | Path | None, tokenizer: Tokenizer, config: ModelConfig, num_samples: int, length: int, seed: int
-) -> tuple[TextRecord, list[list[int]]]:
-    if num_samples < 1 or length < 2:
-        raise QuantizationError("calibration needs at least one sample of two tokens")
-    if calibration == "random":
-        windows = random_windows(tokenizer, config.vocab_size, num_samples, length, seed)
-        digest = hashlib.sha256(np.asarray(windows, dtype=np.int32).tobytes()).hexdigest()
-        return TextRecord(name="random", sha256=digest, tokens=num_samples * length), windows
-    text = packaged_text("calibration") if calibration is None else read_text(calibration)
-    windows = sample_windows(text, tokenizer, num_samples, length, seed)
-    return text.record(num_samples * length), windows
 
 
 class _Run:

@@ -15,6 +15,7 @@ from fptq_runtime.kernels.base import ActivationQuant, Linear, Norm, QuantizedWe
 from fptq_runtime.kernels.reference import dequantized, quantize_activations
 from fptq_runtime.models.decoder import Block, Head, Stem
 from fptq_runtime.quantizer.calibrate import HiddenStates, InputStats, Kind
+from fptq_runtime.quantizer.ranges import QUANTILE, RangeMethod, choose_range
 
 
 class QuantizationError(ValueError):
@@ -43,10 +44,7 @@ class Target:
     @property
     def weight(self) -> torch.Tensor:
         """The float32 weight [N, K]; a step that needs it runs before the weights are quantized."""
-        if isinstance(self.linear.weight, QuantizedWeight):
-            raise QuantizationError(f"{self.linear.name} is quantized already; transforms go before `weights`")
-        weight: torch.Tensor = self.linear.weight
-        return weight
+        return float_weight(self.linear)
 
     def set_act(self, act: ActivationQuant | None, reason: str) -> None:
         """How this linear's input is quantized, and why."""
@@ -54,10 +52,16 @@ class Target:
         self.reason = reason
         self.activation_error = relative_error(self._output(act, self.weight), self._output(None, self.weight))
 
-    def set_weight(self, quantized: QuantizedWeight) -> None:
-        """Replace the float weight and measure the whole error against it."""
-        read = dequantized(quantized)
-        self.error = relative_error(self._output(self.linear.act, read), self._output(None, self.weight))
+    def set_weight(self, quantized: QuantizedWeight, correct_bias: bool = False) -> None:
+        """Replace the float weight and measure the whole error against it. correct_bias: where the linear has a bias,
+        take from it what the new weights add to the mean output."""
+        read, exact = dequantized(quantized), self._output(None, self.weight)
+        output = self._output(self.linear.act, read)
+        if correct_bias and self.linear.bias is not None:
+            added = (read - self.weight) @ self.stats.mean  # [N]
+            self.linear.bias = self.linear.bias - added
+            output = output - added
+        self.error = relative_error(output, exact)
         self.linear.weight = quantized
 
     def keep_float(self, dtype: torch.dtype) -> None:
@@ -74,15 +78,29 @@ class Target:
         return quantize_activations(self.stats.sample, act) @ weight.T
 
 
+def float_weight(linear: Linear) -> torch.Tensor:
+    """[N, K]. Raises QuantizationError where it is quantized."""
+    if isinstance(linear.weight, QuantizedWeight):
+        raise QuantizationError(f"{linear.name} is quantized already; transforms go before `weights`")
+    weight: torch.Tensor = linear.weight
+    return weight
+
+
 def relative_error(output: torch.Tensor, exact: torch.Tensor) -> float:
     """Mean over rows of |y - exact|² / |exact|². Both [rows, N]"""
     difference = (output - exact).square().sum(-1)
     return float((difference / exact.square().sum(-1).clamp_min(1e-12)).mean())
 
 
-def static_act(amax: torch.Tensor) -> ActivationQuant:
-    """The per-tensor scheme whose scale covers the largest of amax [K]."""
-    return ActivationQuant(float(absmax_scale(amax.max(), 8)))
+def static_act(amax: torch.Tensor, sample: torch.Tensor | None = None, method: RangeMethod = "minmax",
+               quantile: float = QUANTILE) -> ActivationQuant:
+    """The per-tensor scheme for an input of which amax [K] is the largest magnitude of each channel and `sample`
+    [rows, K] some rows; "minmax" needs no sample, and covers all."""
+    covered = amax.max()
+    if method != "minmax":
+        assert sample is not None
+        covered = torch.tensor(choose_range(method, float(covered), sample, quantile))
+    return ActivationQuant(float(absmax_scale(covered, 8)))
 
 
 @dataclass

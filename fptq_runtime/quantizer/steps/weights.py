@@ -25,6 +25,8 @@ class Weights(Step):
     group_size: None, or inputs that are no multiple of it: per channel.
     clip: "mse" searches each group's range, from 1.07 down to 0.55 of max |w|, for the least squared error, each
     weight's counted with its input's mean square: the output error where inputs are uncorrelated.
+    bias_correction: the bias of a linear that has one makes up for what rounding the weights does to the mean output:
+    bias -= (Ŵ - W) · E[x] (DFQ, arXiv 1906.04721).
     head_bits: 8 per channel; 4 as the blocks; 16 leaves the head in float.
     keep: module-name pattern to more bits than num_bits; the first match wins. Linears that read one input are kept
     together.
@@ -34,6 +36,7 @@ class Weights(Step):
     num_bits: Bits = 4
     group_size: Literal[32, 64, 128] | None = 128
     clip: Literal["none", "mse"] = "none"
+    bias_correction: bool = False
     head_bits: Bits = 8
     keep: dict[str, Literal[8, 16]] = Field(default_factory=dict)
     dtype: Literal["bf16", "fp16"] = "bf16"
@@ -61,7 +64,8 @@ class Weights(Step):
         group = None if group_size is None or k % group_size else group_size
         codes, scale = self._round(target, num_bits, group)
         _refuse_degenerate(target.linear.name, codes, scale, num_bits)
-        target.set_weight(QuantizedWeight(pack_codes(codes, num_bits), scale, num_bits, group or k))
+        target.set_weight(QuantizedWeight(pack_codes(codes, num_bits), scale, num_bits, group or k),
+                          self.bias_correction)
 
     def _round(self, target: Target, num_bits: Literal[4, 8], group: int | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Codes [N, K] int8 and bfloat16 scale [N, G]; group None is per channel."""
