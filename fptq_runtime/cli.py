@@ -274,7 +274,7 @@ def evaluate(model: str, text: Path | None, max_tokens: int | None, choices: Pat
         from fptq_runtime import tasks as task
         from fptq_runtime.engine.llm import LLM
 
-        llm = LLM(path, backend=backend, activations=activations, threads=threads, kv_cache_dtype=kv_cache_dtype)
+        llm = LLM(path, backend=backend, threads=threads, kv_cache_dtype=kv_cache_dtype, activations=activations)
         scorer = task.Scorer(llm, progress=True)
         if choices is not None:
             chosen = task.choices(scorer, choices)

@@ -80,7 +80,13 @@ class CpuBackend:
 
     def _prepare_linear(self, linear: Linear) -> Any:
         weight, act = linear.weight, _act(linear.act)
+        if linear.low_rank is not None:
+            raise ValueError(f"{linear.name}: the native backend has no kernel for low-rank corrections; use the "
+                             "reference backend")
         if isinstance(weight, QuantizedWeight):
+            if weight.type != "int":
+                raise ValueError(f"{linear.name}: the native backend has no kernel for FP{weight.num_bits} weights; "
+                                 "use the reference backend")
             if act is None:
                 self._linears[f"linear int{weight.num_bits}, float input"] = f"{self._float}, codes widened in cache"
             else:
@@ -267,6 +273,8 @@ def _act(act: ActivationQuant | None) -> float | None:
     """The native form: None is float, 0 dynamic, else the static scale."""
     if act is None:
         return None
+    if act.type != "int":
+        raise ValueError("the native backend has no kernel for FP8 activations; use the reference backend")
     if act.scale is None:
         return 0.0
     if not act.scale > 0:
