@@ -259,6 +259,19 @@ def test_mixed_precision_is_refused_by_name() -> None:
         backend.prepare(Linear("layers.3.o", np.zeros((8, 32), np.float32), act=ActivationQuant()))
 
 
+@pytest.mark.parametrize(("linear", "message"), [
+    (Linear("layers.3.o", QuantizedWeight(np.zeros((8, 16), np.uint8), np.ones((8, 1), np.float32), 4, 32, "float"),
+            act=ActivationQuant()), r"layers\.3\.o.*FP4 weights"),
+    (Linear("layers.3.o", QuantizedWeight(np.zeros((8, 4), np.int32), np.ones((8, 1), np.float32), 4, 32),
+            act=ActivationQuant(None, "float")), "FP8 activations"),
+    (Linear("layers.3.o", np.zeros((8, 32), np.float32), low_rank=(np.zeros((2, 32)), np.zeros((8, 2)))),
+     r"layers\.3\.o.*low-rank"),
+])
+def test_floats_in_8_bits_are_refused_by_name(linear: Linear, message: str) -> None:
+    with pytest.raises(ValueError, match=f"{message}.*reference backend"):
+        CpuBackend(1).prepare(linear)
+
+
 def test_kernels_are_described_as_they_are_used() -> None:
     backend = CpuBackend(1, "generic")
     weight = QuantizedWeight(np.zeros((8, 4), np.int32), np.ones((8, 1), np.float32), 4, 32)
