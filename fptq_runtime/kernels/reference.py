@@ -125,7 +125,7 @@ class ReferenceOps:
 
     def linear(self, x: torch.Tensor, linear: Linear, residual: torch.Tensor | None = None) -> torch.Tensor:
         assert isinstance(linear.weight, torch.Tensor)
-        y = F.linear(x, linear.weight, linear.bias)
+        y = matmul(x, linear.weight, linear.bias)
         return y if residual is None else y + residual
 
     def activation(self, x: torch.Tensor, kind: Literal["silu_mul", "gelu_tanh"],
@@ -170,6 +170,14 @@ class ReferenceOps:
 
     def select_rows(self, x: torch.Tensor) -> torch.Tensor:
         return x.index_select(0, torch.from_numpy(self.batch.logits_rows).long())
+
+
+def matmul(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x [rows, K] · weight [N, K]ᵀ + bias in float32, where a bfloat16 weight makes it a product of bfloat16."""
+    if weight.dtype == torch.float32:
+        return F.linear(x, weight, bias)
+    y = F.linear(x.to(weight.dtype), weight).float()
+    return y if bias is None else y + bias
 
 
 def to_torch(array: Array) -> torch.Tensor:
