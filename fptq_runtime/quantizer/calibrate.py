@@ -111,7 +111,8 @@ def pack_windows(windows: Sequence[Sequence[int]]) -> StepInput:
 def in_bf16(linear: Linear) -> Linear:
     """The linear as a walk over many rows computes it: a large one with bfloat16 weights, where this CPU multiplies
     those faster. An input code of eight bits is exact in bfloat16; what is rounded is a fraction of its step."""
-    weight: torch.Tensor = linear.weight
+    weight = linear.weight
+    assert isinstance(weight, torch.Tensor)
     if weight.numel() < BF16_WEIGHTS or not torch.cpu.get_capabilities().get("avx512_bf16", False):
         return linear
     return replace(linear, weight=weight.bfloat16())
