@@ -265,13 +265,17 @@ class _Observed:
 
 
 class _ObservingOps(ReferenceOps):
-    def __init__(self, batch: StepInput, observed: dict[str, _Observed], stride: int) -> None:
+    """Shows what each linear reads to `see`, and leaves out the last product, which no other reads."""
+
+    def __init__(self, batch: StepInput, last: str, see: Callable[[str, torch.Tensor, StepInput], None]) -> None:
         super().__init__(batch, None)
-        self._observed = observed
-        self._stride = stride
+        self._last = last
+        self._see = see
 
     def linear(self, x: torch.Tensor, linear: Linear, residual: torch.Tensor | None = None) -> torch.Tensor:
-        self._observed[linear.name].update(x, self.batch, self._stride)
+        self._see(linear.name, x, self.batch)
+        if linear.name == self._last and residual is not None:
+            return residual
         return super().linear(x, linear, residual)
 
 
@@ -281,20 +285,13 @@ def observe_block(states: HiddenStates, block: Block) -> dict[Kind, InputStats]:
     names: dict[Kind, str] = {kind: getattr(block, kind).name for kind in BLOCK_KINDS}
     observed = {name: _Observed() for name in names.values()}
     stride = _stride(states)
-    for _ in states.block_outputs(block, lambda batch: _ObservingOps(batch, observed, stride)):
+
+    def see(name: str, x: torch.Tensor, batch: StepInput) -> None:
+        observed[name].update(x, batch, stride)
+
+    for _ in states.block_outputs(block, lambda batch: _ObservingOps(batch, names["down"], see)):
         pass
     return {kind: observed[name].stats(name) for kind, name in names.items()}
-
-
-class _CapturingOps(ReferenceOps):
-    def __init__(self, batch: StepInput, kinds: dict[str, Kind], captured: dict[Kind, torch.Tensor]) -> None:
-        super().__init__(batch, None)
-        self._kinds = kinds
-        self._captured = captured
-
-    def linear(self, x: torch.Tensor, linear: Linear, residual: torch.Tensor | None = None) -> torch.Tensor:
-        self._captured[self._kinds[linear.name]] = x
-        return super().linear(x, linear, residual)
 
 
 @torch.inference_mode()
@@ -304,7 +301,11 @@ def block_inputs(states: HiddenStates, block: Block) -> Iterator[dict[Kind, torc
     kinds: dict[str, Kind] = {getattr(block, kind).name: kind for kind in BLOCK_KINDS}
     acting = replace(block, qkv_act=block.qkv.act, o_act=block.o.act, up_act=block.up.act, down_act=block.down.act)
     captured: dict[Kind, torch.Tensor] = {}
-    for _ in states.block_outputs(acting, lambda batch: _CapturingOps(batch, kinds, captured)):
+
+    def see(name: str, x: torch.Tensor, batch: StepInput) -> None:
+        captured[kinds[name]] = x
+
+    for _ in states.block_outputs(acting, lambda batch: _ObservingOps(batch, block.down.name, see)):
         yield dict(captured)
 
 

@@ -161,7 +161,7 @@ def _refuse_degenerate(name: str, codes: torch.Tensor, scale: torch.Tensor, num_
         raise QuantizationError(f"{name}: quantized weights are not finite; the checkpoint may be damaged")
     if float(codes.min()) == float(codes.max()):
         raise QuantizationError(f"{name}: every quantized weight is the same; the checkpoint may be damaged")
-    saturated = float(((codes == high) | (codes == low)).float().mean())
+    saturated = int(((codes == high) | (codes == low)).count_nonzero()) / codes.numel()
     if saturated > MAX_SATURATED:
         raise QuantizationError(f"{name}: {saturated:.0%} of the quantized weights are at the ends of their range; "
                                 "the checkpoint may be damaged")
