@@ -18,6 +18,8 @@ from fptq_runtime.models.decoder import Block, Head, Stem
 from fptq_runtime.quantizer.calibrate import HiddenStates, InputStats, Kind
 from fptq_runtime.quantizer.ranges import QUANTILE, RangeMethod, choose_range
 
+ERROR_PRODUCTS = 1 << 33  # multiply-adds that measuring one linear's output may cost, a tenth of a second
+
 
 class QuantizationError(ValueError):
     """A model that this recipe cannot quantize. One line, for the user."""
@@ -79,8 +81,12 @@ class Target:
         self.error = relative_error(self._output(None, kept.float()), self._output(None, self.weight))
         self.linear.weight = kept
 
+    def sample_rows(self, weight: torch.Tensor) -> torch.Tensor:
+        """As many sampled rows as may be multiplied with such a weight [N, K] to measure an error. [rows, K]"""
+        return self.stats.sample[:: self.stats.sample.shape[0] * weight.numel() // ERROR_PRODUCTS | 1]
+
     def _output(self, act: ActivationQuant | None, weight: torch.Tensor) -> torch.Tensor:
-        return quantize_activations(self.stats.sample, act) @ weight.T
+        return quantize_activations(self.sample_rows(weight), act) @ weight.T
 
 
 def float_weight(linear: Linear) -> torch.Tensor:
