@@ -153,10 +153,17 @@ def engine_options(command: _Function) -> _Function:
                      help="Memory for keys and values."),
         click.option("--no-prefix-cache", "enable_prefix_caching", is_flag=True, flag_value=False, default=True,
                      help="Compute every prompt from its start."),
+        activation_option,
         backend_options,
     ]):
         command = option(command)
     return command
+
+
+def activation_option(command: _Function) -> _Function:
+    return click.option("--activations", type=click.Choice(["checkpoint", "int8"]), default="checkpoint",
+                        show_default=True, help="int8: per token, for layers with integer weights that the checkpoint "
+                        "leaves in float.")(command)
 
 
 def backend_options(command: _Function) -> _Function:
@@ -227,11 +234,12 @@ def serve(artifact: str, host: str, port: int, served_model_name: str | None, ap
     from fptq_runtime.locate import DEMO, find_artifact
 
     path = find_artifact(artifact)
+    from fptq_runtime.artifact.io import is_artifact
     from fptq_runtime.models.loader import Checkpoint
     from server.config import ServerConfig
     from server.main import serve
 
-    if not Checkpoint(path).quantized:
+    if not is_artifact(path) and not Checkpoint(path).quantized:
         raise ValueError(f"{artifact} is not quantized; make an artifact with `fptq quantize {artifact} OUT` first")
     name = served_model_name or (DEMO if artifact == DEMO else None)
     config = ServerConfig(host=host, port=port, api_keys=api_keys, public_metrics=public_metrics,
@@ -250,10 +258,12 @@ def serve(artifact: str, host: str, port: int, served_model_name: str | None, ap
               "once.")
 @click.option("--limit", type=click.IntRange(1), help="Only the first documents of each --task.")
 @click.option("--kv-cache-dtype", type=click.Choice(["bf16", "int8"]), default="bf16", show_default=True)
+@activation_option
 @backend_options
 @answers
 def evaluate(model: str, text: Path | None, max_tokens: int | None, choices: Path | None, last_word: Path | None,
-             tasks: tuple[str, ...], limit: int | None, kv_cache_dtype: Any, backend: str, threads: int) -> Answer:
+             tasks: tuple[str, ...], limit: int | None, kv_cache_dtype: Any, activations: Any, backend: str,
+             threads: int) -> Answer:
     """Perplexity of MODEL, in float or quantized, on a text, and its accuracy in tasks."""
     if not (text or choices or last_word or tasks):
         raise click.UsageError("give what to evaluate on: --text, --choices, --last-word or --task")
@@ -264,11 +274,13 @@ def evaluate(model: str, text: Path | None, max_tokens: int | None, choices: Pat
     lines = []
     if text is not None:
         from fptq_runtime.kernels.select import select_backend
+        from fptq_runtime.models.loader import Checkpoint
         from fptq_runtime.quantizer.calibrate import read_text
         from fptq_runtime.quantizer.evaluate import evaluate
 
-        result = evaluate(path, read_text(text), select_backend(backend, threads), max_tokens=max_tokens,
-                          kv_dtype=kv_cache_dtype, progress=True)
+        kernels = select_backend(backend, threads, Checkpoint(path, activations).linear_schemes)
+        result = evaluate(path, read_text(text), kernels, max_tokens=max_tokens, kv_dtype=kv_cache_dtype,
+                          activations=activations, progress=True)
         data |= asdict(result)
         lines.append(f"perplexity {result.perplexity:.4f} on {result.text}: {result.tokens} tokens, windows of "
                      f"{result.window}")
@@ -276,7 +288,8 @@ def evaluate(model: str, text: Path | None, max_tokens: int | None, choices: Pat
         from fptq_runtime import tasks as task
         from fptq_runtime.engine.llm import LLM
 
-        scorer = task.Scorer(LLM(path, backend=backend, threads=threads, kv_cache_dtype=kv_cache_dtype), progress=True)
+        llm = LLM(path, backend=backend, threads=threads, kv_cache_dtype=kv_cache_dtype, activations=activations)
+        scorer = task.Scorer(llm, progress=True)
         if choices is not None:
             chosen = task.choices(scorer, choices)
             data["choices"] = asdict(chosen)
@@ -401,8 +414,9 @@ def verify(artifact: str, backend: str, threads: int) -> Answer:
     from fptq_runtime.models.loader import Checkpoint, load_model
 
     manifest = io.verify(path)
-    kernels = select_backend(backend, threads)
-    deviation = check_golden(load_model(Checkpoint(path), kernels), kernels, manifest.golden)
+    checkpoint = Checkpoint(path)
+    kernels = select_backend(backend, threads, checkpoint.linear_schemes)
+    deviation = check_golden(load_model(checkpoint, kernels), kernels, manifest.golden)
     return {"files": len(manifest.files), "bytes": manifest.size, "golden_deviation": deviation}, (
         f"{len(manifest.files)} files match their hashes; golden logits differ by {deviation:.1e} of "
         "max |logit|"
@@ -425,14 +439,18 @@ def verify(artifact: str, backend: str, threads: int) -> Answer:
 @click.option("--max-num-batched-tokens", type=click.IntRange(1), default=512, show_default=True,
               help="Most tokens in one step.")
 @click.option("--kv-cache-dtype", type=click.Choice(["bf16", "int8"]), default="int8", show_default=True)
+@activation_option
 @backend_options
 @answers
 def bench(artifact: str | None, shape: str | None, head_bits: str, phases: tuple[Any, ...], batches: tuple[int, ...],
-          contexts: tuple[int, ...], steps: int, seconds: float, backend: str, **options: Any) -> Answer:
+          contexts: tuple[int, ...], steps: int, seconds: float, activations: Any, backend: str, **options: Any
+          ) -> Answer:
     """Prefill and decode tokens per second of ARTIFACT or a --shape, by batch size and context, and what part of this
     machine's roofs that is."""
     if (artifact is None) == (shape is None):
         raise click.UsageError("give either an ARTIFACT or --shape")
+    if shape is not None and activations != "checkpoint":
+        raise click.UsageError("--activations is for an ARTIFACT; a --shape has int8 activations")
     from fptq_runtime import bench
 
     if shape is not None:
@@ -450,7 +468,7 @@ def bench(artifact: str | None, shape: str | None, head_bits: str, phases: tuple
         model = Checkpoint(path).model_config
         rows = bench.rows(batches, contexts, model, steps, options["max_num_batched_tokens"])
         config = bench.bench_config(model, rows, steps, **options)
-        engine = load_engine(path, backend=backend, **asdict(config))
+        engine = load_engine(path, backend=backend, activations=activations, **asdict(config))
     bench.measure(engine, bench.Row(1, rows[0].context), steps=1, seconds=0)  # warms up
     measured, roofs = [], engine.backend.roofs()
     with click.progressbar(rows, label="measuring", file=sys.stderr) as remaining:

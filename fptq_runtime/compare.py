@@ -228,9 +228,9 @@ def markdown(comparison: Comparison) -> str:
     lines = [
         f"# {comparison.model}: recipes compared", "",
         f"fptq {__version__}, {comparison.machine}. Perplexity, KL to the float model (nats a token) and top-1 "
-        f"agreement on {comparison.text}, {comparison.tokens} tokens, windows of {comparison.window}, with the kernels "
-        f"and the int8 KV cache that serve; calibrated on {comparison.calibration}. Speed is tokens per second: "
-        "prefill of one prompt, decode of 1 and of 8 sequences.", "",
+        f"agreement on {comparison.text}, {comparison.tokens} tokens, windows of {comparison.window}, with the "
+        f"kernels and the int8 KV cache that serve; calibrated on {comparison.calibration}. Speed is "
+        "tokens per second: prefill of one prompt, decode of 1 and of 8 sequences.", "",
         "| recipe | perplexity | loss | KL | top-1 | " + "".join(f"{name} | " for name in names)
         + "MB | quantize | prefill | decode | decode × 8 |",
         "|---" * (10 + len(names)) + "|",

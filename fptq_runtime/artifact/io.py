@@ -24,6 +24,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
+from fptq_runtime.artifact.scheme import NumberType
+
 MANIFEST = "fptq.json"
 _NO_DIGEST = "0" * 64
 _MANIFEST_LIMIT = 256 << 20  # bytes of fptq.json that are read at all
@@ -62,7 +64,8 @@ class LayerRecord(_Record):
 
     range: max |x| of its input before any transform, peak_position the token position that set it. Errors are squared
     and relative to the float output, averaged over tokens: `activation_error` from quantizing the input alone,
-    `error` from input and weights.
+    `error` from input and weights. `input_type` and `type` (of the weights) say what the codes are; `rank` is the
+    low-rank correction's.
     """
 
     name: str
@@ -74,8 +77,11 @@ class LayerRecord(_Record):
     activations: Literal["static", "dynamic", "float"]
     reason: str
     input_scale: float | None
+    input_type: NumberType = "int"
     num_bits: int
     group_size: int | None
+    type: NumberType = "int"
+    rank: int = 0
     activation_error: float
     error: float
 

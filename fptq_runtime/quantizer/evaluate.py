@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 from fptq_runtime.artifact.io import check_files, is_artifact
-from fptq_runtime.config import KVCacheDtype
+from fptq_runtime.config import Activations, KVCacheDtype
 from fptq_runtime.kernels.base import Backend, StepInput, StepLimits
 from fptq_runtime.models.decoder import Decoder
 from fptq_runtime.models.loader import Checkpoint, load_model
@@ -103,13 +103,13 @@ def sum_kl(exact: torch.Tensor, logits: torch.Tensor) -> float:
 
 def evaluate(
     path: Path, text: Text, backend: Backend, *, max_tokens: int | None = None, kv_dtype: KVCacheDtype = "bf16",
-    progress: bool = False,
+    activations: Activations = "checkpoint", progress: bool = False,
 ) -> Perplexity:
     """Perplexity of a float model directory or an artifact on a text. Raises CheckpointError, ArtifactError or
     CalibrationError."""
     if is_artifact(path):
         check_files(path)
-    checkpoint = Checkpoint(path)
+    checkpoint = Checkpoint(path, activations)
     context = checkpoint.model_config.max_position_embeddings
     windows = text_windows(text, Tokenizer(path), context, max_tokens)
     value, tokens = perplexity(load_model(checkpoint, backend), backend, windows, kv_dtype, progress)

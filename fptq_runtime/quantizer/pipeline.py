@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -16,7 +15,7 @@ from fptq_runtime import __version__
 from fptq_runtime.artifact.io import ArtifactWriter, LayerRecord, Manifest, Provenance, Quality, hash_file
 from fptq_runtime.artifact.scheme import LayerScheme
 from fptq_runtime.kernels.base import Embedding, Linear, Norm, QuantizedWeight
-from fptq_runtime.kernels.reference import ReferenceBackend, dequantized, to_torch
+from fptq_runtime.kernels.reference import ReferenceBackend, to_torch
 from fptq_runtime.models.decoder import Block, Decoder, Head, prepare_block, prepare_head, prepare_stem
 from fptq_runtime.models.golden import compute_golden
 from fptq_runtime.models.loader import Checkpoint, load_block, load_head, load_stem
@@ -214,7 +213,7 @@ class _Run:
                 if (scheme := linear_scheme(module)) is not None:
                     self._schemes[name] = scheme
         self.records += [_record(target) for target in work.targets.values()]
-        quantized = _fake_quantized_block(block)
+        quantized = prepare_block(block, ReferenceBackend())  # as the runtime will compute it
         self._calibrated.run_block(quantized)
         self._quantized.run_block(quantized)
 
@@ -242,7 +241,7 @@ class _Run:
             if not (self._tied and name == spec.lm_head):
                 self._writer.add_tensors(module_tensors(name, module))
         self.records.append(_record(target))
-        quantized = Head(head.norm, _fake_quantized(head.lm_head), head.lm_head.act)
+        quantized = prepare_head(head, ReferenceBackend())
         self._losses = [loss, self._quantized.negative_log_likelihood(quantized)[0]]
 
     def _check_patterns(self) -> None:
@@ -263,20 +262,6 @@ def _refuse_not_finite(modules: Sequence[tuple[str, Linear | Norm | Embedding]])
                 raise QuantizationError(f"{name}.{suffix} holds NaN or infinity; the checkpoint is damaged")
 
 
-def _fake_quantized(linear: Linear) -> Linear:
-    weight = linear.weight
-    return replace(linear, weight=dequantized(weight) if isinstance(weight, QuantizedWeight) else weight.float())
-
-
-def _fake_quantized_block(block: Block) -> Block:
-    """As the runtime will compute it, in float."""
-    return replace(
-        block, qkv=_fake_quantized(block.qkv), o=_fake_quantized(block.o), up=_fake_quantized(block.up),
-        down=_fake_quantized(block.down), qkv_act=block.qkv.act, o_act=block.o.act, up_act=block.up.act,
-        down_act=block.down.act,
-    )
-
-
 def _record(target: Target) -> LayerRecord:
     linear, weight = target.linear, target.linear.weight
     activations: Literal["static", "dynamic", "float"] = (
@@ -293,8 +278,11 @@ def _record(target: Target) -> LayerRecord:
         activations=activations,
         reason=target.reason,
         input_scale=None if linear.act is None else linear.act.scale,
+        input_type="int" if linear.act is None else linear.act.type,
         num_bits=weight.num_bits if isinstance(weight, QuantizedWeight) else 16,
         group_size=weight.group_size if isinstance(weight, QuantizedWeight) and not per_channel else None,
+        type=weight.type if isinstance(weight, QuantizedWeight) else "int",
+        rank=0 if linear.low_rank is None else linear.low_rank[0].shape[0],
         activation_error=target.activation_error,
         error=target.error,
     )

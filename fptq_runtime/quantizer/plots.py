@@ -84,9 +84,9 @@ def heatmap(rows: Sequence[str], columns: Sequence[str], values: Sequence[Sequen
                 f'<g><title>{escape(label)}</title><rect class="track" x="{left + c * cell + 1:.1f}" y="{y + 1}" '
                 f'width="{cell - 2:.1f}" height="{height - 2}" rx="4"/><rect class="one" '
                 f'x="{left + c * cell + 1:.1f}" y="{y + 1}" width="{cell - 2:.1f}" height="{height - 2}" rx="4" '
-                f'style="opacity: {0.04 + 0.96 * share:.3f}"/><text class="middle" '
-                f'style="fill: {ink}; font-size: 11px" x="{left + (c + 0.5) * cell:.1f}" y="{y + 17}">{written}'
-                "</text></g>"
+                f'style="opacity: {0.04 + 0.96 * share:.3f}"/>'
+                f'<text class="middle" style="fill: {ink}; font-size: 11px" '
+                f'x="{left + (c + 0.5) * cell:.1f}" y="{y + 17}">{written}</text></g>'
             )
     return svg("".join(parts), width, 18 + len(rows) * height + 2)
 

@@ -71,6 +71,8 @@ PRESETS = (
     Recipe(name="aweq", steps=(Aweq(), Activations(scheme="dynamic"), Weights(bias_correction=True))),
     Recipe(name="cle", steps=(CrossLayer(), Activations(scheme="dynamic"), Weights())),
     Recipe(name="ocs", steps=(ChannelSplitting(), Activations(scheme="dynamic"), Weights())),
+    Recipe(name="zeroquant-fp", steps=(
+        Activations(scheme="dynamic", grid="float"), Weights(grid="float", scales="m2", lorc=8))),
     Recipe(name="bf16", steps=(Activations(scheme="float"), Weights(num_bits=16, head_bits=16))),
     Recipe(name="fp16", steps=(Activations(scheme="float"), Weights(num_bits=16, head_bits=16, dtype="fp16"))),
 )

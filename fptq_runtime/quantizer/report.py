@@ -7,12 +7,12 @@ from collections.abc import Sequence
 
 from fptq_runtime.artifact.io import LayerRecord, Manifest, Provenance, TextRecord
 
-POLICIES = ("static", "lae+static", "dynamic", "lae+dynamic", "float")
+POLICIES = ("static", "lae+static", "dynamic", "lae+dynamic", "fp8 static", "fp8 dynamic", "float")
 
 
 def policy(record: LayerRecord) -> str:
     """How a layer's input is quantized, as the policy table says it."""
-    return f"lae+{record.activations}" if record.equalized else record.activations
+    return "lae+" * record.equalized + "fp8 " * (record.input_type == "float") + record.activations
 
 
 def summarize(manifest: Manifest) -> str:
@@ -105,7 +105,9 @@ def _align(rows: list[list[str]]) -> list[str]:
 def _weights(layer: LayerRecord) -> str:
     if layer.num_bits == 16:
         return "float"
-    return f"int{layer.num_bits} " + ("per channel" if layer.group_size is None else f"group {layer.group_size}")
+    number = "int" if layer.type == "int" else "fp"
+    group = "per channel" if layer.group_size is None else f"group {layer.group_size}"
+    return f"{number}{layer.num_bits} {group}" + f" + rank {layer.rank}" * (layer.rank > 0)
 
 
 def _step(step: dict[str, object]) -> str:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from fptq_runtime.artifact.scheme import NumberType
 from fptq_runtime.kernels.base import ActivationQuant
 from fptq_runtime.quantizer.calibrate import BLOCK_KINDS
 from fptq_runtime.quantizer.ranges import QUANTILE, RangeMethod
@@ -15,11 +16,12 @@ Scheme = Literal["static", "dynamic", "float"]
 
 
 class Activations(Step):
-    """int8, static per tensor or dynamic per token, where the head is always per token; or float everywhere.
+    """8-bit codes, static per tensor or dynamic per token, where the head is always per token; or float everywhere.
 
     range: of static inputs, on the calibration set: "minmax" covers all, the others clip (ranges.py).
     quantile: of the tokens that "percentile" covers.
     overrides: a kind of linear (qkv, o, up, down) or a module-name pattern to another scheme; the first match wins.
+    grid: what the codes are: int8; or "float", FP8 E4M3, which keeps the precision of small values beside large ones.
     """
 
     type: Literal["activations"] = "activations"
@@ -27,6 +29,13 @@ class Activations(Step):
     range: RangeMethod = "minmax"
     quantile: float = Field(default=QUANTILE, ge=0.9, le=1)
     overrides: dict[str, Scheme] = Field(default_factory=dict)
+    grid: NumberType = "int"
+
+    @model_validator(mode="after")
+    def _covers(self) -> Activations:
+        if self.grid == "float" and self.range != "minmax":
+            raise ValueError(f"range {self.range!r} goes with grid 'int'; grid 'float' takes 'minmax' alone")
+        return self
 
     def patterns(self) -> tuple[str, ...]:
         return tuple(pattern for pattern in self.overrides if pattern not in BLOCK_KINDS)
@@ -42,8 +51,8 @@ class Activations(Step):
         if scheme == "float":
             return None
         if scheme == "dynamic":
-            return ActivationQuant()
-        return static_act(target.stats.amax, target.stats.sample, self.range, self.quantile)
+            return ActivationQuant(None, self.grid)
+        return static_act(target.stats.amax, target.stats.sample, self.range, self.quantile, self.grid)
 
     def apply_head(self, work: HeadWork) -> None:
-        work.target.set_act(None if self.scheme == "float" else ActivationQuant(), "head")
+        work.target.set_act(None if self.scheme == "float" else ActivationQuant(None, self.grid), "head")

@@ -10,6 +10,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 from fptq_runtime.artifact.numerics import absmax_scale
+from fptq_runtime.artifact.scheme import NumberType
 from fptq_runtime.config import ModelConfig
 from fptq_runtime.kernels.base import ActivationQuant, Linear, Norm, QuantizedWeight
 from fptq_runtime.kernels.reference import dequantized, quantize_activations
@@ -52,17 +53,21 @@ class Target:
         self.reason = reason
         self.activation_error = relative_error(self._output(act, self.weight), self._output(None, self.weight))
 
-    def set_weight(self, quantized: QuantizedWeight, correct_bias: bool = False) -> None:
-        """Replace the float weight and measure the whole error against it. correct_bias: where the linear has a bias,
-        take from it what the new weights add to the mean output."""
+    def set_weight(self, quantized: QuantizedWeight, correct_bias: bool = False,
+                   low_rank: tuple[torch.Tensor, torch.Tensor] | None = None) -> None:
+        """Replace the float weight, by `low_rank` (as in `Linear`) too where given, and measure the whole error against
+        it. correct_bias: where the linear has a bias, take from it what the new weights add to the mean output."""
         read, exact = dequantized(quantized), self._output(None, self.weight)
+        if low_rank is not None:
+            down, up = low_rank
+            read = read + up.float() @ down.float()
         output = self._output(self.linear.act, read)
         if correct_bias and self.linear.bias is not None:
             added = (read - self.weight) @ self.stats.mean  # [N]
             self.linear.bias = self.linear.bias - added
             output = output - added
         self.error = relative_error(output, exact)
-        self.linear.weight = quantized
+        self.linear.weight, self.linear.low_rank = quantized, low_rank
 
     def keep_float(self, dtype: torch.dtype) -> None:
         """Leave weight and input in float, the weight as `dtype`. Raises QuantizationError where it overflows."""
@@ -93,14 +98,14 @@ def relative_error(output: torch.Tensor, exact: torch.Tensor) -> float:
 
 
 def static_act(amax: torch.Tensor, sample: torch.Tensor | None = None, method: RangeMethod = "minmax",
-               quantile: float = QUANTILE) -> ActivationQuant:
+               quantile: float = QUANTILE, type: NumberType = "int") -> ActivationQuant:
     """The per-tensor scheme for an input of which amax [K] is the largest magnitude of each channel and `sample`
     [rows, K] some rows; "minmax" needs no sample, and covers all."""
     covered = amax.max()
     if method != "minmax":
         assert sample is not None
         covered = torch.tensor(choose_range(method, float(covered), sample, quantile))
-    return ActivationQuant(float(absmax_scale(covered, 8)))
+    return ActivationQuant(float(absmax_scale(covered, 8, type)), type)
 
 
 @dataclass
