@@ -71,6 +71,11 @@ class Checkpoint:
     def quantized(self) -> bool:
         return self.schemes is not None
 
+    @property
+    def num_parameters(self) -> int:
+        """As stored: tied ones once, packed ones by their words."""
+        return sum(math.prod(stored.shape) for stored in self._tensors.values())
+
     def _open(self) -> dict[str, _Stored]:
         index = self.path / "model.safetensors.index.json"
         single = self.path / "model.safetensors"

@@ -11,11 +11,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fptq_runtime.quantizer.steps.activations import Activations
 from fptq_runtime.quantizer.steps.fptq import Fptq
+from fptq_runtime.quantizer.steps.qat import Qat
 from fptq_runtime.quantizer.steps.weights import Weights
 
 MAX_RECIPE_BYTES = 1 << 20
 
-AnyStep = Annotated[Fptq | Activations | Weights, Field(discriminator="type")]
+AnyStep = Annotated[Fptq | Activations | Qat | Weights, Field(discriminator="type")]
 
 
 class RecipeError(ValueError):
@@ -41,6 +42,15 @@ class Recipe(BaseModel):
             raise RecipeError("a recipe ends with one step that quantizes the weights: 'weights'")
         if not any(isinstance(step, Fptq | Activations) for step in self.steps):
             raise RecipeError("a recipe needs a step that chooses activation schemes: 'fptq' or 'activations'")
+        if any(isinstance(step, Qat) for step in self.steps):
+            self._check_trained()
+
+    def _check_trained(self) -> None:
+        """Training rounds as these steps do; whatever moved the grid afterwards would undo it."""
+        if [type(step) for step in self.steps] != [Qat, Activations, Weights]:
+            raise RecipeError("a recipe that trains has three steps: 'qat', 'activations', 'weights'")
+        if self.weights.clip != "none":
+            raise RecipeError("after 'qat', leave clip of 'weights' at none: qat's own clip does the same")
 
     @property
     def weights(self) -> Weights:
@@ -54,6 +64,7 @@ PRESETS = (
     Recipe(name="fptq", steps=(Fptq(), Weights(clip="mse"))),
     Recipe(name="rtn", steps=(Activations(scheme="static"), Weights())),
     Recipe(name="rtn-dynamic", steps=(Activations(scheme="dynamic"), Weights())),
+    Recipe(name="qat", steps=(Qat(), Activations(scheme="dynamic"), Weights())),
     Recipe(name="w8a8-static", steps=(Activations(scheme="static"), Weights(num_bits=8, group_size=None))),
     Recipe(name="w8a8-dynamic", steps=(Activations(scheme="dynamic"), Weights(num_bits=8, group_size=None))),
     Recipe(name="bf16", steps=(Activations(scheme="float"), Weights(num_bits=16, head_bits=16))),

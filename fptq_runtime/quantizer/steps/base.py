@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from pathlib import Path
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -14,6 +15,8 @@ from fptq_runtime.config import ModelConfig
 from fptq_runtime.kernels.base import ActivationQuant, Linear, Norm, QuantizedWeight
 from fptq_runtime.kernels.reference import dequantized, quantize_activations
 from fptq_runtime.models.decoder import Block, Head, Stem
+from fptq_runtime.models.loader import Checkpoint
+from fptq_runtime.models.tokenizer import Tokenizer
 from fptq_runtime.quantizer.calibrate import HiddenStates, InputStats, Kind
 
 
@@ -85,6 +88,22 @@ def static_act(amax: torch.Tensor) -> ActivationQuant:
     return ActivationQuant(float(absmax_scale(amax.max(), 8)))
 
 
+@dataclass(frozen=True)
+class TuneWork:
+    """A float model before its blocks are walked. `steps` are the recipe's, `calibrated` the calibration samples, and
+    draw(count, length) gives other samples of the same source. `directory` is the step's to keep state in; it outlives
+    an interrupted run and is removed with a finished one."""
+
+    checkpoint: Checkpoint
+    tokenizer: Tokenizer
+    steps: tuple[Step, ...]
+    calibrated: Sequence[Sequence[int]]
+    draw: Callable[[int, int], Sequence[Sequence[int]]]
+    seed: int
+    directory: Path
+    progress: bool
+
+
 @dataclass
 class BlockWork:
     """A float block in the quantizer's hands. `states` are the calibration samples on their way into it."""
@@ -109,15 +128,19 @@ class HeadWork:
 class Step(BaseModel):
     """One step of a recipe: its settings, and what it does to each block and to the head.
 
-    A method is a subclass with a `type` of its own, listed in recipe.py. The `transform_*` of all steps run first, on
-    the float part as the checkpoint has it and before its inputs are observed: exact changes that need no data. Then
-    `apply` of all steps, with what was observed.
+    A method is a subclass with a `type` of its own, listed in recipe.py. `tune` sees the whole model, before all
+    else. The `transform_*` of all steps run next, on the float part as the checkpoint has it and before its inputs are
+    observed: exact changes that need no data. Then `apply` of all steps, with what was observed.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     def check(self, config: ModelConfig) -> None:
         """Raise QuantizationError, naming the family, where this step cannot work on such a model."""
+
+    def tune(self, work: TuneWork) -> Checkpoint | None:
+        """Train the model before anything else is done. Returns the float checkpoint to quantize instead, or None."""
+        return None
 
     def transform_config(self, config: ModelConfig) -> ModelConfig:
         """The model that the transforms lead to."""
