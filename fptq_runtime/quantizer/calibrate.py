@@ -69,24 +69,26 @@ def bos_prefix(tokenizer: Tokenizer) -> list[int]:
     return first if first == [tokenizer.bos_token_id] else []
 
 
-def sample_windows(text: Text, tokenizer: Tokenizer, num_samples: int, length: int, seed: int) -> list[list[int]]:
-    """num_samples windows of `length` tokens, BOS included, at random places. Raises CalibrationError."""
+def sample_windows(text: Text, tokenizer: Tokenizer, lengths: Sequence[int], seed: int) -> list[list[int]]:
+    """One window of each length, BOS included, from a random place of the text. Raises CalibrationError."""
     bos = bos_prefix(tokenizer)
     token_ids = tokenizer.encode(text.content, add_special_tokens=False)
-    body = length - len(bos)
-    if len(token_ids) < length:
-        raise CalibrationError(f"{text.name} has {len(token_ids)} tokens, fewer than one sample of {length}")
+    if len(token_ids) < max(lengths):
+        raise CalibrationError(f"{text.name} has {len(token_ids)} tokens, fewer than one sample of {max(lengths)}")
     generator = torch.Generator().manual_seed(seed)
-    starts = torch.randint(len(token_ids) - body + 1, (num_samples,), generator=generator)
-    return [bos + token_ids[start : start + body] for start in starts.tolist()]
+    windows = []
+    for body in (length - len(bos) for length in lengths):
+        start = int(torch.randint(len(token_ids) - body + 1, (1,), generator=generator))
+        windows.append(bos + token_ids[start : start + body])
+    return windows
 
 
-def random_windows(tokenizer: Tokenizer, vocab_size: int, num_samples: int, length: int, seed: int) -> list[list[int]]:
+def random_windows(tokenizer: Tokenizer, vocab_size: int, lengths: Sequence[int], seed: int) -> list[list[int]]:
     """Windows of tokens drawn uniformly from the vocabulary, BOS first: calibration without data."""
     bos = bos_prefix(tokenizer)
     generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randint(min(vocab_size, tokenizer.vocab_size), (num_samples, length - len(bos)), generator=generator)
-    return [bos + row for row in drawn.tolist()]
+    known = min(vocab_size, tokenizer.vocab_size)
+    return [bos + torch.randint(known, (length - len(bos),), generator=generator).tolist() for length in lengths]
 
 
 def pack_windows(windows: Sequence[Sequence[int]]) -> StepInput:

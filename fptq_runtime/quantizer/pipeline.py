@@ -2,50 +2,42 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
 from fptq_runtime import __version__
-from fptq_runtime.artifact.io import ArtifactWriter, LayerRecord, Manifest, Provenance, Quality, TextRecord, hash_file
+from fptq_runtime.artifact.io import ArtifactWriter, LayerRecord, Manifest, Provenance, Quality, hash_file
 from fptq_runtime.artifact.scheme import LayerScheme
-from fptq_runtime.config import ModelConfig
 from fptq_runtime.kernels.base import Embedding, Linear, Norm, QuantizedWeight
-from fptq_runtime.kernels.reference import ReferenceBackend, dequantized, to_torch
+from fptq_runtime.kernels.reference import ReferenceBackend, to_torch
 from fptq_runtime.models.decoder import Block, Decoder, Head, prepare_block, prepare_head, prepare_stem
 from fptq_runtime.models.golden import compute_golden
 from fptq_runtime.models.loader import Checkpoint, load_block, load_head, load_stem
 from fptq_runtime.models.tokenizer import Tokenizer
 from fptq_runtime.quantizer.calibrate import (
-    BLOCK_KINDS,
     HiddenStates,
-    Kind,
-    observe_block,
     observe_head,
     packaged_text,
-    random_windows,
     read_text,
-    sample_windows,
 )
 from fptq_runtime.quantizer.evaluate import MAX_WINDOW, text_windows
 from fptq_runtime.quantizer.export import linear_scheme, module_tensors, quantization_config
 from fptq_runtime.quantizer.recipe import Recipe, RecipeError, load_recipe
+from fptq_runtime.quantizer.samples import calibration_set
 from fptq_runtime.quantizer.source import load_tokenizer, resolve_model
 from fptq_runtime.quantizer.steps.base import (
-    BlockWork,
     HeadWork,
     QuantizationError,
     Target,
     TuneWork,
+    block_work,
     matches,
 )
 
@@ -64,7 +56,8 @@ def quantize(
     *,
     calibration: str | Path | None = None,
     num_samples: int = 64,
-    sample_length: int = 512,
+    sample_length: int | None = None,
+    lengths: str | Path | None = None,
     text: str | Path | None = None,
     text_tokens: int = 16384,
     seed: int = 0,
@@ -73,10 +66,12 @@ def quantize(
 ) -> Manifest:
     """Quantize `model` (a directory, or a hub id as name or name@revision) into the artifact directory `out`.
 
-    calibration: a text file, "random" for random vocabulary tokens, None for the packaged text; num_samples windows of
-    sample_length tokens (at most the model's context) are drawn from it. text: what perplexity is measured on before
-    and after, its first text_tokens tokens; None is a packaged text that calibration never sees. The same seed on the
-    same machine gives the same bytes. Every error is a ValueError of one line; nothing is left at `out` then.
+    calibration: a text file, "random" for vocabulary tokens, "self" for what the model writes, None for the packaged
+    text; num_samples windows of sample_length tokens (512, or the model's context) are drawn from it. lengths: a
+    request trace or histogram; the windows, of as many tokens in all, then have its lengths. text: what perplexity
+    is measured on before and after, its first text_tokens tokens; None is a packaged text that calibration never sees.
+    The same seed on the same machine gives the same bytes. Every error is a ValueError of one line; nothing is left at
+    `out` then.
     """
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     source = resolve_model(str(model))
@@ -85,17 +80,16 @@ def quantize(
         raise QuantizationError(f"{source.name} is quantized already; quantize the float model it was made from")
     config = checkpoint.model_config
     tokenizer = load_tokenizer(source.path)
-    length = min(sample_length, config.max_position_embeddings)
     measured_on = packaged_text("heldout") if text is None else read_text(text)
     measured = text_windows(measured_on, tokenizer, config.max_position_embeddings, text_tokens)
-    calibrated_on, calibrated = _calibration(calibration, tokenizer, config, num_samples, length, seed)
+    calibrated = calibration_set(checkpoint, tokenizer, calibration, num_samples, sample_length, lengths, seed)
 
     with ArtifactWriter(Path(out), overwrite) as writer:
-        run = _Run(checkpoint, recipe, writer, calibrated, measured)
+        run = _Run(checkpoint, recipe, writer, calibrated.windows, measured)
         state = Path(out).resolve().with_name(f".{Path(out).resolve().name}.state")
         run.tune(TuneWork(
-            checkpoint, tokenizer, recipe.steps, calibrated,
-            lambda count, size: _calibration(calibration, tokenizer, config, count, size, seed)[1],
+            checkpoint, tokenizer, recipe.steps, calibrated.windows,
+            lambda count, size: calibration_set(checkpoint, tokenizer, calibration, count, size, None, seed).windows,
             seed, state, progress,
         ))
         with tqdm(total=config.num_layers + 1, desc=f"quantizing {source.name}", unit="block",
@@ -114,9 +108,10 @@ def quantize(
             architecture=config.architecture,
             source_files={file.name: hash_file(file) for file in sorted(source.path.iterdir())
                           if file.suffix in (".json", ".safetensors")},
-            calibration=calibrated_on,
+            calibration=calibrated.tokens,
             num_samples=num_samples,
-            sample_length=length,
+            sample_length=calibrated.sample_length,
+            lengths=calibrated.lengths,
             seed=seed,
             fptq_version=__version__,
         )
@@ -135,20 +130,6 @@ def quantize(
         ))
     shutil.rmtree(state, ignore_errors=True)
     return manifest
-
-
-def _calibration(
-    calibration: str | Path | None, tokenizer: Tokenizer, config: ModelConfig, num_samples: int, length: int, seed: int
-) -> tuple[TextRecord, list[list[int]]]:
-    if num_samples < 1 or length < 2:
-        raise QuantizationError("calibration needs at least one sample of two tokens")
-    if calibration == "random":
-        windows = random_windows(tokenizer, config.vocab_size, num_samples, length, seed)
-        digest = hashlib.sha256(np.asarray(windows, dtype=np.int32).tobytes()).hexdigest()
-        return TextRecord(name="random", sha256=digest, tokens=num_samples * length), windows
-    text = packaged_text("calibration") if calibration is None else read_text(calibration)
-    windows = sample_windows(text, tokenizer, num_samples, length, seed)
-    return text.record(num_samples * length), windows
 
 
 class _Run:
@@ -237,15 +218,7 @@ class _Run:
             prepare_block(load_block(self._source, index), ReferenceBackend()) if self._tuned else block)
         for step in self._recipe.steps:
             step.transform_block(config, index, block)
-        stats = observe_block(self._calibrated, block)
-        linears: dict[Kind, Linear] = {"qkv": block.qkv, "o": block.o, "up": block.up, "down": block.down}
-        norms: dict[Kind, Norm] = {"qkv": block.input_norm, "up": block.mlp_norm}
-        fused = {"qkv": spec.qkv, "o": (spec.o,), "up": spec.up, "down": (spec.down,)}
-        work = BlockWork(config, index, block, {
-            kind: Target(kind, linears[kind], tuple(spec.layer(index, name) for name in fused[kind]), stats[kind],
-                         norms.get(kind))
-            for kind in BLOCK_KINDS
-        }, self._calibrated)
+        work = block_work(spec, config, index, block, self._calibrated)
         with torch.inference_mode():
             for step in self._recipe.steps:
                 step.apply(work)
@@ -256,7 +229,7 @@ class _Run:
                 if (scheme := linear_scheme(module)) is not None:
                     self._schemes[name] = scheme
         self.records += [_record(target) for target in work.targets.values()]
-        quantized = _fake_quantized_block(block)
+        quantized = prepare_block(block, ReferenceBackend())  # as the runtime will compute it
         self._calibrated.run_block(quantized)
         self._quantized.run_block(quantized)
 
@@ -285,7 +258,7 @@ class _Run:
             if not (self._tied and name == spec.lm_head):
                 self._writer.add_tensors(module_tensors(name, module))
         self.records.append(_record(target))
-        quantized = Head(head.norm, _fake_quantized(head.lm_head), head.lm_head.act)
+        quantized = prepare_head(head, ReferenceBackend())
         self._losses = [loss, self._quantized.negative_log_likelihood(quantized)[0]]
 
     def _check_patterns(self) -> None:
@@ -306,20 +279,6 @@ def _refuse_not_finite(modules: Sequence[tuple[str, Linear | Norm | Embedding]])
                 raise QuantizationError(f"{name}.{suffix} holds NaN or infinity; the checkpoint is damaged")
 
 
-def _fake_quantized(linear: Linear) -> Linear:
-    weight = linear.weight
-    return replace(linear, weight=dequantized(weight) if isinstance(weight, QuantizedWeight) else weight.float())
-
-
-def _fake_quantized_block(block: Block) -> Block:
-    """As the runtime will compute it, in float."""
-    return replace(
-        block, qkv=_fake_quantized(block.qkv), o=_fake_quantized(block.o), up=_fake_quantized(block.up),
-        down=_fake_quantized(block.down), qkv_act=block.qkv.act, o_act=block.o.act, up_act=block.up.act,
-        down_act=block.down.act,
-    )
-
-
 def _record(target: Target) -> LayerRecord:
     linear, weight = target.linear, target.linear.weight
     activations: Literal["static", "dynamic", "float"] = (
@@ -336,8 +295,11 @@ def _record(target: Target) -> LayerRecord:
         activations=activations,
         reason=target.reason,
         input_scale=None if linear.act is None else linear.act.scale,
+        input_type="int" if linear.act is None else linear.act.type,
         num_bits=weight.num_bits if isinstance(weight, QuantizedWeight) else 16,
         group_size=weight.group_size if isinstance(weight, QuantizedWeight) and not per_channel else None,
+        type=weight.type if isinstance(weight, QuantizedWeight) else "int",
+        rank=0 if linear.low_rank is None else linear.low_rank[0].shape[0],
         activation_error=target.activation_error,
         error=target.error,
     )

@@ -10,13 +10,20 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fptq_runtime.quantizer.steps.activations import Activations
+from fptq_runtime.quantizer.steps.equalization import Aweq, CrossLayer
 from fptq_runtime.quantizer.steps.fptq import Fptq
+from fptq_runtime.quantizer.steps.outlier_suppression import OutlierSuppression
 from fptq_runtime.quantizer.steps.qat import Qat
+from fptq_runtime.quantizer.steps.smoothquant import SmoothQuant
+from fptq_runtime.quantizer.steps.splitting import ChannelSplitting
 from fptq_runtime.quantizer.steps.weights import Weights
 
 MAX_RECIPE_BYTES = 1 << 20
 
-AnyStep = Annotated[Fptq | Activations | Qat | Weights, Field(discriminator="type")]
+AnyStep = Annotated[
+    Fptq | SmoothQuant | OutlierSuppression | Aweq | CrossLayer | ChannelSplitting | Activations | Qat | Weights,
+    Field(discriminator="type"),
+]
 
 
 class RecipeError(ValueError):
@@ -49,8 +56,8 @@ class Recipe(BaseModel):
         """Training rounds as these steps do; whatever moved the grid afterwards would undo it."""
         if [type(step) for step in self.steps] != [Qat, Activations, Weights]:
             raise RecipeError("a recipe that trains has three steps: 'qat', 'activations', 'weights'")
-        if self.weights.clip != "none":
-            raise RecipeError("after 'qat', leave clip of 'weights' at none: qat's own clip does the same")
+        if self.weights.clip != "none" or self.weights.bias_correction or self.weights.lorc:
+            raise RecipeError("after 'qat', 'weights' takes no clip (qat has its own), bias_correction or lorc")
 
     @property
     def weights(self) -> Weights:
@@ -65,8 +72,18 @@ PRESETS = (
     Recipe(name="rtn", steps=(Activations(scheme="static"), Weights())),
     Recipe(name="rtn-dynamic", steps=(Activations(scheme="dynamic"), Weights())),
     Recipe(name="qat", steps=(Qat(), Activations(scheme="dynamic"), Weights())),
-    Recipe(name="w8a8-static", steps=(Activations(scheme="static"), Weights(num_bits=8, group_size=None))),
-    Recipe(name="w8a8-dynamic", steps=(Activations(scheme="dynamic"), Weights(num_bits=8, group_size=None))),
+    Recipe(name="w8a8-static", steps=(Activations(scheme="static"), Weights(num_bits=8, group_size=None, clip="mse"))),
+    Recipe(name="w8a8-dynamic", steps=(Activations(scheme="dynamic"),
+                                       Weights(num_bits=8, group_size=None, clip="mse"))),
+    Recipe(name="w8-dynamic-range", steps=(Activations(scheme="dynamic"), Weights(num_bits=8, group_size=None))),
+    Recipe(name="smoothquant", steps=(
+        SmoothQuant(), Activations(scheme="static"), Weights(num_bits=8, group_size=None))),
+    Recipe(name="os+", steps=(OutlierSuppression(), Activations(scheme="static"), Weights())),
+    Recipe(name="aweq", steps=(Aweq(), Activations(scheme="dynamic"), Weights(bias_correction=True))),
+    Recipe(name="cle", steps=(CrossLayer(), Activations(scheme="dynamic"), Weights())),
+    Recipe(name="ocs", steps=(ChannelSplitting(), Activations(scheme="dynamic"), Weights())),
+    Recipe(name="zeroquant-fp", steps=(
+        Activations(scheme="dynamic", grid="float"), Weights(grid="float", scales="m2", lorc=8))),
     Recipe(name="bf16", steps=(Activations(scheme="float"), Weights(num_bits=16, head_bits=16))),
     Recipe(name="fp16", steps=(Activations(scheme="float"), Weights(num_bits=16, head_bits=16, dtype="fp16"))),
 )

@@ -24,18 +24,19 @@ from tqdm import tqdm
 
 from fptq_runtime import __version__
 from fptq_runtime.artifact.io import hash_file
-from fptq_runtime.artifact.numerics import dequantize, quantize_weight
+from fptq_runtime.artifact.numerics import ScaleRule, dequantize, quantize_weight
+from fptq_runtime.artifact.scheme import NumberType
 from fptq_runtime.config import KVCacheDtype
 from fptq_runtime.kernels.base import ActivationQuant, Linear, Norm, StepInput
 from fptq_runtime.kernels.reference import ReferenceBackend, ReferenceOps, to_torch
 from fptq_runtime.kernels.select import select_backend
 from fptq_runtime.models.decoder import Block, Decoder, Head, Stem
 from fptq_runtime.models.loader import Checkpoint, load_head, load_model, load_stem
-from fptq_runtime.quantizer.calibrate import BLOCK_KINDS, HiddenStates, Kind, observe_block, pack_windows
+from fptq_runtime.quantizer.calibrate import HiddenStates, Kind, pack_windows
 from fptq_runtime.quantizer.export import module_tensors
 from fptq_runtime.quantizer.generate import generate_windows
 from fptq_runtime.quantizer.steps.activations import Activations
-from fptq_runtime.quantizer.steps.base import QuantizationError, Step, TuneWork, static_act
+from fptq_runtime.quantizer.steps.base import BlockWork, QuantizationError, Step, Target, TuneWork, block_work
 from fptq_runtime.quantizer.steps.weights import Bits, Weights, search_clip
 
 T = TypeVar("T")
@@ -176,9 +177,16 @@ class Student:
         self._kv_dtype = kv_dtype
         decoder = load_model(checkpoint, ReferenceBackend())
         blocks = list(decoder.blocks)
-        self._bits = [self._block_bits(index) for index in range(len(blocks))]
-        self._acts = self._observe(decoder, blocks, activations, calibrated, clip)
-        self._head_act = None if activations.scheme == "float" or weights.head_bits == 16 else ActivationQuant()
+        self._bits: list[dict[Kind, Bits]] = []
+        self._acts: list[dict[Kind, ActivationQuant | None]] = []
+        states = HiddenStates(decoder.config, calibrated)
+        states.run_stem(decoder.stem)
+        for index, block in enumerate(blocks):
+            work = block_work(checkpoint.spec, decoder.config, index, block, states)
+            states.run_block(block)
+            self._choose(work, activations, clip)
+        head_float = activations.scheme == "float" or weights.head_bits == 16
+        self._head_act = None if head_float else ActivationQuant(None, activations.grid)
         self.decoder = _on_device(decoder, device)
         self.parameters: list[torch.Tensor] = []
         for module in self._trained():
@@ -235,43 +243,30 @@ class Student:
         self.parameters.append(tensor.detach().clone().requires_grad_())
         return self.parameters[-1]
 
-    def _block_bits(self, index: int) -> dict[Kind, Bits]:
-        spec = self._checkpoint.spec
-        modules: dict[Kind, tuple[str, ...]] = {"qkv": spec.qkv, "o": (spec.o,), "up": spec.up, "down": (spec.down,)}
-        return {kind: self._weights.bits(tuple(spec.layer(index, name) for name in names))
-                for kind, names in modules.items()}
+    @torch.inference_mode()
+    def _choose(self, work: BlockWork, activations: Activations, clip: bool) -> None:
+        """How the block's weights and inputs are quantized; static scales are the float model's."""
+        activations.apply(work)
+        bits = {kind: self._weights.bits(target.modules) for kind, target in work.targets.items()}
+        self._bits.append(bits)
+        self._acts.append({kind: None if bits[kind] == 16 else target.linear.act
+                           for kind, target in work.targets.items()})
+        for kind, target in work.targets.items():
+            if clip and bits[kind] != 16:
+                self._clip(target, bits[kind])
 
-    def _observe(self, decoder: Decoder, blocks: Sequence[Block], activations: Activations,
-                 calibrated: Sequence[Sequence[int]], clip: bool) -> list[dict[Kind, ActivationQuant | None]]:
-        """How each block's inputs are quantized; static scales come from the float model. Clips the weights."""
-        states = HiddenStates(decoder.config, calibrated)
-        states.run_stem(decoder.stem)
-        acts: list[dict[Kind, ActivationQuant | None]] = []
-        for block, bits in zip(blocks, self._bits, strict=True):
-            stats = observe_block(states, block)
-            states.run_block(block)
-            quantized = [kind for kind in BLOCK_KINDS if bits[kind] != 16 and activations.scheme != "float"]
-            static = activations.scheme == "static"
-            acts.append(dict.fromkeys(BLOCK_KINDS) | {
-                kind: static_act(stats[kind].amax) if static else ActivationQuant() for kind in quantized
-            })
-            linears: dict[Kind, Linear] = {"qkv": block.qkv, "o": block.o, "up": block.up, "down": block.down}
-            for kind, linear in linears.items():
-                if clip and bits[kind] != 16:
-                    self._clip(linear, bits[kind], stats[kind].mean_square)
-        return acts
-
-    def _clip(self, linear: Linear, bits: int, mean_square: torch.Tensor) -> None:
-        weight = to_torch(linear.weight)
-        group = self._group(weight)
-        ratio = search_clip(weight, mean_square, bits, group).clamp_max(1)  # [N, G]
+    def _clip(self, target: Target, bits: int) -> None:
+        weight = target.weight
+        ratio = search_clip(weight, target.stats.mean_square, bits, *self._grid(weight, bits)).clamp_max(1)  # [N, G]
         grouped = weight.reshape(*ratio.shape, -1)
         limit = grouped.abs().amax(-1, keepdim=True) * ratio[..., None]
-        linear.weight = grouped.clamp(-limit, limit).reshape(weight.shape)
+        target.linear.weight = grouped.clamp(-limit, limit).reshape(weight.shape)
 
-    def _group(self, weight: torch.Tensor) -> int | None:
-        group = self._weights.group_size
-        return None if group is None or weight.shape[1] % group else group
+    def _grid(self, weight: torch.Tensor, bits: int) -> tuple[int | None, NumberType, ScaleRule]:
+        """Group, numbers and scales, as `Weights` decides them for a block's linear."""
+        grid, group = self._weights.grid, self._weights.group_size
+        per_channel = group is None or weight.shape[1] % group or (grid == "float" and bits == 8)
+        return None if per_channel else group, grid, self._weights.scales if bits == 4 else "float"
 
     def _rounded_block(self, block: Block, bits: dict[Kind, Bits], acts: dict[Kind, ActivationQuant | None]) -> Block:
         return replace(
@@ -291,8 +286,9 @@ class Student:
         if bits == 16:
             rounded = exact.to(torch.bfloat16 if self._weights.dtype == "bf16" else torch.float16).float()
         else:
-            group = None if per_channel else self._group(exact)
-            rounded = dequantize(*quantize_weight(exact, bits, group, scale_dtype=torch.bfloat16))
+            group, grid, scales = self._grid(exact, bits)
+            group = None if per_channel else group
+            rounded = dequantize(*quantize_weight(exact, bits, group, None, torch.bfloat16, grid, scales))
         return replace(linear, weight=rounded + (weight - exact))
 
 
@@ -371,8 +367,8 @@ def _on_device(decoder: Decoder, device: str) -> Decoder:
 def _refuse_too_large(checkpoint: Checkpoint, device: str) -> None:
     needed, available = PARAMETER_BYTES * checkpoint.num_parameters, _available_memory(device)
     if available is not None and needed > available:
-        raise QuantizationError(f"qat needs {needed / 1e9:.1f} GB of memory for this model, and "
-                                f"{available / 1e9:.1f} GB are available on {device}; quantize it without training")
+        raise QuantizationError(f"qat needs {needed >> 20} MB of memory for this model, and {available >> 20} MB are "
+                                f"available on {device}; quantize it without training")
 
 
 def _available_memory(device: str) -> int | None:
