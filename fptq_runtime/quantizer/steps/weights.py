@@ -71,10 +71,13 @@ class Weights(Step):
     def patterns(self) -> tuple[str, ...]:
         return tuple(self.keep)
 
+    def bits(self, modules: tuple[str, ...]) -> Bits:
+        """Of a block's linear: what `keep` says, or num_bits."""
+        return next((bits for pattern, bits in self.keep.items() if matches(pattern, modules)), self.num_bits)
+
     def apply(self, work: BlockWork) -> None:
         for target in work.targets.values():
-            kept = (bits for pattern, bits in self.keep.items() if matches(pattern, target.modules))
-            self._quantize(target, next(kept, self.num_bits), self.group_size)
+            self._quantize(target, self.bits(target.modules), self.group_size)
 
     def apply_head(self, work: HeadWork) -> None:
         if self.head_bits == 16:  # as it is in the checkpoint, where it may be tied to the embedding
