@@ -11,11 +11,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fptq_runtime.quantizer.steps.activations import Activations
 from fptq_runtime.quantizer.steps.fptq import Fptq
+from fptq_runtime.quantizer.steps.gptq import Gptq
+from fptq_runtime.quantizer.steps.rotation import Rotation
 from fptq_runtime.quantizer.steps.weights import Weights
 
 MAX_RECIPE_BYTES = 1 << 20
 
-AnyStep = Annotated[Fptq | Activations | Weights, Field(discriminator="type")]
+AnyStep = Annotated[Fptq | Activations | Rotation | Gptq | Weights, Field(discriminator="type")]
 
 
 class RecipeError(ValueError):

@@ -58,17 +58,22 @@ class Weights(Step):
             target.keep_float(torch.bfloat16 if self.dtype == "bf16" else torch.float16)
             return
         k = target.weight.shape[1]
-        group = None if group_size is None or k % group_size else group_size
+        group = usable_group(k, group_size)
         codes, scale = self._round(target, num_bits, group)
         _refuse_degenerate(target.linear.name, codes, scale, num_bits)
         target.set_weight(QuantizedWeight(pack_codes(codes, num_bits), scale, num_bits, group or k))
 
     def _round(self, target: Target, num_bits: Literal[4, 8], group: int | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Codes [N, K] int8 and bfloat16 scale [N, G]; group None is per channel."""
-        clip = None
-        if self.clip == "mse":
+        clip = target.clip
+        if clip is None and self.clip == "mse":
             clip = search_clip(target.weight, target.stats.mean_square, num_bits, group)
         return quantize_weight(target.weight, num_bits, group, clip, torch.bfloat16)
+
+
+def usable_group(k: int, group_size: int | None) -> int | None:
+    """None, per channel, where the inputs are no multiple of the group."""
+    return None if group_size is None or k % group_size else group_size
 
 
 def search_clip(weight: torch.Tensor, importance: torch.Tensor, num_bits: int, group_size: int | None) -> torch.Tensor:
