@@ -77,8 +77,8 @@ class Gptq(Weights):
             if raised:
                 target.reason += f"; Hessian damped by {self.damp * 10**raised:g}"
             return factor
-        raise QuantizationError(f"{target.linear.name}: the Hessian of its inputs is not positive definite, even damped "
-                                f"by {self.damp * 10**DAMP_RAISES:g}; calibrate on more text, or use 'weights'")
+        raise QuantizationError(f"{target.linear.name}: the Hessian of its inputs is not positive definite, even "
+                                f"damped by {self.damp * 10**DAMP_RAISES:g}; calibrate on more text, or use 'weights'")
 
 
 def triangular_factor(hessian: torch.Tensor, damp: float) -> torch.Tensor:
