@@ -39,6 +39,8 @@ class Target:
     modules: tuple[str, ...]  # the checkpoint's names of what is fused here
     stats: InputStats
     norm: Norm | None  # the norm that this linear alone reads
+    clip: torch.Tensor | None = None  # [N, G], the fraction of max |w| that a step found for each group of weights
+    hessian: torch.Tensor | None = None  # [K, K], Σ 2xxᵀ over the quantized inputs, where the weights' step asks for it
     range: float = field(init=False)  # max |x| before any transform
     equalized: bool = False
     reason: str = ""  # why the activations are quantized as they are

@@ -91,8 +91,7 @@ class Weights(Step):
             target.keep_float(torch.bfloat16 if self.dtype == "bf16" else torch.float16)
             return
         k = target.weight.shape[1]
-        per_channel = group_size is None or bool(k % group_size) or (self.grid == "float" and num_bits == 8)
-        group = None if per_channel else group_size
+        group = None if self.grid == "float" and num_bits == 8 else usable_group(k, group_size)
         codes, scale = self._round(target, num_bits, group)
         _refuse_degenerate(target.linear.name, codes, scale, num_bits, self.grid)
         low_rank = None
@@ -103,11 +102,16 @@ class Weights(Step):
 
     def _round(self, target: Target, num_bits: Literal[4, 8], group: int | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Codes [N, K] on the grid and bfloat16 scale [N, G]; group None is per channel."""
-        clip = None
+        clip = target.clip
         scales = self.scales if num_bits == 4 else "float"
-        if self.clip == "mse":
+        if clip is None and self.clip == "mse":
             clip = search_clip(target.weight, target.stats.mean_square, num_bits, group, self.grid, scales)
         return quantize_weight(target.weight, num_bits, group, clip, torch.bfloat16, self.grid, scales)
+
+
+def usable_group(k: int, group_size: int | None) -> int | None:
+    """None, per channel, where the inputs are no multiple of the group."""
+    return None if group_size is None or k % group_size else group_size
 
 
 def low_rank_factors(error: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
