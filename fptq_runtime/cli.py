@@ -113,6 +113,20 @@ class RecipeName(click.ParamType[str]):
         return str(value)
 
 
+class RecipeList(click.ParamType[tuple[str, ...]]):
+    """Recipes between commas."""
+
+    name = "recipes"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
+        if isinstance(value, tuple):
+            return value
+        names = [name.strip() for name in value.split(",") if name.strip()]
+        if not names:
+            self.fail("give recipes between commas, as rtn,fptq", param, ctx)
+        return tuple(RecipeName().convert(name, param, ctx) for name in dict.fromkeys(names))
+
+
 def answers(command: _Function) -> Any:
     """Add --json to a command that returns (data, text): data is printed with --json, text without."""
 
@@ -291,6 +305,52 @@ def evaluate(model: str, text: Path | None, max_tokens: int | None, choices: Pat
             lines += [f"{name}: {', '.join(f'{key} {value:.4f}' for key, value in metrics.items())}"
                       for name, metrics in data["tasks"].items()]
     return data, "\n".join(lines)
+
+
+@cli.command()
+@click.argument("model")
+@click.option("--recipes", type=RecipeList(), required=True, help="Presets or YAML files between commas, as rtn,fptq.")
+@click.option("--calibration", type=ExistingFile("random", "self"), help="As for `fptq quantize`.")
+@click.option("--num-samples", type=click.IntRange(1), default=64, show_default=True, help="Calibration samples.")
+@click.option("--text", type=ExistingFile(), help="What perplexity and KL are measured on (tales that calibration "
+              "never sees).")
+@click.option("--max-tokens", type=click.IntRange(2), default=16384, show_default=True,
+              help="Read only the first tokens of the text.")
+@click.option("--choices", type=ExistingFile(), help="Multiple choice, as for `fptq eval`.")
+@click.option("--last-word", type=ExistingFile(), help="Last words, as for `fptq eval`.")
+@click.option("--task", "tasks", multiple=True, help="An lm-eval task, a YAML file or a name; may be given more than "
+              "once.")
+@click.option("--limit", type=click.IntRange(1), help="Only the first documents of each --task.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="Write compare.md, compare.svg and "
+              "compare.json into this directory.")
+@backend_options
+@answers
+def compare(model: str, recipes: tuple[str, ...], calibration: str | Path | None, num_samples: int, text: Path | None,
+            max_tokens: int, choices: Path | None, last_word: Path | None, tasks: tuple[str, ...], limit: int | None,
+            seed: int, out: Path | None, backend: str, threads: int) -> Answer:
+    """Quantize MODEL by several recipes and measure each: quality, size, time and speed in one table."""
+    from fptq_runtime.locate import find_model
+
+    source = find_model(model)
+    from fptq_runtime import compare as comparing
+    from fptq_runtime.kernels.select import select_backend
+    from fptq_runtime.quantizer.calibrate import packaged_text, read_text
+    from fptq_runtime.quantizer.recipe import load_recipe
+
+    result = comparing.compare(
+        source, [load_recipe(name) for name in recipes], read_text(text) if text else packaged_text("heldout"),
+        select_backend(backend, threads), name=model, calibration=calibration, num_samples=num_samples,
+        max_tokens=max_tokens, accuracy=comparing.Tasks(tasks, limit, choices, last_word), seed=seed, threads=threads,
+        progress=True,
+    )
+    data, table = result.to_json(), comparing.markdown(result)
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "compare.md").write_text(f"{table}\n![compared](compare.svg)\n")
+        (out / "compare.svg").write_text(comparing.plot(result) + "\n")
+        (out / "compare.json").write_text(json.dumps(data, indent=1) + "\n")
+    return data, table
 
 
 @cli.command()

@@ -133,7 +133,7 @@ def unpack_codes(packed: torch.Tensor, num_bits: int, k: int) -> torch.Tensor:
     codes: torch.Tensor = (
         torch.cat((_E2M1, -_E2M1)).to(torch.float8_e4m3fn)[octets.int()]
         if packed.dtype == torch.uint8
-        else (octets.to(torch.int16) - 2 ** (num_bits - 1)).to(torch.int8)
+        else (octets - 2 ** (num_bits - 1)).view(torch.int8)  # modulo 256, and two's complement is too
     )
     return codes
 

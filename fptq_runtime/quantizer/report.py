@@ -7,12 +7,12 @@ from collections.abc import Sequence
 
 from fptq_runtime.artifact.io import LayerRecord, Manifest, Provenance, TextRecord
 
-POLICIES = ("static", "lae+static", "dynamic", "lae+dynamic", "fp8 static", "fp8 dynamic", "float")
+POLICIES = ("static", "scaled+static", "dynamic", "scaled+dynamic", "fp8 static", "fp8 dynamic", "float")
 
 
 def policy(record: LayerRecord) -> str:
-    """How a layer's input is quantized, as the policy table says it."""
-    return "lae+" * record.equalized + "fp8 " * (record.input_type == "float") + record.activations
+    """How a layer's input is quantized, as the policy table says it; scaled: channel by channel before, for free."""
+    return "scaled+" * record.equalized + "fp8 " * (record.input_type == "float") + record.activations
 
 
 def summarize(manifest: Manifest) -> str:
@@ -79,7 +79,7 @@ def _first_token_warning(layers: Sequence[LayerRecord]) -> list[str]:
 def _policy_table(layers: Sequence[LayerRecord]) -> list[str]:
     """One row a kind of layer, one column a policy in use."""
     counts = Counter((layer.kind, policy(layer)) for layer in layers)
-    shown = [p for p in POLICIES if p in ("static", "lae+static", "dynamic") or any(key[1] == p for key in counts)]
+    shown = [p for p in POLICIES if p in ("static", "scaled+static", "dynamic") or any(key[1] == p for key in counts)]
     kinds = dict.fromkeys(layer.kind for layer in layers)
     rows = [["inputs", *shown, "weights"]]
     for kind in kinds:
