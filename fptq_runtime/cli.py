@@ -208,6 +208,7 @@ def quantize(model: str, out: Path, recipe: str, revision: str | None, **options
     from fptq_runtime.locate import find_model
 
     source = find_model(model, revision)
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch asks for huge pages, which large weights fault in fast
     from fptq_runtime.quantizer.pipeline import quantize
     from fptq_runtime.quantizer.report import summarize
 
