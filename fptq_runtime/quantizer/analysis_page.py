@@ -9,7 +9,6 @@ from typing import Any
 
 import yaml
 from jinja2 import Environment, StrictUndefined
-from markupsafe import Markup
 
 from fptq_runtime.quantizer import plots
 from fptq_runtime.quantizer.analyze import EXPONENTS, STUDIES
@@ -30,15 +29,15 @@ def page(data: Data, advice: Data) -> str:
         rows.append({**row, "name": f"{row['layer']} {row['kind']}", "policy": policy,
                      "num_bits": record["num_bits"], "error": record["error"]})
     return environment.from_string(template).render(
-        data=data, advice=advice, rows=rows, style=Markup(plots.STYLE), font=Markup(plots.FONT), number=plots.number,
+        data=data, advice=advice, rows=rows, style=plots.STYLE, font=plots.FONT, number=plots.number,
         change=100 * (data["quantized"]["perplexity"] / data["float"]["perplexity"] - 1),
-        size=format_size(data["bytes"]), plots=_plots(data), flow=Markup(_flow(advice["path"])),
+        size=format_size(data["bytes"]), plots=_plots(data), flow=_flow(advice["path"]),
         histograms=_histograms(rows), absent=[study for study in STUDIES if study not in data["studies"]],
         recipe=yaml.safe_dump(data["recipe"], sort_keys=False).strip(),
     )
 
 
-def _plots(data: Data) -> dict[str, Markup | None]:
+def _plots(data: Data) -> dict[str, str | None]:
     one, out, layers = data["one_only"], data["leave_one_out"], [str(i) for i in range(data["layers"])]
     total = data["quantized"]["kl"]
     drawn: dict[str, str | None] = dict.fromkeys(
@@ -65,7 +64,7 @@ def _plots(data: Data) -> dict[str, Markup | None]:
         best = min((row for row in data["ranges"] if "kl" in row), key=lambda row: row["kl"], default=None)
         drawn["ranges"] = plots.bars([_result(row["method"], row) for row in data["ranges"]],
                                      [] if best is None else [best["method"]])
-    return {name: None if plot is None else Markup(plot) for name, plot in drawn.items()}
+    return drawn
 
 
 def _grid(rows: Sequence[Data], key: str, layers: Sequence[str], unit: str) -> str:
@@ -89,8 +88,8 @@ def _histograms(rows: Sequence[Data]) -> list[dict[str, Any]]:
     return [{
         "name": f"layer {row['layer']} {row['kind']}",
         "note": f"max {plots.number(row['range_before'])} → {plots.number(row['range_after'])}, {row['policy']}",
-        "plot": Markup(plots.histograms(EXPONENTS, [("after the recipe's transforms", row["histogram_after"]),
-                                                    ("as the model came", row["histogram_before"])])),
+        "plot": plots.histograms(EXPONENTS, [("after the recipe's transforms", row["histogram_after"]),
+                                             ("as the model came", row["histogram_before"])]),
     } for row in ordered]
 
 
