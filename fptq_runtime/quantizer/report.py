@@ -26,7 +26,7 @@ def summarize(manifest: Manifest) -> str:
         *_policy_table(manifest.layers),
         *_first_token_warning(manifest.layers),
         "",
-        f"size {_size(manifest.size)} in {len(manifest.files)} files",
+        f"size {format_size(manifest.size)} in {len(manifest.files)} files",
     ))
 
 
@@ -119,5 +119,5 @@ def _text(text: TextRecord) -> str:
     return f"{text.name} ({text.tokens} tokens, sha256 {text.sha256[:12]})"
 
 
-def _size(size: int) -> str:
+def format_size(size: int) -> str:
     return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.2f} MB"
