@@ -36,10 +36,14 @@ from fptq_runtime.kernels.base import (
 
 @dataclass(frozen=True)
 class Prepared:
-    """A native parameter and the arrays whose memory it points into."""
+    """A native parameter and the arrays whose memory it points into.
+
+    low_rank: of a linear, its factors as two linears.
+    """
 
     native: Any
     arrays: tuple[Array, ...] = ()
+    low_rank: tuple[Any, Any] | None = None
 
 
 class CpuBackend:
@@ -69,7 +73,7 @@ class CpuBackend:
 
     def prepare(self, parameter: Any) -> Prepared:
         if isinstance(parameter, Linear):
-            return Prepared(self._prepare_linear(parameter))
+            return Prepared(self._prepare_linear(parameter), low_rank=self._prepare_low_rank(parameter))
         if isinstance(parameter, Norm):
             return Prepared(_prepare_norm(parameter))
         if isinstance(parameter, Embedding):
@@ -80,9 +84,6 @@ class CpuBackend:
 
     def _prepare_linear(self, linear: Linear) -> Any:
         weight, act = linear.weight, _act(linear.act)
-        if linear.low_rank is not None:
-            raise ValueError(f"{linear.name}: the native backend has no kernel for low-rank corrections; use the "
-                             "reference backend")
         if isinstance(weight, QuantizedWeight):
             if weight.type != "int":
                 raise ValueError(f"{linear.name}: the native backend has no kernel for FP{weight.num_bits} weights; "
@@ -101,6 +102,12 @@ class CpuBackend:
         values = np.ascontiguousarray(weight)
         kept = _native.pack_float(values.view(np.int16) if weight.dtype == bfloat16 else values, self._pool)
         return _native.Linear(linear.name, None, kept, _floats(linear.bias), None)
+
+    def _prepare_low_rank(self, linear: Linear) -> tuple[Any, Any] | None:
+        if linear.low_rank is None:
+            return None
+        down, up = (self._prepare_linear(Linear(linear.name, factor)) for factor in linear.low_rank)
+        return down, up
 
     def compile(self, forward: Callable[[Ops[Any]], Any], limits: StepLimits) -> CpuExecutor:
         program = _native.Program(
@@ -173,6 +180,9 @@ class CaptureOps:
         return self._program.norm(x, self._use(norm), _act(act))
 
     def linear(self, x: int, linear: Prepared, residual: int | None = None) -> int:
+        if linear.low_rank is not None:
+            down, up = linear.low_rank
+            residual = self._program.linear(self._program.linear(self._program.dequantize(x), down, None), up, residual)
         return self._program.linear(x, self._use(linear), residual)
 
     def activation(self, x: int, kind: Literal["silu_mul", "gelu_tanh"], act: ActivationQuant | None) -> int:

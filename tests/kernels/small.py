@@ -49,6 +49,7 @@ class Options:
     act: Literal["float", "static", "dynamic", "weight-only", "mixed"] = "float"  # mixed: dynamic for o and down
     bits: Literal[4, 8] = 4
     group_size: int | None = 32
+    rank: int = 0  # of a low-rank correction
     dtype: torch.dtype = torch.float32
     max_len: int = 1024
 
@@ -79,7 +80,8 @@ def make_decoder(options: Options, backend: Backend, seed: int = 0) -> Decoder:
         act = None if weight_only else ActivationQuant(0.03 if options.act == "static" else None)
         packed = to_numpy(pack_codes(codes, options.bits))
         quantized = QuantizedWeight(packed, to_numpy(scale), options.bits, options.group_size or k)
-        return Linear(name, quantized, bias, act)
+        low_rank = (random(options.rank, k, scale=k**-0.5), random(n, options.rank)) if options.rank else None
+        return Linear(name, quantized, bias, act, low_rank)
 
     def norm(width: int) -> Norm:
         bias = random(width, scale=0.1) if options.norm == "layer" else None
