@@ -38,6 +38,7 @@ FAMILIES = {
     "bloom": Options(norm="layer", activation="gelu_tanh", rope=False, alibi=True, bias=True, embedding_norm=True,
                      heads=5, kv_heads=5, intermediate=100),
     "one kv head": Options(heads=20, kv_heads=1, head_dim=8),
+    "low rank": Options(act="weight-only", rank=5),
 }
 
 
@@ -83,6 +84,8 @@ def test_rounded_caches_match_reference(kv_dtype: KVCacheDtype, isa: str) -> Non
     ("qwen3", "static", 8, None),
     ("qwen2", "dynamic", 8, None),
     ("llama", "mixed", 4, 32),
+    ("low rank", "dynamic", 4, 32),
+    ("low rank", "static", 4, 32),
 ])
 def test_quantized_models_match_reference(family: str, act: Any, bits: Any, group_size: int | None, isa: str) -> None:
     """A last-bit difference flips a code here and there, which costs a row up to a few percent in these narrow
@@ -122,6 +125,7 @@ def in_company(backend: CpuBackend, options: Options, kv_dtype: KVCacheDtype, to
     (Options(), "float32"),
     (Options(act="weight-only", group_size=64, intermediate=192), "int8"),
     (Options(act="mixed", intermediate=128), "int8"),
+    (Options(act="dynamic", hidden=80, head_dim=20, group_size=None, rank=5), "int8"),
     (replace(FAMILIES["bloom"], heads=4, kv_heads=4), "int8"),
 ])
 def test_bits_do_not_depend_on_company(options: Options, kv_dtype: KVCacheDtype, isa: str) -> None:
