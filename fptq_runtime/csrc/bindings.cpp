@@ -136,7 +136,6 @@ NB_MODULE(_native, m) {
       .def("rope_and_cache", &Program::rope_and_cache, "qkv"_a, "attention"_a)
       .def("attention", &Program::attention, "q"_a, "attention"_a, "act"_a.none())
       .def("select_rows", &Program::select_rows, "x"_a)
-      .def("dequantize", &Program::dequantize, "x"_a)
       .def("finish", &Program::finish, "logits"_a)
       .def_prop_ro("logits_width", &Program::logits_width)
       .def_prop_ro("seconds", &Program::seconds, "Spent in all steps so far, by kind of op.")

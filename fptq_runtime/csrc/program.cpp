@@ -280,25 +280,6 @@ int Program::quantize(int x, Act act) {
   return out;
 }
 
-int Program::dequantize(int x) {
-  const Value in = value(x, "dequantize");
-  if (!in.act) return x;
-  const int out = define("dequantize", in.width, in.selected, {}, {x}, -1);
-  record([=, this_ = this](const StepView& step) {
-    const Activations codes = this_->activations(x, step);
-    const int blocks = ceil_div(in.width, kSumGroup);
-    float* y = this_->floats(out, step);
-    this_->each_row(out, step, [&](int row, int) {
-      const int panel = panel_of(row, codes.rows), begin = panel_begin(panel, codes.rows);
-      const int height = panel_begin(panel + 1, codes.rows) - begin;
-      const int8_t* from = codes.codes + static_cast<ptrdiff_t>(begin) * blocks * kSumGroup + (row - begin) * 4;
-      for (int k = 0; k < in.width; ++k)
-        y[static_cast<size_t>(row) * in.width + k] = from[k / 4 * 4 * height + k % 4] * codes.scales[row];
-    });
-  });
-  return out;
-}
-
 int Program::linear(int x, std::shared_ptr<const LinearParameter> linear, std::optional<int> residual) {
   const Value in = value(x, linear->name.c_str());
   const int n = linear->n(), k = linear->k();

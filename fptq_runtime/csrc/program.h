@@ -92,8 +92,6 @@ class Program {
   int rope_and_cache(int qkv, std::shared_ptr<const AttentionParameter> attention);
   int attention(int q, std::shared_ptr<const AttentionParameter> attention, Act act);
   int select_rows(int x);
-  // A quantized value as the floats that its codes stand for; floats as they are.
-  int dequantize(int x);
   // Ends the recording with the last value as logits, and allocates the buffers.
   void finish(int logits);
 
