@@ -22,7 +22,7 @@ from fptq_runtime.models.tokenizer import Tokenizer
 from fptq_runtime.quantizer.calibrate import BLOCK_KINDS, HiddenStates, InputStats, Kind, observe_block
 from fptq_runtime.quantizer.ranges import QUANTILE, RangeMethod, choose_range
 
-ERROR_PRODUCTS = 1 << 33  # multiply-adds that measuring one linear's output may cost, a tenth of a second
+ERROR_PRODUCTS = 1 << 32  # multiply-adds that one measured output of a linear may cost
 
 
 class QuantizationError(ValueError):
