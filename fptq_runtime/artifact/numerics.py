@@ -93,6 +93,7 @@ def quantize_weight(
     scale = (
         absmax_scale(amax, num_bits, type) if scales == "float" else power_of_two_scale(amax, num_bits, type, scales)
     ).to(scale_dtype)
+    scale = torch.where(scale == 0, torch.full_like(scale, _SMALLEST_SCALE), scale)  # too small for its type
     codes = quantize(grouped, scale.float().unsqueeze(-1), num_bits, type)
     return codes.reshape(n, k), scale
 

@@ -23,6 +23,7 @@ from fptq_runtime.kernels.base import (
     AttentionSpec,
     Embedding,
     Float32Array,
+    Int32Array,
     Linear,
     Norm,
     Ops,
@@ -112,17 +113,19 @@ class ReferenceExecutor:
 
 class ReferenceOps:
     """The ops of one step. cache None: every sequence is whole in the batch and attends to itself alone, its keys and
-    values rounded as a cache of `kv_dtype` would."""
+    values rounded as a cache of `kv_dtype` would. device: where the parameters are."""
 
-    def __init__(self, batch: StepInput, cache: ReferenceCache | None, kv_dtype: KVCacheDtype = "float32") -> None:
+    def __init__(self, batch: StepInput, cache: ReferenceCache | None, kv_dtype: KVCacheDtype = "float32",
+                 device: str = "cpu") -> None:
         self.batch = batch
         self._cache = cache
         self._kv_dtype = kv_dtype if cache is None else cache.dtype
-        self._positions = torch.from_numpy(batch.positions).long()
+        self._device = device
+        self._positions = self._indices(batch.positions)
         self._own_kv: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def embed(self, table: Embedding) -> torch.Tensor:
-        return F.embedding(torch.from_numpy(self.batch.token_ids).long(), table.weight).float()
+        return F.embedding(self._indices(self.batch.token_ids), table.weight).float()
 
     def norm(self, x: torch.Tensor, norm: Norm, act: ActivationQuant | None) -> torch.Tensor:
         return quantize_activations(_normalise(x, norm), act)
@@ -176,7 +179,10 @@ class ReferenceOps:
         return quantize_activations(torch.cat(attended).reshape(q.shape), act)
 
     def select_rows(self, x: torch.Tensor) -> torch.Tensor:
-        return x.index_select(0, torch.from_numpy(self.batch.logits_rows).long())
+        return x.index_select(0, self._indices(self.batch.logits_rows))
+
+    def _indices(self, array: Int32Array) -> torch.Tensor:
+        return torch.from_numpy(array).long().to(self._device)
 
 
 def matmul(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -247,12 +253,12 @@ def _is_plain_causal(q: torch.Tensor, k: torch.Tensor, attention: AttentionSpec)
 
 def _attention_bias(positions: torch.Tensor, length: int, attention: AttentionSpec) -> torch.Tensor:
     """What is added to the scores of queries at `positions` [Q]: [Q, length], or [heads, Q, length] with ALiBi."""
-    key_positions = torch.arange(length)
+    key_positions = torch.arange(length, device=positions.device)
     distance = positions[:, None] - key_positions
     hidden = distance < 0
     if attention.sliding_window is not None:
         hidden = hidden | (distance >= attention.sliding_window)
-    bias = torch.zeros(distance.shape).masked_fill(hidden, float("-inf"))
+    bias = torch.zeros(distance.shape, device=positions.device).masked_fill(hidden, float("-inf"))
     if attention.alibi_slopes is None:
         return bias
     slopes: torch.Tensor = attention.alibi_slopes

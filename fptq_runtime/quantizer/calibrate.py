@@ -310,10 +310,17 @@ def block_inputs(states: HiddenStates, block: Block) -> Iterator[dict[Kind, torc
 
 
 @torch.inference_mode()
+def head_inputs(states: HiddenStates, head: Head) -> Iterator[torch.Tensor]:
+    """What the head reads, minibatch by minibatch, in float. [rows, K]"""
+    for batch, state in zip(states.batches, states.states, strict=True):
+        yield _plain_ops(batch).norm(state, head.norm, None)
+
+
+@torch.inference_mode()
 def observe_head(states: HiddenStates, head: Head) -> InputStats:
     observed = _Observed()
-    for batch, state in zip(states.batches, states.states, strict=True):
-        observed.update(_plain_ops(batch).norm(state, head.norm, None), batch, _stride(states))
+    for batch, inputs in zip(states.batches, head_inputs(states, head), strict=True):
+        observed.update(inputs, batch, _stride(states))
     return observed.stats(head.lm_head.name)
 
 

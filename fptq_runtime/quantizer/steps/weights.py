@@ -72,10 +72,13 @@ class Weights(Step):
     def patterns(self) -> tuple[str, ...]:
         return tuple(self.keep)
 
+    def bits(self, modules: tuple[str, ...]) -> Bits:
+        """Of a block's linear: what `keep` says, or num_bits."""
+        return next((bits for pattern, bits in self.keep.items() if matches(pattern, modules)), self.num_bits)
+
     def apply(self, work: BlockWork) -> None:
         for target in work.targets.values():
-            kept = (bits for pattern, bits in self.keep.items() if matches(pattern, target.modules))
-            self._quantize(target, next(kept, self.num_bits), self.group_size)
+            self._quantize(target, self.bits(target.modules), self.group_size)
 
     def apply_head(self, work: HeadWork) -> None:
         if self.head_bits == 16:  # as it is in the checkpoint, where it may be tied to the embedding
@@ -89,8 +92,7 @@ class Weights(Step):
             target.keep_float(torch.bfloat16 if self.dtype == "bf16" else torch.float16)
             return
         k = target.weight.shape[1]
-        per_channel = group_size is None or bool(k % group_size) or (self.grid == "float" and num_bits == 8)
-        group = None if per_channel else group_size
+        group = None if self.grid == "float" and num_bits == 8 else usable_group(k, group_size)
         codes, scale = self._round(target, num_bits, group)
         _refuse_degenerate(target.linear.name, codes, scale, num_bits, self.grid)
         low_rank = None
@@ -101,22 +103,28 @@ class Weights(Step):
 
     def _round(self, target: Target, num_bits: Literal[4, 8], group: int | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Codes [N, K] on the grid and bfloat16 scale [N, G]; group None is per channel."""
-        clip = None
+        clip = target.clip
         scales = self.scales if num_bits == 4 else "float"
-        if self.clip == "mse":
+        if clip is None and self.clip == "mse":
             clip = search_clip(target.weight, target.stats.mean_square, num_bits, group, self.grid, scales)
         return quantize_weight(target.weight, num_bits, group, clip, torch.bfloat16, self.grid, scales)
 
 
+def usable_group(k: int, group_size: int | None) -> int | None:
+    """None, per channel, where the inputs are no multiple of the group."""
+    return None if group_size is None or k % group_size else group_size
+
+
 def low_rank_factors(error: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
     """down [r, K] and up [N, r], bfloat16, with up · down the nearest of that rank to error [N, K] (Eckart-Young), by
-    randomized subspace iteration; r is `rank`, or all that error can have."""
+    randomized subspace iteration; r is `rank`, or all that error can have. Rows of down are int8 times a power of two.
+    """
     rank = min(rank, *error.shape)
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(0)
         left, values, right = torch.svd_lowrank(error, q=min(2 * rank + 8, *error.shape), niter=8)
-    root = values[:rank].sqrt()
-    return (right[:, :rank] * root).T.bfloat16().contiguous(), (left[:, :rank] * root).bfloat16()
+    down = dequantize(*quantize_weight(right[:, :rank].T.contiguous(), 8, None, scales="m1"))
+    return down.bfloat16(), (left[:, :rank] * values[:rank]).bfloat16().contiguous()
 
 
 def search_clip(weight: torch.Tensor, importance: torch.Tensor, num_bits: int, group_size: int | None,
