@@ -42,6 +42,7 @@ def test_observed_inputs_are_what_transformers_feeds_its_linears(
     checkpoint = Checkpoint(path)
     windows = torch.randint(3, 260, (3, 20), generator=torch.Generator().manual_seed(0)).tolist()
     monkeypatch.setattr(calibrate, "MINIBATCH_FLOATS", 2 * 20 * 2 * 136)
+    monkeypatch.setattr(calibrate, "MINIBATCH_ROWS", 1)
     states = HiddenStates(checkpoint.model_config, windows)
     assert [len(batch.token_ids) for batch in states.batches] == [40, 20]
 
