@@ -19,6 +19,7 @@ from fptq_runtime.config import KVCacheDtype
 from fptq_runtime.engine.engine import Engine
 from fptq_runtime.engine.llm import LLM
 from fptq_runtime.kernels.base import Backend
+from fptq_runtime.kernels.select import select_backend
 from fptq_runtime.models.decoder import Decoder
 from fptq_runtime.models.loader import Checkpoint, load_model
 from fptq_runtime.models.tokenizer import Tokenizer
@@ -110,12 +111,13 @@ class Tasks:
 
 
 def compare(
-    model: str | Path, recipes: Sequence[Recipe], text: Text, backend: Backend, *, name: str | None = None,
+    model: str | Path, recipes: Sequence[Recipe], text: Text, backend: str = "auto", *, name: str | None = None,
     calibration: str | Path | None = None, num_samples: int = 64, max_tokens: int | None = None,
     accuracy: Tasks | None = None, seed: int = 0, threads: int = 0, progress: bool = False,
 ) -> Comparison:
     """Quantize a float model by every recipe, each into a directory that is gone afterwards, and measure it on the
-    kernels and with the int8 KV cache that serve it; the float model runs once, with a float32 cache.
+    kernels and with the int8 KV cache that serve it; the float model runs once, with a float32 cache. backend: as
+    `select_backend` takes it, for each artifact by itself.
 
     A recipe that this model refuses becomes a row with the reason. Raises ValueError where the float model itself
     cannot be measured.
@@ -157,7 +159,7 @@ def compare(
 class _Work:
     """The float model's logits lie in a file, chunk after chunk, while the quantized models run."""
 
-    def __init__(self, windows: Sequence[Sequence[int]], logits: Path, backend: Backend, threads: int,
+    def __init__(self, windows: Sequence[Sequence[int]], logits: Path, backend: str, threads: int,
                  accuracy: Tasks, progress: bool) -> None:
         self._windows = windows
         self._logits = logits
@@ -167,38 +169,46 @@ class _Work:
         self._progress = progress
 
     def original(self, path: Path) -> Measured:
-        decoder = load_model(Checkpoint(path), self._backend)
+        decoder, backend = self._load(path)
         total, count = 0.0, 0
         with self._logits.open("wb") as file:
-            for logits, targets in self._run(decoder, "float32"):
+            for logits, targets in self._run(decoder, backend, "float32"):
                 logits.numpy().tofile(file)
                 total += sum_nll(logits, targets)
                 count += len(targets)
-        return self._measured(path, decoder, math.exp(total / count), "bf16")
+        return self._measured(path, decoder, backend, math.exp(total / count), "bf16")
 
     def quantized(self, path: Path) -> tuple[Measured, float, float]:
         """With KL and top-1 agreement."""
-        decoder = load_model(Checkpoint(path), self._backend)
+        decoder, backend = self._load(path)
         total, divergence, agreeing, count = 0.0, 0.0, 0, 0
         with self._logits.open("rb") as file:
-            for logits, targets in self._run(decoder, "int8"):
+            for logits, targets in self._run(decoder, backend, "int8"):
                 exact = _read(file, logits)
                 total += sum_nll(logits, targets)
                 divergence += sum_kl(exact, logits)
                 agreeing += int((exact.argmax(-1) == logits.argmax(-1)).sum())
                 count += len(targets)
-        return self._measured(path, decoder, math.exp(total / count), "int8"), divergence / count, agreeing / count
+        measured = self._measured(path, decoder, backend, math.exp(total / count), "int8")
+        return measured, divergence / count, agreeing / count
 
-    def _run(self, decoder: Decoder, kv_dtype: KVCacheDtype) -> Iterator[tuple[torch.Tensor, np.ndarray]]:
-        return window_logits(decoder, self._backend, self._windows, kv_dtype, self._progress)
+    def _load(self, path: Path) -> tuple[Decoder, Backend]:
+        checkpoint = Checkpoint(path)
+        backend = select_backend(self._backend, self._threads, checkpoint.linear_schemes)
+        return load_model(checkpoint, backend), backend
 
-    def _measured(self, path: Path, decoder: Decoder, perplexity: float, kv_dtype: KVCacheDtype) -> Measured:
+    def _run(self, decoder: Decoder, backend: Backend, kv_dtype: KVCacheDtype,
+             ) -> Iterator[tuple[torch.Tensor, np.ndarray]]:
+        return window_logits(decoder, backend, self._windows, kv_dtype, self._progress)
+
+    def _measured(self, path: Path, decoder: Decoder, backend: Backend, perplexity: float,
+                  kv_dtype: KVCacheDtype) -> Measured:
         if not math.isfinite(perplexity):
             raise QuantizationError("its perplexity is not finite")
-        prefill, decode = _speed(decoder, self._backend, kv_dtype, self._threads)
+        prefill, decode = _speed(decoder, backend, kv_dtype, self._threads)
         return Measured(
             perplexity, sum(file.stat().st_size for file in path.glob("*.safetensors")), prefill, decode[1],
-            decode.get(8), self._accuracy.run(path, self._backend.name, self._threads, kv_dtype),
+            decode.get(8), self._accuracy.run(path, backend.name, self._threads, kv_dtype),
         )
 
 

@@ -52,12 +52,12 @@ def compared(model: Path) -> Comparison:
             return quantize(*arguments, **options)
 
         patch.setattr(module, "quantize", refusing)
-        recipes = [load_recipe(name) for name in ("rtn", "rtn-dynamic", "w8a8-dynamic", "bf16")]
-        return compare(model, recipes, TEXT, select_backend("auto", 1), num_samples=4, max_tokens=300, threads=1)
+        recipes = [load_recipe(name) for name in ("rtn", "rtn-dynamic", "w8a8-dynamic", "bf16", "zeroquant-fp")]
+        return compare(model, recipes, TEXT, num_samples=4, max_tokens=300, threads=1)
 
 
 def test_rows_say_what_evaluate_says(compared: Comparison, model: Path, tmp_path: Path) -> None:
-    assert [row.recipe for row in compared.rows] == ["rtn", "rtn-dynamic", "w8a8-dynamic", "bf16"]
+    assert [row.recipe for row in compared.rows] == ["rtn", "rtn-dynamic", "w8a8-dynamic", "bf16", "zeroquant-fp"]
     backend = select_backend("auto", 1)
     exact = evaluate(model, TEXT, backend, max_tokens=300, kv_dtype="float32")
     assert compared.original.perplexity == exact.perplexity
@@ -71,7 +71,8 @@ def test_rows_say_what_evaluate_says(compared: Comparison, model: Path, tmp_path
 
 
 def test_closer_recipes_diverge_less(compared: Comparison) -> None:
-    rtn, refused, w8, bf16 = compared.rows
+    rtn, refused, w8, bf16, fp = compared.rows
+    assert fp.kl and fp.kl < 2 * rtn.kl, "FP8 and FP4, on the backend that has them"
     assert rtn.kl and w8.kl and bf16.kl and rtn.top1 and w8.top1 and bf16.top1
     assert rtn.kl > w8.kl > bf16.kl >= 0
     assert rtn.top1 < w8.top1 <= bf16.top1 <= 1
@@ -97,7 +98,8 @@ def test_the_table_and_the_plot(compared: Comparison) -> None:
     table = markdown(compared)
     rows = [line for line in table.splitlines() if line.startswith("|")]
     assert len({line.count("|") for line in rows}) == 1
-    assert [line.split("|")[1].strip() for line in rows[2:]] == ["float", "rtn", "rtn-dynamic", "w8a8-dynamic", "bf16"]
+    names = [line.split("|")[1].strip() for line in rows[2:]]
+    assert names == ["float", "rtn", "rtn-dynamic", "w8a8-dynamic", "bf16", "zeroquant-fp"]
     assert "- rtn-dynamic: rtn-dynamic does not know this family" in table
     root = ElementTree.fromstring(plot(compared))
     assert "http" not in "".join(value for node in root.iter() for value in node.attrib.values())
@@ -144,4 +146,4 @@ def test_wrong_recipes_are_usage(capsys: pytest.CaptureFixture[str]) -> None:
 def test_an_artifact_is_not_compared(model: Path, tmp_path: Path) -> None:
     quantize(model, tmp_path / "out", "rtn", num_samples=2, text_tokens=64)
     with pytest.raises(QuantizationError, match="float model"):
-        compare(tmp_path / "out", [load_recipe("rtn")], TEXT, select_backend("auto", 1))
+        compare(tmp_path / "out", [load_recipe("rtn")], TEXT, threads=1)
