@@ -189,6 +189,28 @@ def test_goes_on_where_it_was(source: Path, tmp_path: Path, text: Path, monkeypa
     assert sorted(path.name for path in tmp_path.iterdir()) == ["float", "out", "whole"]
 
 
+def divergence(source: Path, out: Path, samples: list[list[int]]) -> float:
+    """Mean KL(float || artifact) of the logits, in nats."""
+    batch = pack_windows(samples)
+    with torch.no_grad():
+        expected, logits = (load_model(Checkpoint(path), ReferenceBackend())(ReferenceOps(batch, None)).log_softmax(-1)
+                            for path in (source, out))
+    return float((expected.exp() * (expected - logits)).sum(-1).mean())
+
+
+@pytest.mark.parametrize("scheme", ["static", "dynamic"])
+def test_training_comes_closer_to_the_float_model(source: Path, tmp_path: Path, text: Path, scheme: Any) -> None:
+    """On tokens of the calibration source that it was not trained on, where clipping alone does not."""
+    trained = recipe(scheme, data="calibration", num_sequences=128, batch_size=4)
+    untrained = recipe(scheme, data="calibration", num_sequences=1, learning_rate=1e-12)
+    plain = Recipe(name="x", steps=trained.steps[1:])
+    found = []
+    for index, made in enumerate((plain, untrained, trained)):
+        quantize(source, tmp_path / str(index), made, text=text, **SMALL)
+        found.append(divergence(source, tmp_path / str(index), windows(20, 24, seed=7)))
+    assert found[2] < 0.7 * min(found[:2])
+
+
 def test_another_runs_state_is_refused(source: Path, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch,
                                        ) -> None:
     with monkeypatch.context() as patch:
@@ -217,6 +239,12 @@ def test_clear_errors(source: Path, tmp_path: Path, text: Path, monkeypatch: pyt
         with pytest.raises(ValueError, match="no CUDA device"):
             quantize(source, tmp_path / "out", recipe(device="cuda"), **arguments)
     assert [path.name for path in tmp_path.iterdir()] == ["float"], "nothing is left"
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        with pytest.raises(ValueError, match=r"cannot write to .*\.out\.state: .*No space left") as error:
+            quantize(source, tmp_path / "out", recipe(), **arguments)
+    assert "\n" not in str(error.value)
+    assert [path.name for path in (tmp_path / ".out.state").iterdir()] == ["run.json"], "nothing half-written"
 
 
 @pytest.mark.parametrize(("steps", "message"), [
