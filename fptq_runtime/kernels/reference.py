@@ -132,7 +132,7 @@ class ReferenceOps:
 
     def linear(self, x: torch.Tensor, linear: Linear, residual: torch.Tensor | None = None) -> torch.Tensor:
         assert isinstance(linear.weight, torch.Tensor)
-        y = F.linear(x, linear.weight, linear.bias)
+        y = matmul(x, linear.weight, linear.bias)
         if linear.low_rank is not None:
             down, up = linear.low_rank
             y = y + F.linear(F.linear(x, down), up)
@@ -183,6 +183,14 @@ class ReferenceOps:
 
     def _indices(self, array: Int32Array) -> torch.Tensor:
         return torch.from_numpy(array).long().to(self._device)
+
+
+def matmul(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x [rows, K] · weight [N, K]ᵀ + bias in float32, where a bfloat16 weight makes it a product of bfloat16."""
+    if weight.dtype == torch.float32:
+        return F.linear(x, weight, bias)
+    y = F.linear(x.to(weight.dtype), weight).float()
+    return y if bias is None else y + bias
 
 
 def to_torch(array: Array) -> torch.Tensor:

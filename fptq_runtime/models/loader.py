@@ -171,7 +171,7 @@ class Checkpoint:
         down, up = f"{name}.low_rank_down", f"{name}.low_rank_up"
         if (found := self._find(down)) is None and not self.has(up):
             return None
-        rank = 0 if found is None else self._tensors[found].shape[0]
+        rank = 0 if found is None else sum(self._tensors[found].shape[:1])
         return self.tensor(down, (rank, k)), self.tensor(up, (n, rank))
 
     def _quantized_weight(self, name: str, n: int, k: int, scheme: LayerScheme) -> QuantizedWeight:

@@ -12,8 +12,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from fptq_runtime.quantizer.steps.activations import Activations
 from fptq_runtime.quantizer.steps.equalization import Aweq, CrossLayer
 from fptq_runtime.quantizer.steps.fptq import Fptq
+from fptq_runtime.quantizer.steps.gptq import Gptq
 from fptq_runtime.quantizer.steps.outlier_suppression import OutlierSuppression
 from fptq_runtime.quantizer.steps.qat import Qat
+from fptq_runtime.quantizer.steps.rotation import Rotation
 from fptq_runtime.quantizer.steps.smoothquant import SmoothQuant
 from fptq_runtime.quantizer.steps.splitting import ChannelSplitting
 from fptq_runtime.quantizer.steps.weights import Weights
@@ -21,7 +23,8 @@ from fptq_runtime.quantizer.steps.weights import Weights
 MAX_RECIPE_BYTES = 1 << 20
 
 AnyStep = Annotated[
-    Fptq | SmoothQuant | OutlierSuppression | Aweq | CrossLayer | ChannelSplitting | Activations | Qat | Weights,
+    Qat | Rotation | CrossLayer | ChannelSplitting | Fptq | SmoothQuant | OutlierSuppression | Aweq | Activations
+    | Weights | Gptq,
     Field(discriminator="type"),
 ]
 

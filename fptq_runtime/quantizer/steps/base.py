@@ -22,6 +22,8 @@ from fptq_runtime.models.tokenizer import Tokenizer
 from fptq_runtime.quantizer.calibrate import BLOCK_KINDS, HiddenStates, InputStats, Kind, observe_block
 from fptq_runtime.quantizer.ranges import QUANTILE, RangeMethod, choose_range
 
+ERROR_PRODUCTS = 1 << 32  # multiply-adds that one measured output of a linear may cost
+
 
 class QuantizationError(ValueError):
     """A model that this recipe cannot quantize. One line, for the user."""
@@ -37,6 +39,8 @@ class Target:
     modules: tuple[str, ...]  # the checkpoint's names of what is fused here
     stats: InputStats
     norm: Norm | None  # the norm that this linear alone reads
+    clip: torch.Tensor | None = None  # [N, G], the fraction of max |w| that a step found for each group of weights
+    hessian: torch.Tensor | None = None  # [K, K], Σ 2xxᵀ over the quantized inputs, where the weights' step asks for it
     range: float = field(init=False)  # max |x| before any transform
     equalized: bool = False
     reason: str = ""  # why the activations are quantized as they are
@@ -83,8 +87,12 @@ class Target:
         self.error = relative_error(self._output(None, kept.float()), self._output(None, self.weight))
         self.linear.weight = kept
 
+    def sample_rows(self, weight: torch.Tensor) -> torch.Tensor:
+        """As many sampled rows as may be multiplied with such a weight [N, K] to measure an error. [rows, K]"""
+        return self.stats.sample[:: self.stats.sample.shape[0] * weight.numel() // ERROR_PRODUCTS | 1]
+
     def _output(self, act: ActivationQuant | None, weight: torch.Tensor) -> torch.Tensor:
-        return quantize_activations(self.stats.sample, act) @ weight.T
+        return quantize_activations(self.sample_rows(weight), act) @ weight.T
 
 
 def float_weight(linear: Linear) -> torch.Tensor:
