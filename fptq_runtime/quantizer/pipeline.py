@@ -128,7 +128,8 @@ def quantize(
             ),
             golden=_golden(writer.directory, measured[0][:GOLDEN_TOKENS]),
         ))
-    shutil.rmtree(state, ignore_errors=True)
+    if run.tuned:
+        shutil.rmtree(state, ignore_errors=True)
     return manifest
 
 
@@ -191,7 +192,8 @@ class _Run:
         self._writer.add_file("config.json", json.dumps(config, indent=2) + "\n")
 
     @property
-    def _tuned(self) -> bool:
+    def tuned(self) -> bool:
+        """What is quantized is not the source."""
         return self._checkpoint is not self._source
 
     def _changed_sizes(self) -> dict[str, int]:
@@ -201,7 +203,7 @@ class _Run:
     def _stem(self) -> None:
         stem = prepare_stem(load_stem(self._checkpoint), ReferenceBackend())
         _refuse_not_finite(self._checkpoint.spec.stem_modules(stem))
-        self._float.run_stem(prepare_stem(load_stem(self._source), ReferenceBackend()) if self._tuned else stem)
+        self._float.run_stem(prepare_stem(load_stem(self._source), ReferenceBackend()) if self.tuned else stem)
         for step in self._recipe.steps:
             step.transform_stem(self._config, stem)
         for name, module in self._checkpoint.spec.stem_modules(stem):
@@ -215,7 +217,7 @@ class _Run:
         _refuse_not_finite(spec.block_modules(self._checkpoint.model_config, index, loaded))
         block = prepare_block(loaded, ReferenceBackend())
         self._float.run_block(
-            prepare_block(load_block(self._source, index), ReferenceBackend()) if self._tuned else block)
+            prepare_block(load_block(self._source, index), ReferenceBackend()) if self.tuned else block)
         for step in self._recipe.steps:
             step.transform_block(config, index, block)
         work = block_work(spec, config, index, block, self._calibrated)
@@ -239,7 +241,7 @@ class _Run:
         _refuse_not_finite(spec.head_modules(loaded))
         head = prepare_head(loaded, ReferenceBackend())
         loss, self._scored = self._float.negative_log_likelihood(
-            prepare_head(load_head(self._source), ReferenceBackend()) if self._tuned else head)
+            prepare_head(load_head(self._source), ReferenceBackend()) if self.tuned else head)
         untouched = head.lm_head.weight
         for step in self._recipe.steps:
             step.transform_head(self._config, head)
