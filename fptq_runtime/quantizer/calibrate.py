@@ -23,7 +23,7 @@ Kind = Literal["qkv", "o", "up", "down", "head"]
 BLOCK_KINDS: tuple[Kind, ...] = ("qkv", "o", "up", "down")
 
 MINIBATCH_FLOATS = 1 << 22  # of a block's widest intermediate, 16 MiB: small enough for malloc to reuse
-MINIBATCH_ROWS = 512  # but not fewer: each minibatch reads the whole block
+MINIBATCH_ROWS = 256  # but not fewer: each minibatch reads the whole block
 BF16_WEIGHTS = 1 << 22  # of a linear; from here on the time goes into products, which are twice as fast in bfloat16
 SAMPLE_ROWS = 1024  # input rows kept of each linear, to measure errors on
 
