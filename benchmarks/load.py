@@ -3,7 +3,8 @@
     python benchmarks/load.py --model demo --concurrency 1 8 32
 
 Prompts are random token ids, so that nothing is cached; output length is fixed with ignore_eos, so that servers are
-compared at equal work. One JSON object per concurrency.
+compared at equal work. One JSON object per concurrency. The client shares the server's cores, so it reads the stream's
+lines and parses nothing.
 """
 
 from __future__ import annotations
@@ -15,8 +16,7 @@ import random
 import statistics
 import time
 from dataclasses import dataclass, field
-
-import httpx
+from urllib.parse import urlsplit
 
 
 @dataclass
@@ -27,22 +27,29 @@ class Request:
     between_tokens: list[float] = field(default_factory=list)
 
 
-async def send(client: httpx.AsyncClient, body: dict[str, object]) -> Request:
-    """Stream one completion; a chunk is a token."""
+async def send(url: str, headers: dict[str, str], body: dict[str, object]) -> Request:
+    """Stream one completion over a connection of its own; a chunk is a token."""
+    host, content = urlsplit(url), json.dumps(body).encode()
+    fields = {"host": host.netloc, "content-type": "application/json", "content-length": str(len(content)),
+              "connection": "close", **headers}
+    head = "".join(f"{name}: {value}\r\n" for name, value in fields.items())
     request = Request()
     last = started = time.perf_counter()
-    async with client.stream("POST", "/v1/completions", json=body) as response:
-        if response.status_code != 200:
-            raise SystemExit(f"{response.status_code}: {(await response.aread()).decode()}")
-        async for line in response.aiter_lines():
-            if not line.startswith("data: {") or not json.loads(line[6:])["choices"]:
-                continue
-            now = time.perf_counter()
-            if request.first_token:
-                request.between_tokens.append(now - last)
-            else:
-                request.first_token = now - started
-            last = now
+    reader, writer = await asyncio.open_connection(host.hostname, host.port or 80)
+    writer.write(f"POST /v1/completions HTTP/1.1\r\n{head}\r\n".encode() + content)
+    status = await reader.readline()
+    if b" 200 " not in status:
+        raise SystemExit(f"{status.decode().strip()}: {(await reader.read()).decode()}")
+    async for line in reader:
+        if not line.startswith(b"data: {") or b'"choices":[]' in line:
+            continue
+        now = time.perf_counter()
+        if request.first_token:
+            request.between_tokens.append(now - last)
+        else:
+            request.first_token = now - started
+        last = now
+    writer.close()
     return request
 
 
@@ -55,14 +62,13 @@ async def load(options: argparse.Namespace, concurrency: int) -> dict[str, float
         "max_tokens": options.output_tokens, "ignore_eos": True, "temperature": 0, "stream": True,
     } for _ in range(count)])
     headers = {"Authorization": f"Bearer {options.api_key}"} if options.api_key else {}
-    async with httpx.AsyncClient(base_url=options.url, headers=headers, timeout=600) as client:
 
-        async def worker() -> list[Request]:
-            return [await send(client, body) for body in bodies]
+    async def worker() -> list[Request]:
+        return [await send(options.url, headers, body) for body in bodies]
 
-        started = time.perf_counter()
-        done = [request for part in await asyncio.gather(*(worker() for _ in range(concurrency))) for request in part]
-        seconds = time.perf_counter() - started
+    started = time.perf_counter()
+    done = [request for part in await asyncio.gather(*(worker() for _ in range(concurrency))) for request in part]
+    seconds = time.perf_counter() - started
     first = [1000 * request.first_token for request in done]
     between = [1000 * gap for request in done for gap in request.between_tokens]
     return {

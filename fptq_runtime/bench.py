@@ -90,6 +90,13 @@ class Steps:
         )
 
 
+def higher(before: Roofs | None, after: Roofs | None) -> Roofs | None:
+    """A roof is what the machine reached at best: what else it does only ever lowers the measurement."""
+    if before is None or after is None:
+        return None
+    return Roofs(max(before.gops, after.gops), max(before.read_gb_per_s, after.read_gb_per_s))
+
+
 def rows(batches: Sequence[int], contexts: Sequence[int], model: ModelConfig, steps: int, budget: int) -> list[Row]:
     """Every batch at every context. Empty: the default of `BATCHES`, where it fits into the model's positions. Raises
     ValueError where what was asked for does not."""

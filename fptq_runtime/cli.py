@@ -139,10 +139,17 @@ def engine_options(command: _Function) -> _Function:
                      help="Memory for keys and values."),
         click.option("--no-prefix-cache", "enable_prefix_caching", is_flag=True, flag_value=False, default=True,
                      help="Compute every prompt from its start."),
+        activation_option,
         backend_options,
     ]):
         command = option(command)
     return command
+
+
+def activation_option(command: _Function) -> _Function:
+    return click.option("--activations", type=click.Choice(["checkpoint", "int8"]), default="checkpoint",
+                        show_default=True, help="int8: per token, for layers with integer weights that the checkpoint "
+                        "leaves in float.")(command)
 
 
 def backend_options(command: _Function) -> _Function:
@@ -168,14 +175,21 @@ def cli() -> None:
 @click.argument("model")
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--recipe", type=RecipeName(), default="fptq", show_default=True, help="A preset, or a YAML file.")
-@click.option("--calibration", type=ExistingFile("random"), help="A text file, or `random` tokens "
-              "(public-domain tales that come with fptq).")
+@click.option("--calibration", type=ExistingFile("random", "self"), help="A text file; `random`: vocabulary "
+              "tokens; `self`: what the model writes (public-domain tales that come with fptq).")
+@click.option("--num-samples", type=click.IntRange(1), default=64, show_default=True, help="Calibration samples.")
+@click.option("--sample-length", type=click.IntRange(2), help="Tokens of each (512, or the model's context).")
+@click.option("--lengths", type=ExistingFile(), help="A request trace or a histogram of lengths (CSV or JSON), which "
+              "the samples then have; their tokens stay as many.")
+@click.option("--text", type=ExistingFile(), help="What perplexity is measured on before and after (tales that "
+              "calibration never sees).")
+@click.option("--text-tokens", type=click.IntRange(2), default=16384, show_default=True,
+              help="Read only the first tokens of it.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--revision", help="Branch, tag or commit of a hub model.")
 @click.option("--overwrite", is_flag=True, help="Replace an artifact at OUT.")
 @answers
-def quantize(model: str, out: Path, recipe: str, calibration: str | Path | None, seed: int, revision: str | None,
-             overwrite: bool) -> Answer:
+def quantize(model: str, out: Path, recipe: str, revision: str | None, **options: Any) -> Answer:
     """Quantize MODEL into the new directory OUT."""
     from fptq_runtime.locate import find_model
 
@@ -183,7 +197,7 @@ def quantize(model: str, out: Path, recipe: str, calibration: str | Path | None,
     from fptq_runtime.quantizer.pipeline import quantize
     from fptq_runtime.quantizer.report import summarize
 
-    manifest = quantize(source, out, recipe, calibration=calibration, seed=seed, overwrite=overwrite, progress=True)
+    manifest = quantize(source, out, recipe, progress=True, **options)
     return manifest.model_dump(mode="json"), summarize(manifest)
 
 
@@ -206,11 +220,12 @@ def serve(artifact: str, host: str, port: int, served_model_name: str | None, ap
     from fptq_runtime.locate import DEMO, find_artifact
 
     path = find_artifact(artifact)
+    from fptq_runtime.artifact.io import is_artifact
     from fptq_runtime.models.loader import Checkpoint
     from server.config import ServerConfig
     from server.main import serve
 
-    if not Checkpoint(path).quantized:
+    if not is_artifact(path) and not Checkpoint(path).quantized:
         raise ValueError(f"{artifact} is not quantized; make an artifact with `fptq quantize {artifact} OUT` first")
     name = served_model_name or (DEMO if artifact == DEMO else None)
     config = ServerConfig(host=host, port=port, api_keys=api_keys, public_metrics=public_metrics,
@@ -220,25 +235,62 @@ def serve(artifact: str, host: str, port: int, served_model_name: str | None, ap
 
 @cli.command("eval")
 @click.argument("model")
-@click.option("--text", type=ExistingFile(), required=True, help="A UTF-8 text file.")
+@click.option("--text", type=ExistingFile(), help="Perplexity on a UTF-8 text file.")
 @click.option("--max-tokens", type=click.IntRange(2), help="Read only the first tokens of the text.")
+@click.option("--choices", type=ExistingFile(), help='Multiple choice: a JSON object a line, {"context": …, '
+              '"choices": […], "answer": index}.')
+@click.option("--last-word", type=ExistingFile(), help='The last word as in LAMBADA: {"text": …} a line.')
+@click.option("--task", "tasks", multiple=True, help="An lm-eval task, a YAML file or a name; may be given more than "
+              "once.")
+@click.option("--limit", type=click.IntRange(1), help="Only the first documents of each --task.")
 @click.option("--kv-cache-dtype", type=click.Choice(["bf16", "int8"]), default="bf16", show_default=True)
+@activation_option
 @backend_options
 @answers
-def evaluate(model: str, text: Path, max_tokens: int | None, kv_cache_dtype: Any, backend: str, threads: int) -> Answer:
-    """Perplexity of MODEL, in float or quantized, on a text."""
+def evaluate(model: str, text: Path | None, max_tokens: int | None, choices: Path | None, last_word: Path | None,
+             tasks: tuple[str, ...], limit: int | None, kv_cache_dtype: Any, activations: Any, backend: str,
+             threads: int) -> Answer:
+    """Perplexity of MODEL, in float or quantized, on a text, and its accuracy in tasks."""
+    if not (text or choices or last_word or tasks):
+        raise click.UsageError("give what to evaluate on: --text, --choices, --last-word or --task")
     from fptq_runtime.locate import find_artifact
 
     path = find_artifact(model)
-    from fptq_runtime.kernels.select import select_backend
-    from fptq_runtime.quantizer.calibrate import read_text
-    from fptq_runtime.quantizer.evaluate import evaluate
+    data: dict[str, Any] = {}
+    lines = []
+    if text is not None:
+        from fptq_runtime.kernels.select import select_backend
+        from fptq_runtime.models.loader import Checkpoint
+        from fptq_runtime.quantizer.calibrate import read_text
+        from fptq_runtime.quantizer.evaluate import evaluate
 
-    result = evaluate(path, read_text(text), select_backend(backend, threads), max_tokens=max_tokens,
-                      kv_dtype=kv_cache_dtype, progress=True)
-    return asdict(result), (
-        f"perplexity {result.perplexity:.4f} on {result.text}: {result.tokens} tokens, windows of {result.window}"
-    )
+        kernels = select_backend(backend, threads, Checkpoint(path, activations).linear_schemes)
+        result = evaluate(path, read_text(text), kernels, max_tokens=max_tokens, kv_dtype=kv_cache_dtype,
+                          activations=activations, progress=True)
+        data |= asdict(result)
+        lines.append(f"perplexity {result.perplexity:.4f} on {result.text}: {result.tokens} tokens, windows of "
+                     f"{result.window}")
+    if choices or last_word or tasks:
+        from fptq_runtime import tasks as task
+        from fptq_runtime.engine.llm import LLM
+
+        llm = LLM(path, backend=backend, threads=threads, kv_cache_dtype=kv_cache_dtype, activations=activations)
+        scorer = task.Scorer(llm, progress=True)
+        if choices is not None:
+            chosen = task.choices(scorer, choices)
+            data["choices"] = asdict(chosen)
+            lines.append(f"accuracy {chosen.accuracy:.2%}, length-normalized {chosen.accuracy_normalized:.2%} on "
+                         f"{chosen.file}: {chosen.questions} questions")
+        if last_word is not None:
+            words = task.last_words(scorer, last_word)
+            data["last_word"] = asdict(words)
+            lines.append(f"last-word accuracy {words.accuracy:.2%}, perplexity {words.perplexity:.4f} on {words.file}: "
+                         f"{words.texts} texts")
+        if tasks:
+            data["tasks"] = task.lm_eval_tasks(scorer, tasks, limit)
+            lines += [f"{name}: {', '.join(f'{key} {value:.4f}' for key, value in metrics.items())}"
+                      for name, metrics in data["tasks"].items()]
+    return data, "\n".join(lines)
 
 
 @cli.command()
@@ -302,8 +354,9 @@ def verify(artifact: str, backend: str, threads: int) -> Answer:
     from fptq_runtime.models.loader import Checkpoint, load_model
 
     manifest = io.verify(path)
-    kernels = select_backend(backend, threads)
-    deviation = check_golden(load_model(Checkpoint(path), kernels), kernels, manifest.golden)
+    checkpoint = Checkpoint(path)
+    kernels = select_backend(backend, threads, checkpoint.linear_schemes)
+    deviation = check_golden(load_model(checkpoint, kernels), kernels, manifest.golden)
     return {"files": len(manifest.files), "bytes": manifest.size, "golden_deviation": deviation}, (
         f"{len(manifest.files)} files match their hashes; golden logits differ by {deviation:.1e} of "
         "max |logit|"
@@ -326,14 +379,18 @@ def verify(artifact: str, backend: str, threads: int) -> Answer:
 @click.option("--max-num-batched-tokens", type=click.IntRange(1), default=512, show_default=True,
               help="Most tokens in one step.")
 @click.option("--kv-cache-dtype", type=click.Choice(["bf16", "int8"]), default="int8", show_default=True)
+@activation_option
 @backend_options
 @answers
 def bench(artifact: str | None, shape: str | None, head_bits: str, phases: tuple[Any, ...], batches: tuple[int, ...],
-          contexts: tuple[int, ...], steps: int, seconds: float, backend: str, **options: Any) -> Answer:
+          contexts: tuple[int, ...], steps: int, seconds: float, activations: Any, backend: str, **options: Any
+          ) -> Answer:
     """Prefill and decode tokens per second of ARTIFACT or a --shape, by batch size and context, and what part of this
     machine's roofs that is."""
     if (artifact is None) == (shape is None):
         raise click.UsageError("give either an ARTIFACT or --shape")
+    if shape is not None and activations != "checkpoint":
+        raise click.UsageError("--activations is for an ARTIFACT; a --shape has int8 activations")
     from fptq_runtime import bench
 
     if shape is not None:
@@ -351,12 +408,13 @@ def bench(artifact: str | None, shape: str | None, head_bits: str, phases: tuple
         model = Checkpoint(path).model_config
         rows = bench.rows(batches, contexts, model, steps, options["max_num_batched_tokens"])
         config = bench.bench_config(model, rows, steps, **options)
-        engine = load_engine(path, backend=backend, **asdict(config))
-    roofs = engine.backend.roofs()
+        engine = load_engine(path, backend=backend, activations=activations, **asdict(config))
     bench.measure(engine, bench.Row(1, rows[0].context), steps=1, seconds=0)  # warms up
+    measured, roofs = [], engine.backend.roofs()
     with click.progressbar(rows, label="measuring", file=sys.stderr) as remaining:
-        measured = [part for row in remaining
-                    for part in bench.measure(engine, row, phases or bench.PHASES, steps=steps, seconds=seconds)]
+        for row in remaining:
+            measured += bench.measure(engine, row, phases or bench.PHASES, steps=steps, seconds=seconds)
+            roofs = bench.higher(roofs, engine.backend.roofs())
     results = [part.against(roofs) for part in measured]
     name = artifact or f"{shape}, random weights, {head_bits}-bit head"
     kernels = engine.backend.describe()

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 KVCacheDtype = Literal["float32", "bf16", "int8"]
+# What linears with quantized weights read: what the checkpoint says, or int8 per token where it says float.
+Activations = Literal["checkpoint", "int8"]
 
 
 @dataclass(frozen=True)

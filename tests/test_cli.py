@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import subprocess
@@ -158,3 +159,39 @@ def test_an_empty_key_is_no_key(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
 def test_bench_of_nothing_or_of_both(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("bench") == run("bench", "demo", "--shape", "llama-3.2-1b") == 2
     assert "either an ARTIFACT or --shape" in capsys.readouterr().err
+
+
+def test_quantize_options_are_the_functions_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                      capsys: pytest.CaptureFixture[str]) -> None:
+    """Every option has the name and the default of an argument of `quantize`, and reaches it."""
+    from fptq_runtime.quantizer import pipeline
+
+    given: dict[str, object] = {}
+
+    def quantize(*arguments: object, **options: object) -> None:
+        given.update(options)
+        raise ValueError("enough")
+
+    signature = inspect.signature(pipeline.quantize)
+    monkeypatch.setattr(pipeline, "quantize", quantize)
+    assert run("quantize", "demo", "out") == 1
+    assert {**given, "progress": False} == {name: signature.parameters[name].default for name in given}
+    assert {*signature.parameters} == {"model", "out", "recipe", *given}
+    (tmp_path / "a").touch()
+    file = str(tmp_path / "a")
+    run("quantize", "demo", "out", "--calibration", "self", "--num-samples", "7", "--sample-length", "9", "--lengths",
+        file, "--text", file, "--text-tokens", "11", "--seed", "3", "--overwrite")
+    assert given == {"calibration": "self", "num_samples": 7, "sample_length": 9, "lengths": Path(file),
+                     "text": Path(file), "text_tokens": 11, "seed": 3, "overwrite": True, "progress": True}
+
+
+@pytest.mark.parametrize(("arguments", "named"), [
+    (["--num-samples", "0"], "--num-samples"), (["--sample-length", "1"], "--sample-length"),
+    (["--lengths", "absent.csv"], "absent.csv"), (["--text", "absent.txt"], "absent.txt"),
+    (["--calibration", "slef"], "did you mean self"), (["--text-tokens", "x"], "--text-tokens"),
+])
+def test_wrong_calibration_options(arguments: list[str], named: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("quantize", "demo", "out", *arguments) == 2
+    err = capsys.readouterr().err
+    assert named in err
+    assert err.count("\n") == 1

@@ -24,6 +24,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
+from fptq_runtime.artifact.scheme import NumberType
+
 MANIFEST = "fptq.json"
 _NO_DIGEST = "0" * 64
 _MANIFEST_LIMIT = 256 << 20  # bytes of fptq.json that are read at all
@@ -38,11 +40,23 @@ class _Record(BaseModel):
 
 
 class TextRecord(_Record):
-    """Which tokens something was measured on. sha256 is of the text as read, or of the token ids where random."""
+    """Which tokens something was measured on. sha256 is of the text as read, or of the token ids where they are
+    random or the model's own."""
 
     name: str
     sha256: str
     tokens: int
+
+
+class LengthsRecord(_Record):
+    """What the lengths of calibration windows were drawn from. quantiles: of the windows, 0, 10, 50, 90 and 100 %;
+    clipped: the share of the file's sequences that exceed the model's context."""
+
+    name: str
+    sha256: str
+    windows: int
+    quantiles: tuple[int, ...]
+    clipped: float
 
 
 class LayerRecord(_Record):
@@ -50,7 +64,8 @@ class LayerRecord(_Record):
 
     range: max |x| of its input before any transform, peak_position the token position that set it. Errors are squared
     and relative to the float output, averaged over tokens: `activation_error` from quantizing the input alone,
-    `error` from input and weights.
+    `error` from input and weights. `input_type` and `type` (of the weights) say what the codes are; `rank` is the
+    low-rank correction's.
     """
 
     name: str
@@ -62,8 +77,11 @@ class LayerRecord(_Record):
     activations: Literal["static", "dynamic", "float"]
     reason: str
     input_scale: float | None
+    input_type: NumberType = "int"
     num_bits: int
     group_size: int | None
+    type: NumberType = "int"
+    rank: int = 0
     activation_error: float
     error: float
 
@@ -78,7 +96,8 @@ class Quality(_Record):
 
 
 class Provenance(_Record):
-    """What the artifact was made from. source_files maps every file of the source to its sha256."""
+    """What the artifact was made from. source_files maps every file of the source to its sha256. With `lengths`, the
+    calibration windows have its lengths and num_samples · sample_length tokens in all."""
 
     source: str
     revision: str | None
@@ -87,6 +106,7 @@ class Provenance(_Record):
     calibration: TextRecord
     num_samples: int
     sample_length: int
+    lengths: LengthsRecord | None = None
     seed: int
     fptq_version: str
 

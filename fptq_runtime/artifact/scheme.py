@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 Strategy = Literal["tensor", "token", "channel", "group"]
+NumberType = Literal["int", "float"]
 
 
 class SchemeError(ValueError):
@@ -16,10 +17,10 @@ class SchemeError(ValueError):
 
 @dataclass(frozen=True)
 class QuantizationArgs:
-    """How one tensor is quantized: symmetric integers of `num_bits`.
+    """How one tensor is quantized, symmetrically: integers of `num_bits`, or floats: FP4 E2M1 and FP8 E4M3.
 
-    Weights: strategy "group" (`group_size` set) or "channel". Activations: "tensor" with dynamic=False
-    (static; the layer stores `input_scale` [1]) or "token" with dynamic=True.
+    Weights: strategy "group" (`group_size` set) or "channel", which FP8 always is. Activations: "tensor" with
+    dynamic=False (static; the layer stores `input_scale` [1]) or "token" with dynamic=True.
     """
 
     num_bits: int
@@ -27,11 +28,11 @@ class QuantizationArgs:
     group_size: int | None = None
     dynamic: bool = False
     symmetric: bool = True
-    type: Literal["int"] = "int"
+    type: NumberType = "int"
 
     def __post_init__(self) -> None:
-        if self.type != "int" or not self.symmetric:
-            raise SchemeError(f"only symmetric integer quantization is supported, not {self.type}, "
+        if self.type not in ("int", "float") or not self.symmetric:
+            raise SchemeError(f"only symmetric integers and floats are supported, not {self.type}, "
                               f"symmetric={self.symmetric}")
         if self.num_bits not in (4, 8):
             raise SchemeError(f"num_bits must be 4 or 8, not {self.num_bits}")
@@ -39,6 +40,16 @@ class QuantizationArgs:
             raise SchemeError(f"group_size goes with strategy 'group', not with {self.strategy!r}")
         if self.group_size is not None and self.group_size not in (32, 64, 128):
             raise SchemeError(f"group_size must be 32, 64 or 128, not {self.group_size}")
+
+    @property
+    def format(self) -> str:
+        """compressed-tensors' name for how such weights are stored.
+
+        Its nvfp4 reader takes any group where there is no global scale; its nvfp4 writer, and vLLM's kernels, only 16.
+        """
+        if self.type == "int":
+            return "pack-quantized"
+        return "nvfp4-pack-quantized" if self.num_bits == 4 else "float-quantized"
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -76,15 +87,13 @@ class LayerScheme:
     def __post_init__(self) -> None:
         if self.weights.dynamic or self.weights.strategy not in ("group", "channel"):
             raise SchemeError(f"weights must be quantized per group or per channel, not {self.weights}")
+        if self.weights.format == "float-quantized" and self.weights.strategy != "channel":
+            raise SchemeError(f"FP8 weights must be quantized per channel, not {self.weights}")
         act = self.input_activations
         if act is not None and (act.num_bits, act.strategy, act.dynamic) not in (
             (8, "tensor", False), (8, "token", True)
         ):
             raise SchemeError(f"activations must be 8-bit, static per tensor or dynamic per token, not {act}")
-
-
-INT8_STATIC = QuantizationArgs(num_bits=8, strategy="tensor", dynamic=False)
-INT8_DYNAMIC = QuantizationArgs(num_bits=8, strategy="token", dynamic=True)
 
 
 class ModuleSchemes:
@@ -107,9 +116,6 @@ class ModuleSchemes:
         for name, group in groups.items():
             if not isinstance(group, Mapping) or not isinstance(group.get("weights"), Mapping):
                 raise SchemeError(f"config group {name!r} has no weights")
-            packing = group.get("format") or quantization_config.get("format")
-            if packing != "pack-quantized":
-                raise SchemeError(f"config group {name!r} has format {packing!r}; only pack-quantized is supported")
             if group.get("output_activations"):
                 raise SchemeError(f"config group {name!r} quantizes output activations, which is not supported")
             act = group.get("input_activations")
@@ -117,6 +123,10 @@ class ModuleSchemes:
                 QuantizationArgs.from_dict(group["weights"]),
                 QuantizationArgs.from_dict(act) if act else None,
             )
+            packing = group.get("format") or quantization_config.get("format")
+            if packing != scheme.weights.format:
+                raise SchemeError(f"config group {name!r} has format {packing!r}; of {scheme.weights.num_bits}-bit "
+                                  f"{scheme.weights.type} weights only {scheme.weights.format} is supported")
             targets = group.get("targets") or []
             for target in targets:
                 if isinstance(target, str) and not target.startswith("re:") and target != "Linear":

@@ -135,7 +135,8 @@ void gemm(const PackedWeight& weight, QuantizedRows& x, const Matrix<float>& out
   (weight.bits == 4 ? kernels.gemm_int4 : kernels.gemm_int8)(view, weight, e, m.begin, m.end, p.begin, p.end);
 }
 
-void gemm_float(const FloatWeight& weight, const Matrix<const float>& x, const Matrix<float>& out,
+template <auto kGemm, class Weight>
+void gemm_float(const Weight& weight, const Matrix<const float>& x, const Matrix<float>& out,
                 const OptionalVector& bias, const OptionalMatrix& residual, OptionalSpan rows, OptionalSpan columns,
                 const std::string& isa) {
   require(x.shape(1) == static_cast<size_t>(weight.k), "x and the weight differ in K");
@@ -144,7 +145,7 @@ void gemm_float(const FloatWeight& weight, const Matrix<const float>& x, const M
   const Span m = span(rows, static_cast<int>(x.shape(0)), "rows out of range");
   const Span p = span(columns, panels(weight.n), "panels out of range");
   nb::gil_scoped_release release;
-  kernels.gemm_float(x.data(), weight, e, m.begin, m.end, p.begin, p.end);
+  (kernels.*kGemm)(x.data(), weight, e, m.begin, m.end, p.begin, p.end);
 }
 
 // Seconds of the fastest of `passes` runs of f on every thread of the pool at once.
@@ -174,7 +175,7 @@ double read_bandwidth(ThreadPool& pool, int megabytes) {
   constexpr int kPasses = 10;
   constexpr size_t kLine = 64, kAhead = 4096;
   using Vector = int64_t __attribute__((vector_size(16)));
-  const size_t lines = (static_cast<size_t>(megabytes) << 20) / kLine;
+  const size_t lines = (static_cast<size_t>(megabytes) << 20) / kLine - 1001;  // no two shares begin at equal low bits
   const size_t threads = pool.threads();
   const std::unique_ptr<char, void (*)(void*)> buffer(static_cast<char*>(allocate_lines(lines * kLine)), std::free);
   const auto share = [&](size_t task) { return buffer.get() + lines * task / threads * kLine; };
@@ -203,7 +204,7 @@ void bind_gemm(nb::module_& m) {
       .def_ro("k", &PackedWeight::k)
       .def_ro("bits", &PackedWeight::bits)
       .def_ro("bf16_scales", &PackedWeight::bf16_scales);
-  nb::class_<FloatWeight>(m, "FloatWeight", "float32 or bfloat16 weights in the kernels' layout.")
+  nb::class_<FloatWeight>(m, "FloatWeight", "Float weights in the kernels' layout.")
       .def_ro("n", &FloatWeight::n)
       .def_ro("k", &FloatWeight::k);
 
@@ -242,22 +243,19 @@ void bind_gemm(nb::module_& m) {
         nb::arg("codes"), nb::arg("scale"), nb::arg("group_size"), nb::arg("bits"), nb::arg("pool") = nb::none(),
         "The same from a checkpoint's int32 words [N, ceil(K · bits / 32)].");
 
-  const auto pack = [](const void* data, bool bf16, size_t n, size_t k, ThreadPool* pool) {
-    require(n <= INT32_MAX && k <= INT32_MAX, "a weight that cannot be");
-    nb::gil_scoped_release release;
-    return pack_float(data, bf16, static_cast<int>(n), static_cast<int>(k), pool);
-  };
   m.def("pack_float",
-        [pack](const Matrix<const float>& weight, ThreadPool* pool) {
-          return pack(weight.data(), false, weight.shape(0), weight.shape(1), pool);
+        [](const nb::ndarray<nb::ro, nb::ndim<2>, nb::c_contig, nb::device::cpu>& weight, ThreadPool* pool) {
+          const nb::dlpack::dtype half{static_cast<uint8_t>(nb::dlpack::dtype_code::Float), 16, 1};
+          const bool bf16 = weight.dtype() == nb::dtype<int16_t>(), fp16 = weight.dtype() == half;
+          require(bf16 || fp16 || weight.dtype() == nb::dtype<float>(), "weight must be float32, float16 or int16");
+          const size_t n = weight.shape(0), k = weight.shape(1);
+          require(n <= INT32_MAX && k <= INT32_MAX, "a weight that cannot be");
+          const FloatType type = bf16 ? FloatType::kBfloat16 : fp16 ? FloatType::kFloat16 : FloatType::kFloat32;
+          nb::gil_scoped_release release;
+          return pack_float(weight.data(), type, static_cast<int>(n), static_cast<int>(k), pool);
         },
         nb::arg("weight"), nb::arg("pool") = nb::none(),
-        "weight float32 [N, K], or the bits of bfloat16 as int16 [N, K].");
-  m.def("pack_float",
-        [pack](const Matrix<const int16_t>& weight, ThreadPool* pool) {
-          return pack(weight.data(), true, weight.shape(0), weight.shape(1), pool);
-        },
-        nb::arg("weight"), nb::arg("pool") = nb::none());
+        "weight [N, K]: float32, float16, or the bits of bfloat16 as int16. Raises ValueError.");
 
   nb::class_<QuantizedRows>(m, "QuantizedRows", "int8 rows as the GEMM reads them.")
       .def(nb::init<const Matrix<const float>&, std::optional<float>, const std::string&>(), nb::arg("x"),
@@ -274,7 +272,8 @@ void bind_gemm(nb::module_& m) {
   };
   define("gemm", &gemm,
          "out [M, N] = x · Wᵀ + bias + residual, for rows (begin, end) and 64-column panels (begin, end) only.");
-  define("gemm_float", &gemm_float, "The same with float32 x [M, K] and a FloatWeight.");
+  define("gemm_float", &gemm_float<&Kernels::gemm_float, FloatWeight>, "The same with float32 x [M, K].");
+  define("gemm_float", &gemm_float<&Kernels::gemm_weight_only, PackedWeight>, "The same with float32 x [M, K].");
 }
 
 }  // namespace fptq

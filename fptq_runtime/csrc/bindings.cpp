@@ -77,7 +77,6 @@ std::shared_ptr<LinearParameter> make_linear(std::string name, std::shared_ptr<P
                                              std::shared_ptr<FloatWeight> float_weight, std::vector<float> bias,
                                              Act act) {
   if (!packed == !float_weight) throw std::invalid_argument(name + ": give one weight");
-  if (packed && !act) throw std::invalid_argument(name + ": integer weights need a quantized input");
   if (float_weight && act) throw std::invalid_argument(name + ": float weights need a float input");
   auto linear = std::make_shared<LinearParameter>(
       LinearParameter{std::move(name), packed, float_weight, std::move(bias), act});

@@ -20,6 +20,7 @@ struct Kernels {
   GemmFn gemm_int4;
   GemmFn gemm_int8;
   FloatGemmFn gemm_float;
+  WeightOnlyGemmFn gemm_weight_only;
   MultiplyFn multiply;
   QuantizeRowFn quantize_row;
   QuantizePartFn quantize_part;

@@ -11,6 +11,7 @@
 #include <cstring>
 
 #include "kernels.h"
+#include "simd.h"
 
 namespace fptq::FPTQ_NS {
 namespace {
@@ -57,8 +58,9 @@ inline int32_t zero_point(const int32_t* sums, int count, uint32_t zero) {
 }  // namespace fptq::FPTQ_NS
 
 // Each defines add_groups<Bits, R>(tile, groups, steps), which adds `groups` groups of `steps` · 4 codes to f and walks
-// over the weights passes(Bits, R) times, add_products<Bf16, R>(tile, k), and quantize_block(x, scale, codes), which
-// quantizes 32 floats (NaN as 127) and returns the sum of the codes.
+// over the weights passes(Bits, R) times, add_products<Type, R>(tile, k), widen_weights<Bits>(w, scales, out), which makes
+// kSumGroup k of a panel floats [k][64] of code · scale, and quantize_block(x, scale, codes), which quantizes 32 floats
+// (NaN as 127) and returns the sum of the codes.
 #if defined(__AVX512VNNI__) && !defined(FPTQ_EVEX256)
 #include "gemm_avx512.h"
 #elif defined(__AVX2__)
@@ -83,15 +85,15 @@ void add_groups(int rows, const Tile& tile, int groups, int steps) {
   }
 }
 
-template <bool Bf16>
+template <FloatType Type>
 void add_products(int rows, const FloatTile& tile, int k) {
   switch (rows) {
-    case 1: return add_products<Bf16, 1>(tile, k);
-    case 2: return add_products<Bf16, 2>(tile, k);
-    case 3: return add_products<Bf16, 3>(tile, k);
-    case 4: return add_products<Bf16, 4>(tile, k);
-    case 5: return add_products<Bf16, 5>(tile, k);
-    default: return add_products<Bf16, 6>(tile, k);
+    case 1: return add_products<Type, 1>(tile, k);
+    case 2: return add_products<Type, 2>(tile, k);
+    case 3: return add_products<Type, 3>(tile, k);
+    case 4: return add_products<Type, 4>(tile, k);
+    case 5: return add_products<Type, 5>(tile, k);
+    default: return add_products<Type, 6>(tile, k);
   }
 }
 
@@ -171,27 +173,47 @@ void gemm_int(const Activations& x, const PackedWeight& w, const Epilogue& e, in
   }
 }
 
-template <bool Bf16>
-void gemm_float_as(const float* x, const FloatWeight& w, const Epilogue& e, int m0, int m1, int p0, int p1) {
-  constexpr int kBlock = 128;
-  constexpr ptrdiff_t kElement = Bf16 ? 2 : 4;
+// Rows of floats by weights that weights(p, k0, count) gives as [count][64] of Type, kBlock k at a time.
+template <FloatType Type, int kBlock, class Weights>
+void gemm_rows(const float* x, int n, int k, const Epilogue& e, int m0, int m1, int p0, int p1, const Weights& weights) {
   alignas(64) float f[kChunkRows * kPanelCols];
   for (int p = p0; p < p1; ++p) {
-    const char* panel = static_cast<const char*>(w.data) + static_cast<ptrdiff_t>(p) * w.k * kPanelCols * kElement;
     for (int c0 = m0, c1; c0 < m1; c0 = c1) {
       c1 = smaller(m1, c0 + kChunkRows);
       std::memset(f, 0, static_cast<size_t>(c1 - c0) * kPanelCols * sizeof(float));
-      for (int k = 0; k < w.k; k += kBlock) {
+      for (int k0 = 0; k0 < k; k0 += kBlock) {
+        const int count = smaller(kBlock, k - k0);
+        const void* w = weights(p, k0, count);
         for (int m = c0, rows; m < c1; m += rows) {
           rows = smaller(kTileRows, c1 - m);
-          const FloatTile tile{x + static_cast<ptrdiff_t>(m) * w.k + k, w.k, panel + k * kPanelCols * kElement,
-                               f + (m - c0) * kPanelCols};
-          add_products<Bf16>(rows, tile, smaller(kBlock, w.k - k));
+          add_products<Type>(rows, {x + static_cast<ptrdiff_t>(m) * k + k0, k, w, f + (m - c0) * kPanelCols}, count);
         }
       }
-      for (int m = c0; m < c1; ++m) store_row(f + (m - c0) * kPanelCols, 1.0f, e, m, p * kPanelCols, w.n);
+      for (int m = c0; m < c1; ++m) store_row(f + (m - c0) * kPanelCols, 1.0f, e, m, p * kPanelCols, n);
     }
   }
+}
+
+template <FloatType Type>
+void gemm_float_as(const float* x, const FloatWeight& w, const Epilogue& e, int m0, int m1, int p0, int p1) {
+  gemm_rows<Type, 128>(x, w.n, w.k, e, m0, m1, p0, p1, [&](int p, int k0, int) {
+    return static_cast<const char*>(w.data) + (static_cast<ptrdiff_t>(p) * w.k + k0) * kPanelCols * float_bytes(Type);
+  });
+}
+
+template <int Bits>
+void gemm_weight_only_as(const float* x, const PackedWeight& w, const Epilogue& e, int m0, int m1, int p0, int p1) {
+  constexpr int kBlock = 64;   // its floats stay in L1
+  const ptrdiff_t blocks = (w.k + kSumGroup - 1) / kSumGroup, groups = (w.k + w.group_size - 1) / w.group_size;
+  alignas(64) float wide[kPanelCols], floats[kBlock * kPanelCols];
+  gemm_rows<FloatType::kFloat32, kBlock>(x, w.n, w.k, e, m0, m1, p0, p1, [&](int p, int k0, int count) {
+    for (int k = k0; k < k0 + count; k += kSumGroup) {
+      const uint8_t* codes = w.data + (p * blocks + k / kSumGroup) * (kSumGroup * kPanelCols * Bits / 8);
+      const float* scales = widen_scales(w, p * groups + k / w.group_size, 1, wide);
+      widen_weights<Bits>(codes, scales, floats + (k - k0) * kPanelCols);
+    }
+    return floats;
+  });
 }
 
 void gemm_int4(const Activations& x, const PackedWeight& w, const Epilogue& e, int m0, int m1, int p0, int p1) {
@@ -203,7 +225,14 @@ void gemm_int8(const Activations& x, const PackedWeight& w, const Epilogue& e, i
 }
 
 void gemm_float(const float* x, const FloatWeight& w, const Epilogue& e, int m0, int m1, int p0, int p1) {
-  (w.bf16 ? gemm_float_as<true> : gemm_float_as<false>)(x, w, e, m0, m1, p0, p1);
+  const auto gemm = w.type == FloatType::kFloat32    ? gemm_float_as<FloatType::kFloat32>
+                    : w.type == FloatType::kBfloat16 ? gemm_float_as<FloatType::kBfloat16>
+                                                     : gemm_float_as<FloatType::kFloat16>;
+  gemm(x, w, e, m0, m1, p0, p1);
+}
+
+void gemm_weight_only(const float* x, const PackedWeight& w, const Epilogue& e, int m0, int m1, int p0, int p1) {
+  (w.bits == 4 ? gemm_weight_only_as<4> : gemm_weight_only_as<8>)(x, w, e, m0, m1, p0, p1);
 }
 
 int32_t max_bits(const float* x, int n) {

@@ -324,9 +324,30 @@ void add_groups(const Tile& t, int groups, int steps) {
   }
 }
 
-template <bool Bf16, int R>
+// fma(code, scale, -zero · scale) rounds as (code - zero) · scale does.
+template <int Bits>
+void widen_weights(const uint8_t* w, const float* scales, float* out) {
+  for (int c = 0; c < 8; ++c) {
+    const bool high = Bits == 4 && c % 2;
+    const int column = Bits == 4 ? low_column(c / 2) + 16 * high : 8 * c;
+    const __m256i mask = _mm256_set1_epi32(Bits == 8 ? 255 : high ? 240 : 15);
+    const __m256 scale = _mm256_loadu_ps(scales + column);
+    const __m256 offset = _mm256_mul_ps(scale, _mm256_set1_ps(Bits == 8 || high ? -128.0f : -8.0f));
+    const uint8_t* step = w + 32 * (Bits == 4 ? c / 2 : c);
+    float* to = out + column;
+    for (int s = 0; s < kSumGroup / 4; ++s, step += kPanelCols * Bits / 2) {
+      __m256i codes = load(step);
+#pragma GCC unroll 4
+      for (int b = 0; b < 4; ++b, to += kPanelCols, codes = _mm256_srli_epi32(codes, 8))
+        _mm256_storeu_ps(to, _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_and_si256(codes, mask)), scale, offset));
+    }
+  }
+}
+
+template <FloatType Type, int R>
 void add_products(const FloatTile& t, int k) {
   constexpr int kVectors = R == 1 ? 8 : R <= 3 ? 4 : 2;   // of 8 columns
+  constexpr int kElement = float_bytes(Type);
   for (int c0 = 0; c0 < kPanelCols; c0 += 8 * kVectors) {
     __m256 acc[R][kVectors];
 #pragma GCC unroll 6
@@ -334,19 +355,12 @@ void add_products(const FloatTile& t, int k) {
 #pragma GCC unroll 8
       for (int c = 0; c < kVectors; ++c) acc[r][c] = _mm256_loadu_ps(t.f + r * kPanelCols + c0 + 8 * c);
     }
-    const char* w = static_cast<const char*>(t.w) + c0 * (Bf16 ? 2 : 4);
+    const char* w = static_cast<const char*>(t.w) + c0 * kElement;
     for (int i = 0; i < k; ++i) {
       __m256 v[kVectors];
 #pragma GCC unroll 8
-      for (int c = 0; c < kVectors; ++c) {
-        if constexpr (Bf16) {
-          const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(w + 16 * c));
-          v[c] = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
-        } else {
-          v[c] = _mm256_loadu_ps(reinterpret_cast<const float*>(w + 32 * c));
-        }
-      }
-      w += kPanelCols * (Bf16 ? 2 : 4);
+      for (int c = 0; c < kVectors; ++c) v[c] = widen<Type>(w + 8 * c * kElement);
+      w += kPanelCols * kElement;
 #pragma GCC unroll 6
       for (int r = 0; r < R; ++r) {
         const __m256 x = _mm256_set1_ps(t.x[r * t.ldx + i]);

@@ -150,7 +150,26 @@ template <int Bits, int R>
   }
 }
 
-template <bool Bf16, int R>
+// fma(code, scale, -zero · scale) rounds as (code - zero) · scale does.
+template <int Bits>
+void widen_weights(const uint8_t* w, const float* scales, float* out) {
+  for (int c = 0; c < 4; ++c) {
+    const bool high = Bits == 4 && c % 2;
+    const __m512i mask = _mm512_set1_epi32(Bits == 8 ? 255 : high ? 240 : 15);
+    const __m512 scale = _mm512_loadu_ps(scales + 16 * c);
+    const __m512 offset = _mm512_mul_ps(scale, _mm512_set1_ps(Bits == 8 || high ? -128.0f : -8.0f));
+    const uint8_t* step = w + 64 * (Bits == 4 ? c / 2 : c);
+    float* to = out + 16 * c;
+    for (int s = 0; s < kSumGroup / 4; ++s, step += kPanelCols * Bits / 2) {
+      __m512i codes = _mm512_loadu_si512(step);
+#pragma GCC unroll 4
+      for (int b = 0; b < 4; ++b, to += kPanelCols, codes = _mm512_srli_epi32(codes, 8))
+        _mm512_storeu_ps(to, _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_and_si512(codes, mask)), scale, offset));
+    }
+  }
+}
+
+template <FloatType Type, int R>
 [[gnu::noinline]] void add_products(const FloatTile& t, int k) {
   __m512 acc[R][4];
 #pragma GCC unroll 6
@@ -162,15 +181,8 @@ template <bool Bf16, int R>
   for (int i = 0; i < k; ++i) {
     __m512 v[4];
 #pragma GCC unroll 4
-    for (int c = 0; c < 4; ++c) {
-      if constexpr (Bf16) {
-        const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w + 32 * c));
-        v[c] = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
-      } else {
-        v[c] = _mm512_loadu_ps(w + 64 * c);
-      }
-    }
-    w += Bf16 ? 128 : 256;
+    for (int c = 0; c < 4; ++c) v[c] = widen<Type>(w + 16 * c * float_bytes(Type));
+    w += kPanelCols * float_bytes(Type);
 #pragma GCC unroll 6
     for (int r = 0; r < R; ++r) {
       const __m512 x = _mm512_set1_ps(t.x[r * t.ldx + i]);

@@ -72,18 +72,28 @@ void add_groups(const Tile& t, int groups, int steps) {
   }
 }
 
-template <bool Bf16, int R>
+template <int Bits>
+void widen_weights(const uint8_t* w, const float* scales, float* out) {
+  for (int k = 0; k < kSumGroup; ++k, out += kPanelCols) {
+    const uint8_t* step = w + k / 4 * kPanelCols * Bits / 2 + k % 4;
+    for (int j = 0; j < kPanelCols; ++j) {
+      if constexpr (Bits == 4) {
+        const int byte = step[j / 32 * 64 + j % 16 * 4];
+        const int code = j / 16 % 2 ? (byte & 240) - 128 : (byte & 15) - 8;   // a high column's is 16 times as large
+        out[j] = static_cast<float>(code) * scales[j];
+      } else {
+        out[j] = static_cast<float>(step[4 * j] - 128) * scales[j];
+      }
+    }
+  }
+}
+
+template <FloatType Type, int R>
 void add_products(const FloatTile& t, int k) {
   for (int i = 0; i < k; ++i) {
     float v[kPanelCols];
-    if constexpr (Bf16) {
-      for (int j = 0; j < kPanelCols; ++j) {
-        const uint32_t bits = static_cast<uint32_t>(static_cast<const uint16_t*>(t.w)[i * kPanelCols + j]) << 16;
-        std::memcpy(v + j, &bits, 4);
-      }
-    } else {
-      std::memcpy(v, static_cast<const float*>(t.w) + i * kPanelCols, sizeof v);
-    }
+    const char* w = static_cast<const char*>(t.w) + i * kPanelCols * float_bytes(Type);
+    for (int j = 0; j < kPanelCols; j += kLanes) store(v + j, widen<Type>(w + j * float_bytes(Type)));
     for (int r = 0; r < R; ++r) {
       const float x = t.x[r * t.ldx + i];
       float* f = t.f + r * kPanelCols;

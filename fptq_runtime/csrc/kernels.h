@@ -5,6 +5,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "views.h"
+
 namespace fptq {
 
 constexpr int kTileRows = 6;       // at most, of an activation panel
@@ -47,10 +49,10 @@ struct PackedWeight {
   int n, k, group_size, bits;   // group_size == k rounded up to 32 where quantized per channel
 };
 
-// Float weights for layers that stay in float: panels [N/64][K][64], float32 or bf16, N rounded up with zeros.
+// Float weights for layers that stay in float: panels [N/64][K][64], N rounded up with zeros.
 struct FloatWeight {
   void* data;
-  bool bf16;
+  FloatType type;
   int n, k;
 };
 
@@ -67,6 +69,8 @@ struct Epilogue {
 
 using GemmFn = void (*)(const Activations&, const PackedWeight&, const Epilogue&, int m0, int m1, int p0, int p1);
 using FloatGemmFn = void (*)(const float* x, const FloatWeight&, const Epilogue&, int m0, int m1, int p0, int p1);
+// Float rows by integer weights: the bits that a FloatGemmFn gives for float32 weights of code · scale.
+using WeightOnlyGemmFn = void (*)(const float* x, const PackedWeight&, const Epilogue&, int m0, int m1, int p0, int p1);
 // Multiplies what the registers hold with the GEMMs' integer instruction; returns the multiply-adds done.
 using MultiplyFn = int64_t (*)(int64_t rounds);
 // Quantizes row m of x (K floats) into `out`. static_scale > 0: that scale; 0: dynamic, max|x| / 127.5.

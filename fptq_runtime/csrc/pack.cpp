@@ -194,20 +194,21 @@ std::shared_ptr<const PackedWeight> pack_weight(const void* words, const float* 
   return packed;
 }
 
-std::shared_ptr<const FloatWeight> pack_float(const void* weight, bool bf16, int n, int k, ThreadPool* pool) {
+std::shared_ptr<const FloatWeight> pack_float(const void* weight, FloatType type, int n, int k, ThreadPool* pool) {
   check_shape(n, k);
   const size_t panels = (n + kPanelCols - 1) / kPanelCols;
   std::shared_ptr<FloatWeight> packed(new FloatWeight{}, [](FloatWeight* w) {
     std::free(w->data);
     delete w;
   });
-  packed->bf16 = bf16;
+  packed->type = type;
   packed->n = n;
   packed->k = k;
-  packed->data = allocate_lines(panels * k * kPanelCols * (bf16 ? 2 : 4));
+  packed->data = allocate_lines(panels * k * kPanelCols * float_bytes(type));
   each_panel(n, pool, [&](size_t p) {
-    bf16 ? pack_float_panel(static_cast<const uint16_t*>(weight), static_cast<uint16_t*>(packed->data), n, k, p)
-         : pack_float_panel(static_cast<const uint32_t*>(weight), static_cast<uint32_t*>(packed->data), n, k, p);
+    float_bytes(type) == 2
+        ? pack_float_panel(static_cast<const uint16_t*>(weight), static_cast<uint16_t*>(packed->data), n, k, p)
+        : pack_float_panel(static_cast<const uint32_t*>(weight), static_cast<uint32_t*>(packed->data), n, k, p);
   });
   return packed;
 }

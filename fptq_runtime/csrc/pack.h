@@ -27,7 +27,7 @@ std::shared_ptr<const PackedWeight> pack_weight(const int8_t* codes, const float
 std::shared_ptr<const PackedWeight> pack_weight(const void* words, const float* scale, int n, int k, int group_size,
                                                 int bits, ThreadPool* pool);
 
-// weight [N][K], float32 or the bits of bf16.
-std::shared_ptr<const FloatWeight> pack_float(const void* weight, bool bf16, int n, int k, ThreadPool* pool);
+// weight [N][K].
+std::shared_ptr<const FloatWeight> pack_float(const void* weight, FloatType type, int n, int k, ThreadPool* pool);
 
 }  // namespace fptq

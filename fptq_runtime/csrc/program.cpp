@@ -148,7 +148,7 @@ void Program::each_row(int id, const StepView& step, F f) const {
 int Program::embed(std::shared_ptr<const EmbeddingParameter> table) {
   vocab_ = vocab_ ? std::min(vocab_, table->vocab) : table->vocab;
   const int out = define("embed", table->width, false, {}, {}, -1);
-  const size_t row_bytes = static_cast<size_t>(table->width) * (table->type == FloatType::kFloat32 ? 4 : 2);
+  const size_t row_bytes = table->width * float_bytes(table->type);
   record([=, this_ = this](const StepView& step) {
     float* y = this_->floats(out, step);
     this_->each_row(out, step, [&](int row, int) {
@@ -298,7 +298,7 @@ int Program::linear(int x, std::shared_ptr<const LinearParameter> linear, std::o
     work.weight_bytes += weights * packed->bits / 8 +
                          int64_t{n} * ceil_div(k, packed->group_size) * (packed->bf16_scales ? 2 : 4);
   else
-    work.weight_bytes += weights * (linear->float_weight->bf16 ? 2 : 4);
+    work.weight_bytes += weights * float_bytes(linear->float_weight->type);
   const int out = define(linear_kind(*linear), n, in.selected, {}, reads, residual && *residual != x ? *residual : -1);
   if (linear->packed && !residual) ops_.back().gateable = linear;
   record([=, this_ = this](const StepView& step) {
@@ -315,11 +315,13 @@ int Program::linear(int x, std::shared_ptr<const LinearParameter> linear, std::o
 
 void Program::multiply(const LinearParameter& linear, int x, const Epilogue& epilogue, const StepView& step, int m0,
                        int m1, int p0, int p1) const {
-  if (linear.packed) {
+  if (linear.float_weight) {
+    kernels_.gemm_float(floats(x, step), *linear.float_weight, epilogue, m0, m1, p0, p1);
+  } else if (!linear.act) {
+    kernels_.gemm_weight_only(floats(x, step), *linear.packed, epilogue, m0, m1, p0, p1);
+  } else {
     const auto gemm = linear.packed->bits == 4 ? kernels_.gemm_int4 : kernels_.gemm_int8;
     gemm(activations(x, step), *linear.packed, epilogue, m0, m1, p0, p1);
-  } else {
-    kernels_.gemm_float(floats(x, step), *linear.float_weight, epilogue, m0, m1, p0, p1);
   }
 }
 

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "views.h"
+
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -50,7 +52,7 @@ static inline Vec splat(float x) { return x - Vec{}; }
 
 #if defined(__AVX512F__)
 static inline Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
-// Where one operand is NaN: the second. (Masked, because GCC 12 warns about its own _mm512_max_ps.)
+// Where one operand is NaN: the second. (Masked, here and below, because GCC 12 warns about its own intrinsics.)
 static inline Vec vmax(Vec a, Vec b) { return _mm512_maskz_max_ps(0xffff, a, b); }
 static inline Vec vmin(Vec a, Vec b) { return _mm512_maskz_min_ps(0xffff, a, b); }
 #elif defined(__AVX2__)
@@ -68,8 +70,8 @@ static inline Vec widen(const float* p) { return load(p); }
 
 #if defined(__AVX512F__)
 static inline Vec widen(const uint16_t* p) {
-  const __m512i x = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-  return _mm512_castsi512_ps(_mm512_slli_epi32(x, 16));
+  const __m512i x = _mm512_maskz_cvtepu16_epi32(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  return _mm512_castsi512_ps(_mm512_maskz_slli_epi32(0xffff, x, 16));
 }
 #elif defined(__AVX2__)
 static inline Vec widen(const uint16_t* p) {
@@ -83,6 +85,38 @@ static inline Vec widen(const uint16_t* p) {
   return reinterpret_cast<Vec>(bits);
 }
 #endif
+
+static inline float from_fp16(uint16_t x) {
+  const uint32_t sign = static_cast<uint32_t>(x & 0x8000) << 16, exponent = x >> 10 & 31, mantissa = x & 0x3ff;
+  if (exponent == 0) {  // subnormal: mantissa · 2^-24
+    const float f = static_cast<float>(mantissa) * 5.9604644775390625e-8f;
+    return sign ? -f : f;
+  }
+  const uint32_t bits = sign | (exponent == 31 ? 0x7f800000u : (exponent + 112) << 23) | mantissa << 13;
+  float f;
+  __builtin_memcpy(&f, &bits, sizeof f);
+  return f;
+}
+
+// kLanes of that type.
+template <FloatType Type>
+static inline Vec widen(const void* p) {
+  if constexpr (Type == FloatType::kFloat32) {
+    return load(static_cast<const float*>(p));
+  } else if constexpr (Type == FloatType::kBfloat16) {
+    return widen(static_cast<const uint16_t*>(p));
+  } else {
+#if defined(__AVX512F__)
+    return _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(static_cast<const __m256i*>(p)));
+#elif defined(__AVX2__)
+    return _mm256_cvtph_ps(_mm_loadu_si128(static_cast<const __m128i*>(p)));
+#else
+    Vec v;
+    for (int i = 0; i < kLanes; ++i) v[i] = from_fp16(static_cast<const uint16_t*>(p)[i]);
+    return v;
+#endif
+  }
+}
 
 // Lanes folded in halves with f: always the same tree.
 template <class V, class F>
@@ -188,18 +222,6 @@ static inline uint16_t to_bf16(float x) {
   __builtin_memcpy(&bits, &x, sizeof bits);
   if ((bits & 0x7fffffff) > 0x7f800000) return static_cast<uint16_t>(bits >> 16 | 0x40);
   return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
-
-static inline float from_fp16(uint16_t x) {
-  const uint32_t sign = static_cast<uint32_t>(x & 0x8000) << 16, exponent = x >> 10 & 31, mantissa = x & 0x3ff;
-  if (exponent == 0) {  // subnormal: mantissa · 2^-24
-    const float f = static_cast<float>(mantissa) * 5.9604644775390625e-8f;
-    return sign ? -f : f;
-  }
-  const uint32_t bits = sign | (exponent == 31 ? 0x7f800000u : (exponent + 112) << 23) | mantissa << 13;
-  float f;
-  __builtin_memcpy(&f, &bits, sizeof f);
-  return f;
 }
 
 }  // namespace FPTQ_NS

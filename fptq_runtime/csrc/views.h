@@ -9,6 +9,8 @@ namespace fptq {
 enum class FloatType { kFloat32, kBfloat16, kFloat16 };
 enum class KvType { kFloat32, kBfloat16, kInt8 };
 
+constexpr ptrdiff_t float_bytes(FloatType type) { return type == FloatType::kFloat32 ? 4 : 2; }
+
 constexpr int kKvChunk = 128;      // keys of one softmax partial, at absolute positions
 constexpr int kKeyBlock = 16;      // keys that lie side by side in the cache; a cache block is a multiple of it
 constexpr int kMaxHeadDim = 256;

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fptq_runtime.artifact.io import MANIFEST, check_files, is_artifact
-from fptq_runtime.config import EngineConfig, ModelConfig
+from fptq_runtime.config import Activations, EngineConfig, ModelConfig
 from fptq_runtime.engine.engine import Engine, QueueFullError
 from fptq_runtime.engine.kv_cache import cache_tokens, format_bytes, step_limits
 from fptq_runtime.engine.output import RequestOutput, TokenLogprobs
@@ -45,11 +45,13 @@ class Completion:
 class LLM:
     """Offline generation: `LLM("artifact").generate(["Once upon a time"], SamplingParams(max_tokens=64))`.
 
-    path: a model directory, quantized or float. Options are EngineConfig's fields.
+    path: a model directory, quantized or float. activations: "int8" quantizes, per token, what layers with integer
+    weights and float activations read. Options are EngineConfig's fields.
     """
 
-    def __init__(self, path: str | Path, *, backend: str = "auto", **options: Any) -> None:
-        self.engine = load_engine(path, backend=backend, **options)
+    def __init__(self, path: str | Path, *, backend: str = "auto", activations: Activations = "checkpoint",
+                 **options: Any) -> None:
+        self.engine = load_engine(path, backend=backend, activations=activations, **options)
         self._request_ids = map(str, itertools.count())
 
     def generate(self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
@@ -92,14 +94,16 @@ class LLM:
         ]
 
 
-def load_engine(path: str | Path, *, backend: str = "auto", max_model_len: int | None = None, **options: Any) -> Engine:
-    """An engine for a model directory; an artifact's files and golden logits are checked first.
+def load_engine(path: str | Path, *, backend: str = "auto", activations: Activations = "checkpoint",
+                max_model_len: int | None = None, **options: Any) -> Engine:
+    """An engine for a model directory; an artifact's files and golden logits are checked first, these only where its
+    activations are its own.
 
     max_model_len: the model's own unless given, or what the KV cache holds where that is less. options: the other
     fields of EngineConfig. Raises ValueError (ArtifactError, CheckpointError, GoldenMismatch, …), one line.
     """
     manifest = check_files(Path(path)) if is_artifact(Path(path)) else None
-    checkpoint = Checkpoint(path)
+    checkpoint = Checkpoint(path, activations)
     model = checkpoint.model_config
     config = EngineConfig(max_model_len=max_model_len or model.max_position_embeddings, **options)
     if max_model_len is None:
@@ -107,15 +111,19 @@ def load_engine(path: str | Path, *, backend: str = "auto", max_model_len: int |
     step_limits(model, config)  # says what is wrong with it before minutes of loading
     prompt = () if manifest is None else manifest.golden.get("prompt_token_ids", ())
     checkpoint.max_positions = min(model.max_position_embeddings, max(config.max_model_len, len(prompt)))
-    kernels = select_backend(backend, config.threads)
+    kernels = select_backend(backend, config.threads, checkpoint.linear_schemes)
     with ThreadPoolExecutor(1) as executor:
         tokenizer = executor.submit(Tokenizer, path)  # half a second for a large vocabulary
         decoder = load_model(checkpoint, kernels)
-        if manifest is not None:
+        if manifest is None:
+            if checkpoint.quantized:
+                logger.warning("%s has no %s: neither its files nor its logits were checked", path, MANIFEST)
+        elif activations == "checkpoint":
             deviation = check_golden(decoder, kernels, manifest.golden)
             logger.info("golden logits agree within %.1e of max |logit|", deviation)
-        elif checkpoint.quantized:
-            logger.warning("%s has no %s: neither its files nor its logits were checked", path, MANIFEST)
+        else:
+            logger.warning("golden logits were not checked: they hold for float activations, and %s were asked for",
+                           activations)
     _release_freed_memory()
     try:
         return Engine(decoder, kernels, config, tokenizer.result(), eos_token_ids(checkpoint))

@@ -13,6 +13,7 @@ from typing import Any, Literal, Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from fptq_runtime.artifact.scheme import NumberType
 from fptq_runtime.config import KVCacheDtype
 
 V = TypeVar("V")
@@ -30,23 +31,26 @@ GREEDY_BELOW = 1e-5  # vLLM's bound: a temperature below is 0
 
 @dataclass(frozen=True)
 class ActivationQuant:
-    """int8 quantization of a linear layer's input: q = clamp(round(x / scale), -128, 127), half to even.
+    """8-bit quantization of a linear layer's input. int: q = clamp(round(x / scale), -128, 127), half to even; float:
+    the nearest FP8 E4M3.
 
-    scale: the static per-tensor scale; None means dynamic per token, scale = max|x| / 127.5 of each row
+    scale: the static per-tensor scale; None means dynamic per token, scale = max|x| / 127.5 of each row, or / 448
     (compressed-tensors' symmetric formula).
     """
 
     scale: float | None = None
+    type: NumberType = "int"
 
 
 @dataclass
 class QuantizedWeight:
     """W[n, k] = codes[n, k] · scale[n, k // group_size]."""
 
-    packed: Array  # int32 [N, ceil(K · num_bits / 32)], as artifact/numerics.py's pack_codes packs the codes
+    packed: Array  # as artifact/numerics.py's pack_codes packs the codes
     scale: Array  # float [N, K / group_size]
     num_bits: Literal[4, 8]
     group_size: int  # K where quantized per channel
+    type: NumberType = "int"
 
     @property
     def k(self) -> int:
@@ -55,12 +59,16 @@ class QuantizedWeight:
 
 @dataclass
 class Linear:
-    """y = x · Wᵀ + bias. `act` says how x is quantized before; None leaves it in float."""
+    """y = x · Wᵀ + bias. `act` says how x is quantized before; None leaves it in float.
+
+    low_rank: down [r, K] and up [N, r], in float: y += (x · downᵀ) · upᵀ, of the same quantized x.
+    """
 
     name: str
     weight: Array | QuantizedWeight  # [N, K]
     bias: Array | None = None  # [N]
     act: ActivationQuant | None = None
+    low_rank: tuple[Array, Array] | None = None
 
 
 @dataclass
@@ -276,5 +284,5 @@ class Backend(Protocol):
         ...
 
     def describe(self) -> dict[str, str]:
-        """What really runs: ISA and kernel by kind of layer, for /info and `fptq bench`."""
+        """What really runs: ISA and kernel by kind of layer prepared so far, for /info and `fptq bench`."""
         ...

@@ -65,6 +65,7 @@ class CpuBackend:
                                                 threads, available)
         self._pool = _native.ThreadPool(threads or available)
         self._sampler = _native.Sampler(self._pool, self._isa)
+        self._linears: dict[str, str] = {}  # the kernel of each kind that was prepared
 
     def prepare(self, parameter: Any) -> Prepared:
         if isinstance(parameter, Linear):
@@ -79,20 +80,26 @@ class CpuBackend:
 
     def _prepare_linear(self, linear: Linear) -> Any:
         weight, act = linear.weight, _act(linear.act)
+        if linear.low_rank is not None:
+            raise ValueError(f"{linear.name}: the native backend has no kernel for low-rank corrections; use the "
+                             "reference backend")
         if isinstance(weight, QuantizedWeight):
+            if weight.type != "int":
+                raise ValueError(f"{linear.name}: the native backend has no kernel for FP{weight.num_bits} weights; "
+                                 "use the reference backend")
             if act is None:
-                raise ValueError(f"{linear.name}: the native backend has no kernel for {weight.num_bits}-bit weights "
-                                 f"with float activations; quantize its input or use the reference backend")
+                self._linears[f"linear int{weight.num_bits}, float input"] = f"{self._float}, codes widened in cache"
+            else:
+                self._linears[f"linear int{weight.num_bits}"] = self._int4 if weight.num_bits == 4 else self._int8
             packed = _native.pack_weight(np.ascontiguousarray(weight.packed), _float32(weight.scale), weight.group_size,
                                          weight.num_bits, self._pool)
             return _native.Linear(linear.name, packed, None, _floats(linear.bias), act)
         if act is not None:
             raise ValueError(f"{linear.name}: the native backend has no kernel for float weights with quantized "
                              f"activations; quantize the weight or use the reference backend")
-        if weight.dtype == bfloat16:
-            kept = _native.pack_float(np.ascontiguousarray(weight).view(np.int16), self._pool)
-        else:
-            kept = _native.pack_float(_float32(weight), self._pool)
+        self._linears[f"linear {weight.dtype.name}"] = self._float
+        values = np.ascontiguousarray(weight)
+        kept = _native.pack_float(values.view(np.int16) if weight.dtype == bfloat16 else values, self._pool)
         return _native.Linear(linear.name, None, kept, _floats(linear.bias), None)
 
     def compile(self, forward: Callable[[Ops[Any]], Any], limits: StepLimits) -> CpuExecutor:
@@ -147,9 +154,7 @@ class CpuBackend:
             "backend": "native",
             "isa": self._isa,
             "threads": str(self._pool.threads),
-            "linear int4": self._int4,
-            "linear int8": self._int8,
-            "linear float": self._float,
+            **self._linears,
             "attention": f"paged, {self._isa}; int8 KV: integer q·K and P·V; bf16 and float32 KV: float32 FMA",
         }
 
@@ -268,6 +273,8 @@ def _act(act: ActivationQuant | None) -> float | None:
     """The native form: None is float, 0 dynamic, else the static scale."""
     if act is None:
         return None
+    if act.type != "int":
+        raise ValueError("the native backend has no kernel for FP8 activations; use the reference backend")
     if act.scale is None:
         return 0.0
     if not act.scale > 0:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from ml_dtypes import bfloat16
+from ml_dtypes import bfloat16, float8_e4m3fn
 
 from fptq_runtime.artifact.numerics import dequantize, fake_quantize, token_scale, unpack_codes
 from fptq_runtime.config import KVCacheDtype
@@ -35,6 +35,8 @@ from fptq_runtime.kernels.base import (
 )
 from fptq_runtime.kernels.sampling import sample_reference
 
+_ML_DTYPES = {np.dtype(bfloat16): torch.bfloat16, np.dtype(float8_e4m3fn): torch.float8_e4m3fn}
+
 
 class ReferenceBackend:
     name = "reference"
@@ -44,7 +46,9 @@ class ReferenceBackend:
         if isinstance(parameter, Linear):
             weight = parameter.weight
             weight = dequantized(weight) if isinstance(weight, QuantizedWeight) else to_torch(weight).float()
-            return replace(parameter, weight=weight, bias=_floats(parameter.bias))
+            down, up = parameter.low_rank or (None, None)
+            low_rank = None if down is None else (_floats(down), _floats(up))
+            return replace(parameter, weight=weight, bias=_floats(parameter.bias), low_rank=low_rank)
         if isinstance(parameter, Norm):
             return _float_norm(parameter)
         if isinstance(parameter, Embedding):
@@ -126,6 +130,9 @@ class ReferenceOps:
     def linear(self, x: torch.Tensor, linear: Linear, residual: torch.Tensor | None = None) -> torch.Tensor:
         assert isinstance(linear.weight, torch.Tensor)
         y = F.linear(x, linear.weight, linear.bias)
+        if linear.low_rank is not None:
+            down, up = linear.low_rank
+            y = y + F.linear(F.linear(x, down), up)
         return y if residual is None else y + residual
 
     def activation(self, x: torch.Tensor, kind: Literal["silu_mul", "gelu_tanh"],
@@ -176,16 +183,18 @@ def to_torch(array: Array) -> torch.Tensor:
     """The same memory as a tensor; a tensor as it is."""
     if isinstance(array, torch.Tensor):
         return array
-    bits: torch.Tensor = torch.from_numpy(array.view(np.int16) if array.dtype == bfloat16 else array)
-    return bits.view(torch.bfloat16) if array.dtype == bfloat16 else bits
+    dtype = _ML_DTYPES.get(array.dtype)
+    return torch.from_numpy(array) if dtype is None else torch.from_numpy(array.view(f"i{array.itemsize}")).view(dtype)
 
 
 def to_numpy(tensor: Array) -> Array:
     """The inverse of `to_torch`."""
     if not isinstance(tensor, torch.Tensor):
         return tensor
-    if tensor.dtype == torch.bfloat16:
-        return tensor.contiguous().view(torch.int16).numpy().view(bfloat16)
+    for ours, theirs in _ML_DTYPES.items():
+        if tensor.dtype == theirs:
+            bits = torch.int16 if tensor.itemsize == 2 else torch.int8
+            return tensor.contiguous().view(bits).numpy().view(ours)
     return tensor.numpy()
 
 
@@ -199,7 +208,7 @@ def quantize_activations(x: torch.Tensor, act: ActivationQuant | None) -> torch.
     """A linear's input [rows, K] as it will be read: quantized as `act` says and back."""
     if act is None:
         return x
-    return fake_quantize(x, token_scale(x) if act.scale is None else act.scale)
+    return fake_quantize(x, token_scale(x, act.type) if act.scale is None else act.scale, act.type)
 
 
 def round_kv(x: torch.Tensor, dtype: KVCacheDtype) -> torch.Tensor:

@@ -94,6 +94,11 @@ class ModelSpec:
     def layer(self, index: int, module: str) -> str:
         return f"{self.layers}.{index}.{module}"
 
+    def linear_names(self, config: ModelConfig) -> tuple[str, ...]:
+        """Of every block and the head."""
+        modules = (*self.qkv, self.o, *self.up, self.down)
+        return (*(self.layer(i, module) for i in range(config.num_layers) for module in modules), self.lm_head)
+
     def qkv_sizes(self, config: ModelConfig) -> tuple[int, ...]:
         """Rows of each module in `qkv`."""
         q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
@@ -133,7 +138,8 @@ class ModelSpec:
 
 
 def fuse(name: str, parts: Sequence[Linear], order: Array | None) -> Linear:
-    """Stack linears that read the same input. Raises ModelError where their schemes differ."""
+    """Stack linears that read the same input, and their low-rank factors: `down` once where all have the same, else
+    block by block. Raises ModelError where their schemes differ."""
     first = parts[0]
     if any(part.act != first.act for part in parts):
         raise ModelError(f"{name}: {', '.join(p.name for p in parts)} read one input but quantize it differently")
@@ -143,14 +149,15 @@ def fuse(name: str, parts: Sequence[Linear], order: Array | None) -> Linear:
     bias = None if biases[0] is None else _stack(biases)
     weights = [part.weight for part in parts]
     quantized = [w for w in weights if isinstance(w, QuantizedWeight)]
-    if quantized and (len(quantized) != len(weights) or len({(w.num_bits, w.group_size) for w in quantized}) != 1):
+    schemes = {(w.num_bits, w.group_size, w.type) for w in quantized}
+    if quantized and (len(quantized) != len(weights) or len(schemes) != 1):
         raise ModelError(f"{name}: {', '.join(p.name for p in parts)} are fused but quantized differently")
     weight = (
         replace(quantized[0], packed=_stack([w.packed for w in quantized]), scale=_stack([w.scale for w in quantized]))
         if quantized
         else _stack(weights)
     )
-    fused = Linear(name, weight, bias, first.act)
+    fused = Linear(name, weight, bias, first.act, _stack_low_rank(name, parts))
     return fused if order is None else _take_rows(fused, name, order)
 
 
@@ -172,6 +179,20 @@ def _stack(arrays: Sequence[Array]) -> Array:
     return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
 
+def _stack_low_rank(name: str, parts: Sequence[Linear]) -> tuple[Array, Array] | None:
+    factors = [part.low_rank for part in parts if part.low_rank is not None]
+    if not factors:
+        return None
+    if len(factors) != len(parts):
+        raise ModelError(f"{name}: {', '.join(p.name for p in parts)} are fused, but not all have low-rank factors")
+    first = factors[0][0]
+    if all(np.array_equal(down, first) for down, _ in factors):
+        return first, _stack([up for _, up in factors])
+    ranks = [down.shape[0] for down, _ in factors]
+    padded = [np.pad(up, ((0, 0), (sum(ranks[:i]), sum(ranks[i + 1:])))) for i, (_, up) in enumerate(factors)]
+    return _stack([down for down, _ in factors]), _stack(padded)
+
+
 def _rows(linear: Linear) -> int:
     weight = linear.weight
     return int((weight.packed if isinstance(weight, QuantizedWeight) else weight).shape[0])
@@ -184,7 +205,9 @@ def _take_rows(linear: Linear, name: str, rows: Array | slice) -> Linear:
         if isinstance(weight, QuantizedWeight)
         else weight[rows]
     )
-    return Linear(name, taken, None if linear.bias is None else linear.bias[rows], linear.act)
+    bias = None if linear.bias is None else linear.bias[rows]
+    low_rank = None if linear.low_rank is None else (linear.low_rank[0], linear.low_rank[1][rows])
+    return replace(linear, name=name, weight=taken, bias=bias, low_rank=low_rank)
 
 
 def _rope(fields: Fields, max_position_embeddings: int) -> RopeConfig:

@@ -6,16 +6,17 @@ import json
 import math
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from ml_dtypes import bfloat16
+from ml_dtypes import bfloat16, float8_e4m3fn
 from safetensors import SafetensorError, safe_open
 
-from fptq_runtime.artifact.scheme import LayerScheme, ModuleSchemes, SchemeError
+from fptq_runtime.artifact.scheme import LayerScheme, ModuleSchemes, QuantizationArgs, SchemeError
+from fptq_runtime.config import Activations
 from fptq_runtime.kernels.base import (
     ActivationQuant,
     Array,
@@ -32,7 +33,8 @@ from fptq_runtime.models.layers import alibi_slopes, rope_tables
 
 MAX_JSON_BYTES = 64 << 20
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(bfloat16),
-          "I64": np.dtype(np.int64), "I32": np.dtype(np.int32)}  # by their names in a safetensors header
+          "F8_E4M3": np.dtype(float8_e4m3fn), "I64": np.dtype(np.int64), "I32": np.dtype(np.int32),
+          "U8": np.dtype(np.uint8)}  # by their names in a safetensors header
 FLOATS = ("F32", "F16", "BF16")
 
 
@@ -51,12 +53,15 @@ class _Stored:
 
 
 class Checkpoint:
-    """A model directory: config.json and safetensors, float or compressed-tensors (pack-quantized).
+    """A model directory: config.json and safetensors, float or compressed-tensors: integers pack-quantized, FP4 as
+    nvfp4-pack-quantized without a global scale, FP8 as float-quantized; `low_rank_down` and `low_rank_up` are ours.
 
+    activations: "int8" quantizes, per token, what linears with integer weights read where the checkpoint leaves it in
+    float; refused where there are none.
     max_positions: how many the rope tables hold; may be lowered before the first block is loaded.
     """
 
-    def __init__(self, path: Path | str) -> None:
+    def __init__(self, path: Path | str, activations: Activations = "checkpoint") -> None:
         self.path = Path(path)
         if not self.path.is_dir():
             raise CheckpointError(f"{self.path} is not a directory")
@@ -66,10 +71,37 @@ class Checkpoint:
         self.schemes = None if quantization is None else _schemes(quantization)
         self.max_positions = self.model_config.max_position_embeddings
         self._tensors = self._open()
+        self.activations: Activations = "checkpoint"
+        stored = self.linear_schemes
+        self.activations = activations
+        if activations == "int8" and self.linear_schemes == stored:
+            raise CheckpointError(f"{self.path} has no layer with integer weights and float activations: activations "
+                                  "int8 would change nothing; leave it out")
 
     @property
     def quantized(self) -> bool:
         return self.schemes is not None
+
+    @property
+    def linear_schemes(self) -> dict[str, LayerScheme]:
+        """How each linear that is not in float will run, by its name in the file."""
+        names = self.spec.linear_names(self.model_config)[: -1 if self.tied else None]
+        schemes = {name: self._scheme(name) for name in names}
+        return {name: scheme for name, scheme in schemes.items() if scheme is not None}
+
+    @property
+    def tied(self) -> bool:
+        """The head is the embedding."""
+        head = self.spec.lm_head
+        stored = self.has(f"{head}.weight") or self.has(f"{head}.weight_packed")
+        return self.model_config.tie_word_embeddings or not stored
+
+    def _scheme(self, name: str) -> LayerScheme | None:
+        scheme = None if self.schemes is None else self.schemes.scheme(name)
+        if self.activations == "int8" and scheme is not None and scheme.input_activations is None \
+                and scheme.weights.type == "int":
+            return replace(scheme, input_activations=QuantizationArgs(num_bits=8, strategy="token", dynamic=True))
+        return scheme
 
     def _open(self) -> dict[str, _Stored]:
         index = self.path / "model.safetensors.index.json"
@@ -124,10 +156,18 @@ class Checkpoint:
     def linear(self, name: str, n: int, k: int) -> Linear:
         """The linear layer `name`, [n, k], in float or quantized as the config says."""
         bias = self.tensor(f"{name}.bias", (n,)) if self.has(f"{name}.bias") else None
-        scheme = None if self.schemes is None else self.schemes.scheme(name)
+        scheme = self._scheme(name)
+        low_rank = self._low_rank(name, n, k)
         if scheme is None:
-            return Linear(name, self.tensor(f"{name}.weight", (n, k)), bias)
-        return Linear(name, self._quantized_weight(name, n, k, scheme), bias, self._activation(name, scheme))
+            return Linear(name, self.tensor(f"{name}.weight", (n, k)), bias, None, low_rank)
+        return Linear(name, self._quantized_weight(name, n, k, scheme), bias, self._activation(name, scheme), low_rank)
+
+    def _low_rank(self, name: str, n: int, k: int) -> tuple[Array, Array] | None:
+        down, up = f"{name}.low_rank_down", f"{name}.low_rank_up"
+        if (found := self._find(down)) is None and not self.has(up):
+            return None
+        rank = 0 if found is None else self._tensors[found].shape[0]
+        return self.tensor(down, (rank, k)), self.tensor(up, (n, rank))
 
     def _quantized_weight(self, name: str, n: int, k: int, scheme: LayerScheme) -> QuantizedWeight:
         bits = scheme.weights.num_bits
@@ -136,25 +176,29 @@ class Checkpoint:
             raise CheckpointError(f"{name}: {k} input features are not a multiple of the group size {group}")
         if self.has(f"{name}.weight_g_idx"):
             raise CheckpointError(f"{name} has weight_g_idx: act-order without static groups is not supported")
-        shape = self.tensor(f"{name}.weight_shape", (2,), ("I64", "I32"))
-        if shape.tolist() != [n, k]:
-            raise CheckpointError(f"{name}.weight_shape is {shape.tolist()}, but config.json asks for {[n, k]}")
-        packed = self.tensor(f"{name}.weight_packed", (n, math.ceil(k * bits / 32)), ("I32",))
+        if scheme.weights.type == "float":
+            packed = (self.tensor(f"{name}.weight_packed", (n, math.ceil(k / 2)), ("U8",)) if bits == 4 else
+                      self.tensor(f"{name}.weight", (n, k), ("F8_E4M3",)))
+        else:
+            shape = self.tensor(f"{name}.weight_shape", (2,), ("I64", "I32"))
+            if shape.tolist() != [n, k]:
+                raise CheckpointError(f"{name}.weight_shape is {shape.tolist()}, but config.json asks for {[n, k]}")
+            packed = self.tensor(f"{name}.weight_packed", (n, math.ceil(k * bits / 32)), ("I32",))
         scale = self.tensor(f"{name}.weight_scale", (n, k // group))
         if not np.isfinite(scale).all():
             raise CheckpointError(f"{name}.weight_scale holds values that are not finite")
-        return QuantizedWeight(packed, scale, 4 if bits == 4 else 8, group)
+        return QuantizedWeight(packed, scale, 4 if bits == 4 else 8, group, scheme.weights.type)
 
-    def _activation(self, name: str, scheme: LayerScheme) -> ActivationQuant:
+    def _activation(self, name: str, scheme: LayerScheme) -> ActivationQuant | None:
         if scheme.input_activations is None:
-            raise CheckpointError(f"{name} has quantized weights but float activations, which is not supported yet; "
-                                  "this runtime needs 8-bit activations")
+            return None
+        number = scheme.input_activations.type
         if scheme.input_activations.dynamic:
-            return ActivationQuant()
+            return ActivationQuant(None, number)
         scale = float(self.tensor(f"{name}.input_scale", (1,))[0])
         if not (math.isfinite(scale) and scale > 0):
             raise CheckpointError(f"{name}.input_scale must be finite and positive, not {scale}")
-        return ActivationQuant(scale)
+        return ActivationQuant(scale, number)
 
     def norm(self, name: str, size: int) -> Norm:
         config = self.model_config
@@ -215,11 +259,9 @@ def load_block(checkpoint: Checkpoint, index: int) -> Block:
 
 def load_head(checkpoint: Checkpoint) -> Head:
     spec, config = checkpoint.spec, checkpoint.model_config
-    stored = checkpoint.has(f"{spec.lm_head}.weight") or checkpoint.has(f"{spec.lm_head}.weight_packed")
-    tied = config.tie_word_embeddings or not stored
     lm_head = (
         Linear(spec.lm_head, checkpoint.tensor(f"{spec.embedding}.weight", (config.vocab_size, config.hidden_size)))
-        if tied
+        if checkpoint.tied
         else checkpoint.linear(spec.lm_head, config.vocab_size, config.hidden_size)
     )
     return Head(checkpoint.norm(spec.final_norm, config.hidden_size), lm_head)
@@ -272,7 +314,7 @@ def _schemes(quantization: Any) -> ModuleSchemes:
 
 
 def _renamed(linear: Linear, name: str) -> Linear:
-    return Linear(name, linear.weight, linear.bias, linear.act)
+    return replace(linear, name=name)
 
 
 def _read_header(file: Path) -> dict[str, _Stored]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Literal
@@ -15,8 +16,8 @@ import torch
 from fptq_runtime.artifact.io import TextRecord
 from fptq_runtime.config import ModelConfig
 from fptq_runtime.kernels.base import Linear, StepInput
-from fptq_runtime.kernels.reference import ReferenceOps
-from fptq_runtime.models.decoder import Block, Head, Stem, run_block, run_head, run_stem
+from fptq_runtime.kernels.reference import ReferenceBackend, ReferenceOps
+from fptq_runtime.models.decoder import Block, Head, Stem, prepare_block, run_block, run_head, run_stem
 from fptq_runtime.models.tokenizer import Tokenizer
 
 Kind = Literal["qkv", "o", "up", "down", "head"]
@@ -69,24 +70,26 @@ def bos_prefix(tokenizer: Tokenizer) -> list[int]:
     return first if first == [tokenizer.bos_token_id] else []
 
 
-def sample_windows(text: Text, tokenizer: Tokenizer, num_samples: int, length: int, seed: int) -> list[list[int]]:
-    """num_samples windows of `length` tokens, BOS included, at random places. Raises CalibrationError."""
+def sample_windows(text: Text, tokenizer: Tokenizer, lengths: Sequence[int], seed: int) -> list[list[int]]:
+    """One window of each length, BOS included, from a random place of the text. Raises CalibrationError."""
     bos = bos_prefix(tokenizer)
     token_ids = tokenizer.encode(text.content, add_special_tokens=False)
-    body = length - len(bos)
-    if len(token_ids) < length:
-        raise CalibrationError(f"{text.name} has {len(token_ids)} tokens, fewer than one sample of {length}")
+    if len(token_ids) < max(lengths):
+        raise CalibrationError(f"{text.name} has {len(token_ids)} tokens, fewer than one sample of {max(lengths)}")
     generator = torch.Generator().manual_seed(seed)
-    starts = torch.randint(len(token_ids) - body + 1, (num_samples,), generator=generator)
-    return [bos + token_ids[start : start + body] for start in starts.tolist()]
+    windows = []
+    for body in (length - len(bos) for length in lengths):
+        start = int(torch.randint(len(token_ids) - body + 1, (1,), generator=generator))
+        windows.append(bos + token_ids[start : start + body])
+    return windows
 
 
-def random_windows(tokenizer: Tokenizer, vocab_size: int, num_samples: int, length: int, seed: int) -> list[list[int]]:
+def random_windows(tokenizer: Tokenizer, vocab_size: int, lengths: Sequence[int], seed: int) -> list[list[int]]:
     """Windows of tokens drawn uniformly from the vocabulary, BOS first: calibration without data."""
     bos = bos_prefix(tokenizer)
     generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randint(min(vocab_size, tokenizer.vocab_size), (num_samples, length - len(bos)), generator=generator)
-    return [bos + row for row in drawn.tolist()]
+    known = min(vocab_size, tokenizer.vocab_size)
+    return [bos + torch.randint(known, (length - len(bos),), generator=generator).tolist() for length in lengths]
 
 
 def pack_windows(windows: Sequence[Sequence[int]]) -> StepInput:
@@ -115,7 +118,7 @@ class HiddenStates:
     """The hidden states of a set of windows, in minibatches, taken through the model one part at a time."""
 
     def __init__(self, config: ModelConfig, windows: Sequence[Sequence[int]]) -> None:
-        self._config = config
+        self.config = config
         widest = max(2 * config.intermediate_size, (config.num_heads + 2 * config.num_kv_heads) * config.head_dim)
         rows = max(1, MINIBATCH_FLOATS // widest)
         self.batches: list[StepInput] = []
@@ -139,12 +142,12 @@ class HiddenStates:
     def block_outputs(self, block: Block, ops: OpsFactory = _plain_ops) -> Iterator[torch.Tensor]:
         """What the block makes of each minibatch; the states stay as they are."""
         for batch, state in zip(self.batches, self.states, strict=True):
-            yield run_block(ops(batch), self._config, block, state)
+            yield run_block(ops(batch), self.config, block, state)
 
     @torch.inference_mode()
     def negative_log_likelihood(self, head: Head) -> tuple[float, int]:
         """Sum over every token but the first of its window, in nats, and how many tokens that is."""
-        chunk = max(1, MINIBATCH_FLOATS // self._config.vocab_size)
+        chunk = max(1, MINIBATCH_FLOATS // self.config.vocab_size)
         total, count = 0.0, 0
         for batch, state in zip(self.batches, self.states, strict=True):
             predicts, target = next_tokens(batch)
@@ -269,27 +272,37 @@ def observe_block(states: HiddenStates, block: Block) -> dict[Kind, InputStats]:
     return {kind: observed[id(linear)].stats(linear.name) for kind, linear in linears.items()}
 
 
+class _Captured(Exception):
+    """Nothing else was asked for."""
+
+
 class _CapturingOps(ReferenceOps):
-    def __init__(self, batch: StepInput, kinds: dict[int, Kind], captured: dict[Kind, torch.Tensor]) -> None:
+    def __init__(self, batch: StepInput, wanted: Mapping[int, Kind], captured: dict[Kind, torch.Tensor]) -> None:
         super().__init__(batch, None)
-        self._kinds = kinds
+        self._wanted = wanted
         self._captured = captured
 
     def linear(self, x: torch.Tensor, linear: Linear, residual: torch.Tensor | None = None) -> torch.Tensor:
-        self._captured[self._kinds[id(linear)]] = x
+        if id(linear) in self._wanted:
+            self._captured[self._wanted[id(linear)]] = x
+        if len(self._captured) == len(self._wanted):
+            raise _Captured
         return super().linear(x, linear, residual)
 
 
 @torch.inference_mode()
-def block_inputs(states: HiddenStates, block: Block) -> Iterator[dict[Kind, torch.Tensor]]:
-    """What each of the block's linears reads, minibatch by minibatch, each [rows, K] and fake-quantized as its `act`
-    says. The block's weights must be float."""
+def block_inputs(states: HiddenStates, block: Block,
+                 kinds: Sequence[Kind] = BLOCK_KINDS) -> Iterator[dict[Kind, torch.Tensor]]:
+    """What the block's linears of these kinds read, minibatch by minibatch, each [rows, K] and fake-quantized as its
+    `act` says. Weights may be float or quantized; the block runs no further than it must."""
+    block = prepare_block(block, ReferenceBackend())
     linears: dict[Kind, Linear] = {"qkv": block.qkv, "o": block.o, "up": block.up, "down": block.down}
-    kinds = {id(linear): kind for kind, linear in linears.items()}
-    acting = replace(block, qkv_act=block.qkv.act, o_act=block.o.act, up_act=block.up.act, down_act=block.down.act)
-    captured: dict[Kind, torch.Tensor] = {}
-    for _ in states.block_outputs(acting, lambda batch: _CapturingOps(batch, kinds, captured)):
-        yield dict(captured)
+    wanted = {id(linears[kind]): kind for kind in kinds}
+    for batch, state in zip(states.batches, states.states, strict=True):
+        captured: dict[Kind, torch.Tensor] = {}
+        with suppress(_Captured):
+            run_block(_CapturingOps(batch, wanted, captured), states.config, block, state)
+        yield captured
 
 
 @torch.inference_mode()

@@ -4,7 +4,7 @@ of a window unscored, mean over scored tokens."""
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 from fptq_runtime.artifact.io import check_files, is_artifact
-from fptq_runtime.config import KVCacheDtype
+from fptq_runtime.config import Activations, KVCacheDtype
 from fptq_runtime.kernels.base import Backend, StepInput, StepLimits
 from fptq_runtime.models.decoder import Decoder
 from fptq_runtime.models.loader import Checkpoint, load_model
@@ -60,12 +60,12 @@ def text_windows(text: Text, tokenizer: Tokenizer, context: int, max_tokens: int
     return windows
 
 
-def perplexity(
+def window_logits(
     decoder: Decoder, backend: Backend, windows: Sequence[Sequence[int]], kv_dtype: KVCacheDtype = "bf16",
     progress: bool = False,
-) -> tuple[float, int]:
-    """exp of the mean negative log likelihood, and how many tokens were scored. Memory is bounded: a window runs in
-    chunks."""
+) -> Iterator[tuple[torch.Tensor, np.ndarray]]:
+    """Logits [R, V] of all rows that have a next token, and these tokens [R], window by window. Memory is bounded: a
+    window runs in chunks, the same ones for every model of one vocabulary."""
     config = decoder.config
     longest = max(map(len, windows))
     chunk = max(1, min(longest, LOGITS_FLOATS // config.vocab_size))
@@ -75,27 +75,35 @@ def perplexity(
         num_kv_heads=config.num_kv_heads, head_dim=config.head_dim,
     )
     executor = backend.compile(decoder, limits)
-    total, count = 0.0, 0
     for window in tqdm(windows, desc="perplexity", unit="window", disable=not progress):
         whole = pack_windows([window])
         rows, targets = next_tokens(whole)
         for start in range(0, len(rows), chunk):
-            part = rows[start : start + chunk]
-            logits = torch.from_numpy(executor.step(_chunk(whole, start, start + len(part), limits)))
-            total += sum_nll(logits, targets[start : start + len(part)])
-        count += len(rows)
+            end = min(start + chunk, len(rows))
+            yield torch.from_numpy(executor.step(_chunk(whole, start, end, limits))), targets[start:end]
+
+
+def perplexity(
+    decoder: Decoder, backend: Backend, windows: Sequence[Sequence[int]], kv_dtype: KVCacheDtype = "bf16",
+    progress: bool = False,
+) -> tuple[float, int]:
+    """exp of the mean negative log likelihood, and how many tokens were scored."""
+    total, count = 0.0, 0
+    for logits, targets in window_logits(decoder, backend, windows, kv_dtype, progress):
+        total += sum_nll(logits, targets)
+        count += len(targets)
     return math.exp(total / count), count
 
 
 def evaluate(
     path: Path, text: Text, backend: Backend, *, max_tokens: int | None = None, kv_dtype: KVCacheDtype = "bf16",
-    progress: bool = False,
+    activations: Activations = "checkpoint", progress: bool = False,
 ) -> Perplexity:
     """Perplexity of a float model directory or an artifact on a text. Raises CheckpointError, ArtifactError or
     CalibrationError."""
     if is_artifact(path):
         check_files(path)
-    checkpoint = Checkpoint(path)
+    checkpoint = Checkpoint(path, activations)
     context = checkpoint.model_config.max_position_embeddings
     windows = text_windows(text, Tokenizer(path), context, max_tokens)
     value, tokens = perplexity(load_model(checkpoint, backend), backend, windows, kv_dtype, progress)

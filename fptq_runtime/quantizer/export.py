@@ -1,4 +1,8 @@
-"""Quantized parameters as compressed-tensors' tensors and config: what `Checkpoint` reads back."""
+"""Quantized parameters as compressed-tensors' tensors and config: what `Checkpoint` reads back.
+
+Others' kernels have none for FP4 groups that are not 16, but compressed-tensors itself decompresses them. Beyond its
+vocabulary, and ignored by others with a warning: a linear's `low_rank_down` [r, K] and `low_rank_up` [N, r].
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from fptq_runtime.artifact.scheme import INT8_DYNAMIC, INT8_STATIC, LayerScheme, QuantizationArgs
+from fptq_runtime.artifact.scheme import LayerScheme, QuantizationArgs
 from fptq_runtime.kernels.base import Array, Embedding, Linear, Norm, QuantizedWeight
 from fptq_runtime.kernels.reference import to_numpy
 
@@ -16,17 +20,22 @@ def module_tensors(name: str, module: Linear | Norm | Embedding) -> dict[str, Ar
     """A module's tensors under their names in the file, in numpy."""
     weight = module.weight
     if isinstance(weight, QuantizedWeight):
+        whole = (weight.type, weight.num_bits) == ("float", 8)
         tensors = {
-            f"{name}.weight_packed": to_numpy(weight.packed),
+            f"{name}.weight" if whole else f"{name}.weight_packed": to_numpy(weight.packed),
             f"{name}.weight_scale": to_numpy(weight.scale),
-            f"{name}.weight_shape": np.array([weight.packed.shape[0], weight.k], dtype=np.int64),
         }
+        if weight.type == "int":
+            tensors[f"{name}.weight_shape"] = np.array([weight.packed.shape[0], weight.k], dtype=np.int64)
         if isinstance(module, Linear) and module.act is not None and module.act.scale is not None:
             tensors[f"{name}.input_scale"] = np.array([module.act.scale], dtype=np.float32)
     else:
         tensors = {f"{name}.weight": to_numpy(weight)}
     if not isinstance(module, Embedding) and module.bias is not None:
         tensors[f"{name}.bias"] = to_numpy(module.bias)
+    if isinstance(module, Linear) and module.low_rank is not None:
+        down, up = module.low_rank
+        tensors |= {f"{name}.low_rank_down": to_numpy(down), f"{name}.low_rank_up": to_numpy(up)}
     return tensors
 
 
@@ -36,14 +45,14 @@ def linear_scheme(linear: Linear) -> LayerScheme | None:
     if not isinstance(weight, QuantizedWeight):
         return None
     per_channel = weight.group_size == weight.k
-    weights = (
-        QuantizationArgs(num_bits=weight.num_bits, strategy="channel")
-        if per_channel
-        else QuantizationArgs(num_bits=weight.num_bits, strategy="group", group_size=weight.group_size)
-    )
-    if linear.act is None:
+    weights = QuantizationArgs(num_bits=weight.num_bits, strategy="channel" if per_channel else "group",
+                               group_size=None if per_channel else weight.group_size, type=weight.type)
+    act = linear.act
+    if act is None:
         return LayerScheme(weights, None)
-    return LayerScheme(weights, INT8_DYNAMIC if linear.act.scale is None else INT8_STATIC)
+    dynamic = act.scale is None
+    return LayerScheme(weights, QuantizationArgs(num_bits=8, strategy="token" if dynamic else "tensor", dynamic=dynamic,
+                                                 type=act.type))
 
 
 def quantization_config(schemes: Mapping[str, LayerScheme], head: str, ignore: Sequence[str]) -> dict[str, Any]:
@@ -57,19 +66,22 @@ def quantization_config(schemes: Mapping[str, LayerScheme], head: str, ignore: S
         act = scheme.input_activations
         name = "head" if module == head else "float" if act is None else "dynamic" if act.dynamic else "static"
         if module != head:
+            name += "_fp8" * (act is not None and act.type == "float")
             name += "_channel" * (scheme.weights.strategy == "channel")
             name += f"_{scheme.weights.num_bits}bit" * (scheme.weights.num_bits != 4)
+            name += "_float" * (scheme.weights.type == "float")
         group = groups.setdefault(name, {
-            "format": "pack-quantized",
+            "format": scheme.weights.format,
             "weights": scheme.weights.to_dict(),
             "input_activations": None if act is None else act.to_dict(),
             "output_activations": None,
             "targets": [],
         })
         group["targets"].append(module)
+    formats = {group["format"] for group in groups.values()}
     return {
         "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
+        "format": formats.pop() if len(formats) == 1 else "mixed-precision",
         "quantization_status": "compressed",
         "config_groups": groups,
         "ignore": list(ignore),

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
 from fptq_runtime import __version__
-from fptq_runtime.artifact.io import ArtifactWriter, LayerRecord, Manifest, Provenance, Quality, TextRecord, hash_file
+from fptq_runtime.artifact.io import ArtifactWriter, LayerRecord, Manifest, Provenance, Quality, hash_file
 from fptq_runtime.artifact.scheme import LayerScheme
-from fptq_runtime.config import ModelConfig
 from fptq_runtime.kernels.base import Embedding, Linear, Norm, QuantizedWeight
-from fptq_runtime.kernels.reference import ReferenceBackend, dequantized, to_torch
+from fptq_runtime.kernels.reference import ReferenceBackend, to_torch
 from fptq_runtime.models.decoder import Block, Decoder, Head, prepare_block, prepare_head, prepare_stem
 from fptq_runtime.models.golden import compute_golden
 from fptq_runtime.models.loader import Checkpoint, load_block, load_head, load_stem
@@ -31,13 +27,12 @@ from fptq_runtime.quantizer.calibrate import (
     observe_block,
     observe_head,
     packaged_text,
-    random_windows,
     read_text,
-    sample_windows,
 )
 from fptq_runtime.quantizer.evaluate import MAX_WINDOW, text_windows
 from fptq_runtime.quantizer.export import linear_scheme, module_tensors, quantization_config
 from fptq_runtime.quantizer.recipe import Recipe, RecipeError, load_recipe
+from fptq_runtime.quantizer.samples import calibration_set
 from fptq_runtime.quantizer.source import load_tokenizer, resolve_model
 from fptq_runtime.quantizer.steps.base import BlockWork, HeadWork, QuantizationError, Target, matches
 
@@ -56,7 +51,8 @@ def quantize(
     *,
     calibration: str | Path | None = None,
     num_samples: int = 64,
-    sample_length: int = 512,
+    sample_length: int | None = None,
+    lengths: str | Path | None = None,
     text: str | Path | None = None,
     text_tokens: int = 16384,
     seed: int = 0,
@@ -65,10 +61,12 @@ def quantize(
 ) -> Manifest:
     """Quantize `model` (a directory, or a hub id as name or name@revision) into the artifact directory `out`.
 
-    calibration: a text file, "random" for random vocabulary tokens, None for the packaged text; num_samples windows of
-    sample_length tokens (at most the model's context) are drawn from it. text: what perplexity is measured on before
-    and after, its first text_tokens tokens; None is a packaged text that calibration never sees. The same seed on the
-    same machine gives the same bytes. Every error is a ValueError of one line; nothing is left at `out` then.
+    calibration: a text file, "random" for vocabulary tokens, "self" for what the model writes, None for the packaged
+    text; num_samples windows of sample_length tokens (512, or the model's context) are drawn from it. lengths: a
+    request trace or histogram; the windows, of as many tokens in all, then have its lengths. text: what perplexity
+    is measured on before and after, its first text_tokens tokens; None is a packaged text that calibration never sees.
+    The same seed on the same machine gives the same bytes. Every error is a ValueError of one line; nothing is left at
+    `out` then.
     """
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     source = resolve_model(str(model))
@@ -77,13 +75,12 @@ def quantize(
         raise QuantizationError(f"{source.name} is quantized already; quantize the float model it was made from")
     config = checkpoint.model_config
     tokenizer = load_tokenizer(source.path)
-    length = min(sample_length, config.max_position_embeddings)
     measured_on = packaged_text("heldout") if text is None else read_text(text)
     measured = text_windows(measured_on, tokenizer, config.max_position_embeddings, text_tokens)
-    calibrated_on, calibrated = _calibration(calibration, tokenizer, config, num_samples, length, seed)
+    calibrated = calibration_set(checkpoint, tokenizer, calibration, num_samples, sample_length, lengths, seed)
 
     with ArtifactWriter(Path(out), overwrite) as writer:
-        run = _Run(checkpoint, recipe, writer, calibrated, measured)
+        run = _Run(checkpoint, recipe, writer, calibrated.windows, measured)
         with tqdm(total=config.num_layers + 1, desc=f"quantizing {source.name}", unit="block",
                   disable=not progress) as bar:
             for _ in run.walk():
@@ -100,9 +97,10 @@ def quantize(
             architecture=config.architecture,
             source_files={file.name: hash_file(file) for file in sorted(source.path.iterdir())
                           if file.suffix in (".json", ".safetensors")},
-            calibration=calibrated_on,
+            calibration=calibrated.tokens,
             num_samples=num_samples,
-            sample_length=length,
+            sample_length=calibrated.sample_length,
+            lengths=calibrated.lengths,
             seed=seed,
             fptq_version=__version__,
         )
@@ -121,23 +119,9 @@ def quantize(
         ))
 
 
-def _calibration(
-    calibration: str | Path | None, tokenizer: Tokenizer, config: ModelConfig, num_samples: int, length: int, seed: int
-) -> tuple[TextRecord, list[list[int]]]:
-    if num_samples < 1 or length < 2:
-        raise QuantizationError("calibration needs at least one sample of two tokens")
-    if calibration == "random":
-        windows = random_windows(tokenizer, config.vocab_size, num_samples, length, seed)
-        digest = hashlib.sha256(np.asarray(windows, dtype=np.int32).tobytes()).hexdigest()
-        return TextRecord(name="random", sha256=digest, tokens=num_samples * length), windows
-    text = packaged_text("calibration") if calibration is None else read_text(calibration)
-    windows = sample_windows(text, tokenizer, num_samples, length, seed)
-    return text.record(num_samples * length), windows
-
-
 class _Run:
     """One model on its way through a recipe. Three sets of hidden states go through it side by side: calibration
-    samples (quantized so far), and the measured text in float and quantized."""
+    samples (quantized so far, and in float where a step wants it), and the measured text in float and quantized."""
 
     def __init__(self, checkpoint: Checkpoint, recipe: Recipe, writer: ArtifactWriter,
                  calibrated: Sequence[Sequence[int]], measured: Sequence[Sequence[int]]) -> None:
@@ -151,6 +135,9 @@ class _Run:
             step.check(self._config)
             self._config = step.transform_config(self._config)
         self._calibrated = HiddenStates(self._config, calibrated)
+        self._exact: HiddenStates | None = None
+        if any(step.wants_exact for step in recipe.steps):
+            self._exact = HiddenStates(self._config, calibrated)
         self._float = HiddenStates(source, measured)
         self._quantized = HiddenStates(self._config, measured)
         self._schemes: dict[str, LayerScheme] = {}
@@ -199,8 +186,9 @@ class _Run:
             step.transform_stem(self._config, stem)
         for name, module in self._checkpoint.spec.stem_modules(stem):
             self._writer.add_tensors(module_tensors(name, module))
-        for states in (self._calibrated, self._quantized):
-            states.run_stem(stem)
+        for states in (self._calibrated, self._quantized, self._exact):
+            if states is not None:
+                states.run_stem(stem)
 
     def _block(self, index: int) -> None:
         spec, config = self._checkpoint.spec, self._config
@@ -218,8 +206,9 @@ class _Run:
             kind: Target(kind, linears[kind], tuple(spec.layer(index, name) for name in fused[kind]), stats[kind],
                          norms.get(kind))
             for kind in BLOCK_KINDS
-        }, self._calibrated)
+        }, self._calibrated, self._exact)
         with torch.inference_mode():
+            exact = [] if self._exact is None else list(self._exact.block_outputs(block))
             for step in self._recipe.steps:
                 step.apply(work)
         for name, module in spec.block_modules(config, index, block):
@@ -229,9 +218,11 @@ class _Run:
                 if (scheme := linear_scheme(module)) is not None:
                     self._schemes[name] = scheme
         self.records += [_record(target) for target in work.targets.values()]
-        quantized = _fake_quantized_block(block)
+        quantized = prepare_block(block, ReferenceBackend())  # as the runtime will compute it
         self._calibrated.run_block(quantized)
         self._quantized.run_block(quantized)
+        if self._exact is not None:
+            self._exact.states = exact
 
     def _head(self) -> None:
         spec = self._checkpoint.spec
@@ -257,7 +248,7 @@ class _Run:
             if not (self._tied and name == spec.lm_head):
                 self._writer.add_tensors(module_tensors(name, module))
         self.records.append(_record(target))
-        quantized = Head(head.norm, _fake_quantized(head.lm_head), head.lm_head.act)
+        quantized = prepare_head(head, ReferenceBackend())
         self._losses = [loss, self._quantized.negative_log_likelihood(quantized)[0]]
 
     def _check_patterns(self) -> None:
@@ -278,20 +269,6 @@ def _refuse_not_finite(modules: Sequence[tuple[str, Linear | Norm | Embedding]])
                 raise QuantizationError(f"{name}.{suffix} holds NaN or infinity; the checkpoint is damaged")
 
 
-def _fake_quantized(linear: Linear) -> Linear:
-    weight = linear.weight
-    return replace(linear, weight=dequantized(weight) if isinstance(weight, QuantizedWeight) else weight.float())
-
-
-def _fake_quantized_block(block: Block) -> Block:
-    """As the runtime will compute it, in float."""
-    return replace(
-        block, qkv=_fake_quantized(block.qkv), o=_fake_quantized(block.o), up=_fake_quantized(block.up),
-        down=_fake_quantized(block.down), qkv_act=block.qkv.act, o_act=block.o.act, up_act=block.up.act,
-        down_act=block.down.act,
-    )
-
-
 def _record(target: Target) -> LayerRecord:
     linear, weight = target.linear, target.linear.weight
     activations: Literal["static", "dynamic", "float"] = (
@@ -308,8 +285,11 @@ def _record(target: Target) -> LayerRecord:
         activations=activations,
         reason=target.reason,
         input_scale=None if linear.act is None else linear.act.scale,
+        input_type="int" if linear.act is None else linear.act.type,
         num_bits=weight.num_bits if isinstance(weight, QuantizedWeight) else 16,
         group_size=weight.group_size if isinstance(weight, QuantizedWeight) and not per_channel else None,
+        type=weight.type if isinstance(weight, QuantizedWeight) else "int",
+        rank=0 if linear.low_rank is None else linear.low_rank[0].shape[0],
         activation_error=target.activation_error,
         error=target.error,
     )

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from fptq_runtime.artifact.io import LayerRecord, Manifest, TextRecord
+from fptq_runtime.artifact.io import LayerRecord, Manifest, Provenance, TextRecord
 
-POLICIES = ("static", "lae+static", "dynamic", "lae+dynamic", "float")
+POLICIES = ("static", "lae+static", "dynamic", "lae+dynamic", "fp8 static", "fp8 dynamic", "float")
 
 
 def policy(record: LayerRecord) -> str:
     """How a layer's input is quantized, as the policy table says it."""
-    return f"lae+{record.activations}" if record.equalized else record.activations
+    return "lae+" * record.equalized + "fp8 " * (record.input_type == "float") + record.activations
 
 
 def summarize(manifest: Manifest) -> str:
@@ -24,6 +24,7 @@ def summarize(manifest: Manifest) -> str:
         f"{_text(quality.text)}, windows of {quality.window}",
         "",
         *_policy_table(manifest.layers),
+        *_first_token_warning(manifest.layers),
         "",
         f"size {_size(manifest.size)} in {len(manifest.files)} files",
     ))
@@ -36,14 +37,43 @@ def inspect_text(manifest: Manifest) -> str:
     return "\n".join((
         f"model       {made.source}{revision} ({made.architecture})",
         f"made by     fptq {made.fptq_version}, seed {made.seed}",
-        f"calibration {_text(made.calibration)}, {made.num_samples} samples of {made.sample_length}",
+        f"calibration {_text(made.calibration)}, {_samples(made)}",
         f"recipe      {manifest.recipe['name']}",
         *(f"  {_step(step)}" for step in manifest.recipe["steps"]),
         "",
         summarize(manifest),
         "",
+        _peaks(manifest.layers),
+        "",
         *_layer_table(manifest.layers),
     ))
+
+
+def _samples(made: Provenance) -> str:
+    if made.lengths is None:
+        return f"{made.num_samples} samples of {made.sample_length}"
+    lengths = made.lengths
+    least, low, median, high, most = lengths.quantiles
+    clipped = f", {lengths.clipped:.0%} of which exceed the context" if lengths.clipped else ""
+    return (f"{lengths.windows} samples of {least} to {most} (10 %: {low}, median {median}, 90 %: {high}) as in "
+            f"{lengths.name} (sha256 {lengths.sha256[:12]}){clipped}")
+
+
+def _peaks(layers: Sequence[LayerRecord]) -> str:
+    """Which token positions set the ranges, the commonest first."""
+    counts = Counter(layer.peak_position for layer in layers).most_common()
+    shown = [f"{position} ({count})" for position, count in counts[:6]] + ["…"] * (len(counts) > 6)
+    return f"ranges are set at positions (layers) {', '.join(shown)}"
+
+
+def _first_token_warning(layers: Sequence[LayerRecord]) -> list[str]:
+    """Where the first token alone makes most static ranges as wide as they are."""
+    static = [layer for layer in layers if layer.activations == "static"]
+    first = sum(layer.peak_position == 0 for layer in static)
+    if 2 * first <= len(static):
+        return []
+    return ["", f"warning: the first token of a sample sets {first} of {len(static)} static ranges, which are too wide "
+            "for all others; calibrate with BOS as it is served, or use a range that clips or per-token inputs"]
 
 
 def _policy_table(layers: Sequence[LayerRecord]) -> list[str]:
@@ -59,7 +89,7 @@ def _policy_table(layers: Sequence[LayerRecord]) -> list[str]:
 
 
 def _layer_table(layers: Sequence[LayerRecord]) -> list[str]:
-    rows = [["layer", "range", "at", "policy", "why", "weights", "input error", "output error", "modules"]]
+    rows = [["layer", "range", "at token", "policy", "why", "weights", "input error", "output error", "modules"]]
     for layer in layers:
         modules = [layer.modules[0], *(module.rpartition(".")[2] for module in layer.modules[1:])]
         rows.append([layer.name, f"{layer.range:.2f}", str(layer.peak_position), policy(layer), layer.reason,
@@ -75,7 +105,9 @@ def _align(rows: list[list[str]]) -> list[str]:
 def _weights(layer: LayerRecord) -> str:
     if layer.num_bits == 16:
         return "float"
-    return f"int{layer.num_bits} " + ("per channel" if layer.group_size is None else f"group {layer.group_size}")
+    number = "int" if layer.type == "int" else "fp"
+    group = "per channel" if layer.group_size is None else f"group {layer.group_size}"
+    return f"{number}{layer.num_bits} {group}" + f" + rank {layer.rank}" * (layer.rank > 0)
 
 
 def _step(step: dict[str, object]) -> str:

@@ -94,6 +94,14 @@ void check_gemms(std::mt19937& random, int m, int n, int k, int group_size) {
       gemm(*kernels, rows, out);
       check(equal(out, expected), bits == 4 ? "int4" : "int8", *kernels, m, n, k);
     }
+    const auto weight_only = [&](const Kernels& kernels, std::vector<float>& to) {
+      kernels.gemm_weight_only(x.data(), *weight, {bias.data(), residual.data(), to.data(), n}, 0, m, 0, panels);
+    };
+    weight_only(plain, expected);
+    for (const Kernels* kernels : all_kernels()) {
+      weight_only(*kernels, out);
+      check(equal(out, expected), bits == 4 ? "int4 of floats" : "int8 of floats", *kernels, m, n, k);
+    }
   }
 
   const std::vector<float> values = floats(static_cast<size_t>(n) * k);
@@ -101,15 +109,16 @@ void check_gemms(std::mt19937& random, int m, int n, int k, int group_size) {
   for (size_t i = 0; i < values.size(); ++i) {
     uint32_t word;
     std::memcpy(&word, &values[i], sizeof word);
-    halves[i] = static_cast<uint16_t>(word >> 16);
+    halves[i] = static_cast<uint16_t>(word >> 16 & 0xbfff);   // a finite float16 too
   }
-  for (bool bf16 : {false, true}) {
-    const auto weight = pack_float(bf16 ? static_cast<const void*>(halves.data()) : values.data(), bf16, n, k, nullptr);
+  for (FloatType type : {FloatType::kFloat32, FloatType::kBfloat16, FloatType::kFloat16}) {
+    const void* data = type == FloatType::kFloat32 ? static_cast<const void*>(values.data()) : halves.data();
+    const auto weight = pack_float(data, type, n, k, nullptr);
     std::vector<float> expected(m * n), out(m * n);
     plain.gemm_float(x.data(), *weight, {bias.data(), nullptr, expected.data(), n}, 0, m, 0, panels);
     for (const Kernels* kernels : all_kernels()) {
       kernels->gemm_float(x.data(), *weight, {bias.data(), nullptr, out.data(), n}, 0, m, 0, panels);
-      check(equal(out, expected), bf16 ? "bf16" : "float32", *kernels, m, n, k);
+      check(equal(out, expected), float_bytes(type) == 2 ? "half" : "float32", *kernels, m, n, k);
     }
   }
 }

@@ -46,7 +46,7 @@ class Options:
     qk_norm: bool = False
     bias: bool = False
     embedding_norm: bool = False
-    act: Literal["float", "static", "dynamic"] = "float"
+    act: Literal["float", "static", "dynamic", "weight-only", "mixed"] = "float"  # mixed: dynamic for o and down
     bits: Literal[4, 8] = 4
     group_size: int | None = 32
     dtype: torch.dtype = torch.float32
@@ -75,7 +75,8 @@ def make_decoder(options: Options, backend: Backend, seed: int = 0) -> Decoder:
         if options.act == "float":
             return Linear(name, weight, bias)
         codes, scale = quantize_weight(to_torch(weight), options.bits, options.group_size)
-        act = ActivationQuant(0.03 if options.act == "static" else None)
+        weight_only = options.act == "weight-only" or (options.act == "mixed" and name not in ("o", "down"))
+        act = None if weight_only else ActivationQuant(0.03 if options.act == "static" else None)
         packed = to_numpy(pack_codes(codes, options.bits))
         quantized = QuantizedWeight(packed, to_numpy(scale), options.bits, options.group_size or k)
         return Linear(name, quantized, bias, act)

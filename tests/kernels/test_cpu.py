@@ -17,7 +17,7 @@ pytest.importorskip("fptq_runtime._native", reason="the native extension is not 
 
 from fptq_runtime import _native
 from fptq_runtime.config import KVCacheDtype
-from fptq_runtime.kernels.base import ActivationQuant, Embedding, Linear, QuantizedWeight, StepInput
+from fptq_runtime.kernels.base import ActivationQuant, Embedding, Linear, QuantizedWeight, StepInput, Work
 from fptq_runtime.kernels.cpu import CpuBackend, _cgroup_quota, available_threads
 from fptq_runtime.kernels.reference import ReferenceBackend
 from tests.kernels.small import VOCAB, Batcher, Options, int32, limits, make_decoder, random_tokens
@@ -28,6 +28,10 @@ KV_DTYPES: tuple[KVCacheDtype, ...] = ("float32", "bf16", "int8")
 FAMILIES = {
     "llama": Options(),
     "llama bf16": Options(dtype=torch.bfloat16),
+    "llama fp16": Options(dtype=torch.float16),
+    "llama weight-only": Options(act="weight-only"),
+    "bloom weight-only": Options(norm="layer", activation="gelu_tanh", rope=False, alibi=True, bias=True,
+                                 act="weight-only", bits=8, group_size=None),
     "mistral": Options(window=40),
     "qwen2": Options(bias=True, heads=6, head_dim=20),
     "qwen3": Options(qk_norm=True, head_dim=32),
@@ -78,11 +82,13 @@ def test_rounded_caches_match_reference(kv_dtype: KVCacheDtype, isa: str) -> Non
     ("bloom", "dynamic", 4, 32),
     ("qwen3", "static", 8, None),
     ("qwen2", "dynamic", 8, None),
+    ("llama", "mixed", 4, 32),
 ])
 def test_quantized_models_match_reference(family: str, act: Any, bits: Any, group_size: int | None, isa: str) -> None:
     """A last-bit difference flips a code here and there, which costs a row up to a few percent in these narrow
     networks of noise; rows without a flip agree as floats do."""
-    options = replace(FAMILIES[family], act=act, bits=bits, group_size=group_size, heads=4, kv_heads=4, intermediate=96)
+    options = replace(FAMILIES[family], act=act, bits=bits, group_size=group_size, heads=4, kv_heads=4,
+                      intermediate=64 if act == "mixed" else 96)  # whole panels: gate, up and what follows are fused
     errors = row_errors(replace(options, layers=1), "float32", isa)
     assert np.median(errors) < 1e-5
     assert errors.max() < 4e-2
@@ -114,6 +120,8 @@ def in_company(backend: CpuBackend, options: Options, kv_dtype: KVCacheDtype, to
     (Options(act="dynamic", heads=3, kv_heads=1, hidden=96, head_dim=32), "int8"),
     (Options(act="static", window=200), "bf16"),
     (Options(), "float32"),
+    (Options(act="weight-only", group_size=64), "int8"),
+    (Options(act="mixed", intermediate=128), "int8"),
     (replace(FAMILIES["bloom"], heads=4, kv_heads=4), "int8"),
 ])
 def test_bits_do_not_depend_on_company(options: Options, kv_dtype: KVCacheDtype, isa: str) -> None:
@@ -247,11 +255,35 @@ def test_a_step_over_its_limits_is_refused() -> None:
 
 def test_mixed_precision_is_refused_by_name() -> None:
     backend = CpuBackend(1)
-    weight = QuantizedWeight(np.zeros((8, 4), np.int32), np.ones((8, 1), np.float32), 4, 32)
-    with pytest.raises(ValueError, match=r"layers\.3\.o.*float activations"):
-        backend.prepare(Linear("layers.3.o", weight))
     with pytest.raises(ValueError, match=r"layers\.3\.o.*quantized activations"):
         backend.prepare(Linear("layers.3.o", np.zeros((8, 32), np.float32), act=ActivationQuant()))
+
+
+def test_kernels_are_described_as_they_are_used() -> None:
+    backend = CpuBackend(1, "generic")
+    weight = QuantizedWeight(np.zeros((8, 4), np.int32), np.ones((8, 1), np.float32), 4, 32)
+    none = backend.describe()
+    backend.prepare(Linear("o", weight))
+    assert set(backend.describe()) - set(none) == {"linear int4, float input"}
+    backend.prepare(Linear("o", weight, act=ActivationQuant()))
+    backend.prepare(Linear("o", np.zeros((8, 32), np.float16)))
+    assert {kind: kernel for kind, kernel in backend.describe().items() if kind not in none} == {
+        "linear int4, float input": "float32, plain C++, codes widened in cache",
+        "linear int4": "int4 x int8, plain C++",
+        "linear float16": "float32, plain C++",
+    }
+
+
+@pytest.mark.parametrize(("options", "element"), [
+    (Options(act="weight-only"), 0.5 + 4 / 32), (Options(dtype=torch.float16), 2), (Options(dtype=torch.bfloat16), 2),
+    (Options(), 4)])
+def test_work_counts_weights_as_they_lie_in_memory(options: Options, element: float) -> None:
+    backend = CpuBackend(1)
+    executor = backend.compile(make_decoder(options, backend), limits(options))
+    hidden, width = options.hidden, options.heads * options.head_dim
+    kv = 2 * options.kv_heads * options.head_dim
+    weights = options.layers * hidden * (2 * width + kv + 3 * options.intermediate)
+    assert executor.work(3, 2) == Work(3 * weights + 2 * VOCAB * hidden, int((weights + VOCAB * hidden) * element))
 
 
 def test_operands_that_do_not_fit_are_refused() -> None:

@@ -3,6 +3,9 @@ the batch, the tiles or the split."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -15,6 +18,7 @@ from hypothesis import strategies as st
 native = pytest.importorskip("fptq_runtime._native", reason="the native extension is not built")
 
 ISAS = native.available_isas()
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 RANDOMIZED = {"max_examples": 60, "deadline": None, "derandomize": True}
 
 
@@ -28,13 +32,24 @@ def random_weight(rng, n, k, group_size, bits, unit_scale=False, bf16_scale=Fals
     return codes, scale
 
 
-def run(weight, x, n, isa, m=None, **kwargs):
-    out = np.full((m or len(x), n), np.nan, np.float32)
+@dataclass
+class WeightOnly:
+    """A packed weight whose input stays in float."""
+
+    packed: Any
+
+
+def run(weight, x, n, isa, out=None, **kwargs):
+    out = np.full((len(x), n), np.nan, np.float32) if out is None else out
     if isinstance(weight, native.PackedWeight):
         native.gemm(weight, native.QuantizedRows(x, kwargs.pop("scale", None), isa=isa), out, isa=isa, **kwargs)
     else:
-        native.gemm_float(weight, x, out, isa=isa, **kwargs)
+        native.gemm_float(weight.packed if isinstance(weight, WeightOnly) else weight, x, out, isa=isa, **kwargs)
     return out
+
+
+def pack_float(values):
+    return native.pack_float(values.view(torch.int16) if values.dtype == torch.bfloat16 else values)
 
 
 def group_sizes(k):
@@ -107,6 +122,10 @@ def test_refuses_what_it_cannot_pack():
         run(weight, x, 5, "")
     with pytest.raises(ValueError, match="ISA path 'sse9'"):
         run(weight, x, 4, "sse9")
+    with pytest.raises(ValueError, match="differ in K"):
+        run(WeightOnly(weight), np.zeros((2, 63), np.float32), 4, "")
+    with pytest.raises(ValueError, match="float32, float16 or int16"):
+        native.pack_float(np.zeros((2, 2)))
 
 
 @settings(**RANDOMIZED)
@@ -150,10 +169,12 @@ def weights(rng, n, k):
     for bits in (4, 8):
         for group_size in (32, 128, k):
             codes, scale = random_weight(rng, n, k, group_size, bits)
-            yield f"int{bits} group {group_size}", native.pack_weight(codes, scale, group_size, bits)
+            packed = native.pack_weight(codes, scale, group_size, bits)
+            yield f"int{bits} group {group_size}", packed
+            yield f"int{bits} group {group_size}, float input", WeightOnly(packed)
     values = torch.from_numpy(rng.standard_normal((n, k)).astype(np.float32))
-    yield "float32", native.pack_float(values)
-    yield "bfloat16", native.pack_float(values.bfloat16().view(torch.int16))
+    for dtype in FLOATS:
+        yield str(dtype), pack_float(values.to(dtype))
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -189,7 +210,7 @@ def test_every_m_to_600(isa):
     x = rng.standard_normal((600, k)).astype(np.float32)
     for kind, weight in weights(rng, n, k):
         whole = run(weight, x, n, isa)
-        every = kind in ("int4 group 32", "int8 group 32", "bfloat16")
+        every = kind in ("int4 group 32", "int8 group 32", "int4 group 32, float input", "torch.bfloat16")
         for m in range(1, 600) if every else (1, 6, 7, 48, 49, 599):
             assert np.array_equal(run(weight, x[:m], n, isa), whole[:m]), (kind, m)
 
@@ -201,28 +222,58 @@ def test_residual_may_be_the_output(isa):
     residual = rng.standard_normal((9, 70)).astype(np.float32)
     for kind, weight in weights(rng, 70, 64):
         out = residual.copy()
-        if isinstance(weight, native.PackedWeight):
-            native.gemm(weight, native.QuantizedRows(x, isa=isa), out, residual=out, isa=isa)
-        else:
-            native.gemm_float(weight, x, out, residual=out, isa=isa)
+        run(weight, x, 70, isa, out, residual=out)
         assert np.array_equal(out, run(weight, x, 70, isa, residual=residual)), kind
 
 
 @settings(**RANDOMIZED)
-@given(st.integers(1, 60), st.integers(1, 200), st.integers(1, 300), st.booleans(), st.integers(0, 2**32 - 1))
-def test_float_gemm(m, n, k, bf16, seed):
+@given(st.integers(1, 60), st.integers(1, 200), st.integers(1, 300), st.sampled_from(FLOATS),
+       st.integers(0, 2**32 - 1))
+def test_float_gemm(m, n, k, dtype, seed):
     rng = np.random.default_rng(seed)
-    values = torch.from_numpy(rng.standard_normal((n, k)).astype(np.float32))
+    values = torch.from_numpy(rng.standard_normal((n, k)).astype(np.float32)).to(dtype)
     x = rng.standard_normal((m, k)).astype(np.float32)
     bias = rng.standard_normal(n).astype(np.float32)
-    if bf16:
-        values = values.bfloat16()
-    weight = native.pack_float(values.view(torch.int16) if bf16 else values)
+    weight = pack_float(values)
     expected = x.astype(np.float64) @ values.double().numpy().T + bias
     outputs = [run(weight, x, n, isa, bias=bias) for isa in ISAS]
     assert np.abs(outputs[0] - expected).max() <= 1e-5 * np.abs(expected).max()
     for isa, out in zip(ISAS, outputs, strict=True):
         assert np.array_equal(out, outputs[0]), isa
+
+
+@settings(**RANDOMIZED)
+@given(problems(), st.booleans(), st.booleans())
+def test_weight_only_gemm(p, with_bias, with_residual):
+    """Against float64, and the bits that the float GEMM gives for the dequantized weights."""
+    rng = np.random.default_rng(p["seed"])
+    m, n, k, group = p["m"], p["n"], p["k"], p["group_size"]
+    codes, scale = random_weight(rng, n, k, group, p["bits"], bf16_scale=p["bf16_scale"])
+    scale *= rng.choice([-1, 1], scale.shape).astype(np.float32)
+    x = rng.standard_normal((m, k)).astype(np.float32)
+    epilogue = {"bias": rng.standard_normal(n).astype(np.float32) if with_bias else None,
+                "residual": rng.standard_normal((m, n)).astype(np.float32) if with_residual else None}
+    spread = np.repeat(scale, group, axis=1)[:, :k]
+    expected = x.astype(np.float64) @ (codes * spread.astype(np.float64)).T
+    expected += sum(part for part in epilogue.values() if part is not None)
+
+    weight = WeightOnly(native.pack_weight(codes, scale, group, p["bits"]))
+    dequantized = pack_float(torch.from_numpy(codes * spread))
+    outputs = [run(weight, x, n, isa, **epilogue) for isa in ISAS]
+    assert np.abs(outputs[0] - expected).max() <= 1e-5 * np.abs(expected).max()
+    for isa, out in zip(ISAS, outputs, strict=True):
+        assert np.array_equal(out, outputs[0]), isa
+        assert np.array_equal(out, run(dequantized, x, n, isa, **epilogue)), isa
+
+
+def test_every_float16_is_widened_as_torch_does():
+    bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
+    values = bits.view(torch.float16)
+    values = values[torch.isfinite(values)].reshape(-1, 1)
+    weight = pack_float(values)
+    for isa in ISAS:
+        out = run(weight, np.ones((1, 1), np.float32), len(values), isa)
+        assert np.array_equal(out[0], values[:, 0].float()), isa
 
 
 ROWS = st.tuples(st.integers(1, 15), st.integers(1, 200), st.integers(-20, 20), st.integers(0, 2**32 - 1))

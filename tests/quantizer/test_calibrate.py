@@ -85,16 +85,16 @@ def test_windows_are_as_served(llama: tuple[Path, torch.nn.Module]) -> None:
     assert bos_prefix(tokenizer) == [1]
     text = Text("t", "The quick brown fox jumps over the lazy dog. " * 4, "")
     ids = tokenizer.encode(text.content, add_special_tokens=False)
-    windows = sample_windows(text, tokenizer, 8, 12, seed=3)
-    assert windows == sample_windows(text, tokenizer, 8, 12, seed=3)
-    assert windows != sample_windows(text, tokenizer, 8, 12, seed=4)
+    windows = sample_windows(text, tokenizer, [12] * 8, seed=3)
+    assert windows == sample_windows(text, tokenizer, [12] * 8, seed=3)
+    assert windows != sample_windows(text, tokenizer, [12] * 8, seed=4)
     runs = {tuple(ids[i : i + 11]) for i in range(len(ids) - 10)}
     assert all(len(w) == 12 and w[0] == 1 and tuple(w[1:]) in runs for w in windows)
-    drawn = random_windows(tokenizer, 260, 50, 12, seed=3)
+    drawn = random_windows(tokenizer, 260, [12] * 50, seed=3)
     assert all(len(w) == 12 and w[0] == 1 and max(w) < 259 for w in drawn)
     assert len({t for w in drawn for t in w}) > 150
     with pytest.raises(CalibrationError, match="fewer than one sample"):
-        sample_windows(Text("t", "short", ""), tokenizer, 1, 12, seed=0)
+        sample_windows(Text("t", "short", ""), tokenizer, [12], seed=0)
 
 
 def test_packed_windows_do_not_overlap() -> None:

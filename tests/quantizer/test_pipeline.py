@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from fptq_runtime.artifact.io import Manifest, verify
+from fptq_runtime.artifact.io import Manifest, read_manifest, verify
 from fptq_runtime.config import ModelConfig
 from fptq_runtime.kernels.reference import ReferenceBackend
 from fptq_runtime.models.golden import check_golden, prompt_logits
@@ -20,6 +20,7 @@ from fptq_runtime.models.loader import Checkpoint, load_model
 from fptq_runtime.quantizer.pipeline import quantize
 from fptq_runtime.quantizer.recipe import Recipe
 from fptq_runtime.quantizer.report import inspect_text, policy
+from fptq_runtime.quantizer.steps.activations import Activations
 from fptq_runtime.quantizer.steps.fptq import Fptq
 from fptq_runtime.quantizer.steps.weights import Weights
 from tests.models.hf import FAMILIES
@@ -204,6 +205,8 @@ def test_saturated_weights_are_refused(source: Path, text: Path, tmp_path: Path)
     ({"calibration": "absent.txt"}, "absent.txt"),
     ({"text": "absent.txt"}, "absent.txt"),
     ({"num_samples": 0}, "at least one sample"),
+    ({"sample_length": 129}, "exceed the model's context of 128"),
+    ({"lengths": "absent.csv"}, "absent.csv"),
     ({"recipe": Recipe(name="x", steps=(Fptq(overrides={"*.dwon_proj": "dynamic"}), Weights()))}, "dwon_proj"),
     ({"model": "someone/some-model-that-is-nowhere"}, "someone/some-model-that-is-nowhere"),
     ({"model": "nowhere"}, "neither a directory nor a hub id"),
@@ -224,6 +227,44 @@ def test_missing_files(source: Path, tmp_path: Path, missing: str, message: str)
     (source / missing).unlink()
     with pytest.raises(ValueError, match=message):
         quantize(source, tmp_path / "out")
+
+
+def test_calibration_choices_are_recorded(source: Path, text: Path, tmp_path: Path) -> None:
+    """Its own text, a workload's lengths and a range that clips: all in the manifest and in what inspect shows."""
+    (tmp_path / "trace.csv").write_text("ContextTokens,GeneratedTokens\n10,20\n5,3\n200,1\n")
+    made = Recipe(name="clipped", steps=(Activations(scheme="static", range="percentile", quantile=0.95), Weights()))
+    manifest = quantize(source, tmp_path / "out", made, calibration="self", lengths=tmp_path / "trace.csv", text=text,
+                        **SMALL)
+    made_from = read_manifest(tmp_path / "out").provenance
+    assert made_from.calibration.name == "self"
+    assert made_from.calibration.tokens == 4 * 32
+    assert made_from.lengths is not None
+    assert made_from.lengths.clipped == pytest.approx(1 / 3)
+    for record in manifest.layers[:-1]:
+        assert record.input_scale is not None
+        assert record.input_scale < record.range / 127.5
+    shown = inspect_text(manifest)
+    for word in ("self (128 tokens", "as in trace.csv", "33% of which exceed the context", "range=percentile",
+                 "ranges are set at positions"):
+        assert word in shown
+
+
+def test_manifests_from_before_lengths_were_recorded_load(source: Path, text: Path, tmp_path: Path) -> None:
+    manifest = quantize(source, tmp_path / "out", calibration="random", text=text, **SMALL)
+    dumped = manifest.model_dump(mode="json")
+    del dumped["provenance"]["lengths"]
+    assert Manifest.model_validate(dumped) == manifest
+
+
+@pytest.mark.parametrize(("positions", "warned"), [((0, 0, 0, 5), True), ((0, 0, 3, 5), False)])
+def test_a_first_token_that_sets_the_ranges_is_pointed_out(source: Path, text: Path, tmp_path: Path,
+                                                           positions: tuple[int, ...], warned: bool) -> None:
+    manifest = quantize(source, tmp_path / "out", "rtn", calibration="random", text=text, **SMALL)
+    layers = tuple(layer.model_copy(update={"peak_position": position})
+                   for layer, position in zip(manifest.layers, (*positions, 0), strict=True))
+    shown = inspect_text(manifest.model_copy(update={"layers": layers}))
+    assert ("warning: the first token" in shown) == warned
+    assert f"0 ({4 if warned else 3})" in shown
 
 
 def test_an_artifact_is_not_quantized_again(source: Path, text: Path, tmp_path: Path) -> None:

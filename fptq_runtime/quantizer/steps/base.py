@@ -10,15 +10,25 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 from fptq_runtime.artifact.numerics import absmax_scale
+from fptq_runtime.artifact.scheme import NumberType
 from fptq_runtime.config import ModelConfig
 from fptq_runtime.kernels.base import ActivationQuant, Linear, Norm, QuantizedWeight
 from fptq_runtime.kernels.reference import dequantized, quantize_activations
 from fptq_runtime.models.decoder import Block, Head, Stem
 from fptq_runtime.quantizer.calibrate import HiddenStates, InputStats, Kind
+from fptq_runtime.quantizer.ranges import QUANTILE, RangeMethod, choose_range
 
 
 class QuantizationError(ValueError):
     """A model that this recipe cannot quantize. One line, for the user."""
+
+
+@dataclass
+class Moments:
+    """Σ over the calibration set's rows, as they will be read: quantized, and after what is quantized before them."""
+
+    hessian: torch.Tensor  # [K, K], 2xxᵀ
+    drift: torch.Tensor | None = None  # [K, K], 2(x̃ - x)xᵀ, with x̃ as the float model has it
 
 
 @dataclass
@@ -32,12 +42,12 @@ class Target:
     stats: InputStats
     norm: Norm | None  # the norm that this linear alone reads
     clip: torch.Tensor | None = None  # [N, G], the fraction of max |w| that a step found for each group of weights
-    hessian: torch.Tensor | None = None  # [K, K], Σ 2xxᵀ over the quantized inputs, where the weights' step asks for it
     range: float = field(init=False)  # max |x| before any transform
     equalized: bool = False
     reason: str = ""  # why the activations are quantized as they are
     activation_error: float = 0.0
     error: float = 0.0
+    moments: Moments | None = None  # where the weights' step asks for them
 
     def __post_init__(self) -> None:
         self.range = self.stats.range
@@ -45,10 +55,7 @@ class Target:
     @property
     def weight(self) -> torch.Tensor:
         """The float32 weight [N, K]; a step that needs it runs before the weights are quantized."""
-        if isinstance(self.linear.weight, QuantizedWeight):
-            raise QuantizationError(f"{self.linear.name} is quantized already; transforms go before `weights`")
-        weight: torch.Tensor = self.linear.weight
-        return weight
+        return float_weight(self.linear)
 
     def set_act(self, act: ActivationQuant | None, reason: str) -> None:
         """How this linear's input is quantized, and why."""
@@ -56,11 +63,21 @@ class Target:
         self.reason = reason
         self.activation_error = relative_error(self._output(act, self.weight), self._output(None, self.weight))
 
-    def set_weight(self, quantized: QuantizedWeight) -> None:
-        """Replace the float weight and measure the whole error against it."""
-        read = dequantized(quantized)
-        self.error = relative_error(self._output(self.linear.act, read), self._output(None, self.weight))
-        self.linear.weight = quantized
+    def set_weight(self, quantized: QuantizedWeight, correct_bias: bool = False,
+                   low_rank: tuple[torch.Tensor, torch.Tensor] | None = None) -> None:
+        """Replace the float weight, by `low_rank` (as in `Linear`) too where given, and measure the whole error against
+        it. correct_bias: where the linear has a bias, take from it what the new weights add to the mean output."""
+        read, exact = dequantized(quantized), self._output(None, self.weight)
+        if low_rank is not None:
+            down, up = low_rank
+            read = read + up.float() @ down.float()
+        output = self._output(self.linear.act, read)
+        if correct_bias and self.linear.bias is not None:
+            added = (read - self.weight) @ self.stats.mean  # [N]
+            self.linear.bias = self.linear.bias - added
+            output = output - added
+        self.error = relative_error(output, exact)
+        self.linear.weight, self.linear.low_rank = quantized, low_rank
 
     def keep_float(self, dtype: torch.dtype) -> None:
         """Leave weight and input in float, the weight as `dtype`. Raises QuantizationError where it overflows."""
@@ -76,26 +93,42 @@ class Target:
         return quantize_activations(self.stats.sample, act) @ weight.T
 
 
+def float_weight(linear: Linear) -> torch.Tensor:
+    """[N, K]. Raises QuantizationError where it is quantized."""
+    if isinstance(linear.weight, QuantizedWeight):
+        raise QuantizationError(f"{linear.name} is quantized already; transforms go before `weights`")
+    weight: torch.Tensor = linear.weight
+    return weight
+
+
 def relative_error(output: torch.Tensor, exact: torch.Tensor) -> float:
     """Mean over rows of |y - exact|² / |exact|². Both [rows, N]"""
     difference = (output - exact).square().sum(-1)
     return float((difference / exact.square().sum(-1).clamp_min(1e-12)).mean())
 
 
-def static_act(amax: torch.Tensor) -> ActivationQuant:
-    """The per-tensor scheme whose scale covers the largest of amax [K]."""
-    return ActivationQuant(float(absmax_scale(amax.max(), 8)))
+def static_act(amax: torch.Tensor, sample: torch.Tensor | None = None, method: RangeMethod = "minmax",
+               quantile: float = QUANTILE, type: NumberType = "int") -> ActivationQuant:
+    """The per-tensor scheme for an input of which amax [K] is the largest magnitude of each channel and `sample`
+    [rows, K] some rows; "minmax" needs no sample, and covers all."""
+    covered = amax.max()
+    if method != "minmax":
+        assert sample is not None
+        covered = torch.tensor(choose_range(method, float(covered), sample, quantile))
+    return ActivationQuant(float(absmax_scale(covered, 8, type)), type)
 
 
 @dataclass
 class BlockWork:
-    """A float block in the quantizer's hands. `states` are the calibration samples on their way into it."""
+    """A float block in the quantizer's hands. `states` are the calibration samples on their way into it, through
+    quantized blocks; `exact` the same through float ones, where a step `wants_exact`."""
 
     config: ModelConfig
     index: int
     block: Block
     targets: Mapping[Kind, Target]  # qkv, o, up, down
     states: HiddenStates
+    exact: HiddenStates | None = None
 
 
 @dataclass
@@ -117,6 +150,11 @@ class Step(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @property
+    def wants_exact(self) -> bool:
+        """Whether `BlockWork.exact` is needed: more passes over the calibration samples."""
+        return False
 
     def check(self, config: ModelConfig) -> None:
         """Raise QuantizationError, naming the family, where this step cannot work on such a model."""

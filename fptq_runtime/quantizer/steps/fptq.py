@@ -12,6 +12,7 @@ from fptq_runtime.artifact.numerics import dequantize, quantize_weight
 from fptq_runtime.kernels.base import ActivationQuant
 from fptq_runtime.kernels.reference import quantize_activations
 from fptq_runtime.quantizer.folds import can_fold, fold, foldable_scale
+from fptq_runtime.quantizer.ranges import QUANTILE, RangeMethod
 from fptq_runtime.quantizer.steps.base import (
     BlockWork,
     HeadWork,
@@ -45,6 +46,7 @@ class Fptq(Step):
     safety: where the output error that the policy leads to, measured with int4 weights, is more than `safety` times
     the error of going per token (with LAE or without), the input goes per token instead. None never asks.
     favour: "static" doubles v0, v1 and what safety allows (faster), "dynamic" halves them (more accurate).
+    range, quantile: how large a range a static scale covers, as in `activations`; the policy asks v alone.
     overrides: module-name pattern to policy, whatever the range or the error; the first match wins.
     """
 
@@ -56,6 +58,8 @@ class Fptq(Step):
     paper_policy: bool = False
     safety: float | None = Field(default=1.25, ge=1.0)
     favour: Literal["static", "dynamic", "none"] = "none"
+    range: RangeMethod = "minmax"
+    quantile: float = Field(default=QUANTILE, ge=0.9, le=1)
     overrides: dict[str, Policy] = Field(default_factory=dict)
 
     @model_validator(mode="after")
@@ -86,7 +90,7 @@ class Fptq(Step):
         if self.safety is not None and reason != "override":
             alternatives = {_Choice(choice.equalize, True), _Choice(False, True)}
             errors = {
-                c: _error(target, scale if c.equalize else None, c.dynamic, exact) for c in {choice, *alternatives}
+                c: self._error(target, scale if c.equalize else None, c.dynamic, exact) for c in {choice, *alternatives}
             }
             best = min(alternatives, key=lambda c: errors[c])
             ratio = errors[choice] / max(errors[best], 1e-12)
@@ -94,7 +98,10 @@ class Fptq(Step):
                 choice, reason = best, f"{reason}, but {ratio:.2f}x the error"
         if choice.equalize:
             fold(work, target.kind, scale)
-        target.set_act(ActivationQuant() if choice.dynamic else static_act(target.stats.amax), reason)
+        target.set_act(self._act(target.stats.amax, target.stats.sample, choice.dynamic), reason)
+
+    def _act(self, amax: torch.Tensor, sample: torch.Tensor, dynamic: bool) -> ActivationQuant:
+        return ActivationQuant() if dynamic else static_act(amax, sample, self.range, self.quantile)
 
     def _scale(self, work: BlockWork, target: Target, dynamic: bool, exact: torch.Tensor) -> torch.Tensor:
         """What to divide the input by. [K]"""
@@ -104,7 +111,15 @@ class Fptq(Step):
             ceiling = torch.log2(2 + amax.max())
             scales += [(amax / (ceiling * fraction)).clamp_min(1) for fraction in SEARCHED_CEILINGS]
         scales = [foldable_scale(work.config, target.kind, scale) for scale in scales]
-        return min(scales, key=lambda scale: _error(target, scale, dynamic, exact)) if self.search else scales[0]
+        return min(scales, key=lambda scale: self._error(target, scale, dynamic, exact)) if self.search else scales[0]
+
+    def _error(self, target: Target, scale: torch.Tensor | None, dynamic: bool, exact: torch.Tensor) -> float:
+        """Output error on the sample with int4 group-128 weights, after dividing the input by `scale`."""
+        x, weight, amax = target.stats.sample, target.weight, target.stats.amax
+        if scale is not None:
+            x, weight, amax = x / scale, weight * scale, amax / scale
+        quantized = dequantize(*quantize_weight(weight, 4, None if weight.shape[1] % 128 else 128))
+        return relative_error(quantize_activations(x, self._act(amax, x, dynamic)) @ quantized.T, exact)
 
     @property
     def _leniency(self) -> float:
@@ -124,13 +139,3 @@ class Fptq(Step):
 def log_scale(amax: torch.Tensor, floor: float) -> torch.Tensor:
     """LAE: s = m / log2(2 + m) with m = max |x| of each channel. [K]"""
     return (amax / torch.log2(2 + amax)).clamp_min(floor)
-
-
-def _error(target: Target, scale: torch.Tensor | None, dynamic: bool, exact: torch.Tensor) -> float:
-    """Output error on the sample with int4 group-128 weights, after dividing the input by `scale`."""
-    x, weight, amax = target.stats.sample, target.weight, target.stats.amax
-    if scale is not None:
-        x, weight, amax = x / scale, weight * scale, amax / scale
-    quantized = dequantize(*quantize_weight(weight, 4, None if weight.shape[1] % 128 else 128))
-    act = ActivationQuant() if dynamic else static_act(amax)
-    return relative_error(quantize_activations(x, act) @ quantized.T, exact)

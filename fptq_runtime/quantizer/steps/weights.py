@@ -1,13 +1,15 @@
-"""Symmetric integer weights by rounding to nearest, per group or per channel."""
+"""Symmetric weights by rounding to nearest, per group or per channel."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from fptq_runtime.artifact.numerics import dequantize, pack_codes, quantize_weight
+from fptq_runtime.artifact.numerics import ScaleRule, code_range, dequantize, pack_codes, quantize_weight
+from fptq_runtime.artifact.scheme import NumberType
 from fptq_runtime.kernels.base import QuantizedWeight
 from fptq_runtime.quantizer.steps.base import BlockWork, HeadWork, QuantizationError, Step, Target, matches
 
@@ -25,26 +27,47 @@ class Weights(Step):
     group_size: None, or inputs that are no multiple of it: per channel.
     clip: "mse" searches each group's range, from 1.07 down to 0.55 of max |w|, for the least squared error, each
     weight's counted with its input's mean square: the output error where inputs are uncorrelated.
+    bias_correction: the bias of a linear that has one makes up for what rounding the weights does to the mean output:
+    bias -= (Ŵ - W) · E[x] (DFQ, arXiv 1906.04721).
     head_bits: 8 per channel; 4 as the blocks; 16 leaves the head in float.
     keep: module-name pattern to more bits than num_bits; the first match wins. Linears that read one input are kept
     together.
+    grid: "float" rounds to FP4 E2M1 where it says 4 bits, and to FP8 E4M3 per channel where it says 8.
+    scales: of 4 bits on the float grid, rounded up to powers of two, so that a GPU casts FP4 to FP8 by adding to the
+    exponent: "m1" each by itself, "m2" to the row's largest scale times 2^-k (ZeroQuant-FP, arXiv 2307.09782).
+    lorc: rank of what is added to 4-bit weights, in bfloat16: the best approximation of what rounding took away
+    (LoRC, ibid.); linears that read one input share it.
     """
 
     type: Literal["weights"] = "weights"
     num_bits: Bits = 4
     group_size: Literal[32, 64, 128] | None = 128
     clip: Literal["none", "mse"] = "none"
+    bias_correction: bool = False
     head_bits: Bits = 8
     keep: dict[str, Literal[8, 16]] = Field(default_factory=dict)
     dtype: Literal["bf16", "fp16"] = "bf16"
+    grid: NumberType = "int"
+    scales: ScaleRule = "float"
+    lorc: int = Field(default=0, ge=0, le=1024)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Weights:
+        four = 4 in (self.num_bits, self.head_bits)
+        if self.grid == "float" and self.num_bits == 16:
+            raise ValueError("grid goes with num_bits 4 or 8, not 16")
+        if self.scales != "float" and not (self.grid == "float" and four):
+            raise ValueError(f"scales {self.scales!r} goes with 4 bits and grid 'float'")
+        if self.lorc and not four:
+            raise ValueError("lorc corrects 4-bit weights, and this step makes none")
+        return self
 
     def patterns(self) -> tuple[str, ...]:
         return tuple(self.keep)
 
     def apply(self, work: BlockWork) -> None:
         for target in work.targets.values():
-            kept = (bits for pattern, bits in self.keep.items() if matches(pattern, target.modules))
-            self._quantize(target, next(kept, self.num_bits), self.group_size)
+            self._quantize(target, self._bits(target), self.group_size)
 
     def apply_head(self, work: HeadWork) -> None:
         if self.head_bits == 16:  # as it is in the checkpoint, where it may be tied to the embedding
@@ -53,22 +76,36 @@ class Weights(Step):
         else:
             self._quantize(work.target, self.head_bits, None if self.head_bits == 8 else self.group_size)
 
+    def _bits(self, target: Target) -> Bits:
+        kept: Iterator[Bits] = (bits for pattern, bits in self.keep.items() if matches(pattern, target.modules))
+        return next(kept, self.num_bits)
+
     def _quantize(self, target: Target, num_bits: Bits, group_size: int | None) -> None:
         if num_bits == 16:
             target.keep_float(torch.bfloat16 if self.dtype == "bf16" else torch.float16)
             return
         k = target.weight.shape[1]
-        group = usable_group(k, group_size)
+        group = None if self.grid == "float" and num_bits == 8 else usable_group(k, group_size)
         codes, scale = self._round(target, num_bits, group)
-        _refuse_degenerate(target.linear.name, codes, scale, num_bits)
-        target.set_weight(QuantizedWeight(pack_codes(codes, num_bits), scale, num_bits, group or k))
+        _refuse_degenerate(target.linear.name, codes, scale, num_bits, self.grid)
+        low_rank = None
+        if self.lorc and num_bits == 4:
+            low_rank = low_rank_factors(target.weight - dequantize(codes, scale), self.lorc)
+        target.set_weight(QuantizedWeight(pack_codes(codes, num_bits), scale, num_bits, group or k, self.grid),
+                          self.bias_correction, low_rank)
 
     def _round(self, target: Target, num_bits: Literal[4, 8], group: int | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Codes [N, K] int8 and bfloat16 scale [N, G]; group None is per channel."""
-        clip = target.clip
+        """Codes [N, K] on the grid and bfloat16 scale [N, G]; group None is per channel."""
+        return self._nearest(target, target.weight, target.stats.mean_square, num_bits, group)
+
+    def _nearest(self, target: Target, weight: torch.Tensor, importance: torch.Tensor, num_bits: Literal[4, 8],
+                 group: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """`weight` [N, K] rounded to nearest, with the ranges that an earlier step or a search found; importance
+        [K]."""
+        clip, scales = target.clip, self.scales if num_bits == 4 else "float"
         if clip is None and self.clip == "mse":
-            clip = search_clip(target.weight, target.stats.mean_square, num_bits, group)
-        return quantize_weight(target.weight, num_bits, group, clip, torch.bfloat16)
+            clip = search_clip(weight, importance, num_bits, group, self.grid, scales)
+        return quantize_weight(weight, num_bits, group, clip, torch.bfloat16, self.grid, scales)
 
 
 def usable_group(k: int, group_size: int | None) -> int | None:
@@ -76,7 +113,19 @@ def usable_group(k: int, group_size: int | None) -> int | None:
     return None if group_size is None or k % group_size else group_size
 
 
-def search_clip(weight: torch.Tensor, importance: torch.Tensor, num_bits: int, group_size: int | None) -> torch.Tensor:
+def low_rank_factors(error: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """down [r, K] and up [N, r], bfloat16, with up · down the nearest of that rank to error [N, K] (Eckart-Young), by
+    randomized subspace iteration; r is `rank`, or all that error can have."""
+    rank = min(rank, *error.shape)
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(0)
+        left, values, right = torch.svd_lowrank(error, q=min(2 * rank + 8, *error.shape), niter=8)
+    root = values[:rank].sqrt()
+    return (right[:, :rank] * root).T.bfloat16().contiguous(), (left[:, :rank] * root).bfloat16()
+
+
+def search_clip(weight: torch.Tensor, importance: torch.Tensor, num_bits: int, group_size: int | None,
+                grid: NumberType = "int", scales: ScaleRule = "float") -> torch.Tensor:
     """The fraction of max |w| that gives each group the least Σ importance · (w - ŵ)². weight [N, K], importance [K];
     returns [N, G]."""
     k = weight.shape[1]
@@ -90,7 +139,7 @@ def search_clip(weight: torch.Tensor, importance: torch.Tensor, num_bits: int, g
         clip = torch.ones_like(least)
         for ratio in ratios.tolist():
             tried = torch.full_like(clip, ratio)
-            codes, scale = quantize_weight(part, num_bits, group_size, tried, torch.bfloat16)
+            codes, scale = quantize_weight(part, num_bits, group_size, tried, torch.bfloat16, grid, scales)
             error = (dequantize(codes, scale) - part).square_().mul_(importance)
             error = error.reshape(part.shape[0], groups, -1).sum(-1)
             better = error < least
@@ -99,14 +148,15 @@ def search_clip(weight: torch.Tensor, importance: torch.Tensor, num_bits: int, g
     return torch.cat(best)
 
 
-def _refuse_degenerate(name: str, codes: torch.Tensor, scale: torch.Tensor, num_bits: int) -> None:
+def _refuse_degenerate(name: str, codes: torch.Tensor, scale: torch.Tensor, num_bits: int, grid: NumberType) -> None:
     """A constant, non-finite or saturated tensor is a failed run."""
-    limit = 2 ** (num_bits - 1)
+    low, high = code_range(num_bits, grid)
+    codes = codes if grid == "int" else codes.float()
     if not bool(torch.isfinite(scale).all()):
         raise QuantizationError(f"{name}: quantized weights are not finite; the checkpoint may be damaged")
-    if int(codes.min()) == int(codes.max()):
+    if float(codes.min()) == float(codes.max()):
         raise QuantizationError(f"{name}: every quantized weight is the same; the checkpoint may be damaged")
-    saturated = float(((codes == limit - 1) | (codes == -limit)).float().mean())
+    saturated = float(((codes == high) | (codes == low)).float().mean())
     if saturated > MAX_SATURATED:
         raise QuantizationError(f"{name}: {saturated:.0%} of the quantized weights are at the ends of their range; "
                                 "the checkpoint may be damaged")

@@ -1,0 +1,284 @@
+"""Recipes side by side on one model and one text: what each costs in quality, and what it gives in size and speed."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import IO, Any, cast
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from fptq_runtime import __version__, bench, tasks
+from fptq_runtime.config import KVCacheDtype
+from fptq_runtime.engine.engine import Engine
+from fptq_runtime.engine.llm import LLM
+from fptq_runtime.kernels.base import Backend
+from fptq_runtime.models.decoder import Decoder
+from fptq_runtime.models.loader import Checkpoint, load_model
+from fptq_runtime.models.tokenizer import Tokenizer
+from fptq_runtime.quantizer import plots
+from fptq_runtime.quantizer.calibrate import Text, sum_nll
+from fptq_runtime.quantizer.evaluate import MAX_WINDOW, text_windows, window_logits
+from fptq_runtime.quantizer.pipeline import quantize
+from fptq_runtime.quantizer.recipe import Recipe
+from fptq_runtime.quantizer.source import resolve_model
+from fptq_runtime.quantizer.steps.base import QuantizationError
+
+PROMPT = 512  # tokens of the prompts that speed is measured with, where the model's positions allow it
+STEPS = 16
+SECONDS = 1.0
+BATCHES = (1, 8)
+OWN_TEXT_TOKENS = 256  # that `quantize` measures perplexity on, which is done better here
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A model as served: perplexity, tokens per second, and the accuracy in each task. bytes: of its safetensors."""
+
+    perplexity: float
+    bytes: int
+    prefill_tokens_per_s: float
+    decode_tokens_per_s: float  # of one sequence
+    decode_batch_8_tokens_per_s: float | None  # None where eight prompts exceed the model's positions
+    tasks: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Row:
+    """kl: mean over tokens of KL(float ‖ quantized), in nats; top1: how often both rank the same token first. `error`
+    says why nothing was measured."""
+
+    recipe: str
+    measured: Measured | None = None
+    kl: float | None = None
+    top1: float | None = None
+    quantize_seconds: float | None = None
+    error: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        flat = {**asdict(self), **(asdict(self.measured) if self.measured else {})}
+        del flat["measured"]
+        return flat
+
+
+@dataclass(frozen=True)
+class Comparison:
+    model: str
+    machine: str
+    text: str
+    text_sha256: str
+    tokens: int
+    window: int
+    calibration: str
+    original: Measured
+    rows: tuple[Row, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "model": self.model, "version": __version__, "machine": self.machine, "text": self.text,
+            "text_sha256": self.text_sha256, "tokens": self.tokens, "window": self.window,
+            "calibration": self.calibration, "float": asdict(self.original), "rows": [r.to_json() for r in self.rows],
+        }
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """What accuracy is measured in besides perplexity."""
+
+    lm_eval: tuple[str, ...] = ()
+    limit: int | None = None
+    choices: Path | None = None
+    last_word: Path | None = None
+
+    def run(self, path: Path, backend: str, threads: int, kv_dtype: KVCacheDtype) -> dict[str, float]:
+        if not (self.lm_eval or self.choices or self.last_word):
+            return {}
+        scorer = tasks.Scorer(LLM(path, backend=backend, threads=threads, kv_cache_dtype=kv_dtype), progress=True)
+        accuracy = {}
+        if self.choices is not None:
+            accuracy[self.choices.stem] = tasks.choices(scorer, self.choices).accuracy
+        if self.last_word is not None:
+            accuracy[self.last_word.stem] = tasks.last_words(scorer, self.last_word).accuracy
+        return accuracy | tasks.accuracies(tasks.lm_eval_tasks(scorer, self.lm_eval, self.limit)
+                                           if self.lm_eval else {})
+
+
+def compare(
+    model: str | Path, recipes: Sequence[Recipe], text: Text, backend: Backend, *, name: str | None = None,
+    calibration: str | Path | None = None, num_samples: int = 64, max_tokens: int | None = None,
+    accuracy: Tasks | None = None, seed: int = 0, threads: int = 0, progress: bool = False,
+) -> Comparison:
+    """Quantize a float model by every recipe, each into a directory that is gone afterwards, and measure it on the
+    kernels and with the int8 KV cache that serve it; the float model runs once, with a float32 cache.
+
+    A recipe that this model refuses becomes a row with the reason. Raises ValueError where the float model itself
+    cannot be measured.
+    """
+    source = resolve_model(str(model))
+    checkpoint = Checkpoint(source.path)
+    if checkpoint.quantized:
+        raise QuantizationError(f"{source.name} is quantized already; compare recipes on the float model")
+    config = checkpoint.model_config
+    windows = text_windows(text, Tokenizer(source.path), config.max_position_embeddings, max_tokens)
+    accuracy = accuracy or Tasks()
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory(prefix="fptq-compare-") as directory, \
+            tqdm(total=1 + len(recipes), unit="model", disable=not progress) as bar:
+        work = _Work(windows, Path(directory) / "logits", backend, threads, accuracy, progress)
+        bar.set_description("float")
+        original = work.original(source.path)
+        bar.update()
+        for recipe in recipes:
+            bar.set_description(recipe.name)
+            out = Path(directory) / "artifact"
+            started = time.monotonic()
+            try:
+                quantize(str(model), out, recipe, calibration=calibration, num_samples=num_samples,
+                         text_tokens=OWN_TEXT_TOKENS, seed=seed, overwrite=True)
+                seconds = time.monotonic() - started
+                measured, kl, top1 = work.quantized(out)
+                rows.append(Row(recipe.name, measured, kl, top1, seconds))
+            except (ValueError, NotImplementedError) as error:
+                rows.append(Row(recipe.name, error=" ".join(str(error).split())))
+            bar.update()
+    return Comparison(
+        name or source.name, bench.machine(), text.name, text.sha256, sum(len(window) - 1 for window in windows),
+        min(config.max_position_embeddings, MAX_WINDOW),
+        "fptq calibration.txt" if calibration is None else Path(calibration).name, original, tuple(rows),
+    )
+
+
+class _Work:
+    """The float model's logits lie in a file, chunk after chunk, while the quantized models run."""
+
+    def __init__(self, windows: Sequence[Sequence[int]], logits: Path, backend: Backend, threads: int,
+                 accuracy: Tasks, progress: bool) -> None:
+        self._windows = windows
+        self._logits = logits
+        self._backend = backend
+        self._threads = threads
+        self._accuracy = accuracy
+        self._progress = progress
+
+    def original(self, path: Path) -> Measured:
+        decoder = load_model(Checkpoint(path), self._backend)
+        total, count = 0.0, 0
+        with self._logits.open("wb") as file:
+            for logits, targets in self._run(decoder, "float32"):
+                logits.numpy().tofile(file)
+                total += sum_nll(logits, targets)
+                count += len(targets)
+        return self._measured(path, decoder, math.exp(total / count), "bf16")
+
+    def quantized(self, path: Path) -> tuple[Measured, float, float]:
+        """With KL and top-1 agreement."""
+        decoder = load_model(Checkpoint(path), self._backend)
+        total, divergence, agreeing, count = 0.0, 0.0, 0, 0
+        with self._logits.open("rb") as file:
+            for logits, targets in self._run(decoder, "int8"):
+                exact = _read(file, logits)
+                total += sum_nll(logits, targets)
+                divergence += sum_kl(exact, logits)
+                agreeing += int((exact.argmax(-1) == logits.argmax(-1)).sum())
+                count += len(targets)
+        return self._measured(path, decoder, math.exp(total / count), "int8"), divergence / count, agreeing / count
+
+    def _run(self, decoder: Decoder, kv_dtype: KVCacheDtype) -> Iterator[tuple[torch.Tensor, np.ndarray]]:
+        return window_logits(decoder, self._backend, self._windows, kv_dtype, self._progress)
+
+    def _measured(self, path: Path, decoder: Decoder, perplexity: float, kv_dtype: KVCacheDtype) -> Measured:
+        if not math.isfinite(perplexity):
+            raise QuantizationError("its perplexity is not finite")
+        prefill, decode = _speed(decoder, self._backend, kv_dtype, self._threads)
+        return Measured(
+            perplexity, sum(file.stat().st_size for file in path.glob("*.safetensors")), prefill, decode[1],
+            decode.get(8), self._accuracy.run(path, self._backend.name, self._threads, kv_dtype),
+        )
+
+
+def sum_kl(exact: torch.Tensor, logits: torch.Tensor) -> float:
+    """Σ over rows of KL(softmax(exact) ‖ softmax(logits)), in nats. Both [R, V]"""
+    p, q = exact.log_softmax(-1), logits.log_softmax(-1)
+    return float((p.exp() * (p - q)).sum(-1, dtype=torch.float64).sum())
+
+
+def _read(file: IO[bytes], like: torch.Tensor) -> torch.Tensor:
+    return torch.from_numpy(np.fromfile(file, np.float32, like.numel())).reshape(like.shape)
+
+
+def _speed(decoder: Decoder, backend: Backend, kv_dtype: KVCacheDtype, threads: int) -> tuple[float, dict[int, float]]:
+    """Prefill tokens per second of one prompt, and decode tokens per second by batch size."""
+    model = decoder.config
+    context = min(PROMPT, model.max_position_embeddings // 2)
+    wanted = [bench.Row(batch, context) for batch in BATCHES]
+    rows = [row for row in wanted if context + row.output_tokens(STEPS, PROMPT) <= model.max_position_embeddings]
+    config = bench.bench_config(model, rows or wanted[:1], STEPS, kv_cache_dtype=kv_dtype, threads=threads)
+    engine = Engine(decoder, backend, config, cast(Tokenizer, bench.NoText()))
+    bench.measure(engine, rows[0], steps=1, seconds=0)  # warms up
+    measured = [part.against(None) for row in rows
+                for part in bench.measure(engine, row, steps=STEPS, seconds=SECONDS)]
+    decode = {part.batch: part.tokens_per_s for part in measured if part.phase == "decode"}
+    return next(part.tokens_per_s for part in measured if part.phase == "prefill"), decode
+
+
+def markdown(comparison: Comparison) -> str:
+    """The table, and what was measured on what."""
+    original = comparison.original
+    names = list(original.tasks)
+    lines = [
+        f"# {comparison.model}: recipes compared", "",
+        f"fptq {__version__}, {comparison.machine}. Perplexity, KL to the float model (nats a token) and top-1 "
+        f"agreement on {comparison.text}, {comparison.tokens} tokens, windows of {comparison.window}, with the "
+        f"kernels and the int8 KV cache that serve; calibrated on {comparison.calibration}. Speed is "
+        "tokens per second: prefill of one prompt, decode of 1 and of 8 sequences.", "",
+        "| recipe | perplexity | loss | KL | top-1 | " + "".join(f"{name} | " for name in names)
+        + "MB | quantize | prefill | decode | decode × 8 |",
+        "|---" * (10 + len(names)) + "|",
+        _line("float", original, original, None, names),
+    ]
+    best = min((row.measured.perplexity for row in comparison.rows if row.measured), default=None)
+    for row in comparison.rows:
+        if row.measured is None:
+            lines.append(f"| {row.recipe} | " + "| " * (9 + len(names)) + "|")
+        else:
+            lines.append(_line(row.recipe, row.measured, original, row, names, row.measured.perplexity == best))
+    failed = [f"- {row.recipe}: {row.error}" for row in comparison.rows if row.error]
+    return "\n".join([*lines, *(["", "Not measured:", "", *failed] if failed else [])]) + "\n"
+
+
+def _line(name: str, measured: Measured, original: Measured, row: Row | None, tasks: Sequence[str],
+          best: bool = False) -> str:
+    perplexity = f"**{measured.perplexity:.3f}**" if best else f"{measured.perplexity:.3f}"
+    eight = measured.decode_batch_8_tokens_per_s
+    cells = [
+        name, perplexity, "" if row is None else f"{measured.perplexity / original.perplexity - 1:+.2%}",
+        "" if row is None else f"{row.kl:.4f}", "" if row is None else f"{row.top1:.1%}",
+        *(f"{measured.tasks[task]:.1%}" for task in tasks), f"{measured.bytes / 1e6:.2f}",
+        "" if row is None else f"{row.quantize_seconds:.0f} s", f"{measured.prefill_tokens_per_s:.0f}",
+        f"{measured.decode_tokens_per_s:.0f}", "" if eight is None else f"{eight:.0f}",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def plot(comparison: Comparison) -> str:
+    """compare.svg"""
+    original = comparison.original
+    measured = [("float", original, None), *((row.recipe, row.measured, row) for row in comparison.rows)]
+
+    def column(title: str, values: Sequence[float | None], form: str) -> Any:
+        return title, values, ["–" if value is None else form.format(value) for value in values]
+
+    return plots.panels([name for name, _, _ in measured], [
+        column("perplexity loss, %", [None if m is None or row is None else 100 * (
+            m.perplexity / original.perplexity - 1) for _, m, row in measured], "{:.2f}"),
+        column("KL, nats a token", [None if row is None else row.kl for _, _, row in measured], "{:.4f}"),
+        column("MB", [None if m is None else m.bytes / 1e6 for _, m, _ in measured], "{:.1f}"),
+        column("prefill tokens/s", [None if m is None else m.prefill_tokens_per_s for _, m, _ in measured], "{:.0f}"),
+        column("decode tokens/s", [None if m is None else m.decode_tokens_per_s for _, m, _ in measured], "{:.0f}"),
+    ])

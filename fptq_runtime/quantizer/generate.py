@@ -1,0 +1,99 @@
+"""Calibration and training text without data: the model writes it. As in LLM-QAT (arXiv 2305.17888): a random first
+token, the next three to five greedy, the rest drawn from the model's own distribution."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import chain
+
+import numpy as np
+
+from fptq_runtime.kernels.base import PARAMETERS, Backend, Executor, SampleInput, StepInput, StepLimits
+from fptq_runtime.models.decoder import Decoder
+from fptq_runtime.models.tokenizer import Tokenizer
+from fptq_runtime.quantizer.calibrate import CalibrationError, bos_prefix
+
+GREEDY_TOKENS = (3, 5)  # fewest and most
+BATCH = 32
+CACHE_BYTES = 1 << 30
+BLOCK_SIZE = 32
+
+
+def generate_windows(decoder: Decoder, backend: Backend, tokenizer: Tokenizer, lengths: Sequence[int], seed: int,
+                     ) -> list[list[int]]:
+    """One window of each length, BOS included where the model uses one. The end-of-sequence token is never drawn.
+
+    A window depends on the seed, its index and its length alone. `decoder` must be loaded for `backend`. Raises
+    CalibrationError where a length exceeds the model's context or its logits are not finite.
+    """
+    config = decoder.config
+    bos = bos_prefix(tokenizer)
+    longest = max(lengths)
+    if longest > config.max_position_embeddings:
+        raise CalibrationError(f"a sample of {longest} tokens exceeds the model's context of "
+                               f"{config.max_position_embeddings}")
+    generators = [np.random.default_rng((seed, index)) for index in range(len(lengths))]
+    known = min(config.vocab_size, tokenizer.vocab_size)
+    windows = [[*bos, int(g.integers(known))][:length] for g, length in zip(generators, lengths, strict=True)]
+    greedy = [int(g.integers(GREEDY_TOKENS[0], GREEDY_TOKENS[1] + 1)) for g in generators]
+    seeds = [int(g.integers(1 << 63)) for g in generators]
+
+    blocks = -(-longest // BLOCK_SIZE)
+    bytes_each = 4 * blocks * BLOCK_SIZE * config.num_layers * config.num_kv_heads * config.head_dim  # bf16, K and V
+    batch = max(1, min(BATCH, len(lengths), CACHE_BYTES // bytes_each))
+    prompt = len(bos) + 1
+    executor = backend.compile(decoder, StepLimits(
+        max_tokens=batch * prompt, max_seqs=batch, max_logits_rows=batch, max_model_len=longest,
+        num_blocks=batch * blocks, block_size=BLOCK_SIZE, kv_dtype="bf16", num_layers=config.num_layers,
+        num_kv_heads=config.num_kv_heads, head_dim=config.head_dim,
+    ))
+    by_length = sorted(range(len(lengths)), key=lambda index: lengths[index])
+    for start in range(0, len(by_length), batch):
+        computed = 0
+        while active := [i for i in by_length[start : start + batch] if len(windows[i]) < lengths[i]]:
+            logits = _step(executor, [windows[i] for i in active], computed, blocks)
+            computed = len(windows[active[0]])  # all of a batch grow together
+            temperatures = [float(computed - prompt >= greedy[i]) for i in active]
+            drawn = backend.sample(logits, _draws([seeds[i] for i in active], temperatures, computed,
+                                                  config.eos_token_ids)).token_ids
+            if drawn.min() < 0:
+                raise CalibrationError("the model's logits are not finite; its weights may be damaged")
+            for i, token in zip(active, drawn.tolist(), strict=True):
+                windows[i].append(token)
+    return windows
+
+
+def _step(executor: Executor, windows: Sequence[Sequence[int]], computed: int, blocks: int) -> np.ndarray:
+    """Logits after each window, whose first `computed` tokens are in the cache. Sequences that end are the shortest and
+    come first, so the blocks are counted from the end."""
+    count, length = len(windows), len(windows[0])
+    positions = np.arange(computed, length, dtype=np.int32)
+    tables = np.arange(count * blocks, dtype=np.int32).reshape(count, blocks)[::-1].copy()
+    slots = tables[:, :1] * BLOCK_SIZE + positions  # each sequence's blocks are neighbours
+    return executor.step(StepInput(
+        token_ids=np.asarray([window[computed:] for window in windows], dtype=np.int32).ravel(),
+        positions=np.tile(positions, count),
+        slot_mapping=slots.ravel(),
+        query_start_loc=np.arange(count + 1, dtype=np.int32) * len(positions),
+        seq_lens=np.full(count, length, dtype=np.int32),
+        block_tables=tables,
+        logits_rows=np.arange(1, count + 1, dtype=np.int32) * len(positions) - 1,
+    ))
+
+
+def _draws(seeds: Sequence[int], temperatures: Sequence[float], position: int, banned: Sequence[int]) -> SampleInput:
+    count, none = len(seeds), np.zeros(0, dtype=np.int32)
+    parameters = [(seed, t, 1, 0, 1, 0, 0, 0) for seed, t in zip(seeds, temperatures, strict=True)]
+    return SampleInput(
+        parameters=np.array(parameters, PARAMETERS),
+        rows=np.arange(count, dtype=np.int32),
+        token_ids=np.full(count, -1, dtype=np.int32),
+        positions=np.full(count, position, dtype=np.int64),
+        num_logprobs=np.full(count, -1, dtype=np.int32),
+        bias_start=np.arange(count + 1, dtype=np.int32) * len(banned),
+        bias_ids=np.array([*chain.from_iterable([banned] * count)], dtype=np.int32),
+        bias_values=np.full(count * len(banned), -np.inf, dtype=np.float32),
+        history_start=np.zeros(count + 1, dtype=np.int32),
+        output_start=np.zeros(count, dtype=np.int32),
+        history=none,
+    )

@@ -1,0 +1,47 @@
+"""SmoothQuant (arXiv 2211.10438): part of the activations' outliers moves into the weights."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+
+from fptq_runtime.quantizer.folds import fold
+from fptq_runtime.quantizer.steps.base import BlockWork, Target
+from fptq_runtime.quantizer.steps.search import ScaleSearch
+
+SMALLEST = 1e-5
+ALPHAS = tuple(i / 20 for i in range(2, 20))  # 0.1 to 0.95
+
+
+class SmoothQuant(ScaleSearch):
+    """Divide the inputs of qkv and up by s = max|x|^alpha / max|w|^(1 - alpha) of each channel, the weights' maximum
+    over all linears that read it; 1/s goes into the norm before.
+
+    alpha: "search" takes each input's from a grid, or leaves the input as it is, by output error on the sample. The
+    published ones are 0.5 (OPT, BLOOM), 0.85 (Llama 2 and 3) and 0.8 (Mistral).
+    """
+
+    type: Literal["smoothquant"] = "smoothquant"
+    alpha: Annotated[float, Field(ge=0, le=1)] | Literal["search"] = "search"
+    num_bits: Literal[4, 8] = 8
+    group_size: Literal[32, 64, 128] | None = None
+
+    def apply(self, work: BlockWork) -> None:
+        for kind, target in work.targets.items():
+            if target.norm is not None:
+                fold(work, kind, self._scale(target))
+
+    def _scale(self, target: Target) -> torch.Tensor:
+        if self.alpha != "search":
+            return smoothing_scale(target, self.alpha)
+        unchanged = torch.ones_like(target.stats.amax)
+        return self.best_scale(target, [unchanged, *(smoothing_scale(target, alpha) for alpha in ALPHAS)])
+
+
+def smoothing_scale(target: Target, alpha: float) -> torch.Tensor:
+    """max|x|^alpha / max|w|^(1 - alpha) of each input channel. [K]"""
+    inputs = target.stats.amax.clamp_min(SMALLEST)
+    weights = target.weight.abs().amax(0).clamp_min(SMALLEST)
+    return (inputs**alpha / weights ** (1 - alpha)).clamp_min(SMALLEST)

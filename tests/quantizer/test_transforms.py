@@ -1,0 +1,90 @@
+"""Every transform alone leaves the float function as it is, for every family it supports, and says so of the others.
+Oracle: transformers, on the untouched checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from fptq_runtime.models.families import SPECS
+from fptq_runtime.models.loader import Checkpoint
+from fptq_runtime.quantizer.steps.awq import Awq
+from fptq_runtime.quantizer.steps.base import BlockWork, QuantizationError, Step
+from fptq_runtime.quantizer.steps.equalization import Aweq, CrossLayer
+from fptq_runtime.quantizer.steps.fptq import Fptq
+from fptq_runtime.quantizer.steps.outlier_suppression import OutlierSuppression
+from fptq_runtime.quantizer.steps.rotation import Rotation
+from fptq_runtime.quantizer.steps.smoothquant import SmoothQuant
+from fptq_runtime.quantizer.steps.splitting import ChannelSplitting
+from tests.models.hf import FAMILIES
+from tests.quantizer.models import save_model
+from tests.quantizer.walk import float_logits
+
+RMS = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"}
+ALL = RMS | {"BloomForCausalLM"}
+LAE = {"*": "lae"}
+
+TRANSFORMS: dict[str, tuple[Step, set[str]]] = {  # and the architectures that it supports
+    "lae": (Fptq(overrides=LAE), ALL),
+    "lae-paper": (Fptq(overrides=LAE, floor=1e-5, search=False), ALL),
+    "smoothquant": (SmoothQuant(), ALL),
+    "smoothquant-0.85": (SmoothQuant(alpha=0.85), ALL),
+    "os+": (OutlierSuppression(), ALL),
+    "os+-scale": (OutlierSuppression(shift=False, thresholds=10), ALL),
+    "aweq": (Aweq(), ALL),
+    "cle": (CrossLayer(), ALL),
+    "awq": (Awq(), ALL),
+    "rotation": (Rotation(), RMS),
+    "rotation-residual": (Rotation(heads=False, seed=1), RMS),
+    "ocs": (ChannelSplitting(), RMS),
+    "ocs-channels": (ChannelSplitting(ratio=0.3, group_size=None), RMS),
+}
+
+WINDOWS = torch.randint(3, 260, (3, 40), generator=torch.Generator().manual_seed(0))
+
+
+@dataclass(frozen=True)
+class Saved:
+    path: Path
+    architecture: str
+    weights: list[torch.Tensor]  # of every block as loaded
+    logits: torch.Tensor  # transformers'
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Saved:
+    path = tmp_path_factory.mktemp("float")
+    model = save_model(request.param, path)
+    with torch.no_grad():
+        logits = model(WINDOWS).logits.flatten(0, 1)
+    weights, _ = taken_through(path)
+    return Saved(path, Checkpoint(path).model_config.architecture, weights, logits)
+
+
+def taken_through(path: Path, *steps: Step) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """The weights of all blocks after the steps, and the logits."""
+    weights: list[torch.Tensor] = []
+
+    def visit(work: BlockWork) -> None:
+        weights.extend(target.weight for target in work.targets.values())
+
+    logits = float_logits(path, steps, WINDOWS.tolist(), visit)
+    return weights, logits
+
+
+@pytest.mark.parametrize(("step", "supported"), TRANSFORMS.values(), ids=TRANSFORMS)
+def test_the_float_function_is_kept(saved: Saved, step: Step, supported: set[str]) -> None:
+    if saved.architecture not in supported:
+        with pytest.raises(QuantizationError, match=saved.architecture):
+            taken_through(saved.path, step)
+        return
+    weights, logits = taken_through(saved.path, step)
+    assert not all(map(torch.equal, weights, saved.weights)), "nothing was transformed"
+    assert float((logits - saved.logits).abs().max()) <= 1e-4
+
+
+def test_every_architecture_is_here() -> None:
+    assert {spec.architecture for spec in SPECS} == ALL
