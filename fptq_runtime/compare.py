@@ -24,7 +24,7 @@ from fptq_runtime.models.loader import Checkpoint, load_model
 from fptq_runtime.models.tokenizer import Tokenizer
 from fptq_runtime.quantizer import plots
 from fptq_runtime.quantizer.calibrate import Text, sum_nll
-from fptq_runtime.quantizer.evaluate import MAX_WINDOW, text_windows, window_logits
+from fptq_runtime.quantizer.evaluate import MAX_WINDOW, sum_kl, text_windows, window_logits
 from fptq_runtime.quantizer.pipeline import quantize
 from fptq_runtime.quantizer.recipe import Recipe
 from fptq_runtime.quantizer.source import resolve_model
@@ -202,12 +202,6 @@ class _Work:
         )
 
 
-def sum_kl(exact: torch.Tensor, logits: torch.Tensor) -> float:
-    """Σ over rows of KL(softmax(exact) ‖ softmax(logits)), in nats. Both [R, V]"""
-    p, q = exact.log_softmax(-1), logits.log_softmax(-1)
-    return float((p.exp() * (p - q)).sum(-1, dtype=torch.float64).sum())
-
-
 def _read(file: IO[bytes], like: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(np.fromfile(file, np.float32, like.numel())).reshape(like.shape)
 
@@ -245,7 +239,7 @@ def markdown(comparison: Comparison) -> str:
     best = min((row.measured.perplexity for row in comparison.rows if row.measured), default=None)
     for row in comparison.rows:
         if row.measured is None:
-            lines.append(f"| {row.recipe} | " + "| " * (9 + len(names)) + "|")
+            lines.append(f"| {row.recipe} " + "| " * (9 + len(names)) + "|")
         else:
             lines.append(_line(row.recipe, row.measured, original, row, names, row.measured.perplexity == best))
     failed = [f"- {row.recipe}: {row.error}" for row in comparison.rows if row.error]

@@ -93,6 +93,7 @@ def quantize_weight(
     scale = (
         absmax_scale(amax, num_bits, type) if scales == "float" else power_of_two_scale(amax, num_bits, type, scales)
     ).to(scale_dtype)
+    scale = torch.where(scale == 0, torch.full_like(scale, _SMALLEST_SCALE), scale)  # too small for its type
     codes = quantize(grouped, scale.float().unsqueeze(-1), num_bits, type)
     return codes.reshape(n, k), scale
 
@@ -132,7 +133,7 @@ def unpack_codes(packed: torch.Tensor, num_bits: int, k: int) -> torch.Tensor:
     codes: torch.Tensor = (
         torch.cat((_E2M1, -_E2M1)).to(torch.float8_e4m3fn)[octets.int()]
         if packed.dtype == torch.uint8
-        else (octets.to(torch.int16) - 2 ** (num_bits - 1)).to(torch.int8)
+        else (octets - 2 ** (num_bits - 1)).view(torch.int8)  # modulo 256, and two's complement is too
     )
     return codes
 

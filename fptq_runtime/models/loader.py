@@ -83,6 +83,11 @@ class Checkpoint:
         return self.schemes is not None
 
     @property
+    def num_parameters(self) -> int:
+        """As stored: tied ones once, packed ones by their words."""
+        return sum(math.prod(stored.shape) for stored in self._tensors.values())
+
+    @property
     def linear_schemes(self) -> dict[str, LayerScheme]:
         """How each linear that is not in float will run, by its name in the file."""
         names = self.spec.linear_names(self.model_config)[: -1 if self.tied else None]
@@ -166,7 +171,7 @@ class Checkpoint:
         down, up = f"{name}.low_rank_down", f"{name}.low_rank_up"
         if (found := self._find(down)) is None and not self.has(up):
             return None
-        rank = 0 if found is None else self._tensors[found].shape[0]
+        rank = 0 if found is None else sum(self._tensors[found].shape[:1])
         return self.tensor(down, (rank, k)), self.tensor(up, (n, rank))
 
     def _quantized_weight(self, name: str, n: int, k: int, scheme: LayerScheme) -> QuantizedWeight:

@@ -15,6 +15,7 @@ from fptq_runtime.quantizer.steps.equalization import Aweq, CrossLayer
 from fptq_runtime.quantizer.steps.fptq import Fptq
 from fptq_runtime.quantizer.steps.gptq import Gptq
 from fptq_runtime.quantizer.steps.outlier_suppression import OutlierSuppression
+from fptq_runtime.quantizer.steps.qat import Qat
 from fptq_runtime.quantizer.steps.rotation import Rotation
 from fptq_runtime.quantizer.steps.smoothquant import SmoothQuant
 from fptq_runtime.quantizer.steps.splitting import ChannelSplitting
@@ -23,7 +24,7 @@ from fptq_runtime.quantizer.steps.weights import Weights
 MAX_RECIPE_BYTES = 1 << 20
 
 AnyStep = Annotated[
-    Fptq | Rotation | SmoothQuant | OutlierSuppression | Aweq | CrossLayer | ChannelSplitting | Awq | Activations
+    Qat | Rotation | CrossLayer | ChannelSplitting | Fptq | SmoothQuant | OutlierSuppression | Aweq | Awq | Activations
     | Weights | Gptq,
     Field(discriminator="type"),
 ]
@@ -52,6 +53,15 @@ class Recipe(BaseModel):
             raise RecipeError("a recipe ends with one step that quantizes the weights: 'weights' or 'gptq'")
         if not any(isinstance(step, Fptq | Activations) for step in self.steps):
             raise RecipeError("a recipe needs a step that chooses activation schemes: 'fptq' or 'activations'")
+        if any(isinstance(step, Qat) for step in self.steps):
+            self._check_trained()
+
+    def _check_trained(self) -> None:
+        """Training rounds as these steps do; whatever moved the grid afterwards would undo it."""
+        if [type(step) for step in self.steps] != [Qat, Activations, Weights]:
+            raise RecipeError("a recipe that trains has three steps: 'qat', 'activations', 'weights'")
+        if self.weights.clip != "none" or self.weights.bias_correction or self.weights.lorc:
+            raise RecipeError("after 'qat', 'weights' takes no clip (qat has its own), bias_correction or lorc")
 
     @property
     def weights(self) -> Weights:
@@ -65,6 +75,7 @@ PRESETS = (
     Recipe(name="fptq", steps=(Fptq(), Weights(clip="mse"))),
     Recipe(name="rtn", steps=(Activations(scheme="static"), Weights())),
     Recipe(name="rtn-dynamic", steps=(Activations(scheme="dynamic"), Weights())),
+    Recipe(name="qat", steps=(Qat(), Activations(scheme="dynamic"), Weights())),
     Recipe(name="w8a8-static", steps=(Activations(scheme="static"), Weights(num_bits=8, group_size=None, clip="mse"))),
     Recipe(name="w8a8-dynamic", steps=(Activations(scheme="dynamic"),
                                        Weights(num_bits=8, group_size=None, clip="mse"))),

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Literal
 
 import torch
-from pydantic import Field, PositiveFloat
+from pydantic import Field, PositiveFloat, model_validator
 
 from fptq_runtime.artifact.numerics import dequantize, quantize
 from fptq_runtime.artifact.scheme import NumberType
@@ -39,6 +39,12 @@ class Gptq(Weights):
     refits: int = Field(default=0, ge=0, le=10)
     asymmetric: bool = False
 
+    @model_validator(mode="after")
+    def _refittable(self) -> Gptq:
+        if self.refits and self.scales != "float":
+            raise ValueError(f"refits finds scales of any size; scales {self.scales!r} goes with refits 0")
+        return self
+
     @property
     def wants_exact(self) -> bool:
         return self.asymmetric
@@ -51,7 +57,7 @@ class Gptq(Weights):
         exact = _without_activations(work.block)
         for kind, target in work.targets.items():
             self._observe(work, [kind], exact)
-            self._quantize(target, self._bits(target), self.group_size)
+            self._quantize(target, self.bits(target.modules), self.group_size)
 
     def apply_head(self, work: HeadWork) -> None:
         if self.head_bits == 4:
@@ -97,11 +103,10 @@ class Gptq(Weights):
         damp = self.damp * float(hessian.diagonal().mean())
         for raised in range(DAMP_RAISES + 1):
             factor = triangular_factor(hessian, damp * 10**raised)
-            if factor is None:
-                continue
-            if raised:
-                target.reason += f"; Hessian damped by {self.damp * 10**raised:g}"
-            return factor
+            if factor is not None:
+                if raised:
+                    target.reason += f"; Hessian damped by {self.damp * 10**raised:g}"
+                return factor
         raise QuantizationError(f"{target.linear.name}: the Hessian of its inputs is not positive definite, even "
                                 f"damped by {self.damp * 10**DAMP_RAISES:g}; calibrate on more text, or use 'weights'")
 

@@ -168,7 +168,7 @@ def test_hessians_are_of_the_quantized_inputs(tmp_path: Path, monkeypatch: pytes
 
 
 def test_asymmetric_aims_for_what_the_float_model_computes() -> None:
-    """The inputs have drifted; 8 bits leave little but the least-squares weights, and 4 bits are nearer than without."""
+    """The inputs have drifted: 8 bits leave little but the least-squares weights, 4 bits are nearer than without."""
     torch.manual_seed(0)
     weight, exact = torch.randn(16, 64), correlated(500, 64, 0)
     x = exact @ (torch.eye(64) + 0.05 * torch.randn(64, 64)) + 0.1 * torch.randn(500, 64)
