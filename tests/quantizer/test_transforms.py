@@ -12,10 +12,12 @@ import torch
 from fptq_runtime.models.families import SPECS
 from fptq_runtime.models.loader import Checkpoint
 from fptq_runtime.quantizer.pipeline import quantize
+from fptq_runtime.quantizer.steps.awq import Awq
 from fptq_runtime.quantizer.steps.base import BlockWork, QuantizationError, Step
 from fptq_runtime.quantizer.steps.equalization import Aweq, CrossLayer
 from fptq_runtime.quantizer.steps.fptq import Fptq
 from fptq_runtime.quantizer.steps.outlier_suppression import OutlierSuppression
+from fptq_runtime.quantizer.steps.rotation import Rotation
 from fptq_runtime.quantizer.steps.smoothquant import SmoothQuant
 from fptq_runtime.quantizer.steps.splitting import ChannelSplitting
 from tests.models.hf import FAMILIES
@@ -36,6 +38,9 @@ TRANSFORMS: dict[str, tuple[Step, set[str]]] = {  # and the architectures that i
     "os+-scale": (OutlierSuppression(shift=False, thresholds=10), ALL),
     "aweq": (Aweq(), ALL),
     "cle": (CrossLayer(), ALL),
+    "awq": (Awq(), ALL),
+    "rotation": (Rotation(), RMS),
+    "rotation-residual": (Rotation(heads=False, seed=1), RMS),
     "ocs": (ChannelSplitting(), RMS),
     "ocs-channels": (ChannelSplitting(ratio=0.3, group_size=None), RMS),
 }
