@@ -95,7 +95,8 @@ def test_every_architecture_is_here() -> None:
 @pytest.mark.parametrize("family", ["qwen2", "bloom"])
 @pytest.mark.parametrize("preset", ["smoothquant", "os+", "aweq", "cle"])
 def test_artifacts_load_in_transformers(preset: str, family: str, tmp_path: Path) -> None:
-    """No tensor is missing or left over, shifted and corrected biases included, where some linears have a bias and where all have."""
+    """No tensor is missing or left over, shifted and corrected biases included, whether some linears have a bias or
+    all."""
     save_model(family, tmp_path / "float", **{"n_layer" if family == "bloom" else "num_hidden_layers": 2})
     (tmp_path / "text.txt").write_text("It was a bright cold day in the wood, and the clock was striking. " * 20)
     quantize(tmp_path / "float", tmp_path / "out", preset, calibration="random", text=tmp_path / "text.txt", **SMALL)
