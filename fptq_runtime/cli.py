@@ -113,6 +113,34 @@ class RecipeName(click.ParamType[str]):
         return str(value)
 
 
+class Percent(click.ParamType[float]):
+    """A share, as 0.5%."""
+
+    name = "percent"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        if isinstance(value, float):
+            return value
+        match = re.fullmatch(r"(\d+(?:\.\d+)?|\.\d+)\s*%", value.strip())
+        if match is None:
+            self.fail(f"{value!r} is not a percentage like 0.5%", param, ctx)
+        return float(match[1]) / 100
+
+
+class RecipeList(click.ParamType[tuple[str, ...]]):
+    """Recipes between commas."""
+
+    name = "recipes"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
+        if isinstance(value, tuple):
+            return value
+        names = [name.strip() for name in value.split(",") if name.strip()]
+        if not names:
+            self.fail("give recipes between commas, as rtn,fptq", param, ctx)
+        return tuple(RecipeName().convert(name, param, ctx) for name in dict.fromkeys(names))
+
+
 def answers(command: _Function) -> Any:
     """Add --json to a command that returns (data, text): data is printed with --json, text without."""
 
@@ -185,20 +213,34 @@ def cli() -> None:
               "calibration never sees).")
 @click.option("--text-tokens", type=click.IntRange(2), default=16384, show_default=True,
               help="Read only the first tokens of it.")
+@click.option("--max-loss", type=Percent(), help="What perplexity may rise by, as 0.5%: the linears that cost most get "
+              "8 bits, then 16, until it is met.")
+@click.option("--extra-bytes", type=Percent(), help="What may be spent on that, as 10% of the artifact; alone, all of "
+              "it is spent.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--revision", help="Branch, tag or commit of a hub model.")
 @click.option("--overwrite", is_flag=True, help="Replace an artifact at OUT.")
 @answers
-def quantize(model: str, out: Path, recipe: str, revision: str | None, **options: Any) -> Answer:
+def quantize(model: str, out: Path, recipe: str, revision: str | None, max_loss: float | None,
+             extra_bytes: float | None, **options: Any) -> Answer:
     """Quantize MODEL into the new directory OUT."""
     from fptq_runtime.locate import find_model
 
     source = find_model(model, revision)
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch asks for huge pages, which large weights fault in fast
     from fptq_runtime.quantizer.pipeline import quantize
     from fptq_runtime.quantizer.report import summarize
 
-    manifest = quantize(source, out, recipe, progress=True, **options)
-    return manifest.model_dump(mode="json"), summarize(manifest)
+    if max_loss is None and extra_bytes is None:
+        manifest = quantize(source, out, recipe, progress=True, **options)
+        return manifest.model_dump(mode="json"), summarize(manifest)
+    from fptq_runtime.quantizer.budget import Budget, quantize_within
+    from fptq_runtime.quantizer.recipe import load_recipe
+
+    budget = Budget(max_loss, extra_bytes)
+    manifest, spent = quantize_within(source, out, load_recipe(recipe), budget, progress=True, **options)
+    return {**manifest.model_dump(mode="json"), "budget": asdict(spent)}, (
+        f"{spent.summary(budget)}\n\n{summarize(manifest)}")
 
 
 @cli.command()
@@ -294,6 +336,95 @@ def evaluate(model: str, text: Path | None, max_tokens: int | None, choices: Pat
 
 
 @cli.command()
+@click.argument("model")
+@click.option("--recipes", type=RecipeList(), required=True, help="Presets or YAML files between commas, as rtn,fptq.")
+@click.option("--calibration", type=ExistingFile("random", "self"), help="As for `fptq quantize`.")
+@click.option("--num-samples", type=click.IntRange(1), default=64, show_default=True, help="Calibration samples.")
+@click.option("--text", type=ExistingFile(), help="What perplexity and KL are measured on (tales that calibration "
+              "never sees).")
+@click.option("--max-tokens", type=click.IntRange(2), default=16384, show_default=True,
+              help="Read only the first tokens of the text.")
+@click.option("--choices", type=ExistingFile(), help="Multiple choice, as for `fptq eval`.")
+@click.option("--last-word", type=ExistingFile(), help="Last words, as for `fptq eval`.")
+@click.option("--task", "tasks", multiple=True, help="An lm-eval task, a YAML file or a name; may be given more than "
+              "once.")
+@click.option("--limit", type=click.IntRange(1), help="Only the first documents of each --task.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="Write compare.md, compare.svg and "
+              "compare.json into this directory.")
+@backend_options
+@answers
+def compare(model: str, recipes: tuple[str, ...], calibration: str | Path | None, num_samples: int, text: Path | None,
+            max_tokens: int, choices: Path | None, last_word: Path | None, tasks: tuple[str, ...], limit: int | None,
+            seed: int, out: Path | None, backend: str, threads: int) -> Answer:
+    """Quantize MODEL by several recipes and measure each: quality, size, time and speed in one table."""
+    from fptq_runtime.locate import find_model
+
+    source = find_model(model)
+    from fptq_runtime import compare as comparing
+    from fptq_runtime.quantizer.calibrate import packaged_text, read_text
+    from fptq_runtime.quantizer.recipe import load_recipe
+
+    result = comparing.compare(
+        source, [load_recipe(name) for name in recipes], read_text(text) if text else packaged_text("heldout"),
+        backend, name=model, calibration=calibration, num_samples=num_samples,
+        max_tokens=max_tokens, accuracy=comparing.Tasks(tasks, limit, choices, last_word), seed=seed, threads=threads,
+        progress=True,
+    )
+    data, table = result.to_json(), comparing.markdown(result)
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "compare.md").write_text(f"{table}\n![compared](compare.svg)\n")
+        (out / "compare.svg").write_text(comparing.plot(result) + "\n")
+        (out / "compare.json").write_text(json.dumps(data, indent=1) + "\n")
+    return data, table
+
+
+@cli.command()
+@click.argument("model")
+@click.option("--recipe", type=RecipeName(), default="fptq", show_default=True, help="A preset, or a YAML file.")
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), default="report", show_default=True,
+              help="Where index.html, analysis.json and analysis.jsonl go; an interrupted analysis there goes on.")
+@click.option("--calibration", type=ExistingFile("random", "self"), help="As for `fptq quantize`.")
+@click.option("--num-samples", type=click.IntRange(1), default=64, show_default=True, help="Calibration samples.")
+@click.option("--text", type=ExistingFile(), help="What the loss is measured on (tales that calibration never sees).")
+@click.option("--max-tokens", type=click.IntRange(2), default=4096, show_default=True,
+              help="Read only the first tokens of the text.")
+@click.option("--only", "studies", multiple=True, type=click.Choice(
+    ["one-only", "linears", "leave-one-out", "cumulative", "activations", "sizes", "ranges"]),
+    help="Do only this study; may be given more than once.")
+@click.option("--quick", is_flag=True, help="Only kinds and layers one by one, and the inputs.")
+@click.option("--sizes", type=click.IntRange(1), multiple=True, help="Numbers of samples to compare (100, 200, 500).")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--overwrite", is_flag=True, help="Replace another analysis at --out.")
+@answers
+def analyze(model: str, recipe: str, out: Path, text: Path | None, studies: tuple[str, ...], quick: bool,
+            sizes: tuple[int, ...], **options: Any) -> Answer:
+    """Which layers of MODEL a recipe hurts, why, and what to do: a report that opens in a browser."""
+    if quick and studies:
+        raise click.UsageError("--quick and --only exclude each other")
+    from fptq_runtime.locate import find_model
+
+    source = find_model(model)
+    from fptq_runtime.quantizer import analyze as analyzing
+    from fptq_runtime.quantizer.advice import advise
+    from fptq_runtime.quantizer.analysis_page import page
+    from fptq_runtime.quantizer.calibrate import packaged_text, read_text
+    from fptq_runtime.quantizer.recipe import load_recipe
+
+    data = analyzing.analyze(
+        source, load_recipe(recipe), read_text(text) if text else packaged_text("heldout"), out, name=model,
+        studies=studies or (analyzing.QUICK if quick else analyzing.STUDIES), sizes=sizes or analyzing.SIZES,
+        progress=True, **options,
+    )
+    data["recommendation"] = advice = advise(data)
+    (out / "analysis.json").write_text(json.dumps(data, indent=1) + "\n", "utf-8")
+    (out / "index.html").write_text(page(data, advice), "utf-8")
+    return data, "\n".join([advice["verdict"], "", *(f"- {reason}" for reason in advice["reasons"]), "",
+                            f"the report is {out / 'index.html'}"])
+
+
+@cli.command()
 @click.argument("artifact")
 @click.argument("prompt")
 @click.option("--max-tokens", type=click.IntRange(1), default=64, show_default=True)
@@ -322,6 +453,38 @@ def generate(artifact: str, prompt: str, max_tokens: int, temperature: float, to
         "prompt_token_ids": answer.prompt_token_ids,
         "token_ids": answer.token_ids,
     }, answer.text
+
+
+@cli.command()
+@click.argument("artifact")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--target", type=click.Choice(["vllm"]), required=True, help="Who will load it.")
+@click.option("--text", type=ExistingFile(), help="What perplexity is measured on before and after (tales that come "
+              "with fptq).")
+@click.option("--text-tokens", type=click.IntRange(2), default=16384, show_default=True,
+              help="Read only the first tokens of it.")
+@backend_options
+@answers
+def export(artifact: str, out: Path, target: str, text: Path | None, text_tokens: int, backend: str,
+           threads: int) -> Answer:
+    """Write ARTIFACT into the new directory OUT for another runtime, every quantized input dynamic per token."""
+    from fptq_runtime.locate import find_artifact
+
+    path = find_artifact(artifact)
+    from fptq_runtime.kernels.select import select_backend
+    from fptq_runtime.models.loader import Checkpoint
+    from fptq_runtime.quantizer.calibrate import packaged_text, read_text
+    from fptq_runtime.quantizer.vllm import export
+
+    kernels = select_backend(backend, threads, Checkpoint(path).linear_schemes)
+    measured_on = packaged_text("heldout") if text is None else read_text(text)
+    result = export(path, out, measured_on, kernels, text_tokens, progress=True)
+    change = result.perplexity_after / result.perplexity_before - 1
+    return {"target": target, **asdict(result)}, (
+        f"perplexity {result.perplexity_before:.3f} before, {result.perplexity_after:.3f} after ({change:+.2%}) on "
+        f"{result.text}: {result.tokens} tokens\n{result.static_inputs} static input scales became dynamic, "
+        f"{result.bytes / 1e6:.1f} MB"
+    )
 
 
 @cli.command()

@@ -12,8 +12,9 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -254,21 +255,28 @@ class ArtifactWriter:
                 raise ArtifactError(f"{out} exists; choose another output directory or pass --overwrite")
 
     def __enter__(self) -> ArtifactWriter:
-        try:
+        with self._writing():
             self._out.parent.mkdir(parents=True, exist_ok=True)
             self._remove_abandoned()
             prefix = f".{self._out.name}.partial-{os.getpid()}-"
             self.directory = Path(tempfile.mkdtemp(prefix=prefix, dir=self._out.parent))
             self.directory.chmod(0o755)
             (self.directory / MANIFEST).touch()  # empty: whatever a killed run leaves is refused as unfinished
-        except OSError as error:
-            raise ArtifactError(f"cannot write to {self._out.parent}: {error.strerror}") from None
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None,
                  traceback: TracebackType | None) -> None:
         if self.directory.exists():
             shutil.rmtree(self.directory)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """What goes wrong with the disk is an ArtifactError."""
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise ArtifactError(f"cannot write to {self._out.parent}: {reason}") from None
 
     def _remove_abandoned(self) -> None:
         """What killed runs left beside `out`: their process is gone."""
@@ -286,10 +294,12 @@ class ArtifactWriter:
             self._pending_bytes += tensor.nbytes
 
     def add_file(self, name: str, text: str) -> None:
-        _write_file(self.directory / name, text)
+        with self._writing():
+            _write_file(self.directory / name, text)
 
     def copy_file(self, source: Path) -> None:
-        shutil.copyfile(source, self.directory / source.name)
+        with self._writing():
+            shutil.copyfile(source, self.directory / source.name)
 
     def finish_tensors(self) -> None:
         """Write what is pending and name the shards. The directory is loadable from here on."""
@@ -309,34 +319,55 @@ class ArtifactWriter:
     def commit(self, manifest: Manifest) -> Manifest:
         """Hash every file, write fptq.json and move the directory to where it belongs. Returns the manifest as
         written."""
+        with self._writing():
+            self._commit(manifest)
+        return read_manifest(self._out)
+
+    def _commit(self, manifest: Manifest) -> None:
         files = sorted(file for file in self.directory.iterdir() if file.name != MANIFEST)
         for file in files:
             _sync(file)
         records = {file.name: FileRecord(size=file.stat().st_size, sha256=hash_file(file)) for file in files}
         unsigned = manifest.model_copy(update={"files": records})
         _write_file(self.directory / MANIFEST, unsigned.to_json())
+        self._move()
+
+    def publish(self) -> int:
+        """`commit` for a directory that is not to be an artifact: without fptq.json. Returns its bytes."""
+        with self._writing():
+            files = sorted(file for file in self.directory.iterdir() if file.name != MANIFEST)
+            for file in files:
+                _sync(file)
+            size = sum(file.stat().st_size for file in files)
+            (self.directory / MANIFEST).unlink()
+            self._move()
+        return size
+
+    def _move(self) -> None:
         _sync(self.directory)
         if is_artifact(self._out):
             # A directory cannot be renamed over a full one, so the old artifact steps aside first.
             old = Path(tempfile.mkdtemp(prefix=f".{self._out.name}.old-", dir=self._out.parent))
             self._out.rename(old / "artifact")
-            self.directory.rename(self._out)
+            try:
+                self.directory.rename(self._out)
+            except OSError:
+                (old / "artifact").rename(self._out)
+                old.rmdir()
+                raise
             shutil.rmtree(old)
         else:
             self.directory.rename(self._out)
         _sync(self._out.parent)
-        return read_manifest(self._out)
 
     def _shard(self, index: int) -> Path:
         return self.directory / f"shard-{index}.safetensors"
 
     def _write_shard(self) -> None:
         shard = self._shard(len(self._shards))
-        try:
+        with self._writing():
             save_file(self._pending, shard, metadata={"format": "pt"})
-        except SafetensorError as error:
-            raise ArtifactError(f"cannot write to {self._out.parent}: {error}") from None
-        shutil.copymode(self.directory / MANIFEST, shard)  # safetensors lets only the owner read; the umask decides
+            shutil.copymode(self.directory / MANIFEST, shard)  # safetensors lets only the owner read; the umask decides
         self._shards.append(list(self._pending))
         self._total_bytes += self._pending_bytes
         self._pending = {}

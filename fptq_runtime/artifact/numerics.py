@@ -93,6 +93,7 @@ def quantize_weight(
     scale = (
         absmax_scale(amax, num_bits, type) if scales == "float" else power_of_two_scale(amax, num_bits, type, scales)
     ).to(scale_dtype)
+    scale = torch.where(scale == 0, torch.full_like(scale, _SMALLEST_SCALE), scale)  # too small for its type
     codes = quantize(grouped, scale.float().unsqueeze(-1), num_bits, type)
     return codes.reshape(n, k), scale
 
@@ -132,7 +133,7 @@ def unpack_codes(packed: torch.Tensor, num_bits: int, k: int) -> torch.Tensor:
     codes: torch.Tensor = (
         torch.cat((_E2M1, -_E2M1)).to(torch.float8_e4m3fn)[octets.int()]
         if packed.dtype == torch.uint8
-        else (octets.to(torch.int16) - 2 ** (num_bits - 1)).to(torch.int8)
+        else (octets - 2 ** (num_bits - 1)).view(torch.int8)  # modulo 256, and two's complement is too
     )
     return codes
 
@@ -145,7 +146,9 @@ def token_scale(x: torch.Tensor, type: NumberType = "int") -> torch.Tensor:
 def fake_quantize(x: torch.Tensor, scale: torch.Tensor | float, type: NumberType = "int") -> torch.Tensor:
     """Quantize to 8 bits and back; the gradient passes straight through inside the range. Shape of x."""
     low, high = code_range(8, type)
-    scaled = x / scale
+    scaled: torch.Tensor = x / scale
+    if type == "int" and not scaled.requires_grad:
+        return scaled.round_().clamp_(low, high).mul_(scale)
     if type == "float":
         scaled = scaled.clamp(low, high)  # first: the cast makes NaN of what is beyond
     nearest = scaled.round() if type == "int" else scaled.to(torch.float8_e4m3fn).to(scaled.dtype)

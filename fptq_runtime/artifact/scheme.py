@@ -61,6 +61,7 @@ class QuantizationArgs:
             "strategy": self.strategy,
             "group_size": self.group_size,
             "dynamic": self.dynamic,
+            **({"scale_dtype": "torch.bfloat16"} if self.format == "nvfp4-pack-quantized" else {}),  # or they take FP8
         }
 
     @classmethod

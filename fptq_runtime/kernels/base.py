@@ -61,7 +61,8 @@ class QuantizedWeight:
 class Linear:
     """y = x · Wᵀ + bias. `act` says how x is quantized before; None leaves it in float.
 
-    low_rank: down [r, K] and up [N, r], in float: y += (x · downᵀ) · upᵀ, of the same quantized x.
+    low_rank: down [r, K] and up [N, r], in float: y += (x · downᵀ) · upᵀ, of the same quantized x. Each row of down
+    that the quantizer makes is int8 times a power of two, for integer kernels.
     """
 
     name: str

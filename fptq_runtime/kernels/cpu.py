@@ -40,6 +40,7 @@ class Prepared:
 
     native: Any
     arrays: tuple[Array, ...] = ()
+    low_rank: tuple[Any, Any] | None = None  # of a linear: two more
 
 
 class CpuBackend:
@@ -69,7 +70,8 @@ class CpuBackend:
 
     def prepare(self, parameter: Any) -> Prepared:
         if isinstance(parameter, Linear):
-            return Prepared(self._prepare_linear(parameter))
+            low_rank = None if parameter.low_rank is None else self._prepare_low_rank(parameter, *parameter.low_rank)
+            return Prepared(self._prepare_linear(parameter), low_rank=low_rank)
         if isinstance(parameter, Norm):
             return Prepared(_prepare_norm(parameter))
         if isinstance(parameter, Embedding):
@@ -80,9 +82,6 @@ class CpuBackend:
 
     def _prepare_linear(self, linear: Linear) -> Any:
         weight, act = linear.weight, _act(linear.act)
-        if linear.low_rank is not None:
-            raise ValueError(f"{linear.name}: the native backend has no kernel for low-rank corrections; use the "
-                             "reference backend")
         if isinstance(weight, QuantizedWeight):
             if weight.type != "int":
                 raise ValueError(f"{linear.name}: the native backend has no kernel for FP{weight.num_bits} weights; "
@@ -101,6 +100,12 @@ class CpuBackend:
         values = np.ascontiguousarray(weight)
         kept = _native.pack_float(values.view(np.int16) if weight.dtype == bfloat16 else values, self._pool)
         return _native.Linear(linear.name, None, kept, _floats(linear.bias), None)
+
+    def _prepare_low_rank(self, linear: Linear, down: Array, up: Array) -> tuple[Any, Any]:
+        name = f"{linear.name}.low_rank_down"
+        weight = down if linear.act is None else _int8_rows(name, down)
+        return (self._prepare_linear(Linear(name, weight, act=linear.act)),
+                self._prepare_linear(Linear(f"{linear.name}.low_rank_up", up)))
 
     def compile(self, forward: Callable[[Ops[Any]], Any], limits: StepLimits) -> CpuExecutor:
         program = _native.Program(
@@ -173,7 +178,11 @@ class CaptureOps:
         return self._program.norm(x, self._use(norm), _act(act))
 
     def linear(self, x: int, linear: Prepared, residual: int | None = None) -> int:
-        return self._program.linear(x, self._use(linear), residual)
+        y = self._program.linear(x, self._use(linear), residual)
+        if linear.low_rank is None:
+            return y
+        down, up = linear.low_rank
+        return self._program.linear(self._program.linear(x, down, None), up, y)
 
     def activation(self, x: int, kind: Literal["silu_mul", "gelu_tanh"], act: ActivationQuant | None) -> int:
         return self._program.activation(x, kind, _act(act))
@@ -291,6 +300,18 @@ def _address(name: str, array: npt.NDArray[Any], shape: tuple[int, ...], dtype: 
 
 def _float32(array: Array) -> Float32Array:
     return np.ascontiguousarray(array, np.float32)
+
+
+def _int8_rows(name: str, weight: Array) -> QuantizedWeight:
+    """The same numbers as integers times a power of two a row. Raises ValueError where they are not."""
+    values = _float32(weight)
+    scale = np.ldexp(np.float32(1), np.frexp(np.abs(values).max(1, keepdims=True))[1] - 7)
+    codes = values / scale  # the largest of a row is 64 to 127
+    if not np.array_equal(codes, codes.round()):
+        raise ValueError(f"{name}: the native backend needs int8 multiples of a power of two in each row; use the "
+                         "reference backend")
+    octets = np.pad((codes + 128).astype(np.uint8), ((0, 0), (0, -codes.shape[1] % 4)))
+    return QuantizedWeight(octets.view(np.int32), scale, 8, codes.shape[1])
 
 
 def _floats(array: Array | None) -> list[float]:

@@ -23,6 +23,7 @@ from fptq_runtime.kernels.base import (
     AttentionSpec,
     Embedding,
     Float32Array,
+    Int32Array,
     Linear,
     Norm,
     Ops,
@@ -112,24 +113,26 @@ class ReferenceExecutor:
 
 class ReferenceOps:
     """The ops of one step. cache None: every sequence is whole in the batch and attends to itself alone, its keys and
-    values rounded as a cache of `kv_dtype` would."""
+    values rounded as a cache of `kv_dtype` would. device: where the parameters are."""
 
-    def __init__(self, batch: StepInput, cache: ReferenceCache | None, kv_dtype: KVCacheDtype = "float32") -> None:
+    def __init__(self, batch: StepInput, cache: ReferenceCache | None, kv_dtype: KVCacheDtype = "float32",
+                 device: str = "cpu") -> None:
         self.batch = batch
         self._cache = cache
         self._kv_dtype = kv_dtype if cache is None else cache.dtype
-        self._positions = torch.from_numpy(batch.positions).long()
+        self._device = device
+        self._positions = self._indices(batch.positions)
         self._own_kv: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def embed(self, table: Embedding) -> torch.Tensor:
-        return F.embedding(torch.from_numpy(self.batch.token_ids).long(), table.weight).float()
+        return F.embedding(self._indices(self.batch.token_ids), table.weight).float()
 
     def norm(self, x: torch.Tensor, norm: Norm, act: ActivationQuant | None) -> torch.Tensor:
         return quantize_activations(_normalise(x, norm), act)
 
     def linear(self, x: torch.Tensor, linear: Linear, residual: torch.Tensor | None = None) -> torch.Tensor:
         assert isinstance(linear.weight, torch.Tensor)
-        y = F.linear(x, linear.weight, linear.bias)
+        y = matmul(x, linear.weight, linear.bias)
         if linear.low_rank is not None:
             down, up = linear.low_rank
             y = y + F.linear(F.linear(x, down), up)
@@ -176,7 +179,18 @@ class ReferenceOps:
         return quantize_activations(torch.cat(attended).reshape(q.shape), act)
 
     def select_rows(self, x: torch.Tensor) -> torch.Tensor:
-        return x.index_select(0, torch.from_numpy(self.batch.logits_rows).long())
+        return x.index_select(0, self._indices(self.batch.logits_rows))
+
+    def _indices(self, array: Int32Array) -> torch.Tensor:
+        return torch.from_numpy(array).long().to(self._device)
+
+
+def matmul(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x [rows, K] · weight [N, K]ᵀ + bias in float32, where a bfloat16 weight makes it a product of bfloat16."""
+    if weight.dtype == torch.float32:
+        return F.linear(x, weight, bias)
+    y = F.linear(x.to(weight.dtype), weight).float()
+    return y if bias is None else y + bias
 
 
 def to_torch(array: Array) -> torch.Tensor:
@@ -239,12 +253,12 @@ def _is_plain_causal(q: torch.Tensor, k: torch.Tensor, attention: AttentionSpec)
 
 def _attention_bias(positions: torch.Tensor, length: int, attention: AttentionSpec) -> torch.Tensor:
     """What is added to the scores of queries at `positions` [Q]: [Q, length], or [heads, Q, length] with ALiBi."""
-    key_positions = torch.arange(length)
+    key_positions = torch.arange(length, device=positions.device)
     distance = positions[:, None] - key_positions
     hidden = distance < 0
     if attention.sliding_window is not None:
         hidden = hidden | (distance >= attention.sliding_window)
-    bias = torch.zeros(distance.shape).masked_fill(hidden, float("-inf"))
+    bias = torch.zeros(distance.shape, device=positions.device).masked_fill(hidden, float("-inf"))
     if attention.alibi_slopes is None:
         return bias
     slopes: torch.Tensor = attention.alibi_slopes

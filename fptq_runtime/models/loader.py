@@ -77,6 +77,11 @@ class Checkpoint:
         return self.schemes is not None
 
     @property
+    def num_parameters(self) -> int:
+        """As stored: tied ones once, packed ones by their words."""
+        return sum(math.prod(stored.shape) for stored in self._tensors.values())
+
+    @property
     def linear_schemes(self) -> dict[str, LayerScheme]:
         """How each linear that is not in float will run, by its name in the file."""
         names = self.spec.linear_names(self.model_config)[: -1 if self.tied else None]

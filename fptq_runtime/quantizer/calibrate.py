@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
@@ -15,14 +16,16 @@ import torch
 from fptq_runtime.artifact.io import TextRecord
 from fptq_runtime.config import ModelConfig
 from fptq_runtime.kernels.base import Linear, StepInput
-from fptq_runtime.kernels.reference import ReferenceOps
-from fptq_runtime.models.decoder import Block, Head, Stem, run_block, run_head, run_stem
+from fptq_runtime.kernels.reference import ReferenceBackend, ReferenceOps
+from fptq_runtime.models.decoder import Block, Head, Stem, prepare_block, run_block, run_head, run_stem
 from fptq_runtime.models.tokenizer import Tokenizer
 
 Kind = Literal["qkv", "o", "up", "down", "head"]
 BLOCK_KINDS: tuple[Kind, ...] = ("qkv", "o", "up", "down")
 
 MINIBATCH_FLOATS = 1 << 22  # of a block's widest intermediate, 16 MiB: small enough for malloc to reuse
+MINIBATCH_ROWS = 256  # but not fewer: each minibatch reads the whole block
+BF16_WEIGHTS = 1 << 22  # of a linear; from here on the time goes into products, which are twice as fast in bfloat16
 SAMPLE_ROWS = 1024  # input rows kept of each linear, to measure errors on
 
 
@@ -106,6 +109,16 @@ def pack_windows(windows: Sequence[Sequence[int]]) -> StepInput:
     )
 
 
+def in_bf16(linear: Linear) -> Linear:
+    """The linear as a walk over many rows computes it: a large one with bfloat16 weights, where this CPU multiplies
+    those faster. An input code of eight bits is exact in bfloat16; what is rounded is a fraction of its step."""
+    weight = linear.weight
+    assert isinstance(weight, torch.Tensor)
+    if weight.numel() < BF16_WEIGHTS or not torch.cpu.get_capabilities().get("avx512_bf16", False):
+        return linear
+    return replace(linear, weight=weight.bfloat16())
+
+
 OpsFactory = Callable[[StepInput], ReferenceOps]
 
 
@@ -117,9 +130,9 @@ class HiddenStates:
     """The hidden states of a set of windows, in minibatches, taken through the model one part at a time."""
 
     def __init__(self, config: ModelConfig, windows: Sequence[Sequence[int]]) -> None:
-        self._config = config
+        self.config = config
         widest = max(2 * config.intermediate_size, (config.num_heads + 2 * config.num_kv_heads) * config.head_dim)
-        rows = max(1, MINIBATCH_FLOATS // widest)
+        rows = max(MINIBATCH_ROWS, MINIBATCH_FLOATS // widest)
         self.batches: list[StepInput] = []
         pending: list[Sequence[int]] = []
         for window in windows:
@@ -140,13 +153,15 @@ class HiddenStates:
 
     def block_outputs(self, block: Block, ops: OpsFactory = _plain_ops) -> Iterator[torch.Tensor]:
         """What the block makes of each minibatch; the states stay as they are."""
+        block = _fast(block)
         for batch, state in zip(self.batches, self.states, strict=True):
-            yield run_block(ops(batch), self._config, block, state)
+            yield run_block(ops(batch), self.config, block, state)
 
     @torch.inference_mode()
     def negative_log_likelihood(self, head: Head) -> tuple[float, int]:
         """Sum over every token but the first of its window, in nats, and how many tokens that is."""
-        chunk = max(1, MINIBATCH_FLOATS // self._config.vocab_size)
+        head = replace(head, lm_head=in_bf16(head.lm_head))
+        chunk = max(1, MINIBATCH_FLOATS // self.config.vocab_size)
         total, count = 0.0, 0
         for batch, state in zip(self.batches, self.states, strict=True):
             predicts, target = next_tokens(batch)
@@ -156,6 +171,10 @@ class HiddenStates:
                 total += sum_nll(logits, target[start : start + chunk])
             count += len(predicts)
         return total, count
+
+
+def _fast(block: Block) -> Block:
+    return replace(block, qkv=in_bf16(block.qkv), o=in_bf16(block.o), up=in_bf16(block.up), down=in_bf16(block.down))
 
 
 def next_tokens(batch: StepInput) -> tuple[np.ndarray, np.ndarray]:
@@ -250,55 +269,73 @@ class _Observed:
 
 
 class _ObservingOps(ReferenceOps):
-    def __init__(self, batch: StepInput, observed: dict[int, _Observed], stride: int) -> None:
+    """Shows what each linear reads to `see`, and leaves out the last product, which no other reads."""
+
+    def __init__(self, batch: StepInput, last: str, see: Callable[[str, torch.Tensor, StepInput], None]) -> None:
         super().__init__(batch, None)
-        self._observed = observed
-        self._stride = stride
+        self._last = last
+        self._see = see
 
     def linear(self, x: torch.Tensor, linear: Linear, residual: torch.Tensor | None = None) -> torch.Tensor:
-        self._observed[id(linear)].update(x, self.batch, self._stride)
+        self._see(linear.name, x, self.batch)
+        if linear.name == self._last and residual is not None:
+            return residual
         return super().linear(x, linear, residual)
 
 
 @torch.inference_mode()
 def observe_block(states: HiddenStates, block: Block) -> dict[Kind, InputStats]:
     """Run a float block over the states and describe the input of each of its linears."""
-    linears: dict[Kind, Linear] = {"qkv": block.qkv, "o": block.o, "up": block.up, "down": block.down}
-    observed = {id(linear): _Observed() for linear in linears.values()}
+    names: dict[Kind, str] = {kind: getattr(block, kind).name for kind in BLOCK_KINDS}
+    observed = {name: _Observed() for name in names.values()}
     stride = _stride(states)
-    for _ in states.block_outputs(block, lambda batch: _ObservingOps(batch, observed, stride)):
+
+    def see(name: str, x: torch.Tensor, batch: StepInput) -> None:
+        observed[name].update(x, batch, stride)
+
+    for _ in states.block_outputs(block, lambda batch: _ObservingOps(batch, names["down"], see)):
         pass
-    return {kind: observed[id(linear)].stats(linear.name) for kind, linear in linears.items()}
+    return {kind: observed[name].stats(name) for kind, name in names.items()}
 
 
-class _CapturingOps(ReferenceOps):
-    def __init__(self, batch: StepInput, kinds: dict[int, Kind], captured: dict[Kind, torch.Tensor]) -> None:
-        super().__init__(batch, None)
-        self._kinds = kinds
-        self._captured = captured
-
-    def linear(self, x: torch.Tensor, linear: Linear, residual: torch.Tensor | None = None) -> torch.Tensor:
-        self._captured[self._kinds[id(linear)]] = x
-        return super().linear(x, linear, residual)
+class _Captured(Exception):
+    """Nothing else was asked for."""
 
 
 @torch.inference_mode()
-def block_inputs(states: HiddenStates, block: Block) -> Iterator[dict[Kind, torch.Tensor]]:
-    """What each of the block's linears reads, minibatch by minibatch, each [rows, K] and fake-quantized as its `act`
-    says. The block's weights must be float."""
-    linears: dict[Kind, Linear] = {"qkv": block.qkv, "o": block.o, "up": block.up, "down": block.down}
-    kinds = {id(linear): kind for kind, linear in linears.items()}
-    acting = replace(block, qkv_act=block.qkv.act, o_act=block.o.act, up_act=block.up.act, down_act=block.down.act)
+def block_inputs(states: HiddenStates, block: Block,
+                 kinds: Sequence[Kind] = BLOCK_KINDS) -> Iterator[dict[Kind, torch.Tensor]]:
+    """What the block's linears of these kinds read, minibatch by minibatch, each [rows, K] and fake-quantized as its
+    `act` says. Weights may be float or quantized; the block runs no further than it must."""
+    block = _fast(prepare_block(block, ReferenceBackend()))
+    wanted: dict[str, Kind] = {getattr(block, kind).name: kind for kind in kinds}
     captured: dict[Kind, torch.Tensor] = {}
-    for _ in states.block_outputs(acting, lambda batch: _CapturingOps(batch, kinds, captured)):
-        yield dict(captured)
+
+    def see(name: str, x: torch.Tensor, batch: StepInput) -> None:
+        if name in wanted:
+            captured[wanted[name]] = x
+        if len(captured) == len(wanted):
+            raise _Captured
+
+    for batch, state in zip(states.batches, states.states, strict=True):
+        captured = {}
+        with suppress(_Captured):
+            run_block(_ObservingOps(batch, block.down.name, see), states.config, block, state)
+        yield captured
+
+
+@torch.inference_mode()
+def head_inputs(states: HiddenStates, head: Head) -> Iterator[torch.Tensor]:
+    """What the head reads, minibatch by minibatch, in float. [rows, K]"""
+    for batch, state in zip(states.batches, states.states, strict=True):
+        yield _plain_ops(batch).norm(state, head.norm, None)
 
 
 @torch.inference_mode()
 def observe_head(states: HiddenStates, head: Head) -> InputStats:
     observed = _Observed()
-    for batch, state in zip(states.batches, states.states, strict=True):
-        observed.update(_plain_ops(batch).norm(state, head.norm, None), batch, _stride(states))
+    for batch, inputs in zip(states.batches, head_inputs(states, head), strict=True):
+        observed.update(inputs, batch, _stride(states))
     return observed.stats(head.lm_head.name)
 
 

@@ -95,6 +95,12 @@ def perplexity(
     return math.exp(total / count), count
 
 
+def sum_kl(exact: torch.Tensor, logits: torch.Tensor) -> float:
+    """Σ over rows of KL(softmax(exact) ‖ softmax(logits)), in nats. Both [R, V]"""
+    p, q = exact.log_softmax(-1), logits.log_softmax(-1)
+    return float((p.exp() * (p - q)).sum(-1, dtype=torch.float64).sum())
+
+
 def evaluate(
     path: Path, text: Text, backend: Backend, *, max_tokens: int | None = None, kv_dtype: KVCacheDtype = "bf16",
     activations: Activations = "checkpoint", progress: bool = False,

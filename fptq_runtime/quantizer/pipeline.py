@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
@@ -21,10 +22,7 @@ from fptq_runtime.models.golden import compute_golden
 from fptq_runtime.models.loader import Checkpoint, load_block, load_head, load_stem
 from fptq_runtime.models.tokenizer import Tokenizer
 from fptq_runtime.quantizer.calibrate import (
-    BLOCK_KINDS,
     HiddenStates,
-    Kind,
-    observe_block,
     observe_head,
     packaged_text,
     read_text,
@@ -34,7 +32,14 @@ from fptq_runtime.quantizer.export import linear_scheme, module_tensors, quantiz
 from fptq_runtime.quantizer.recipe import Recipe, RecipeError, load_recipe
 from fptq_runtime.quantizer.samples import calibration_set
 from fptq_runtime.quantizer.source import load_tokenizer, resolve_model
-from fptq_runtime.quantizer.steps.base import BlockWork, HeadWork, QuantizationError, Target, matches
+from fptq_runtime.quantizer.steps.base import (
+    HeadWork,
+    QuantizationError,
+    Target,
+    TuneWork,
+    block_work,
+    matches,
+)
 
 GOLDEN_TOKENS = 32
 COPIED = (
@@ -81,6 +86,12 @@ def quantize(
 
     with ArtifactWriter(Path(out), overwrite) as writer:
         run = _Run(checkpoint, recipe, writer, calibrated.windows, measured)
+        state = Path(out).resolve().with_name(f".{Path(out).resolve().name}.state")
+        run.tune(TuneWork(
+            checkpoint, tokenizer, recipe.steps, calibrated.windows,
+            lambda count, size: calibration_set(checkpoint, tokenizer, calibration, count, size, None, seed).windows,
+            seed, state, progress,
+        ))
         with tqdm(total=config.num_layers + 1, desc=f"quantizing {source.name}", unit="block",
                   disable=not progress) as bar:
             for _ in run.walk():
@@ -105,7 +116,7 @@ def quantize(
             fptq_version=__version__,
         )
         before, after, scored = run.perplexity()
-        return writer.commit(Manifest(
+        manifest = writer.commit(Manifest(
             recipe=recipe.model_dump(mode="json"),
             provenance=provenance,
             layers=tuple(run.records),
@@ -117,17 +128,21 @@ def quantize(
             ),
             golden=_golden(writer.directory, measured[0][:GOLDEN_TOKENS]),
         ))
+    if run.tuned:
+        shutil.rmtree(state, ignore_errors=True)
+    return manifest
 
 
 class _Run:
     """One model on its way through a recipe. Three sets of hidden states go through it side by side: calibration
-    samples (quantized so far), and the measured text in float and quantized."""
+    samples (quantized so far, and in float where a step wants it), and the measured text in float and quantized."""
 
     def __init__(self, checkpoint: Checkpoint, recipe: Recipe, writer: ArtifactWriter,
                  calibrated: Sequence[Sequence[int]], measured: Sequence[Sequence[int]]) -> None:
         self.records: list[LayerRecord] = []
         source = checkpoint.model_config
-        self._checkpoint = checkpoint
+        self._source = checkpoint
+        self._checkpoint = checkpoint  # what is quantized: the source, or what training made of it
         self._recipe = recipe
         self._writer = writer
         self._config = source  # of the artifact
@@ -135,6 +150,9 @@ class _Run:
             step.check(self._config)
             self._config = step.transform_config(self._config)
         self._calibrated = HiddenStates(self._config, calibrated)
+        self._exact: HiddenStates | None = None
+        if any(step.wants_exact for step in recipe.steps):
+            self._exact = HiddenStates(self._config, calibrated)
         self._float = HiddenStates(source, measured)
         self._quantized = HiddenStates(self._config, measured)
         self._schemes: dict[str, LayerScheme] = {}
@@ -142,10 +160,15 @@ class _Run:
         self._losses: list[float] = []
         self._scored = 0
         self._tied = False
+        self._check_patterns()
+
+    def tune(self, work: TuneWork) -> None:
+        """Before the walk, which then quantizes what the steps trained and compares it with the source."""
+        for step in self._recipe.steps:
+            self._checkpoint = step.tune(work) or self._checkpoint
 
     def walk(self) -> Iterator[None]:
         """Quantize and write everything; yields after each block and after the head."""
-        self._check_patterns()
         self._stem()
         for index in range(self._config.num_layers):
             self._block(index)
@@ -171,6 +194,11 @@ class _Run:
             config["dtype"] = {"bf16": "bfloat16", "fp16": "float16"}[self._recipe.weights.dtype]
         self._writer.add_file("config.json", json.dumps(config, indent=2) + "\n")
 
+    @property
+    def tuned(self) -> bool:
+        """What is quantized is not the source."""
+        return self._checkpoint is not self._source
+
     def _changed_sizes(self) -> dict[str, int]:
         before, after = self._checkpoint.model_config.intermediate_size, self._config.intermediate_size
         return {} if after == before else {"intermediate_size": after}
@@ -178,32 +206,28 @@ class _Run:
     def _stem(self) -> None:
         stem = prepare_stem(load_stem(self._checkpoint), ReferenceBackend())
         _refuse_not_finite(self._checkpoint.spec.stem_modules(stem))
-        self._float.run_stem(stem)
+        self._float.run_stem(prepare_stem(load_stem(self._source), ReferenceBackend()) if self.tuned else stem)
         for step in self._recipe.steps:
             step.transform_stem(self._config, stem)
         for name, module in self._checkpoint.spec.stem_modules(stem):
             self._writer.add_tensors(module_tensors(name, module))
-        for states in (self._calibrated, self._quantized):
-            states.run_stem(stem)
+        for states in (self._calibrated, self._quantized, self._exact):
+            if states is not None:
+                states.run_stem(stem)
 
     def _block(self, index: int) -> None:
         spec, config = self._checkpoint.spec, self._config
         loaded = load_block(self._checkpoint, index)
         _refuse_not_finite(spec.block_modules(self._checkpoint.model_config, index, loaded))
         block = prepare_block(loaded, ReferenceBackend())
-        self._float.run_block(block)
+        self._float.run_block(
+            prepare_block(load_block(self._source, index), ReferenceBackend()) if self.tuned else block)
         for step in self._recipe.steps:
             step.transform_block(config, index, block)
-        stats = observe_block(self._calibrated, block)
-        linears: dict[Kind, Linear] = {"qkv": block.qkv, "o": block.o, "up": block.up, "down": block.down}
-        norms: dict[Kind, Norm] = {"qkv": block.input_norm, "up": block.mlp_norm}
-        fused = {"qkv": spec.qkv, "o": (spec.o,), "up": spec.up, "down": (spec.down,)}
-        work = BlockWork(config, index, block, {
-            kind: Target(kind, linears[kind], tuple(spec.layer(index, name) for name in fused[kind]), stats[kind],
-                         norms.get(kind))
-            for kind in BLOCK_KINDS
-        }, self._calibrated)
+        work = block_work(spec, config, index, block, self._calibrated)
+        work.exact = self._exact
         with torch.inference_mode():
+            exact = [] if self._exact is None else list(self._exact.block_outputs(block))
             for step in self._recipe.steps:
                 step.apply(work)
         for name, module in spec.block_modules(config, index, block):
@@ -216,13 +240,16 @@ class _Run:
         quantized = prepare_block(block, ReferenceBackend())  # as the runtime will compute it
         self._calibrated.run_block(quantized)
         self._quantized.run_block(quantized)
+        if self._exact is not None:
+            self._exact.states = exact
 
     def _head(self) -> None:
         spec = self._checkpoint.spec
         loaded = load_head(self._checkpoint)
         _refuse_not_finite(spec.head_modules(loaded))
         head = prepare_head(loaded, ReferenceBackend())
-        loss, self._scored = self._float.negative_log_likelihood(head)
+        loss, self._scored = self._float.negative_log_likelihood(
+            prepare_head(load_head(self._source), ReferenceBackend()) if self.tuned else head)
         untouched = head.lm_head.weight
         for step in self._recipe.steps:
             step.transform_head(self._config, head)

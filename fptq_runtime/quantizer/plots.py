@@ -191,7 +191,7 @@ def _axis(left: float, width: float, bottom: float, top: float, most: float) -> 
 
 def _legend(names: Sequence[str], left: float) -> str:
     parts, x = [], left
-    for name, kind in zip(names, ("one", "two"), strict=False):
+    for name, kind in zip(filter(None, names), ("one", "two"), strict=False):
         parts.append(f'<rect class="{kind}" x="{x:.0f}" y="2" width="10" height="10" rx="2"/>'
                      f'<text class="soft" x="{x + 15:.0f}" y="11">{escape(name)}</text>')
         x += 15 + len(name) * CHARACTER + 22

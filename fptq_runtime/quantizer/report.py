@@ -7,12 +7,18 @@ from collections.abc import Sequence
 
 from fptq_runtime.artifact.io import LayerRecord, Manifest, Provenance, TextRecord
 
-POLICIES = ("static", "lae+static", "dynamic", "lae+dynamic", "fp8 static", "fp8 dynamic", "float")
+ORDER = ("static", "{}+static", "dynamic", "{}+dynamic", "fp8 static", "fp8 dynamic", "float")
 
 
-def policy(record: LayerRecord) -> str:
-    """How a layer's input is quantized, as the policy table says it."""
-    return "lae+" * record.equalized + "fp8 " * (record.input_type == "float") + record.activations
+def policy(record: LayerRecord, scaled: str = "scaled") -> str:
+    """How a layer's input is quantized, as the policy table says it. scaled: what to call channels that were divided
+    by a scale before, for free."""
+    return f"{scaled}+" * record.equalized + "fp8 " * (record.input_type == "float") + record.activations
+
+
+def _scaled(manifest: Manifest) -> str:
+    """FPTQ's scaling has a name of its own."""
+    return "lae" if any(step["type"] == "fptq" for step in manifest.recipe["steps"]) else "scaled"
 
 
 def summarize(manifest: Manifest) -> str:
@@ -23,10 +29,10 @@ def summarize(manifest: Manifest) -> str:
         f"perplexity {quality.perplexity_before:.3f} before, {quality.perplexity_after:.3f} after ({change:+.2%}) on "
         f"{_text(quality.text)}, windows of {quality.window}",
         "",
-        *_policy_table(manifest.layers),
+        *_policy_table(manifest.layers, _scaled(manifest)),
         *_first_token_warning(manifest.layers),
         "",
-        f"size {_size(manifest.size)} in {len(manifest.files)} files",
+        f"size {format_size(manifest.size)} in {len(manifest.files)} files",
     ))
 
 
@@ -45,7 +51,7 @@ def inspect_text(manifest: Manifest) -> str:
         "",
         _peaks(manifest.layers),
         "",
-        *_layer_table(manifest.layers),
+        *_layer_table(manifest.layers, _scaled(manifest)),
     ))
 
 
@@ -76,10 +82,11 @@ def _first_token_warning(layers: Sequence[LayerRecord]) -> list[str]:
             "for all others; calibrate with BOS as it is served, or use a range that clips or per-token inputs"]
 
 
-def _policy_table(layers: Sequence[LayerRecord]) -> list[str]:
+def _policy_table(layers: Sequence[LayerRecord], scaled: str) -> list[str]:
     """One row a kind of layer, one column a policy in use."""
-    counts = Counter((layer.kind, policy(layer)) for layer in layers)
-    shown = [p for p in POLICIES if p in ("static", "lae+static", "dynamic") or any(key[1] == p for key in counts)]
+    counts = Counter((layer.kind, policy(layer, scaled)) for layer in layers)
+    names = [name.format(scaled) for name in ORDER]
+    shown = [name for name in names if name in names[:3] or any(key[1] == name for key in counts)]
     kinds = dict.fromkeys(layer.kind for layer in layers)
     rows = [["inputs", *shown, "weights"]]
     for kind in kinds:
@@ -88,11 +95,11 @@ def _policy_table(layers: Sequence[LayerRecord]) -> list[str]:
     return _align(rows)
 
 
-def _layer_table(layers: Sequence[LayerRecord]) -> list[str]:
+def _layer_table(layers: Sequence[LayerRecord], scaled: str) -> list[str]:
     rows = [["layer", "range", "at token", "policy", "why", "weights", "input error", "output error", "modules"]]
     for layer in layers:
         modules = [layer.modules[0], *(module.rpartition(".")[2] for module in layer.modules[1:])]
-        rows.append([layer.name, f"{layer.range:.2f}", str(layer.peak_position), policy(layer), layer.reason,
+        rows.append([layer.name, f"{layer.range:.2f}", str(layer.peak_position), policy(layer, scaled), layer.reason,
                      _weights(layer), f"{layer.activation_error:.5f}", f"{layer.error:.5f}", " ".join(modules)])
     return _align(rows)
 
@@ -119,5 +126,5 @@ def _text(text: TextRecord) -> str:
     return f"{text.name} ({text.tokens} tokens, sha256 {text.sha256[:12]})"
 
 
-def _size(size: int) -> str:
+def format_size(size: int) -> str:
     return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.2f} MB"

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
-import subprocess
-import sys
+import resource
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -186,15 +187,56 @@ def test_a_mount_point_is_refused_before_the_work(tmp_path: Path, monkeypatch: p
         ArtifactWriter(tmp_path / "out")
 
 
-def test_a_full_disk(tmp_path: Path) -> None:
-    """A limit on file sizes fails in the same call as a disk without space."""
-    program = ("import resource, signal\nfrom pathlib import Path\nfrom tests.artifact.test_io import write\n"
-               "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\nresource.setrlimit(resource.RLIMIT_FSIZE, (64, 64))\n"
-               f"write(Path({str(tmp_path / 'out')!r}))")
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert done.stderr.splitlines()[-1].startswith(
-        f"fptq_runtime.artifact.io.ArtifactError: cannot write to {tmp_path}: ")
-    assert not any(tmp_path.iterdir())
+@pytest.fixture
+def full_disk() -> Iterator[None]:
+    """A limit on file sizes fails in the same calls as a disk without space. Python ignores its signal."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("large", ["tensors", "text", "copy", "index", "manifest"])
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_full_disk(tmp_path: Path, request: pytest.FixtureRequest, large: str, exists: bool) -> None:
+    """Whatever is being written when it fills up, nothing of it is left, and what was there stays."""
+    out, source, too_much = tmp_path / "out", tmp_path / "source" / "tokenizer.json", "x" * 5000
+    source.parent.mkdir()
+    source.write_text(too_much if large == "copy" else "{}")
+    before = write(out) if exists else None
+    request.getfixturevalue("full_disk")
+
+    def run() -> None:
+        with ArtifactWriter(out, overwrite=True, shard_bytes=300 if large == "index" else 1 << 20) as writer:
+            writer.add_tensors({"t": np.zeros(2000, np.float32)} if large == "tensors" else TENSORS)
+            if large == "index":
+                writer.add_tensors({f"{i}-{'n' * 200}": np.zeros(1, np.float32) for i in range(20)})
+            writer.finish_tensors()
+            writer.add_file("config.json", too_much if large == "text" else "{}")
+            writer.copy_file(source)
+            writer.commit(UNSIGNED.model_copy(update={"golden": {"x": too_much}}) if large == "manifest" else UNSIGNED)
+
+    with pytest.raises(ArtifactError, match=f"cannot write to {tmp_path}: ") as error:
+        run()
+    assert "\n" not in str(error.value)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["out"] * exists + ["source"]
+    if before is not None:
+        assert verify(out) == before
+
+
+def test_an_artifact_that_cannot_be_replaced_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, rename = write(tmp_path / "out"), Path.rename
+
+    def refused(path: Path, target: Path) -> Path:
+        if ".partial-" in path.name:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", refused)
+    with pytest.raises(ArtifactError, match="No space left"):
+        write(tmp_path / "out", overwrite=True)
+    assert verify(tmp_path / "out") == first
+    assert [file.name for file in tmp_path.iterdir()] == ["out"]
 
 
 def test_full_hashes_once_then_size_and_mtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,6 +26,7 @@ from fptq_runtime.kernels.base import (
 from fptq_runtime.kernels.reference import to_numpy, to_torch
 from fptq_runtime.models.decoder import Block, Decoder, Head, Stem, prepare_block
 from fptq_runtime.models.layers import alibi_slopes, rope_tables
+from fptq_runtime.quantizer.steps.weights import low_rank_factors
 
 VOCAB = 97
 
@@ -49,6 +50,7 @@ class Options:
     act: Literal["float", "static", "dynamic", "weight-only", "mixed"] = "float"  # mixed: dynamic for o and down
     bits: Literal[4, 8] = 4
     group_size: int | None = 32
+    rank: int = 0  # of each linear's low-rank factors
     dtype: torch.dtype = torch.float32
     max_len: int = 1024
 
@@ -72,14 +74,18 @@ def make_decoder(options: Options, backend: Backend, seed: int = 0) -> Decoder:
     def linear(name: str, n: int, k: int) -> Linear:
         weight = random(n, k, scale=k**-0.5)
         bias = random(n, scale=0.1) if options.bias else None
+        low_rank = None
+        if options.rank:
+            down, up = low_rank_factors(torch.randn((n, k), generator=generator) * k**-0.5, options.rank)
+            low_rank = to_numpy(down), to_numpy(up)
         if options.act == "float":
-            return Linear(name, weight, bias)
+            return Linear(name, weight, bias, None, low_rank)
         codes, scale = quantize_weight(to_torch(weight), options.bits, options.group_size)
         weight_only = options.act == "weight-only" or (options.act == "mixed" and name not in ("o", "down"))
         act = None if weight_only else ActivationQuant(0.03 if options.act == "static" else None)
         packed = to_numpy(pack_codes(codes, options.bits))
         quantized = QuantizedWeight(packed, to_numpy(scale), options.bits, options.group_size or k)
-        return Linear(name, quantized, bias, act)
+        return Linear(name, quantized, bias, act, low_rank)
 
     def norm(width: int) -> Norm:
         bias = random(width, scale=0.1) if options.norm == "layer" else None

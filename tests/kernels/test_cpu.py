@@ -32,6 +32,8 @@ FAMILIES = {
     "llama weight-only": Options(act="weight-only"),
     "bloom weight-only": Options(norm="layer", activation="gelu_tanh", rope=False, alibi=True, bias=True,
                                  act="weight-only", bits=8, group_size=None),
+    "llama low rank": Options(rank=5),
+    "llama weight-only low rank": Options(act="weight-only", rank=2, dtype=torch.bfloat16),
     "mistral": Options(window=40),
     "qwen2": Options(bias=True, heads=6, head_dim=20),
     "qwen3": Options(qk_norm=True, head_dim=32),
@@ -83,6 +85,8 @@ def test_rounded_caches_match_reference(kv_dtype: KVCacheDtype, isa: str) -> Non
     ("qwen3", "static", 8, None),
     ("qwen2", "dynamic", 8, None),
     ("llama", "mixed", 4, 32),
+    ("llama low rank", "static", 4, 32),
+    ("llama low rank", "dynamic", 4, None),
 ])
 def test_quantized_models_match_reference(family: str, act: Any, bits: Any, group_size: int | None, isa: str) -> None:
     """A last-bit difference flips a code here and there, which costs a row up to a few percent in these narrow
@@ -120,8 +124,9 @@ def in_company(backend: CpuBackend, options: Options, kv_dtype: KVCacheDtype, to
     (Options(act="dynamic", heads=3, kv_heads=1, hidden=96, head_dim=32), "int8"),
     (Options(act="static", window=200), "bf16"),
     (Options(), "float32"),
-    (Options(act="weight-only", group_size=64), "int8"),
+    (Options(act="weight-only", group_size=64, intermediate=192), "int8"),
     (Options(act="mixed", intermediate=128), "int8"),
+    (Options(act="dynamic", rank=3), "int8"),
     (replace(FAMILIES["bloom"], heads=4, kv_heads=4), "int8"),
 ])
 def test_bits_do_not_depend_on_company(options: Options, kv_dtype: KVCacheDtype, isa: str) -> None:
@@ -257,6 +262,20 @@ def test_mixed_precision_is_refused_by_name() -> None:
     backend = CpuBackend(1)
     with pytest.raises(ValueError, match=r"layers\.3\.o.*quantized activations"):
         backend.prepare(Linear("layers.3.o", np.zeros((8, 32), np.float32), act=ActivationQuant()))
+
+
+@pytest.mark.parametrize(("linear", "message"), [
+    (Linear("layers.3.o", QuantizedWeight(np.zeros((8, 16), np.uint8), np.ones((8, 1), np.float32), 4, 32, "float"),
+            act=ActivationQuant()), r"layers\.3\.o.*FP4 weights"),
+    (Linear("layers.3.o", QuantizedWeight(np.zeros((8, 4), np.int32), np.ones((8, 1), np.float32), 4, 32),
+            act=ActivationQuant(None, "float")), "FP8 activations"),
+    (Linear("layers.3.o", QuantizedWeight(np.zeros((8, 4), np.int32), np.ones((8, 1), np.float32), 4, 32), None,
+            ActivationQuant(), (np.pi * np.arange(64, dtype=np.float32).reshape(2, 32), np.zeros((8, 2), np.float32))),
+     r"layers\.3\.o\.low_rank_down.*int8 multiples"),
+])
+def test_floats_in_8_bits_are_refused_by_name(linear: Linear, message: str) -> None:
+    with pytest.raises(ValueError, match=f"{message}.*reference backend"):
+        CpuBackend(1).prepare(linear)
 
 
 def test_kernels_are_described_as_they_are_used() -> None:

@@ -110,6 +110,22 @@ def test_truncated_weights_are_refused(copy: Path, keep: float) -> None:
     assert_refused(copy, "model.safetensors", "not a readable safetensors file")
 
 
+@pytest.mark.parametrize(("tensors", "words"), [
+    ({"up": (8, 4)}, ["no tensor", "q_proj.low_rank_down"]),
+    ({"down": (4, 96)}, ["no tensor", "q_proj.low_rank_up"]),
+    ({"down": (4, 96), "up": (96, 3)}, ["q_proj.low_rank_up", "[96, 3]", "[96, 4]"]),
+    ({"down": (4, 95), "up": (96, 4)}, ["q_proj.low_rank_down", "[4, 95]", "[4, 96]"]),
+    ({"down": (), "up": (96, 4)}, ["q_proj.low_rank_down"]),
+    ({"down": (4, 96), "up": (96, 4)}, ["q_proj", "k_proj", "not all have low-rank factors"]),
+])
+def test_low_rank_factors_that_do_not_fit(copy: Path, tensors: dict[str, tuple[int, ...]], words: list[str]) -> None:
+    stored = load_file(copy / "model.safetensors")
+    module = "model.layers.0.self_attn.q_proj"
+    stored |= {f"{module}.low_rank_{name}": torch.zeros(shape) for name, shape in tensors.items()}
+    save_file(stored, copy / "model.safetensors")
+    assert_refused(copy, *words)
+
+
 def test_pickled_weights_are_refused(copy: Path) -> None:
     (copy / "model.safetensors").rename(copy / "pytorch_model.bin")
     assert_refused(copy, "pytorch_model.bin", "safetensors")

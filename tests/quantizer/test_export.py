@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
+import pytest
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
 from compressed_tensors.quantization import QuantizationArgs as TheirArgs
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fptq_runtime.artifact.numerics import pack_codes, quantize_weight
-from fptq_runtime.artifact.scheme import ModuleSchemes
+from fptq_runtime.artifact.scheme import ModuleSchemes, QuantizationArgs, SchemeError
 from fptq_runtime.kernels.base import ActivationQuant, Linear, QuantizedWeight
 from fptq_runtime.kernels.reference import dequantized, to_torch
 from fptq_runtime.quantizer.export import linear_scheme, module_tensors, quantization_config
@@ -61,6 +62,50 @@ def test_config_is_theirs_and_ours() -> None:
     ours = ModuleSchemes(config)
     assert {name: ours.scheme(name) for name in linears} == schemes
     assert ours.scheme("other") is None
+
+
+def test_every_format_is_a_group_of_its_own() -> None:
+    """FP4, FP8 and integers in one model, each under its format's name, in their reader and in ours."""
+    fp8 = ActivationQuant(None, "float")
+    args: dict[str, tuple[QuantizationArgs, ActivationQuant]] = {
+        "a": (QuantizationArgs(4, "group", 128, type="float"), fp8),
+        "b": (QuantizationArgs(4, "channel", type="float"), fp8),
+        "c": (QuantizationArgs(8, "channel", type="float"), ActivationQuant(0.5, "float")),
+        "d": (QuantizationArgs(4, "group", 128), fp8),
+        "e": (QuantizationArgs(4, "group", 128), ActivationQuant()),
+    }
+    linears = {}
+    for name, (weights, act) in args.items():
+        codes, scale = quantize_weight(torch.randn(4, 256), weights.num_bits, weights.group_size, type=weights.type)
+        linears[name] = Linear(name, QuantizedWeight(pack_codes(codes, weights.num_bits), scale, weights.num_bits,
+                                                     weights.group_size or 256, weights.type), act=act)
+    schemes = {name: scheme for name, linear in linears.items() if (scheme := linear_scheme(linear)) is not None}
+    assert {name: scheme.weights for name, scheme in schemes.items()} == {name: a for name, (a, _) in args.items()}
+    config = quantization_config(schemes, "lm_head", [])
+    assert config["format"] == "mixed-precision"
+    theirs = QuantizationConfig.model_validate(config)
+    formats = {group.targets[0]: group.format for group in theirs.config_groups.values()}
+    assert formats == {"a": "nvfp4-pack-quantized", "b": "nvfp4-pack-quantized", "c": "float-quantized",
+                       "d": "pack-quantized", "e": "pack-quantized"}
+    ours = ModuleSchemes(config)
+    assert {name: ours.scheme(name) for name in linears} == schemes
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"format": "pack-quantized"}, "only nvfp4-pack-quantized is supported"),
+    ({"format": "mxfp4-pack-quantized"}, "only nvfp4-pack-quantized is supported"),
+    ({"weights": {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16}}, "per group or per"),
+    ({"weights": {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 16}}, "group_size must be 32, 64"),
+    ({"weights": {"num_bits": 8, "type": "float", "strategy": "group", "group_size": 128}}, "FP8 weights must be"),
+    ({"weights": {"num_bits": 6, "type": "float", "strategy": "channel"}}, "num_bits must be 4 or 8"),
+    ({"weights": {"num_bits": 4, "type": "bool", "strategy": "channel"}}, "not bool"),
+    ({"input_activations": {"num_bits": 4, "type": "float", "strategy": "token", "dynamic": True}}, "must be 8-bit"),
+])
+def test_other_floats_are_refused_by_name(changes: dict[str, Any], message: str) -> None:
+    weights = {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 128}
+    group = {"format": "nvfp4-pack-quantized", "weights": weights, "targets": ["Linear"], **changes}
+    with pytest.raises(SchemeError, match=message):
+        ModuleSchemes({"quant_method": "compressed-tensors", "config_groups": {"group_0": group}})
 
 
 def test_float_modules() -> None:

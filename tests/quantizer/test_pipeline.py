@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -191,13 +193,39 @@ def test_damaged_weights_are_refused(source: Path, text: Path, tmp_path: Path, n
     assert [file.name for file in tmp_path.iterdir()] == ["float"], "nothing is left"
 
 
-def test_saturated_weights_are_refused(source: Path, text: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("preset", ["rtn", "w8a8-static", "zeroquant-fp"])
+@pytest.mark.parametrize(("module", "change", "message"), [
+    ("mlp.down_proj", torch.sign, "ends of their range"),
+    ("self_attn.o_proj", torch.ones_like, "every quantized weight is the same"),
+    ("mlp.up_proj", lambda weight: weight * 1e38, "not finite"),
+    ("input_layernorm", lambda weight: weight * 1e30, "not finite"),
+])
+def test_saturated_constant_and_overflowing_layers(
+    source: Path, text: Path, tmp_path: Path, preset: str, module: str, change: Callable[[torch.Tensor], torch.Tensor],
+    message: str,
+) -> None:
     tensors = load_file(source / "model.safetensors")
-    name = "model.layers.0.mlp.down_proj.weight"
-    tensors[name] = tensors[name].sign()
+    name = f"model.layers.0.{module}.weight"
+    tensors[name] = change(tensors[name])
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match="ends of their range"):
-        quantize(source, tmp_path / "out", calibration="random", text=text, **SMALL)
+    with pytest.raises(ValueError, match=message) as error:
+        quantize(source, tmp_path / "out", preset, calibration="random", text=text, **SMALL)
+    assert "\n" not in str(error.value)
+    assert [file.name for file in tmp_path.iterdir()] == ["float"], "nothing is left"
+
+
+@pytest.mark.parametrize("limit", [100, 1000, 20_000, 100_000])
+def test_a_full_disk(source: Path, text: Path, tmp_path: Path, limit: int) -> None:
+    """A limit on file sizes fails in the same calls; the largest file is a few times the largest limit."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+        with pytest.raises(ValueError, match="cannot write to") as error:
+            quantize(source, tmp_path / "out", calibration="random", text=text, **SMALL)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "\n" not in str(error.value)
+    assert [file.name for file in tmp_path.iterdir()] == ["float"], "nothing is left"
 
 
 @pytest.mark.parametrize(("changes", "message"), [

@@ -7,14 +7,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fptq_runtime.models.loader import Checkpoint
+from fptq_runtime.kernels.base import ActivationQuant
+from fptq_runtime.kernels.reference import ReferenceBackend, quantize_activations
+from fptq_runtime.models.decoder import prepare_block, prepare_stem
+from fptq_runtime.models.loader import Checkpoint, load_block, load_stem
 from fptq_runtime.models.tokenizer import Tokenizer
-from fptq_runtime.quantizer.calibrate import CalibrationError
+from fptq_runtime.quantizer.calibrate import CalibrationError, HiddenStates
 from fptq_runtime.quantizer.samples import CalibrationSet, Lengths, calibration_set, read_lengths
+from fptq_runtime.quantizer.steps.base import relative_error, static_act
 from tests.quantizer.models import SHARED, save_model
+from tests.quantizer.walk import targets_of
 
 TRACE = "TIMESTAMP,ContextTokens,GeneratedTokens\r\n2023-11-16 18:15:46.68,374,44\r\n2023-11-16 18:15:50.99,20,30\r\n"
 
@@ -138,3 +144,32 @@ def test_errors(llama: Path, tmp_path: Path, settings: dict[str, object], messag
     with pytest.raises(CalibrationError, match=message) as error:
         calibrated(llama, **there)
     assert "\n" not in str(error.value)
+
+
+@torch.inference_mode()
+def static_scale_and_inputs(path: Path, windows: list[list[int]]) -> tuple[ActivationQuant, torch.Tensor]:
+    """For the first linear of a block whose hidden states have a channel that grows with the position."""
+    checkpoint = Checkpoint(path)
+    states = HiddenStates(checkpoint.model_config, windows)
+    states.run_stem(prepare_stem(load_stem(checkpoint), ReferenceBackend()))
+    for batch, state in zip(states.batches, states.states, strict=True):
+        state[:, 0] += torch.from_numpy(batch.positions) / 4
+    target = targets_of(states, prepare_block(load_block(checkpoint, 0), ReferenceBackend()))["qkv"]
+    return static_act(target.stats.amax), target.stats.sample
+
+
+def test_lengths_as_served_beat_a_fixed_length_where_ranges_grow(tmp_path: Path) -> None:
+    """SLAC: of as many tokens, windows as long as the requests see what a static scale must cover at their end."""
+    save_model("llama", tmp_path / "model", num_hidden_layers=1, max_position_embeddings=256)
+    (tmp_path / "served.json").write_text(json.dumps({"12": 3, "250": 1}))
+    fixed = calibrated(tmp_path / "model", "random", 40, 16)
+    served = calibrated(tmp_path / "model", "random", 40, 16, tmp_path / "served.json")
+    assert fixed.tokens.tokens == served.tokens.tokens
+    long_windows = calibrated(tmp_path / "model", "random", 4, 250, seed=1).windows
+    _, long = static_scale_and_inputs(tmp_path / "model", long_windows)
+    errors = []
+    for windows in (fixed.windows, served.windows):
+        act, _ = static_scale_and_inputs(tmp_path / "model", windows)
+        errors.append(relative_error(quantize_activations(long, act), long))
+    assert errors[1] < 0.1 * errors[0]
+    assert errors[1] < 1e-3

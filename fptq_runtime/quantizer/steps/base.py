@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from pathlib import Path
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -15,12 +16,25 @@ from fptq_runtime.config import ModelConfig
 from fptq_runtime.kernels.base import ActivationQuant, Linear, Norm, QuantizedWeight
 from fptq_runtime.kernels.reference import dequantized, quantize_activations
 from fptq_runtime.models.decoder import Block, Head, Stem
-from fptq_runtime.quantizer.calibrate import HiddenStates, InputStats, Kind
+from fptq_runtime.models.families import ModelSpec
+from fptq_runtime.models.loader import Checkpoint
+from fptq_runtime.models.tokenizer import Tokenizer
+from fptq_runtime.quantizer.calibrate import BLOCK_KINDS, HiddenStates, InputStats, Kind, observe_block
 from fptq_runtime.quantizer.ranges import QUANTILE, RangeMethod, choose_range
+
+ERROR_PRODUCTS = 1 << 32  # multiply-adds that one measured output of a linear may cost
 
 
 class QuantizationError(ValueError):
     """A model that this recipe cannot quantize. One line, for the user."""
+
+
+@dataclass
+class Moments:
+    """Σ over the calibration set's rows, as they will be read: quantized, and after what is quantized before them."""
+
+    hessian: torch.Tensor  # [K, K], 2xxᵀ
+    drift: torch.Tensor | None = None  # [K, K], 2(x̃ - x)xᵀ, with x̃ as the float model has it
 
 
 @dataclass
@@ -33,11 +47,13 @@ class Target:
     modules: tuple[str, ...]  # the checkpoint's names of what is fused here
     stats: InputStats
     norm: Norm | None  # the norm that this linear alone reads
+    clip: torch.Tensor | None = None  # [N, G], the fraction of max |w| that a step found for each group of weights
     range: float = field(init=False)  # max |x| before any transform
     equalized: bool = False
     reason: str = ""  # why the activations are quantized as they are
     activation_error: float = 0.0
     error: float = 0.0
+    moments: Moments | None = None  # where the weights' step asks for them
 
     def __post_init__(self) -> None:
         self.range = self.stats.range
@@ -79,8 +95,12 @@ class Target:
         self.error = relative_error(self._output(None, kept.float()), self._output(None, self.weight))
         self.linear.weight = kept
 
+    def sample_rows(self, weight: torch.Tensor) -> torch.Tensor:
+        """As many sampled rows as may be multiplied with such a weight [N, K] to measure an error. [rows, K]"""
+        return self.stats.sample[:: self.stats.sample.shape[0] * weight.numel() // ERROR_PRODUCTS | 1]
+
     def _output(self, act: ActivationQuant | None, weight: torch.Tensor) -> torch.Tensor:
-        return quantize_activations(self.stats.sample, act) @ weight.T
+        return quantize_activations(self.sample_rows(weight), act) @ weight.T
 
 
 def float_weight(linear: Linear) -> torch.Tensor:
@@ -108,15 +128,46 @@ def static_act(amax: torch.Tensor, sample: torch.Tensor | None = None, method: R
     return ActivationQuant(float(absmax_scale(covered, 8, type)), type)
 
 
+@dataclass(frozen=True)
+class TuneWork:
+    """A float model before its blocks are walked. `steps` are the recipe's, `calibrated` the calibration samples, and
+    draw(count, length) gives other samples of the same source. `directory` is the step's to keep state in; it outlives
+    an interrupted run and is removed with a finished one."""
+
+    checkpoint: Checkpoint
+    tokenizer: Tokenizer
+    steps: tuple[Step, ...]
+    calibrated: Sequence[Sequence[int]]
+    draw: Callable[[int, int], Sequence[Sequence[int]]]
+    seed: int
+    directory: Path
+    progress: bool
+
+
 @dataclass
 class BlockWork:
-    """A float block in the quantizer's hands. `states` are the calibration samples on their way into it."""
+    """A float block in the quantizer's hands. `states` are the calibration samples on their way into it, through
+    quantized blocks; `exact` the same through float ones, where a step `wants_exact`."""
 
     config: ModelConfig
     index: int
     block: Block
     targets: Mapping[Kind, Target]  # qkv, o, up, down
     states: HiddenStates
+    exact: HiddenStates | None = None
+
+
+def block_work(spec: ModelSpec, config: ModelConfig, index: int, block: Block, states: HiddenStates) -> BlockWork:
+    """With what the block's linears read, observed on `states`."""
+    stats = observe_block(states, block)
+    linears: dict[Kind, Linear] = {"qkv": block.qkv, "o": block.o, "up": block.up, "down": block.down}
+    norms: dict[Kind, Norm] = {"qkv": block.input_norm, "up": block.mlp_norm}
+    fused = {"qkv": spec.qkv, "o": (spec.o,), "up": spec.up, "down": (spec.down,)}
+    return BlockWork(config, index, block, {
+        kind: Target(kind, linears[kind], tuple(spec.layer(index, name) for name in fused[kind]), stats[kind],
+                     norms.get(kind))
+        for kind in BLOCK_KINDS
+    }, states)
 
 
 @dataclass
@@ -132,15 +183,24 @@ class HeadWork:
 class Step(BaseModel):
     """One step of a recipe: its settings, and what it does to each block and to the head.
 
-    A method is a subclass with a `type` of its own, listed in recipe.py. The `transform_*` of all steps run first, on
-    the float part as the checkpoint has it and before its inputs are observed: exact changes that need no data. Then
-    `apply` of all steps, with what was observed.
+    A method is a subclass with a `type` of its own, listed in recipe.py. `tune` sees the whole model, before all
+    else. The `transform_*` of all steps run next, on the float part as the checkpoint has it and before its inputs are
+    observed: exact changes that need no data. Then `apply` of all steps, with what was observed.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    @property
+    def wants_exact(self) -> bool:
+        """Whether `BlockWork.exact` is needed: more passes over the calibration samples."""
+        return False
+
     def check(self, config: ModelConfig) -> None:
         """Raise QuantizationError, naming the family, where this step cannot work on such a model."""
+
+    def tune(self, work: TuneWork) -> Checkpoint | None:
+        """Train the model before anything else is done. Returns the float checkpoint to quantize instead, or None."""
+        return None
 
     def transform_config(self, config: ModelConfig) -> ModelConfig:
         """The model that the transforms lead to."""

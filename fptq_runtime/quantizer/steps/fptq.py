@@ -25,6 +25,7 @@ from fptq_runtime.quantizer.steps.base import (
 
 Policy = Literal["static", "lae", "dynamic"]
 
+PROBED_OUTPUTS = 2048
 SEARCHED_CEILINGS = (1.0, 0.8, 0.6, 0.5, 0.4, 0.3)  # of LAE's own
 
 
@@ -32,6 +33,16 @@ SEARCHED_CEILINGS = (1.0, 0.8, 0.6, 0.5, 0.4, 0.3)  # of LAE's own
 class _Choice:
     equalize: bool
     dynamic: bool
+
+
+class _Probe:
+    """What the candidates for one linear are measured on: of a large one, some of its outputs on some of its rows."""
+
+    def __init__(self, target: Target) -> None:
+        self.amax = target.stats.amax  # [K]
+        self.weight = target.weight[:: target.weight.shape[0] // PROBED_OUTPUTS | 1]  # [outputs, K]
+        self.sample = target.sample_rows(self.weight)  # [rows, K]
+        self.exact = self.sample @ self.weight.T  # [rows, outputs]
 
 
 class Fptq(Step):
@@ -85,12 +96,12 @@ class Fptq(Step):
         )
         dynamic = policy == "dynamic" or (policy == "lae" and not equalizable)
         choice = _Choice(policy != "static" and equalizable, dynamic)
-        exact = target.stats.sample @ target.weight.T  # [rows, N], what every candidate is measured against
-        scale = self._scale(work, target, dynamic, exact) if choice.equalize else torch.ones(())
+        probe = _Probe(target)
+        scale = self._scale(work, target, dynamic, probe) if choice.equalize else torch.ones(())
         if self.safety is not None and reason != "override":
             alternatives = {_Choice(choice.equalize, True), _Choice(False, True)}
             errors = {
-                c: self._error(target, scale if c.equalize else None, c.dynamic, exact) for c in {choice, *alternatives}
+                c: self._error(probe, scale if c.equalize else None, c.dynamic) for c in {choice, *alternatives}
             }
             best = min(alternatives, key=lambda c: errors[c])
             ratio = errors[choice] / max(errors[best], 1e-12)
@@ -103,7 +114,7 @@ class Fptq(Step):
     def _act(self, amax: torch.Tensor, sample: torch.Tensor, dynamic: bool) -> ActivationQuant:
         return ActivationQuant() if dynamic else static_act(amax, sample, self.range, self.quantile)
 
-    def _scale(self, work: BlockWork, target: Target, dynamic: bool, exact: torch.Tensor) -> torch.Tensor:
+    def _scale(self, work: BlockWork, target: Target, dynamic: bool, probe: _Probe) -> torch.Tensor:
         """What to divide the input by. [K]"""
         amax = target.stats.amax
         scales = [log_scale(amax, self.floor)]
@@ -111,15 +122,15 @@ class Fptq(Step):
             ceiling = torch.log2(2 + amax.max())
             scales += [(amax / (ceiling * fraction)).clamp_min(1) for fraction in SEARCHED_CEILINGS]
         scales = [foldable_scale(work.config, target.kind, scale) for scale in scales]
-        return min(scales, key=lambda scale: self._error(target, scale, dynamic, exact)) if self.search else scales[0]
+        return min(scales, key=lambda scale: self._error(probe, scale, dynamic)) if self.search else scales[0]
 
-    def _error(self, target: Target, scale: torch.Tensor | None, dynamic: bool, exact: torch.Tensor) -> float:
+    def _error(self, probe: _Probe, scale: torch.Tensor | None, dynamic: bool) -> float:
         """Output error on the sample with int4 group-128 weights, after dividing the input by `scale`."""
-        x, weight, amax = target.stats.sample, target.weight, target.stats.amax
+        x, weight, amax = probe.sample, probe.weight, probe.amax
         if scale is not None:
             x, weight, amax = x / scale, weight * scale, amax / scale
         quantized = dequantize(*quantize_weight(weight, 4, None if weight.shape[1] % 128 else 128))
-        return relative_error(quantize_activations(x, self._act(amax, x, dynamic)) @ quantized.T, exact)
+        return relative_error(quantize_activations(x, self._act(amax, x, dynamic)) @ quantized.T, probe.exact)
 
     @property
     def _leniency(self) -> float:

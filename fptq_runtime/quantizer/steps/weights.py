@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
 
 import torch
 from pydantic import Field, model_validator
 
-from fptq_runtime.artifact.numerics import ScaleRule, code_range, dequantize, pack_codes, quantize_weight
+from fptq_runtime.artifact.numerics import (
+    ScaleRule,
+    absmax_scale,
+    code_range,
+    dequantize,
+    pack_codes,
+    quantize_weight,
+)
 from fptq_runtime.artifact.scheme import NumberType
 from fptq_runtime.kernels.base import QuantizedWeight
 from fptq_runtime.quantizer.steps.base import BlockWork, HeadWork, QuantizationError, Step, Target, matches
@@ -15,7 +23,7 @@ from fptq_runtime.quantizer.steps.base import BlockWork, HeadWork, QuantizationE
 Bits = Literal[4, 8, 16]
 
 CLIP_STEPS = 40
-CHUNK_WEIGHTS = 1 << 22  # weights searched at a time, which bounds the memory
+CHUNK_WEIGHTS = 1 << 19  # searched at a time: 2 MiB, which stay in the cache
 MAX_SATURATED = 0.5  # of all codes at either end of their range; a Gaussian has well below a tenth
 
 
@@ -64,10 +72,13 @@ class Weights(Step):
     def patterns(self) -> tuple[str, ...]:
         return tuple(self.keep)
 
+    def bits(self, modules: tuple[str, ...]) -> Bits:
+        """Of a block's linear: what `keep` says, or num_bits."""
+        return next((bits for pattern, bits in self.keep.items() if matches(pattern, modules)), self.num_bits)
+
     def apply(self, work: BlockWork) -> None:
         for target in work.targets.values():
-            kept = (bits for pattern, bits in self.keep.items() if matches(pattern, target.modules))
-            self._quantize(target, next(kept, self.num_bits), self.group_size)
+            self._quantize(target, self.bits(target.modules), self.group_size)
 
     def apply_head(self, work: HeadWork) -> None:
         if self.head_bits == 16:  # as it is in the checkpoint, where it may be tied to the embedding
@@ -81,8 +92,7 @@ class Weights(Step):
             target.keep_float(torch.bfloat16 if self.dtype == "bf16" else torch.float16)
             return
         k = target.weight.shape[1]
-        per_channel = group_size is None or bool(k % group_size) or (self.grid == "float" and num_bits == 8)
-        group = None if per_channel else group_size
+        group = None if self.grid == "float" and num_bits == 8 else usable_group(k, group_size)
         codes, scale = self._round(target, num_bits, group)
         _refuse_degenerate(target.linear.name, codes, scale, num_bits, self.grid)
         low_rank = None
@@ -93,46 +103,78 @@ class Weights(Step):
 
     def _round(self, target: Target, num_bits: Literal[4, 8], group: int | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Codes [N, K] on the grid and bfloat16 scale [N, G]; group None is per channel."""
-        clip = None
-        scales = self.scales if num_bits == 4 else "float"
-        if self.clip == "mse":
-            clip = search_clip(target.weight, target.stats.mean_square, num_bits, group, self.grid, scales)
-        return quantize_weight(target.weight, num_bits, group, clip, torch.bfloat16, self.grid, scales)
+        return self._nearest(target, target.weight, target.stats.mean_square, num_bits, group)
+
+    def _nearest(self, target: Target, weight: torch.Tensor, importance: torch.Tensor, num_bits: Literal[4, 8],
+                 group: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """`weight` [N, K] rounded to nearest, with the ranges that an earlier step or a search found; importance
+        [K]."""
+        clip, scales = target.clip, self.scales if num_bits == 4 else "float"
+        if clip is None and self.clip == "mse":
+            clip = search_clip(weight, importance, num_bits, group, self.grid, scales)
+        return quantize_weight(weight, num_bits, group, clip, torch.bfloat16, self.grid, scales)
+
+
+def usable_group(k: int, group_size: int | None) -> int | None:
+    """None, per channel, where the inputs are no multiple of the group."""
+    return None if group_size is None or k % group_size else group_size
 
 
 def low_rank_factors(error: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
     """down [r, K] and up [N, r], bfloat16, with up · down the nearest of that rank to error [N, K] (Eckart-Young), by
-    randomized subspace iteration; r is `rank`, or all that error can have."""
+    randomized subspace iteration; r is `rank`, or all that error can have. Rows of down are int8 times a power of two.
+    """
     rank = min(rank, *error.shape)
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(0)
         left, values, right = torch.svd_lowrank(error, q=min(2 * rank + 8, *error.shape), niter=8)
-    root = values[:rank].sqrt()
-    return (right[:, :rank] * root).T.bfloat16().contiguous(), (left[:, :rank] * root).bfloat16()
+    down = dequantize(*quantize_weight(right[:, :rank].T.contiguous(), 8, None, scales="m1"))
+    return down.bfloat16(), (left[:, :rank] * values[:rank]).bfloat16().contiguous()
 
 
 def search_clip(weight: torch.Tensor, importance: torch.Tensor, num_bits: int, group_size: int | None,
                 grid: NumberType = "int", scales: ScaleRule = "float") -> torch.Tensor:
     """The fraction of max |w| that gives each group the least Σ importance · (w - ŵ)². weight [N, K], importance [K];
     returns [N, G]."""
-    k = weight.shape[1]
-    groups = 1 if group_size is None else k // group_size
-    rows = max(1, CHUNK_WEIGHTS // k)
-    ratios = torch.linspace(1.07, 0.55, CLIP_STEPS)
-    best = []
-    for start in range(0, weight.shape[0], rows):
-        part = weight[start : start + rows]
-        least = torch.full((part.shape[0], groups), float("inf"))
-        clip = torch.ones_like(least)
-        for ratio in ratios.tolist():
+    parts = weight.split(max(1, CHUNK_WEIGHTS // weight.shape[1]))  # type: ignore[no-untyped-call]
+    threads = torch.get_num_threads()
+    # A part's ops are too short to be worth dividing, so each thread takes parts of its own.
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as executor:
+            best = executor.map(lambda part: _best_clip(part, importance, num_bits, group_size, grid, scales), parts)
+            return torch.cat([*best])
+    finally:
+        torch.set_num_threads(threads)
+
+
+@torch.inference_mode()
+def _best_clip(weight: torch.Tensor, importance: torch.Tensor, num_bits: int, group_size: int | None, grid: NumberType,
+               scales: ScaleRule) -> torch.Tensor:
+    n, k = weight.shape
+    grouped = weight.reshape(n, 1 if group_size is None else k // group_size, -1)
+    weighting = importance.reshape(grouped.shape[1:])
+    amax, buffer = grouped.abs().amax(-1), torch.empty_like(grouped)
+    least = torch.full_like(amax, float("inf"))
+    clip = torch.ones_like(least)
+    for ratio in torch.linspace(1.07, 0.55, CLIP_STEPS).tolist():
+        if grid == "int":
+            _round_trip(grouped, absmax_scale(amax * ratio, num_bits).bfloat16().float(), num_bits, buffer)
+        else:
             tried = torch.full_like(clip, ratio)
-            codes, scale = quantize_weight(part, num_bits, group_size, tried, torch.bfloat16, grid, scales)
-            error = (dequantize(codes, scale) - part).square_().mul_(importance)
-            error = error.reshape(part.shape[0], groups, -1).sum(-1)
-            better = error < least
-            least, clip = torch.where(better, error, least), torch.where(better, tried, clip)
-        best.append(clip)
-    return torch.cat(best)
+            codes, scale = quantize_weight(weight, num_bits, group_size, tried, torch.bfloat16, grid, scales)
+            buffer.copy_(dequantize(codes, scale).reshape(grouped.shape))
+        error = buffer.sub_(grouped).square_().mul_(weighting).sum(-1)
+        better = error < least
+        least, clip = torch.where(better, error, least), clip.masked_fill_(better, ratio)
+    return clip
+
+
+def _round_trip(grouped: torch.Tensor, scale: torch.Tensor, num_bits: int, out: torch.Tensor) -> None:
+    """To integer codes and back, as numerics.quantize and dequantize, without leaving `out`. grouped [N, G, group],
+    scale [N, G]"""
+    limit = 2 ** (num_bits - 1)
+    scale = scale.unsqueeze(-1)
+    torch.div(grouped, scale, out=out).round_().clamp_(-limit, limit - 1).mul_(scale)
 
 
 def _refuse_degenerate(name: str, codes: torch.Tensor, scale: torch.Tensor, num_bits: int, grid: NumberType) -> None:
@@ -143,7 +185,7 @@ def _refuse_degenerate(name: str, codes: torch.Tensor, scale: torch.Tensor, num_
         raise QuantizationError(f"{name}: quantized weights are not finite; the checkpoint may be damaged")
     if float(codes.min()) == float(codes.max()):
         raise QuantizationError(f"{name}: every quantized weight is the same; the checkpoint may be damaged")
-    saturated = float(((codes == high) | (codes == low)).float().mean())
+    saturated = int(((codes == high) | (codes == low)).count_nonzero()) / codes.numel()
     if saturated > MAX_SATURATED:
         raise QuantizationError(f"{name}: {saturated:.0%} of the quantized weights are at the ends of their range; "
                                 "the checkpoint may be damaged")

@@ -12,8 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fptq_runtime.artifact.numerics import dequantize, quantize_weight
-from fptq_runtime.quantizer.steps.base import QuantizationError
-from fptq_runtime.quantizer.steps.fptq import Fptq, log_scale
+from fptq_runtime.kernels.reference import quantize_activations
+from fptq_runtime.quantizer.ranges import choose_range
+from fptq_runtime.quantizer.steps import base
+from fptq_runtime.quantizer.steps import fptq as fptq_module
+from fptq_runtime.quantizer.steps import weights as weights_module
+from fptq_runtime.quantizer.steps.activations import Activations
+from fptq_runtime.quantizer.steps.base import QuantizationError, relative_error, static_act
+from fptq_runtime.quantizer.steps.fptq import Fptq, _Probe, log_scale
 from fptq_runtime.quantizer.steps.weights import Weights, search_clip
 from tests.quantizer.test_folds import work_on
 
@@ -121,3 +127,68 @@ def test_clip_search_finds_each_groups_best(seed: int, num_bits: int, group: int
     found = errors(clip)
     every = torch.stack([errors(torch.full_like(clip, r)) for r in torch.linspace(1.07, 0.55, 40).tolist()])
     assert torch.equal(found, every.amin(0))
+
+
+@pytest.mark.parametrize("method", ["percentile", "mse", "kl", "aciq"])
+def test_a_clipping_range_is_used_wherever_errors_are_compared(tmp_path: Path, method: Any) -> None:
+    """Static inputs with one outlier token: as they are, per tensor of any range, or equalized; `activations` and
+    `fptq` agree on the scale, and safety sees the clipped error."""
+    found = {}
+    for name, step in {
+        "activations": Activations(scheme="static", range=method, quantile=0.95),
+        "fptq": Fptq(safety=None, v0=1e9, v1=1e9, range=method, quantile=0.95),
+        "minmax": Fptq(safety=None, v0=1e9, v1=1e9),
+    }.items():
+        _, work = work_on("llama", tmp_path / name)
+        stats = work.targets["qkv"].stats
+        outlier = torch.ones(stats.sample.shape[0], 1)
+        outlier[7] = 50
+        stats.sample = stats.sample * outlier
+        stats.low, stats.high = stats.sample.amin(0), stats.sample.amax(0)
+        with torch.inference_mode():
+            step.apply(work)
+        act = work.targets["qkv"].linear.act
+        assert act is not None
+        assert act.scale is not None
+        found[name] = act.scale
+        expected = choose_range(method, float(stats.amax.max()), stats.sample, 0.95) / 127.5
+        assert name == "minmax" or act.scale == pytest.approx(expected)
+    assert found["activations"] == found["fptq"] < found["minmax"]
+    _, work = work_on("llama", tmp_path / "searched")
+    target = work.targets["qkv"]
+    probe, fptq = _Probe(target), Fptq(range=method, quantile=0.95)
+    act = static_act(target.stats.amax, target.stats.sample, method, 0.95)
+    weight = dequantize(*quantize_weight(target.weight, 4, None))
+    output = quantize_activations(target.stats.sample, act) @ weight.T
+    assert fptq._error(probe, None, False) == pytest.approx(
+        relative_error(output, target.stats.sample @ target.weight.T))
+
+
+def test_large_linears_are_probed_in_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A third of the outputs and a third of the rows estimate the same error, and search for the same scale."""
+    _, work = work_on("llama", tmp_path)
+    target, fptq = work.targets["up"], Fptq()
+    whole = _Probe(target)
+    monkeypatch.setattr(fptq_module, "PROBED_OUTPUTS", target.weight.shape[0] // 2)
+    monkeypatch.setattr(base, "ERROR_PRODUCTS", target.weight[::3].numel() * target.stats.sample.shape[0] // 2)
+    part = _Probe(target)
+    assert part.weight.shape[0] == -(-target.weight.shape[0] // 3)
+    assert part.sample.shape[0] == -(-target.stats.sample.shape[0] // 3)
+    for scale in (None, log_scale(target.stats.amax, 1.0), 2 * torch.rand(target.weight.shape[1]) + 1):
+        assert fptq._error(part, scale, False) == pytest.approx(fptq._error(whole, scale, False), rel=0.2)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_clip_search_in_parts(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit by bit what it is in one part; the caller's threads stay as many."""
+    torch.manual_seed(0)
+    weight, importance = torch.randn(37, 64), torch.rand(64)
+    whole = search_clip(weight, importance, 4, 32)
+    monkeypatch.setattr(weights_module, "CHUNK_WEIGHTS", 5 * 64)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        assert torch.equal(search_clip(weight, importance, 4, 32), whole)
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,315 @@
+"""Where a recipe hurts a model and why: layer sensitivity, activation ranges, calibration, as one table of results that
+grows on disk while it is measured."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from tqdm import tqdm
+
+from fptq_runtime import __version__
+from fptq_runtime.artifact.io import Manifest, hash_file
+from fptq_runtime.kernels.base import QuantizedWeight
+from fptq_runtime.kernels.reference import ReferenceBackend, dequantized
+from fptq_runtime.models.decoder import prepare_block, prepare_stem
+from fptq_runtime.models.loader import Checkpoint, load_block, load_stem
+from fptq_runtime.models.tokenizer import Tokenizer
+from fptq_runtime.quantizer.calibrate import BLOCK_KINDS, HiddenStates, InputStats, Kind, Text, observe_block
+from fptq_runtime.quantizer.evaluate import text_windows
+from fptq_runtime.quantizer.ranges import RangeMethod
+from fptq_runtime.quantizer.recipe import Recipe
+from fptq_runtime.quantizer.sensitivity import KINDS, Loss, Probe, capture
+from fptq_runtime.quantizer.source import resolve_model
+from fptq_runtime.quantizer.steps.base import QuantizationError
+
+STUDIES = ("one-only", "linears", "leave-one-out", "cumulative", "activations", "sizes", "ranges")
+QUICK = ("one-only", "activations")
+SIZES = (100, 200, 500)  # samples
+JOURNAL = "analysis.jsonl"
+EXPONENTS = tuple(range(-12, 13))  # the histograms' bins: |x| from 2^-12 to 2^12
+
+
+class AnalysisError(ValueError):
+    """An analysis that cannot start. One line, for the user."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One result: its key in the journal, its cost in passes of a block over the text, and how to get it."""
+
+    key: str
+    passes: float
+    measure: Callable[[Probe], Any]
+
+
+class Journal:
+    """Results as they come, a JSON line each; the first line says what they are results of."""
+
+    def __init__(self, path: Path, subject: Mapping[str, Any], overwrite: bool = False) -> None:
+        """Goes on where a run of the same subject stopped. Raises AnalysisError where the file has another one."""
+        self._path = path
+        self.results: dict[str, Any] = {}
+        first = json.dumps({"subject": subject}, sort_keys=True)
+        lines = path.read_text("utf-8").split("\n")[:-1] if path.is_file() and not overwrite else []
+        if lines and lines[0] != first:
+            raise AnalysisError(f"{path} holds an analysis of another model or of other settings; choose another "
+                                "--out, or --overwrite it")
+        for line in lines[1:]:  # without what was being written when a run was interrupted
+            entry = json.loads(line)
+            self.results[entry["key"]] = entry["result"]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        whole = path.with_name(f"{path.name}.part")
+        whole.write_text("".join(f"{line}\n" for line in (first, *lines[1:])), "utf-8")
+        whole.replace(path)
+
+    def put(self, key: str, result: Any) -> None:
+        self.results[key] = result
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"key": key, "result": result}) + "\n")
+
+
+def analyze(
+    model: str | Path, recipe: Recipe, text: Text, out: Path, *, name: str | None = None,
+    calibration: str | Path | None = None, num_samples: int = 64, max_tokens: int = 4096,
+    studies: Sequence[str] = STUDIES, sizes: Sequence[int] = SIZES, seed: int = 0, overwrite: bool = False,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Measure the studies on the text's first max_tokens tokens and return all results, those of an interrupted run in
+    out/analysis.jsonl included.
+
+    Hidden states at every block boundary are kept, in float and quantized, so that a variant runs from the block where
+    it begins to differ. Keys and values stay in float here: what the cache costs belongs to no layer. Raises
+    ValueError, one line.
+    """
+    source = resolve_model(str(model))
+    checkpoint = Checkpoint(source.path)
+    if checkpoint.quantized:
+        raise QuantizationError(f"{source.name} is quantized already; analyze the float model it was made from")
+    layers = checkpoint.model_config.num_layers
+    windows = text_windows(text, Tokenizer(source.path), checkpoint.model_config.max_position_embeddings, max_tokens)
+    subject = {
+        "version": __version__, "model": hash_file(source.path / "config.json"),
+        "weights": [(file.name, file.stat().st_size, file.stat().st_mtime_ns)
+                    for file in sorted(source.path.glob("*.safetensors"))],
+        "recipe": hashlib.sha256(recipe.model_dump_json().encode()).hexdigest(), "text": text.sha256,
+        "tokens": max_tokens, "num_samples": num_samples, "seed": seed,
+        "calibration": hash_file(Path(calibration)) if isinstance(calibration, Path) else calibration,
+    }
+    journal = Journal(out / JOURNAL, json.loads(json.dumps(subject)), overwrite)
+    options: dict[str, Any] = {"calibration": calibration, "num_samples": num_samples, "seed": seed}
+    study = _Study(str(model), checkpoint, recipe, windows, options, sizes, journal)
+    missing = [unit for unit in study.plan(studies) if unit.key not in journal.results]
+    with tqdm(total=sum(unit.passes for unit in missing), desc="analyzing", unit="pass", disable=not progress,
+              bar_format="{l_bar}{bar}| {elapsed}, about {remaining} left") as bar:
+        study.run(missing, bar)
+    results = journal.results
+    return {
+        "model": name or source.name, "version": __version__, "recipe": recipe.model_dump(mode="json"),
+        "text": text.name, "text_sha256": text.sha256, "tokens": sum(len(window) - 1 for window in windows),
+        "calibration": results["manifest"]["provenance"]["calibration"]["name"], "num_samples": num_samples,
+        "seed": seed, "layers": layers, "studies": [each for each in STUDIES if _has(results, each)],
+        "float": results["float"], "quantized": results["all"],
+        "parts": {"weights": results["weights"], "activations": results["inputs"]},
+        "one_only": _by(results, "one-only", layers), "leave_one_out": _by(results, "leave-one-out", layers),
+        "linears": [{"layer": layer, "kind": kind, **results[f"linears/{layer}/{kind}"]}
+                    for layer in range(layers) for kind in BLOCK_KINDS if f"linears/{layer}/{kind}" in results],
+        "cumulative": [results[f"cumulative/{layer}"] for layer in range(layers) if f"cumulative/{layer}" in results],
+        "activations": [row for layer in range(layers) for row in results.get(f"activations/{layer}", [])],
+        "quantization": results["manifest"]["layers"], "bytes": results["manifest"]["bytes"],
+        "sizes": [{"samples": size, **results[f"sizes/{size}"]} for size in sizes if f"sizes/{size}" in results],
+        "ranges": [{"method": method, **results[f"ranges/{method}"]} for method in get_args(RangeMethod)
+                   if f"ranges/{method}" in results],
+    }
+
+
+class _Study:
+    def __init__(self, model: str, checkpoint: Checkpoint, recipe: Recipe, windows: Sequence[Sequence[int]],
+                 options: Mapping[str, Any], sizes: Sequence[int], journal: Journal) -> None:
+        self._model = model
+        self._checkpoint = checkpoint
+        self._recipe = recipe
+        self._windows = windows
+        self._options = options
+        self._sizes = sizes
+        self._journal = journal
+        self._layers = checkpoint.model_config.num_layers
+        self._source: HiddenStates | None = None
+        self._reached = 0
+
+    def plan(self, studies: Sequence[str]) -> list[Unit]:
+        """What is measured, the cheap and telling first."""
+        layers = range(self._layers)
+        total = float(self._layers)
+
+        def passes(start: int) -> float:
+            return max(1.0, total - start)
+
+        def kind_passes(kind: Kind) -> float:
+            return 1.0 if kind == "head" else total
+
+        def calls(method: Callable[..., Loss], *arguments: Any) -> Callable[[Probe], Any]:
+            return lambda probe: asdict(method(probe, *arguments))
+
+        by_study: dict[str, list[Unit]] = {
+            "one-only": [
+                *(Unit(f"one-only/{kind}", kind_passes(kind), calls(Probe.only_kind, kind)) for kind in KINDS),
+                *(Unit(f"one-only/{layer}", passes(layer), calls(Probe.only, layer)) for layer in layers),
+            ],
+            "activations": [Unit(f"activations/{layer}", 3, self._observe(layer)) for layer in layers],
+            "linears": [Unit(f"linears/{layer}/{kind}", passes(layer), calls(Probe.only, layer, (kind,)))
+                        for layer in layers for kind in BLOCK_KINDS],
+            "cumulative": [Unit(f"cumulative/{layer}", passes(layer + 1), calls(Probe.up_to, layer))
+                           for layer in layers],
+            "leave-one-out": [
+                *(Unit(f"leave-one-out/{kind}", kind_passes(kind), calls(Probe.all_but_kind, kind)) for kind in KINDS),
+                *(Unit(f"leave-one-out/{layer}", passes(layer), calls(Probe.all_but, layer)) for layer in layers),
+            ],
+            "ranges": [Unit(f"ranges/{method}", self._walk_passes(self._options["num_samples"]),
+                            self._again(_with_range(self._recipe, method), {}))
+                       for method in get_args(RangeMethod) if _chooses_ranges(self._recipe)],
+            "sizes": [Unit(f"sizes/{size}", self._walk_passes(size), self._again(self._recipe, {"num_samples": size}))
+                      for size in self._sizes],
+        }
+        return [
+            Unit("all", total, calls(Probe.all)),
+            Unit("weights", total, calls(Probe.part, True, False)),
+            Unit("inputs", total, calls(Probe.part, False, True)),
+            *(unit for study in by_study if study in studies for unit in by_study[study]),
+        ]
+
+    def run(self, units: Sequence[Unit], bar: tqdm[Any]) -> None:
+        """Measure what the journal does not have. A unit's passes are counted when it is through."""
+        if not units and "manifest" in self._journal.results:
+            return
+        own = self._walk_passes(self._options["num_samples"]) + self._layers
+        bar.total = own + sum(unit.passes for unit in units)
+        bar.set_description("quantizing")
+        model, manifest = capture(self._model, self._recipe, **self._options)
+        probe = Probe(model, self._windows)
+        bar.update(own)
+        self._journal.put("manifest", _summary(manifest))
+        self._journal.put("float", {"perplexity": probe.original})
+        if not any(unit.key == "all" for unit in units):  # its states are what some start from
+            probe.all()
+        started, done = time.monotonic(), 0.0
+        for unit in units:
+            bar.set_description(unit.key)
+            self._journal.put(unit.key, unit.measure(probe))
+            bar.update(unit.passes)
+            done += unit.passes
+            if unit.key == "inputs" and bar.total:
+                seconds = (time.monotonic() - started) / done * (sum(unit.passes for unit in units) - done)
+                bar.write(f"about {_minutes(seconds)} for {len(units)} measurements; results are kept as they come, "
+                          "--quick measures fewer", file=sys.stderr)
+
+    def _walk_passes(self, samples: int) -> float:
+        """The quantizer's walk in passes over the measured text: observing, searching and running on, roughly."""
+        tokens = samples * min(512, self._checkpoint.model_config.max_position_embeddings)
+        return 4 * self._layers * tokens / sum(map(len, self._windows))
+
+    def _again(self, recipe: Recipe, options: Mapping[str, Any]) -> Callable[[Probe], dict[str, Any]]:
+        """The loss of a model quantized otherwise, on the same text; an error where it cannot be."""
+        def measure(probe: Probe) -> dict[str, Any]:
+            started = time.monotonic()
+            try:
+                model, _ = capture(self._model, recipe, **{**self._options, **options})
+            except ValueError as error:
+                return {"error": " ".join(str(error).split())}
+            seconds = time.monotonic() - started
+            return {**asdict(Probe(model, self._windows, logits=probe.logits).all()), "seconds": seconds}
+        return measure
+
+    def _observe(self, layer: int) -> Callable[[Probe], list[dict[str, Any]]]:
+        def measure(probe: Probe) -> list[dict[str, Any]]:
+            return _activations(layer, self._before(layer), probe)
+        return measure
+
+    def _before(self, layer: int) -> Mapping[Kind, InputStats]:
+        """The inputs in the model as it came. Layers are asked for in order, so that each is run once."""
+        if self._source is None or self._reached > layer:
+            self._source = HiddenStates(self._checkpoint.model_config, self._windows)
+            self._source.run_stem(prepare_stem(load_stem(self._checkpoint), ReferenceBackend()))
+            self._reached = 0
+        for index in range(self._reached, layer):
+            self._source.run_block(prepare_block(load_block(self._checkpoint, index), ReferenceBackend()))
+        self._reached = layer
+        return observe_block(self._source, prepare_block(load_block(self._checkpoint, layer), ReferenceBackend()))
+
+
+def _activations(layer: int, before: Mapping[Kind, InputStats], probe: Probe) -> list[dict[str, Any]]:
+    """The inputs of a layer's linears on the measured text, as they came and after the transforms, and the error of
+    its weights."""
+    probe.states.states = list(probe.exact[layer])
+    exact = probe.model.exact[layer]
+    after = observe_block(probe.states, exact)
+    rows = []
+    for kind in BLOCK_KINDS:
+        was, now = before[kind], after[kind]
+        rows.append({
+            "layer": layer, "kind": kind, "range_before": was.range, "range_after": now.range,
+            "median_before": float(was.amax.median()), "median_after": float(now.amax.median()),
+            "peak_position": was.peak_position, "histogram_before": _histogram(was.sample),
+            "histogram_after": _histogram(now.sample),
+            "weight_error": _weight_error(getattr(exact, kind).weight,
+                                          getattr(probe.model.quantized[layer], kind).weight),
+        })
+    return rows
+
+
+def _histogram(sample: torch.Tensor) -> list[float]:
+    """Shares of |x| by power of two; zeros and what is smaller count to the first bin, what is larger to the last."""
+    exponents = sample.abs().clamp_min(2.0 ** EXPONENTS[0]).log2().floor().clamp(EXPONENTS[0], EXPONENTS[-1] - 1)
+    counts = torch.histc(exponents, len(EXPONENTS) - 1, EXPONENTS[0], EXPONENTS[-1] - 1)
+    return [round(float(count) / sample.numel(), 7) for count in counts]
+
+
+def _weight_error(exact: torch.Tensor, stored: Any) -> float:
+    """|W - Ŵ|² / |W|²"""
+    read = dequantized(stored) if isinstance(stored, QuantizedWeight) else stored.float()
+    return float((exact - read).square().sum() / exact.square().sum().clamp_min(1e-30))
+
+
+def _chooses_ranges(recipe: Recipe) -> bool:
+    """Some step can choose static ranges, and none says that all inputs are per token or float."""
+    return any("range" in type(step).model_fields for step in recipe.steps) and not any(
+        getattr(step, "scheme", None) in ("dynamic", "float") for step in recipe.steps)
+
+
+def _with_range(recipe: Recipe, method: str) -> Recipe:
+    steps = tuple(step.model_copy(update={"range": method}) if "range" in type(step).model_fields else step
+                  for step in recipe.steps)
+    return recipe.model_copy(update={"steps": steps})
+
+
+def _summary(manifest: Manifest) -> dict[str, Any]:
+    layers = [layer.model_dump(mode="json", include={
+        "name", "kind", "modules", "range", "peak_position", "equalized", "activations", "reason", "num_bits",
+        "group_size", "activation_error", "error"}) for layer in manifest.layers]
+    return {"layers": layers, "bytes": manifest.size,
+            "provenance": {"calibration": manifest.provenance.calibration.model_dump(mode="json")}}
+
+
+def _by(results: Mapping[str, Any], study: str, layers: int) -> dict[str, Any]:
+    return {
+        "layers": [results[f"{study}/{layer}"] for layer in range(layers) if f"{study}/{layer}" in results],
+        "kinds": {kind: results[f"{study}/{kind}"] for kind in KINDS if f"{study}/{kind}" in results},
+    }
+
+
+def _has(results: Mapping[str, Any], study: str) -> bool:
+    return any(key.startswith(f"{study}/") for key in results)
+
+
+def _minutes(seconds: float) -> str:
+    if seconds < 90:
+        return f"{math.ceil(seconds)} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,214 @@
+"""GPTQ against a textbook's loop in double precision, and on what it exists for: correlated inputs."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fptq_runtime.artifact.numerics import dequantize, quantize_weight, unpack_codes
+from fptq_runtime.kernels.base import Linear, QuantizedWeight
+from fptq_runtime.quantizer.calibrate import InputStats, block_inputs
+from fptq_runtime.quantizer.steps.activations import Activations
+from fptq_runtime.quantizer.steps.base import Moments, QuantizationError, Target
+from fptq_runtime.quantizer.steps.gptq import Gptq, fit_scale, round_columns, triangular_factor
+from fptq_runtime.quantizer.steps.weights import Weights
+from tests.quantizer.test_folds import work_on
+
+
+def correlated(rows: int, k: int, seed: int) -> torch.Tensor:
+    """Inputs that lie near a plane of a quarter of their dimensions."""
+    generator = torch.Generator().manual_seed(seed)
+    shared = torch.randn(rows, k // 4, generator=generator) @ torch.randn(k // 4, k, generator=generator)
+    return shared + 0.3 * torch.randn(rows, k, generator=generator)
+
+
+def target_of(weight: torch.Tensor, x: torch.Tensor) -> Target:
+    stats = InputStats(x.amin(0), x.amax(0), x.sum(0).double(), x.square().sum(0).double(), x.shape[0], 0, x)
+    return Target("down", Linear("layers.0.down", weight), ("down",), stats, None, moments=Moments(2 * x.T @ x))
+
+
+def textbook(weight: np.ndarray, scale: np.ndarray, hessian: np.ndarray, damp: float, order: np.ndarray) -> np.ndarray:
+    """As the paper writes it: each column's error over [H⁻¹]jj goes into the columns left, then row and column j are
+    eliminated from H⁻¹. scale is each weight's own. Returns codes."""
+    left = weight.astype(np.float64).copy()
+    codes = np.zeros(weight.shape, np.int64)
+    inverse = np.linalg.inv(hessian.astype(np.float64) + damp * np.eye(len(hessian)))
+    for j in order:
+        codes[:, j] = np.clip(np.rint(left[:, j] / scale[:, j]), -8, 7)
+        error = (left[:, j] - codes[:, j] * scale[:, j]) / inverse[j, j]
+        left -= np.outer(error, inverse[j])
+        inverse -= np.outer(inverse[:, j], inverse[j]) / inverse[j, j]
+    return codes
+
+
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 999), k=st.sampled_from([32, 96, 160]), ordered=st.booleans())
+def test_textbook(seed: int, k: int, ordered: bool) -> None:
+    """160 columns are more than one block. A value within float's reach of a rounding boundary may fall to either
+    side, and then the columns after it differ too; the errors of both must be the same to 1 %."""
+    torch.manual_seed(seed)
+    weight, x = torch.randn(6, k), correlated(200, k, seed)
+    hessian = 2 * x.T @ x
+    damp = 0.01 * float(hessian.diagonal().mean())
+    order = hessian.diagonal().argsort(descending=True) if ordered else torch.arange(k)
+    scale = quantize_weight(weight, 4, 32, None, torch.bfloat16)[1]
+    factor = triangular_factor(hessian[order][:, order], damp)
+    assert factor is not None
+    codes = round_columns(weight, scale, 4, factor, order)
+    each = scale.double().repeat_interleave(32, 1).numpy()
+    expected = textbook(weight.numpy(), each, hessian.numpy(), damp, order.numpy())
+    assert (codes.numpy() == expected).mean() > 0.9
+    errors = [((c * each - weight.double().numpy()) @ x.double().numpy().T) for c in (codes.numpy(), expected)]
+    assert np.square(errors[0]).sum() == pytest.approx(np.square(errors[1]).sum(), rel=1e-2)
+
+
+@pytest.mark.parametrize("group", [None, 32])
+@pytest.mark.parametrize("num_bits", [4, 8])
+def test_uncorrelated_inputs_are_rounded_to_nearest(num_bits: Literal[4, 8], group: int | None) -> None:
+    torch.manual_seed(0)
+    weight, spread = torch.randn(5, 96), torch.rand(96) + 0.1
+    target = target_of(weight, torch.diag(spread))
+    codes, scale = Gptq(clip="none")._round(target, num_bits, group)
+    nearest, same = quantize_weight(weight, num_bits, group, None, torch.bfloat16)
+    assert torch.equal(codes, nearest)
+    assert torch.equal(scale, same)
+
+
+@pytest.mark.parametrize("refits", [0, 2])
+def test_beats_nearest_on_correlated_inputs(refits: int) -> None:
+    torch.manual_seed(0)
+    weight, x = torch.randn(64, 128), correlated(1000, 128, 0)
+    error = []
+    for step in (Weights(clip="mse"), Gptq(refits=refits)):
+        codes, scale = step._round(target_of(weight, x), 4, 32)
+        error.append(float(((dequantize(codes, scale) - weight) @ x.T).square().sum()))
+    assert error[1] < 0.4 * error[0]
+
+
+def test_fitted_scales_are_least_squares() -> None:
+    """Against numpy's lstsq on the outputs, row by row; a group whose codes are all zero keeps its scale."""
+    torch.manual_seed(0)
+    weight, x = torch.randn(4, 96), correlated(300, 96, 1)
+    codes, scale = quantize_weight(weight, 4, 32, torch.full((4, 3), 0.5))
+    codes[0, :32] = 0
+    fitted = fit_scale(weight, codes, scale, 2 * x.T @ x)
+    assert fitted[0, 0] == scale[0, 0]
+    for row in range(1, 4):
+        by_group = torch.stack([x[:, g : g + 32] @ codes[row, g : g + 32].float() for g in (0, 32, 64)], 1)
+        expected = np.linalg.lstsq(by_group.numpy(), (x @ weight[row]).numpy(), rcond=None)[0]
+        np.testing.assert_allclose(fitted[row], expected, rtol=2e-2)
+
+
+def test_dead_inputs_get_zero_weights() -> None:
+    torch.manual_seed(0)
+    weight, x = torch.randn(5, 64), correlated(200, 64, 0)
+    weight[:, 7] = 100  # would take its group's whole range
+    x[:, 7] = 0
+    codes, scale = Gptq()._round(target_of(weight, x), 4, 32)
+    assert not codes[:, 7].any()
+    assert scale.max() < 1
+
+
+def test_a_singular_hessian_is_damped_more_and_says_so() -> None:
+    torch.manual_seed(0)
+    target = target_of(torch.randn(5, 64), correlated(200, 64, 0))
+    assert target.moments is not None
+    values, vectors = torch.linalg.eigh(target.moments.hessian)
+    values[0] = -0.05 * values.mean()
+    target.moments = Moments(vectors @ values.diag() @ vectors.T)
+    codes, _ = Gptq()._round(target, 4, 32)
+    assert "damped by 0.1" in target.reason
+    assert codes.any()
+
+
+@pytest.mark.parametrize("value", [float("nan"), -1e6])
+def test_a_hopeless_hessian_is_an_error(value: float) -> None:
+    """Never rounding to nearest instead."""
+    target = target_of(torch.randn(5, 64), correlated(200, 64, 0))
+    assert target.moments is not None
+    target.moments.hessian[3, 4] = target.moments.hessian[4, 3] = value
+    with pytest.raises(QuantizationError, match="down: the Hessian") as error:
+        Gptq()._round(target, 4, 32)
+    assert "\n" not in str(error.value)
+
+
+def test_hessians_are_of_the_quantized_inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Coarse static scales, so that the difference is large; every linear of the block is then rounded with its own."""
+    _, work = work_on("llama", tmp_path)
+    seen: dict[str, torch.Tensor] = {}
+    rounded = Gptq._round
+
+    def spy(self: Gptq, target: Target, *rest: object) -> object:
+        assert target.moments is not None
+        seen[target.kind] = target.moments.hessian.clone()
+        return rounded(self, target, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Gptq, "_round", spy)
+    with torch.inference_mode():
+        Activations(scheme="static").apply(work)
+        expected = [dict(inputs) for inputs in block_inputs(work.states, work.block)]
+        floats = {kind: target.weight for kind, target in work.targets.items()}
+        Gptq().apply(work)
+    for kind, target in work.targets.items():
+        x = torch.cat([inputs[kind] for inputs in expected])
+        torch.testing.assert_close(seen[kind], 2 * x.T @ x, rtol=1e-3, atol=1e-2)
+        weight = target.linear.weight
+        assert isinstance(weight, QuantizedWeight)
+        codes = unpack_codes(weight.packed, 4, weight.k)
+        error = (dequantize(codes, weight.scale) - floats[kind]) @ x.T
+        nearest = dequantize(*quantize_weight(floats[kind], 4, None)) - floats[kind]
+        assert error.square().sum() < (nearest @ x.T).square().sum()
+
+
+def test_asymmetric_aims_for_what_the_float_model_computes() -> None:
+    """The inputs have drifted: 8 bits leave little but the least-squares weights, 4 bits are nearer than without."""
+    torch.manual_seed(0)
+    weight, exact = torch.randn(16, 64), correlated(500, 64, 0)
+    x = exact @ (torch.eye(64) + 0.05 * torch.randn(64, 64)) + 0.1 * torch.randn(500, 64)
+    drift = 2 * (exact - x).T @ x
+
+    def rounded(num_bits: Literal[4, 8], moments: Moments) -> torch.Tensor:
+        target = target_of(weight, x)
+        target.moments = moments
+        return dequantize(*Gptq(damp=1e-4)._round(target, num_bits, 32))
+
+    wanted = exact @ weight.T
+    eight = rounded(8, Moments(2 * x.T @ x, drift))
+    best = np.linalg.lstsq(x.double().numpy(), wanted.double().numpy(), rcond=None)[0].T
+    assert np.abs(eight.numpy() - best).max() < 0.05 * np.abs(best).max()
+    errors = [float((x @ rounded(4, moments).T - wanted).square().sum())
+              for moments in (Moments(2 * x.T @ x, drift), Moments(2 * x.T @ x))]
+    assert errors[0] < 0.7 * errors[1]
+
+
+def test_asymmetric_observes_what_is_quantized_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each linear's moments are of the block as it will run: of the quantized block's inputs and the float block's."""
+    states, work = work_on("llama", tmp_path)
+    work.exact = copy.copy(states)
+    work.exact.states = [state + 0.1 * torch.randn_like(state) for state in states.states]
+    seen: dict[str, Moments] = {}
+    rounded = Gptq._round
+
+    def spy(self: Gptq, target: Target, *rest: object) -> object:
+        assert target.moments is not None
+        seen[target.kind] = copy.deepcopy(target.moments)
+        return rounded(self, target, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Gptq, "_round", spy)
+    with torch.inference_mode():
+        exact = list(block_inputs(work.exact, work.block))
+        Activations(scheme="dynamic").apply(work)
+        Gptq(asymmetric=True).apply(work)
+        inputs = list(block_inputs(work.states, work.block))
+    assert list(seen) == ["qkv", "o", "up", "down"]
+    for kind in work.targets:
+        x, wanted = (torch.cat([batch[kind] for batch in batches]) for batches in (inputs, exact))
+        torch.testing.assert_close(seen[kind].hessian, 2 * x.T @ x, rtol=1e-3, atol=1e-2)
+        torch.testing.assert_close(seen[kind].drift, 2 * (wanted - x).T @ x, rtol=1e-3, atol=1e-2)
