@@ -52,7 +52,7 @@ def gemm(
     isa: str = "",
 ) -> None: ...
 def gemm_float(
-    weight: FloatWeight,
+    weight: FloatWeight | PackedWeight,
     x: _Floats,
     out: _Floats,
     bias: _Floats | None = None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any, cast
@@ -116,8 +116,7 @@ def compare(
     accuracy: Tasks | None = None, seed: int = 0, threads: int = 0, progress: bool = False,
 ) -> Comparison:
     """Quantize a float model by every recipe, each into a directory that is gone afterwards, and measure it on the
-    kernels and with the int8 KV cache that serve it; the float model runs once, with a float32 cache. backend: as
-    `select_backend` takes it, for each artifact by itself.
+    kernels and with the int8 KV cache that serve it; the float model runs once, with a float32 cache.
 
     A recipe that this model refuses becomes a row with the reason. Raises ValueError where the float model itself
     cannot be measured.
@@ -172,7 +171,7 @@ class _Work:
         decoder, backend = self._load(path)
         total, count = 0.0, 0
         with self._logits.open("wb") as file:
-            for logits, targets in self._run(decoder, backend, "float32"):
+            for logits, targets in window_logits(decoder, backend, self._windows, "float32", self._progress):
                 logits.numpy().tofile(file)
                 total += sum_nll(logits, targets)
                 count += len(targets)
@@ -183,7 +182,7 @@ class _Work:
         decoder, backend = self._load(path)
         total, divergence, agreeing, count = 0.0, 0.0, 0, 0
         with self._logits.open("rb") as file:
-            for logits, targets in self._run(decoder, backend, "int8"):
+            for logits, targets in window_logits(decoder, backend, self._windows, "int8", self._progress):
                 exact = _read(file, logits)
                 total += sum_nll(logits, targets)
                 divergence += sum_kl(exact, logits)
@@ -193,22 +192,19 @@ class _Work:
         return measured, divergence / count, agreeing / count
 
     def _load(self, path: Path) -> tuple[Decoder, Backend]:
+        """On the kernels that will serve it."""
         checkpoint = Checkpoint(path)
         backend = select_backend(self._backend, self._threads, checkpoint.linear_schemes)
         return load_model(checkpoint, backend), backend
 
-    def _run(self, decoder: Decoder, backend: Backend, kv_dtype: KVCacheDtype,
-             ) -> Iterator[tuple[torch.Tensor, np.ndarray]]:
-        return window_logits(decoder, backend, self._windows, kv_dtype, self._progress)
-
-    def _measured(self, path: Path, decoder: Decoder, backend: Backend, perplexity: float,
-                  kv_dtype: KVCacheDtype) -> Measured:
+    def _measured(self, path: Path, decoder: Decoder, backend: Backend, perplexity: float, kv_dtype: KVCacheDtype
+                  ) -> Measured:
         if not math.isfinite(perplexity):
             raise QuantizationError("its perplexity is not finite")
         prefill, decode = _speed(decoder, backend, kv_dtype, self._threads)
         return Measured(
             perplexity, sum(file.stat().st_size for file in path.glob("*.safetensors")), prefill, decode[1],
-            decode.get(8), self._accuracy.run(path, backend.name, self._threads, kv_dtype),
+            decode.get(8), self._accuracy.run(path, self._backend, self._threads, kv_dtype),
         )
 
 

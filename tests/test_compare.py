@@ -146,4 +146,4 @@ def test_wrong_recipes_are_usage(capsys: pytest.CaptureFixture[str]) -> None:
 def test_an_artifact_is_not_compared(model: Path, tmp_path: Path) -> None:
     quantize(model, tmp_path / "out", "rtn", num_samples=2, text_tokens=64)
     with pytest.raises(QuantizationError, match="float model"):
-        compare(tmp_path / "out", [load_recipe("rtn")], TEXT, threads=1)
+        compare(tmp_path / "out", [load_recipe("rtn")], TEXT)

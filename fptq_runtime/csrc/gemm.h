@@ -59,8 +59,9 @@ inline int32_t zero_point(const int32_t* sums, int count, uint32_t zero) {
 
 // Each defines add_groups<Bits, R>(tile, groups, steps), which adds `groups` groups of `steps` · 4 codes to f and walks
 // over the weights passes(Bits, R) times, add_products<Type, R>(tile, k), widen_weights<Bits>(w, scales, out), which makes
-// kSumGroup k of a panel floats [k][64] of code · scale, and quantize_block(x, scale, codes), which quantizes 32 floats
-// (NaN as 127) and returns the sum of the codes.
+// kSumGroup k of a panel floats [k][64] of code · scale, add_weights<Bits, R>(tile, scales), which adds such products
+// without memory between, and quantize_block(x, scale, codes), which quantizes 32 floats (NaN as 127) and returns the
+// sum of the codes.
 #if defined(__AVX512VNNI__) && !defined(FPTQ_EVEX256)
 #include "gemm_avx512.h"
 #elif defined(__AVX2__)
@@ -94,6 +95,17 @@ void add_products(int rows, const FloatTile& tile, int k) {
     case 4: return add_products<Type, 4>(tile, k);
     case 5: return add_products<Type, 5>(tile, k);
     default: return add_products<Type, 6>(tile, k);
+  }
+}
+
+constexpr int kFewRows = 3;   // that weights are widened for in registers; for more it is done once for all, in L1
+
+template <int Bits>
+void add_weights(int rows, const FloatTile& tile, const float* scales) {
+  switch (rows) {
+    case 1: return add_weights<Bits, 1>(tile, scales);
+    case 2: return add_weights<Bits, 2>(tile, scales);
+    default: return add_weights<Bits, 3>(tile, scales);
   }
 }
 
@@ -173,31 +185,33 @@ void gemm_int(const Activations& x, const PackedWeight& w, const Epilogue& e, in
   }
 }
 
-// Rows of floats by weights that weights(p, k0, count) gives as [count][64] of Type, kBlock k at a time.
-template <FloatType Type, int kBlock, class Weights>
-void gemm_rows(const float* x, int n, int k, const Epilogue& e, int m0, int m1, int p0, int p1, const Weights& weights) {
+// add(p, k0, count, c0, c1, f) adds products of rows c0..c1 with panel p over `count` k from k0 on, kBlock at most.
+template <int kBlock, class Add>
+void gemm_rows(int n, int k, const Epilogue& e, int m0, int m1, int p0, int p1, const Add& add) {
   alignas(64) float f[kChunkRows * kPanelCols];
   for (int p = p0; p < p1; ++p) {
     for (int c0 = m0, c1; c0 < m1; c0 = c1) {
       c1 = smaller(m1, c0 + kChunkRows);
       std::memset(f, 0, static_cast<size_t>(c1 - c0) * kPanelCols * sizeof(float));
-      for (int k0 = 0; k0 < k; k0 += kBlock) {
-        const int count = smaller(kBlock, k - k0);
-        const void* w = weights(p, k0, count);
-        for (int m = c0, rows; m < c1; m += rows) {
-          rows = smaller(kTileRows, c1 - m);
-          add_products<Type>(rows, {x + static_cast<ptrdiff_t>(m) * k + k0, k, w, f + (m - c0) * kPanelCols}, count);
-        }
-      }
+      for (int k0 = 0; k0 < k; k0 += kBlock) add(p, k0, smaller(kBlock, k - k0), c0, c1, f);
       for (int m = c0; m < c1; ++m) store_row(f + (m - c0) * kPanelCols, 1.0f, e, m, p * kPanelCols, n);
     }
   }
 }
 
+// tile: the first row's; more follow.
+template <FloatType Type>
+void add_tiles(FloatTile tile, int rows, int count) {
+  for (; rows > 0; rows -= kTileRows, tile.x += kTileRows * tile.ldx, tile.f += kTileRows * kPanelCols)
+    add_products<Type>(smaller(kTileRows, rows), tile, count);
+}
+
 template <FloatType Type>
 void gemm_float_as(const float* x, const FloatWeight& w, const Epilogue& e, int m0, int m1, int p0, int p1) {
-  gemm_rows<Type, 128>(x, w.n, w.k, e, m0, m1, p0, p1, [&](int p, int k0, int) {
-    return static_cast<const char*>(w.data) + (static_cast<ptrdiff_t>(p) * w.k + k0) * kPanelCols * float_bytes(Type);
+  constexpr ptrdiff_t kRowBytes = kPanelCols * float_bytes(Type);
+  gemm_rows<128>(w.n, w.k, e, m0, m1, p0, p1, [&](int p, int k0, int count, ptrdiff_t c0, int c1, float* f) {
+    const char* weights = static_cast<const char*>(w.data) + (static_cast<ptrdiff_t>(p) * w.k + k0) * kRowBytes;
+    add_tiles<Type>({x + c0 * w.k + k0, w.k, weights, f}, c1 - c0, count);
   });
 }
 
@@ -206,13 +220,16 @@ void gemm_weight_only_as(const float* x, const PackedWeight& w, const Epilogue& 
   constexpr int kBlock = 64;   // its floats stay in L1
   const ptrdiff_t blocks = (w.k + kSumGroup - 1) / kSumGroup, groups = (w.k + w.group_size - 1) / w.group_size;
   alignas(64) float wide[kPanelCols], floats[kBlock * kPanelCols];
-  gemm_rows<FloatType::kFloat32, kBlock>(x, w.n, w.k, e, m0, m1, p0, p1, [&](int p, int k0, int count) {
+  gemm_rows<kBlock>(w.n, w.k, e, m0, m1, p0, p1, [&](int p, int k0, int count, ptrdiff_t c0, int c1, float* f) {
+    const float* rows = x + c0 * w.k;
+    const bool few = c1 - c0 <= kFewRows && count == kBlock;
     for (int k = k0; k < k0 + count; k += kSumGroup) {
       const uint8_t* codes = w.data + (p * blocks + k / kSumGroup) * (kSumGroup * kPanelCols * Bits / 8);
       const float* scales = widen_scales(w, p * groups + k / w.group_size, 1, wide);
-      widen_weights<Bits>(codes, scales, floats + (k - k0) * kPanelCols);
+      if (few) add_weights<Bits>(static_cast<int>(c1 - c0), {rows + k, w.k, codes, f}, scales);
+      else widen_weights<Bits>(codes, scales, floats + (k - k0) * kPanelCols);
     }
-    return floats;
+    if (!few) add_tiles<FloatType::kFloat32>({rows + k0, w.k, floats, f}, c1 - c0, count);
   });
 }
 

@@ -324,23 +324,75 @@ void add_groups(const Tile& t, int groups, int steps) {
   }
 }
 
-// fma(code, scale, -zero · scale) rounds as (code - zero) · scale does.
+// f(k, c, v) for 8 columns of each k, the c-th of the four vectors in the panel's half `side`, from column
+// half_column<Bits>(c) of it on: fma(code, scale, -zero · scale) rounds as (code - zero) · scale does.
+template <int Bits>
+constexpr int half_column(int c) { return Bits == 4 ? c / 2 * 8 + c % 2 * 16 : 8 * c; }
+
+template <int Bits, class F>
+[[gnu::always_inline]] inline void each_weight(const uint8_t* w, const float* scales, int side, const F& f) {
+  const __m256i low = _mm256_set1_epi32(Bits == 4 ? 15 : 255), high = _mm256_set1_epi32(Bits == 4 ? 240 : 255);
+  __m256 scale[4], offset[4];
+#pragma GCC unroll 4
+  for (int c = 0; c < 4; ++c) {
+    scale[c] = _mm256_loadu_ps(scales + 32 * side + half_column<Bits>(c));
+    offset[c] = _mm256_mul_ps(scale[c], _mm256_set1_ps(Bits == 4 && c % 2 == 0 ? -8.0f : -128.0f));
+  }
+  w += side * 16 * Bits;
+  for (int s = 0; s < kSumGroup / 4; ++s, w += kPanelCols * Bits / 2) {
+#pragma GCC unroll 4
+    for (int b = 0; b < 4; ++b) {
+#pragma GCC unroll 4
+      for (int c = 0; c < 4; ++c) {
+        const __m256i line = load(w + 32 * (Bits == 4 ? c / 2 : c));
+        const __m256i code = _mm256_and_si256(_mm256_srli_epi32(line, 8 * b), c % 2 ? high : low);
+        f(4 * s + b, c, _mm256_fmadd_ps(_mm256_cvtepi32_ps(code), scale[c], offset[c]));
+      }
+    }
+  }
+}
+
 template <int Bits>
 void widen_weights(const uint8_t* w, const float* scales, float* out) {
-  for (int c = 0; c < 8; ++c) {
-    const bool high = Bits == 4 && c % 2;
-    const int column = Bits == 4 ? low_column(c / 2) + 16 * high : 8 * c;
-    const __m256i mask = _mm256_set1_epi32(Bits == 8 ? 255 : high ? 240 : 15);
-    const __m256 scale = _mm256_loadu_ps(scales + column);
-    const __m256 offset = _mm256_mul_ps(scale, _mm256_set1_ps(Bits == 8 || high ? -128.0f : -8.0f));
-    const uint8_t* step = w + 32 * (Bits == 4 ? c / 2 : c);
-    float* to = out + column;
-    for (int s = 0; s < kSumGroup / 4; ++s, step += kPanelCols * Bits / 2) {
-      __m256i codes = load(step);
+  for (int side = 0; side < 2; ++side, out += 32) {
+    each_weight<Bits>(w, scales, side, [out](int k, int c, __m256 v) __attribute__((always_inline)) {
+      _mm256_storeu_ps(out + k * kPanelCols + half_column<Bits>(c), v);
+    });
+  }
+}
+
+template <int Bits, int R>
+[[gnu::noinline]] void add_weights(const FloatTile& t, const float* scales) {
+  for (int side = 0; side < 2; ++side) {
+    float* f = t.f + 32 * side;
+    __m256 acc[R][4];
+#pragma GCC unroll 3
+    for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
-      for (int b = 0; b < 4; ++b, to += kPanelCols, codes = _mm256_srli_epi32(codes, 8))
-        _mm256_storeu_ps(to, _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_and_si256(codes, mask)), scale, offset));
+      for (int c = 0; c < 4; ++c) acc[r][c] = _mm256_loadu_ps(f + r * kPanelCols + half_column<Bits>(c));
     }
+    each_weight<Bits>(static_cast<const uint8_t*>(t.w), scales, side,
+                      [&acc, x = t.x, ldx = t.ldx](int k, int c, __m256 v) __attribute__((always_inline)) {
+#pragma GCC unroll 3
+      for (int r = 0; r < R; ++r) acc[r][c] = _mm256_fmadd_ps(v, _mm256_set1_ps(x[r * ldx + k]), acc[r][c]);
+    });
+#pragma GCC unroll 3
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+      for (int c = 0; c < 4; ++c) _mm256_storeu_ps(f + r * kPanelCols + half_column<Bits>(c), acc[r][c]);
+    }
+  }
+}
+
+// Eight floats of that type. (simd.h's vectors are wider where FPTQ_EVEX256 is compiled.)
+template <FloatType Type>
+inline __m256 widen_eight(const char* w) {
+  if constexpr (Type == FloatType::kFloat32) {
+    return _mm256_loadu_ps(reinterpret_cast<const float*>(w));
+  } else {
+    const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(w));
+    if constexpr (Type == FloatType::kFloat16) return _mm256_cvtph_ps(half);
+    else return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
   }
 }
 
@@ -359,7 +411,7 @@ void add_products(const FloatTile& t, int k) {
     for (int i = 0; i < k; ++i) {
       __m256 v[kVectors];
 #pragma GCC unroll 8
-      for (int c = 0; c < kVectors; ++c) v[c] = widen<Type>(w + 8 * c * kElement);
+      for (int c = 0; c < kVectors; ++c) v[c] = widen_eight<Type>(w + 8 * c * kElement);
       w += kPanelCols * kElement;
 #pragma GCC unroll 6
       for (int r = 0; r < R; ++r) {

@@ -150,22 +150,53 @@ template <int Bits, int R>
   }
 }
 
-// fma(code, scale, -zero · scale) rounds as (code - zero) · scale does.
+// f(k, c, v) for columns 16c.. of each k: fma(code, scale, -zero · scale) rounds as (code - zero) · scale does.
+template <int Bits, class F>
+[[gnu::always_inline]] inline void each_weight(const uint8_t* w, const float* scales, const F& f) {
+  const __m512i low = _mm512_set1_epi32(Bits == 4 ? 15 : 255), high = _mm512_set1_epi32(Bits == 4 ? 240 : 255);
+  __m512 scale[4], offset[4];
+#pragma GCC unroll 4
+  for (int c = 0; c < 4; ++c) {
+    scale[c] = _mm512_loadu_ps(scales + 16 * c);
+    offset[c] = _mm512_mul_ps(scale[c], _mm512_set1_ps(Bits == 4 && c % 2 == 0 ? -8.0f : -128.0f));
+  }
+  for (int s = 0; s < kSumGroup / 4; ++s, w += kPanelCols * Bits / 2) {
+#pragma GCC unroll 4
+    for (int b = 0; b < 4; ++b) {
+#pragma GCC unroll 4
+      for (int c = 0; c < 4; ++c) {
+        const __m512i line = _mm512_loadu_si512(w + 64 * (Bits == 4 ? c / 2 : c));
+        const __m512i code = _mm512_and_si512(_mm512_maskz_srli_epi32(0xffff, line, 8 * b), c % 2 ? high : low);
+        f(4 * s + b, c, _mm512_fmadd_ps(_mm512_maskz_cvtepi32_ps(0xffff, code), scale[c], offset[c]));
+      }
+    }
+  }
+}
+
 template <int Bits>
 void widen_weights(const uint8_t* w, const float* scales, float* out) {
-  for (int c = 0; c < 4; ++c) {
-    const bool high = Bits == 4 && c % 2;
-    const __m512i mask = _mm512_set1_epi32(Bits == 8 ? 255 : high ? 240 : 15);
-    const __m512 scale = _mm512_loadu_ps(scales + 16 * c);
-    const __m512 offset = _mm512_mul_ps(scale, _mm512_set1_ps(Bits == 8 || high ? -128.0f : -8.0f));
-    const uint8_t* step = w + 64 * (Bits == 4 ? c / 2 : c);
-    float* to = out + 16 * c;
-    for (int s = 0; s < kSumGroup / 4; ++s, step += kPanelCols * Bits / 2) {
-      __m512i codes = _mm512_loadu_si512(step);
+  each_weight<Bits>(w, scales, [out](int k, int c, __m512 v) __attribute__((always_inline)) {
+    _mm512_storeu_ps(out + k * kPanelCols + 16 * c, v);
+  });
+}
+
+template <int Bits, int R>
+[[gnu::noinline]] void add_weights(const FloatTile& t, const float* scales) {
+  __m512 acc[R][4];
+#pragma GCC unroll 3
+  for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
-      for (int b = 0; b < 4; ++b, to += kPanelCols, codes = _mm512_srli_epi32(codes, 8))
-        _mm512_storeu_ps(to, _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_and_si512(codes, mask)), scale, offset));
-    }
+    for (int c = 0; c < 4; ++c) acc[r][c] = _mm512_loadu_ps(t.f + r * kPanelCols + 16 * c);
+  }
+  each_weight<Bits>(static_cast<const uint8_t*>(t.w), scales,
+                    [&acc, x = t.x, ldx = t.ldx](int k, int c, __m512 v) __attribute__((always_inline)) {
+#pragma GCC unroll 3
+    for (int r = 0; r < R; ++r) acc[r][c] = _mm512_fmadd_ps(v, _mm512_set1_ps(x[r * ldx + k]), acc[r][c]);
+  });
+#pragma GCC unroll 3
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+    for (int c = 0; c < 4; ++c) _mm512_storeu_ps(t.f + r * kPanelCols + 16 * c, acc[r][c]);
   }
 }
 

@@ -102,5 +102,12 @@ void add_products(const FloatTile& t, int k) {
   }
 }
 
+template <int Bits, int R>
+void add_weights(const FloatTile& t, const float* scales) {
+  float floats[kSumGroup * kPanelCols];
+  widen_weights<Bits>(static_cast<const uint8_t*>(t.w), scales, floats);
+  add_products<FloatType::kFloat32, R>({t.x, t.ldx, floats, t.f}, kSumGroup);
+}
+
 }  // namespace
 }  // namespace fptq::FPTQ_NS

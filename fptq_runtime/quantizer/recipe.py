@@ -80,8 +80,10 @@ PRESETS = (
                                        Weights(num_bits=8, group_size=None, clip="mse"))),
     Recipe(name="w8-dynamic-range", steps=(Activations(scheme="dynamic"), Weights(num_bits=8, group_size=None))),
     Recipe(name="smoothquant", steps=(
-        SmoothQuant(), Activations(scheme="static"), Weights(num_bits=8, group_size=None))),
-    Recipe(name="os+", steps=(OutlierSuppression(), Activations(scheme="static"), Weights())),
+        SmoothQuant(), Activations(scheme="static", overrides={"down": "dynamic"}),
+        Weights(num_bits=8, group_size=None))),
+    Recipe(name="os+", steps=(
+        OutlierSuppression(), Activations(scheme="static", overrides={"down": "dynamic"}), Weights())),
     Recipe(name="aweq", steps=(Aweq(), Activations(scheme="dynamic"), Weights(bias_correction=True))),
     Recipe(name="cle", steps=(CrossLayer(), Activations(scheme="dynamic"), Weights())),
     Recipe(name="ocs", steps=(ChannelSplitting(), Activations(scheme="dynamic"), Weights())),

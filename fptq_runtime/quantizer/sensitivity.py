@@ -108,7 +108,10 @@ class _Watched(Recipe):
 
 def capture(model: str | Path, recipe: Recipe, **options: Any) -> tuple[Captured, Manifest]:
     """Quantize as `fptq quantize` does and keep the model in memory, with the manifest that it would have. options:
-    those of `quantize` that say how to calibrate."""
+    those of `quantize` that say how to calibrate. Raises ValueError, one line."""
+    if any(type(step).tune is not Step.tune for step in recipe.steps):
+        raise QuantizationError(f"{recipe.name} trains all weights together, so that no layer has a part in its loss "
+                                "of its own; take the recipe that you would train for, as rtn-dynamic")
     step = _Capture()
     watched = _Watched.model_construct(name=recipe.name, steps=(*recipe.steps[:-1], step, recipe.steps[-1]))
     with tempfile.TemporaryDirectory(prefix="fptq-analyze-") as directory:

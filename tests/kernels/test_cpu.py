@@ -124,7 +124,7 @@ def in_company(backend: CpuBackend, options: Options, kv_dtype: KVCacheDtype, to
     (Options(act="dynamic", heads=3, kv_heads=1, hidden=96, head_dim=32), "int8"),
     (Options(act="static", window=200), "bf16"),
     (Options(), "float32"),
-    (Options(act="weight-only", group_size=64, intermediate=128), "int8"),
+    (Options(act="weight-only", group_size=64, intermediate=192), "int8"),
     (Options(act="mixed", intermediate=128), "int8"),
     (Options(act="dynamic", rank=3), "int8"),
     (replace(FAMILIES["bloom"], heads=4, kv_heads=4), "int8"),

@@ -119,3 +119,25 @@ def test_texts(tmp_path: Path) -> None:
     for path in (tmp_path / "latin", tmp_path / "absent", tmp_path):
         with pytest.raises(CalibrationError, match=path.name):
             read_text(path)
+
+
+def test_large_linears_multiply_in_bfloat16(llama: tuple[Path, torch.nn.Module], monkeypatch: pytest.MonkeyPatch,
+                                            ) -> None:
+    """A few roundings to eight bits away from float32; the block itself stays in float32."""
+    path, _ = llama
+    checkpoint = Checkpoint(path)
+    windows = torch.randint(3, 260, (3, 20), generator=torch.Generator().manual_seed(0)).tolist()
+    block = prepare_block(load_block(checkpoint, 0), ReferenceBackend())
+    found = []
+    for smallest in (1 << 30, 1):
+        monkeypatch.setattr(calibrate, "BF16_WEIGHTS", smallest)
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+        states = HiddenStates(checkpoint.model_config, windows)
+        states.run_stem(prepare_stem(load_stem(checkpoint), ReferenceBackend()))
+        stats = observe_block(states, block)["down"]
+        states.run_block(block)
+        found.append((stats.amax, torch.cat(states.states)))
+    for exact, rounded in zip(*found, strict=True):
+        error = (exact - rounded).norm() / exact.norm()
+        assert 1e-5 < float(error) < 2e-2
+    assert block.up.weight.dtype == torch.float32

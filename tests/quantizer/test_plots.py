@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from fptq_runtime.quantizer import plots
 
 SVG = "{http://www.w3.org/2000/svg}"
-printable = st.characters(codec="utf-8", exclude_categories=("Cc", "Cs"), exclude_characters="\ufffe\uffff")
-names = st.text(printable, max_size=20)
+characters = st.characters(codec="utf-8", exclude_categories=("Cc", "Cs"), exclude_characters="\ufffe\uffff")
+names = st.text(characters, max_size=20)
 values = st.floats(0, 1e9)
 
 

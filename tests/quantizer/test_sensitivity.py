@@ -15,6 +15,7 @@ from fptq_runtime.quantizer.evaluate import evaluate, sum_kl, text_windows, wind
 from fptq_runtime.quantizer.pipeline import quantize
 from fptq_runtime.quantizer.recipe import Recipe, load_recipe
 from fptq_runtime.quantizer.sensitivity import KINDS, Captured, Probe, capture
+from fptq_runtime.quantizer.steps.base import QuantizationError
 from fptq_runtime.quantizer.steps.fptq import Fptq
 from fptq_runtime.quantizer.steps.weights import Weights
 from tests.quantizer.models import save_model
@@ -100,3 +101,8 @@ def test_a_capture_leaves_nothing_behind(captured: Captured) -> None:
         for kind in BLOCK_KINDS:
             assert isinstance(getattr(exact, kind).weight, torch.Tensor) and getattr(exact, kind).act is None
             assert not isinstance(getattr(quantized, kind).weight, torch.Tensor)
+
+
+def test_training_is_refused(model: Path) -> None:
+    with pytest.raises(QuantizationError, match="qat trains all weights together"):
+        capture(model, load_recipe("qat"))

@@ -16,6 +16,7 @@ from fptq_runtime.kernels.reference import quantize_activations
 from fptq_runtime.quantizer.ranges import choose_range
 from fptq_runtime.quantizer.steps import base
 from fptq_runtime.quantizer.steps import fptq as fptq_module
+from fptq_runtime.quantizer.steps import weights as weights_module
 from fptq_runtime.quantizer.steps.activations import Activations
 from fptq_runtime.quantizer.steps.base import QuantizationError, relative_error, static_act
 from fptq_runtime.quantizer.steps.fptq import Fptq, _Probe, log_scale
@@ -175,3 +176,19 @@ def test_large_linears_are_probed_in_part(tmp_path: Path, monkeypatch: pytest.Mo
     assert part.sample.shape[0] == -(-target.stats.sample.shape[0] // 3)
     for scale in (None, log_scale(target.stats.amax, 1.0), 2 * torch.rand(target.weight.shape[1]) + 1):
         assert fptq._error(part, scale, False) == pytest.approx(fptq._error(whole, scale, False), rel=0.2)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_clip_search_in_parts(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit by bit what it is in one part; the caller's threads stay as many."""
+    torch.manual_seed(0)
+    weight, importance = torch.randn(37, 64), torch.rand(64)
+    whole = search_clip(weight, importance, 4, 32)
+    monkeypatch.setattr(weights_module, "CHUNK_WEIGHTS", 5 * 64)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        assert torch.equal(search_clip(weight, importance, 4, 32), whole)
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
