@@ -362,13 +362,12 @@ def compare(model: str, recipes: tuple[str, ...], calibration: str | Path | None
 
     source = find_model(model)
     from fptq_runtime import compare as comparing
-    from fptq_runtime.kernels.select import select_backend
     from fptq_runtime.quantizer.calibrate import packaged_text, read_text
     from fptq_runtime.quantizer.recipe import load_recipe
 
     result = comparing.compare(
         source, [load_recipe(name) for name in recipes], read_text(text) if text else packaged_text("heldout"),
-        select_backend(backend, threads), name=model, calibration=calibration, num_samples=num_samples,
+        backend, name=model, calibration=calibration, num_samples=num_samples,
         max_tokens=max_tokens, accuracy=comparing.Tasks(tasks, limit, choices, last_word), seed=seed, threads=threads,
         progress=True,
     )

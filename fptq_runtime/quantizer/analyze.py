@@ -112,7 +112,6 @@ def analyze(
               bar_format="{l_bar}{bar}| {elapsed}, about {remaining} left") as bar:
         study.run(missing, bar)
     results = journal.results
-    static = any(linear["activations"] == "static" for linear in results["manifest"]["layers"])
     return {
         "model": name or source.name, "version": __version__, "recipe": recipe.model_dump(mode="json"),
         "text": text.name, "text_sha256": text.sha256, "tokens": sum(len(window) - 1 for window in windows),
@@ -129,7 +128,6 @@ def analyze(
         "sizes": [{"samples": size, **results[f"sizes/{size}"]} for size in sizes if f"sizes/{size}" in results],
         "ranges": [{"method": method, **results[f"ranges/{method}"]} for method in get_args(RangeMethod)
                    if f"ranges/{method}" in results],
-        "has_static_inputs": static,
     }
 
 

@@ -128,13 +128,14 @@ def quantize(
             ),
             golden=_golden(writer.directory, measured[0][:GOLDEN_TOKENS]),
         ))
-    shutil.rmtree(state, ignore_errors=True)
+    if run.tuned:
+        shutil.rmtree(state, ignore_errors=True)
     return manifest
 
 
 class _Run:
     """One model on its way through a recipe. Three sets of hidden states go through it side by side: calibration
-    samples (quantized so far), and the measured text in float and quantized."""
+    samples (quantized so far, and in float where a step wants it), and the measured text in float and quantized."""
 
     def __init__(self, checkpoint: Checkpoint, recipe: Recipe, writer: ArtifactWriter,
                  calibrated: Sequence[Sequence[int]], measured: Sequence[Sequence[int]]) -> None:
@@ -149,6 +150,9 @@ class _Run:
             step.check(self._config)
             self._config = step.transform_config(self._config)
         self._calibrated = HiddenStates(self._config, calibrated)
+        self._exact: HiddenStates | None = None
+        if any(step.wants_exact for step in recipe.steps):
+            self._exact = HiddenStates(self._config, calibrated)
         self._float = HiddenStates(source, measured)
         self._quantized = HiddenStates(self._config, measured)
         self._schemes: dict[str, LayerScheme] = {}
@@ -191,7 +195,8 @@ class _Run:
         self._writer.add_file("config.json", json.dumps(config, indent=2) + "\n")
 
     @property
-    def _tuned(self) -> bool:
+    def tuned(self) -> bool:
+        """What is quantized is not the source."""
         return self._checkpoint is not self._source
 
     def _changed_sizes(self) -> dict[str, int]:
@@ -201,13 +206,14 @@ class _Run:
     def _stem(self) -> None:
         stem = prepare_stem(load_stem(self._checkpoint), ReferenceBackend())
         _refuse_not_finite(self._checkpoint.spec.stem_modules(stem))
-        self._float.run_stem(prepare_stem(load_stem(self._source), ReferenceBackend()) if self._tuned else stem)
+        self._float.run_stem(prepare_stem(load_stem(self._source), ReferenceBackend()) if self.tuned else stem)
         for step in self._recipe.steps:
             step.transform_stem(self._config, stem)
         for name, module in self._checkpoint.spec.stem_modules(stem):
             self._writer.add_tensors(module_tensors(name, module))
-        for states in (self._calibrated, self._quantized):
-            states.run_stem(stem)
+        for states in (self._calibrated, self._quantized, self._exact):
+            if states is not None:
+                states.run_stem(stem)
 
     def _block(self, index: int) -> None:
         spec, config = self._checkpoint.spec, self._config
@@ -215,11 +221,13 @@ class _Run:
         _refuse_not_finite(spec.block_modules(self._checkpoint.model_config, index, loaded))
         block = prepare_block(loaded, ReferenceBackend())
         self._float.run_block(
-            prepare_block(load_block(self._source, index), ReferenceBackend()) if self._tuned else block)
+            prepare_block(load_block(self._source, index), ReferenceBackend()) if self.tuned else block)
         for step in self._recipe.steps:
             step.transform_block(config, index, block)
         work = block_work(spec, config, index, block, self._calibrated)
+        work.exact = self._exact
         with torch.inference_mode():
+            exact = [] if self._exact is None else list(self._exact.block_outputs(block))
             for step in self._recipe.steps:
                 step.apply(work)
         for name, module in spec.block_modules(config, index, block):
@@ -232,6 +240,8 @@ class _Run:
         quantized = prepare_block(block, ReferenceBackend())  # as the runtime will compute it
         self._calibrated.run_block(quantized)
         self._quantized.run_block(quantized)
+        if self._exact is not None:
+            self._exact.states = exact
 
     def _head(self) -> None:
         spec = self._checkpoint.spec
@@ -239,7 +249,7 @@ class _Run:
         _refuse_not_finite(spec.head_modules(loaded))
         head = prepare_head(loaded, ReferenceBackend())
         loss, self._scored = self._float.negative_log_likelihood(
-            prepare_head(load_head(self._source), ReferenceBackend()) if self._tuned else head)
+            prepare_head(load_head(self._source), ReferenceBackend()) if self.tuned else head)
         untouched = head.lm_head.weight
         for step in self._recipe.steps:
             step.transform_head(self._config, head)

@@ -298,13 +298,13 @@ class _State:
 
     def __init__(self, directory: Path, identity: str) -> None:
         self._directory = directory
-        mine = directory / "run.json"
+        run = directory / "run.json"
         try:
-            if mine.is_file() and mine.read_text("utf-8") != identity:
+            directory.mkdir(exist_ok=True)
+            if any(directory.iterdir()) and not (run.is_file() and run.read_text("utf-8") == identity):
                 raise QuantizationError(f"{directory} was left by an interrupted run with another model or other "
                                         "settings; finish that run, or remove the directory")
-            directory.mkdir(exist_ok=True)
-            mine.write_text(identity, "utf-8")
+            run.write_text(identity, "utf-8")
         except OSError as error:
             raise QuantizationError(f"cannot write to {directory}: {error.strerror}") from None
 

@@ -22,7 +22,7 @@ from fptq_runtime.quantizer.steps.fptq import Fptq
 from fptq_runtime.quantizer.steps.qat import Qat, Student
 from fptq_runtime.quantizer.steps.weights import Weights
 from tests.models.hf import FAMILIES
-from tests.quantizer.models import save_model
+from tests.quantizer.models import DEMO, SHARED, STORIES, save_model
 
 TEXT = "It was a bright cold day in the wood, and the clock was striking thirteen. " * 20
 SMALL: dict[str, Any] = {"calibration": "random", "num_samples": 4, "sample_length": 32, "text_tokens": 400}
@@ -189,6 +189,28 @@ def test_goes_on_where_it_was(source: Path, tmp_path: Path, text: Path, monkeypa
     assert sorted(path.name for path in tmp_path.iterdir()) == ["float", "out", "whole"]
 
 
+def divergence(source: Path, out: Path, samples: list[list[int]]) -> float:
+    """Mean KL(float || artifact) of the logits, in nats."""
+    batch = pack_windows(samples)
+    with torch.no_grad():
+        expected, logits = (load_model(Checkpoint(path), ReferenceBackend())(ReferenceOps(batch, None)).log_softmax(-1)
+                            for path in (source, out))
+    return float((expected.exp() * (expected - logits)).sum(-1).mean())
+
+
+@pytest.mark.parametrize("scheme", ["static", "dynamic"])
+def test_training_comes_closer_to_the_float_model(source: Path, tmp_path: Path, text: Path, scheme: Any) -> None:
+    """On tokens of the calibration source that it was not trained on, where clipping alone does not."""
+    trained = recipe(scheme, data="calibration", num_sequences=128, batch_size=4)
+    untrained = recipe(scheme, data="calibration", num_sequences=1, learning_rate=1e-12)
+    plain = Recipe(name="x", steps=trained.steps[1:])
+    found = []
+    for index, made in enumerate((plain, untrained, trained)):
+        quantize(source, tmp_path / str(index), made, text=text, **SMALL)
+        found.append(divergence(source, tmp_path / str(index), windows(20, 24, seed=7)))
+    assert found[2] < 0.7 * min(found[:2])
+
+
 def test_another_runs_state_is_refused(source: Path, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch,
                                        ) -> None:
     with monkeypatch.context() as patch:
@@ -217,6 +239,12 @@ def test_clear_errors(source: Path, tmp_path: Path, text: Path, monkeypatch: pyt
         with pytest.raises(ValueError, match="no CUDA device"):
             quantize(source, tmp_path / "out", recipe(device="cuda"), **arguments)
     assert [path.name for path in tmp_path.iterdir()] == ["float"], "nothing is left"
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        with pytest.raises(ValueError, match=r"cannot write to .*\.out\.state: .*No space left") as error:
+            quantize(source, tmp_path / "out", recipe(), **arguments)
+    assert "\n" not in str(error.value)
+    assert [path.name for path in (tmp_path / ".out.state").iterdir()] == ["run.json"], "nothing half-written"
 
 
 @pytest.mark.parametrize(("steps", "message"), [
@@ -237,3 +265,23 @@ def test_rate_rises_and_falls() -> None:
     assert max(rates) == pytest.approx(1, abs=0.01)
     assert rates[50] == pytest.approx(0.5)
     assert 0 < rates[-1] < 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", [
+    DEMO, pytest.param(STORIES, marks=pytest.mark.skipif(not STORIES.is_dir(), reason="../shared is absent"))])
+def test_beats_rounding(model: Path, tmp_path: Path) -> None:
+    """Trained on what it writes itself, a model loses less at int4 than it does rounded to nearest, clipped or not."""
+    qat = Qat(num_sequences=64, sequence_length=128, batch_size=4, learning_rate=3e-4)
+    plain = (Activations(scheme="dynamic"), Weights())
+    recipes = (
+        Recipe(name="qat", steps=(qat, *plain)),
+        Recipe(name="rounded", steps=plain),
+        Recipe(name="clipped", steps=(plain[0], Weights(clip="mse"))),
+    )
+    settings: dict[str, Any] = {"num_samples": 8, "sample_length": 256, "text_tokens": 6000}
+    if model == STORIES:
+        settings["text"] = SHARED / "data" / "eval" / "tinystories.txt"
+    trained, *rounded = (quantize(model, tmp_path / r.name, r, **settings).quality for r in recipes)
+    losses = [quality.perplexity_after / quality.perplexity_before - 1 for quality in rounded]
+    assert trained.perplexity_after / trained.perplexity_before - 1 < 0.85 * min(losses)
