@@ -79,7 +79,7 @@ class Checkpoint:
     @property
     def num_parameters(self) -> int:
         """As stored: tied ones once, packed ones by their words."""
-        return sum(math.prod(stored.shape) for stored in self._tensors.values())
+        return self._tensors.num_elements
 
     @property
     def linear_schemes(self) -> dict[str, LayerScheme]:

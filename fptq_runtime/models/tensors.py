@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +48,10 @@ class Tensors:
                 self._stored |= _read_header(path / shard)
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(f"{path / shard} is not a readable safetensors file: {error}") from None
+
+    @property
+    def num_elements(self) -> int:
+        return sum(math.prod(stored.shape) for stored in self._stored.values())
 
     def shape(self, name: str) -> tuple[int, ...] | None:
         """None where there is no such tensor."""
