@@ -30,7 +30,7 @@ class Gptq(Weights):
     Hessian is not positive definite, which the layer's reason then says.
     refits: how often the scales are fitted to the codes by least squares, and the weights rounded again with them.
     asymmetric: aim for what the float model has at that place, W x̃, rather than W x (GPTAQ, arXiv 2504.02692), and
-    quantize each linear before the next one's inputs are observed. Three more passes over the calibration samples.
+    quantize each linear before the next one's inputs are observed: about two more passes over the calibration samples.
     """
 
     type: Literal["gptq"] = "gptq"  # type: ignore[assignment]
