@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any, cast
@@ -19,6 +19,7 @@ from fptq_runtime.config import KVCacheDtype
 from fptq_runtime.engine.engine import Engine
 from fptq_runtime.engine.llm import LLM
 from fptq_runtime.kernels.base import Backend
+from fptq_runtime.kernels.select import select_backend
 from fptq_runtime.models.decoder import Decoder
 from fptq_runtime.models.loader import Checkpoint, load_model
 from fptq_runtime.models.tokenizer import Tokenizer
@@ -110,7 +111,7 @@ class Tasks:
 
 
 def compare(
-    model: str | Path, recipes: Sequence[Recipe], text: Text, backend: Backend, *, name: str | None = None,
+    model: str | Path, recipes: Sequence[Recipe], text: Text, backend: str = "auto", *, name: str | None = None,
     calibration: str | Path | None = None, num_samples: int = 64, max_tokens: int | None = None,
     accuracy: Tasks | None = None, seed: int = 0, threads: int = 0, progress: bool = False,
 ) -> Comparison:
@@ -157,7 +158,7 @@ def compare(
 class _Work:
     """The float model's logits lie in a file, chunk after chunk, while the quantized models run."""
 
-    def __init__(self, windows: Sequence[Sequence[int]], logits: Path, backend: Backend, threads: int,
+    def __init__(self, windows: Sequence[Sequence[int]], logits: Path, backend: str, threads: int,
                  accuracy: Tasks, progress: bool) -> None:
         self._windows = windows
         self._logits = logits
@@ -167,38 +168,43 @@ class _Work:
         self._progress = progress
 
     def original(self, path: Path) -> Measured:
-        decoder = load_model(Checkpoint(path), self._backend)
+        decoder, backend = self._load(path)
         total, count = 0.0, 0
         with self._logits.open("wb") as file:
-            for logits, targets in self._run(decoder, "float32"):
+            for logits, targets in window_logits(decoder, backend, self._windows, "float32", self._progress):
                 logits.numpy().tofile(file)
                 total += sum_nll(logits, targets)
                 count += len(targets)
-        return self._measured(path, decoder, math.exp(total / count), "bf16")
+        return self._measured(path, decoder, backend, math.exp(total / count), "bf16")
 
     def quantized(self, path: Path) -> tuple[Measured, float, float]:
         """With KL and top-1 agreement."""
-        decoder = load_model(Checkpoint(path), self._backend)
+        decoder, backend = self._load(path)
         total, divergence, agreeing, count = 0.0, 0.0, 0, 0
         with self._logits.open("rb") as file:
-            for logits, targets in self._run(decoder, "int8"):
+            for logits, targets in window_logits(decoder, backend, self._windows, "int8", self._progress):
                 exact = _read(file, logits)
                 total += sum_nll(logits, targets)
                 divergence += sum_kl(exact, logits)
                 agreeing += int((exact.argmax(-1) == logits.argmax(-1)).sum())
                 count += len(targets)
-        return self._measured(path, decoder, math.exp(total / count), "int8"), divergence / count, agreeing / count
+        measured = self._measured(path, decoder, backend, math.exp(total / count), "int8")
+        return measured, divergence / count, agreeing / count
 
-    def _run(self, decoder: Decoder, kv_dtype: KVCacheDtype) -> Iterator[tuple[torch.Tensor, np.ndarray]]:
-        return window_logits(decoder, self._backend, self._windows, kv_dtype, self._progress)
+    def _load(self, path: Path) -> tuple[Decoder, Backend]:
+        """On the kernels that will serve it."""
+        checkpoint = Checkpoint(path)
+        backend = select_backend(self._backend, self._threads, checkpoint.linear_schemes)
+        return load_model(checkpoint, backend), backend
 
-    def _measured(self, path: Path, decoder: Decoder, perplexity: float, kv_dtype: KVCacheDtype) -> Measured:
+    def _measured(self, path: Path, decoder: Decoder, backend: Backend, perplexity: float, kv_dtype: KVCacheDtype
+                  ) -> Measured:
         if not math.isfinite(perplexity):
             raise QuantizationError("its perplexity is not finite")
-        prefill, decode = _speed(decoder, self._backend, kv_dtype, self._threads)
+        prefill, decode = _speed(decoder, backend, kv_dtype, self._threads)
         return Measured(
             perplexity, sum(file.stat().st_size for file in path.glob("*.safetensors")), prefill, decode[1],
-            decode.get(8), self._accuracy.run(path, self._backend.name, self._threads, kv_dtype),
+            decode.get(8), self._accuracy.run(path, self._backend, self._threads, kv_dtype),
         )
 
 

@@ -53,7 +53,7 @@ def compared(model: Path) -> Comparison:
 
         patch.setattr(module, "quantize", refusing)
         recipes = [load_recipe(name) for name in ("rtn", "rtn-dynamic", "w8a8-dynamic", "bf16")]
-        return compare(model, recipes, TEXT, select_backend("auto", 1), num_samples=4, max_tokens=300, threads=1)
+        return compare(model, recipes, TEXT, num_samples=4, max_tokens=300, threads=1)
 
 
 def test_rows_say_what_evaluate_says(compared: Comparison, model: Path, tmp_path: Path) -> None:
@@ -144,4 +144,4 @@ def test_wrong_recipes_are_usage(capsys: pytest.CaptureFixture[str]) -> None:
 def test_an_artifact_is_not_compared(model: Path, tmp_path: Path) -> None:
     quantize(model, tmp_path / "out", "rtn", num_samples=2, text_tokens=64)
     with pytest.raises(QuantizationError, match="float model"):
-        compare(tmp_path / "out", [load_recipe("rtn")], TEXT, select_backend("auto", 1))
+        compare(tmp_path / "out", [load_recipe("rtn")], TEXT)

@@ -146,7 +146,9 @@ def token_scale(x: torch.Tensor, type: NumberType = "int") -> torch.Tensor:
 def fake_quantize(x: torch.Tensor, scale: torch.Tensor | float, type: NumberType = "int") -> torch.Tensor:
     """Quantize to 8 bits and back; the gradient passes straight through inside the range. Shape of x."""
     low, high = code_range(8, type)
-    scaled = x / scale
+    scaled: torch.Tensor = x / scale
+    if type == "int" and not scaled.requires_grad:
+        return scaled.round_().clamp_(low, high).mul_(scale)
     if type == "float":
         scaled = scaled.clamp(low, high)  # first: the cast makes NaN of what is beyond
     nearest = scaled.round() if type == "int" else scaled.to(torch.float8_e4m3fn).to(scaled.dtype)

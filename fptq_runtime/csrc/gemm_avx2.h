@@ -384,6 +384,18 @@ template <int Bits, int R>
   }
 }
 
+// Eight floats of that type. (simd.h's vectors are wider where FPTQ_EVEX256 is compiled.)
+template <FloatType Type>
+inline __m256 widen_eight(const char* w) {
+  if constexpr (Type == FloatType::kFloat32) {
+    return _mm256_loadu_ps(reinterpret_cast<const float*>(w));
+  } else {
+    const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(w));
+    if constexpr (Type == FloatType::kFloat16) return _mm256_cvtph_ps(half);
+    else return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
+  }
+}
+
 template <FloatType Type, int R>
 void add_products(const FloatTile& t, int k) {
   constexpr int kVectors = R == 1 ? 8 : R <= 3 ? 4 : 2;   // of 8 columns
@@ -399,7 +411,7 @@ void add_products(const FloatTile& t, int k) {
     for (int i = 0; i < k; ++i) {
       __m256 v[kVectors];
 #pragma GCC unroll 8
-      for (int c = 0; c < kVectors; ++c) v[c] = widen<Type>(w + 8 * c * kElement);
+      for (int c = 0; c < kVectors; ++c) v[c] = widen_eight<Type>(w + 8 * c * kElement);
       w += kPanelCols * kElement;
 #pragma GCC unroll 6
       for (int r = 0; r < R; ++r) {

@@ -108,8 +108,6 @@ static inline Vec widen(const void* p) {
   } else {
 #if defined(__AVX512F__)
     return _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(static_cast<const __m256i*>(p)));
-#elif defined(__AVX2__)
-    return _mm256_cvtph_ps(_mm_loadu_si128(static_cast<const __m128i*>(p)));
 #else
     Vec v;
     for (int i = 0; i < kLanes; ++i) v[i] = from_fp16(static_cast<const uint16_t*>(p)[i]);

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
@@ -15,15 +16,15 @@ import torch
 from fptq_runtime.artifact.io import TextRecord
 from fptq_runtime.config import ModelConfig
 from fptq_runtime.kernels.base import Linear, StepInput
-from fptq_runtime.kernels.reference import ReferenceOps
-from fptq_runtime.models.decoder import Block, Head, Stem, run_block, run_head, run_stem
+from fptq_runtime.kernels.reference import ReferenceBackend, ReferenceOps
+from fptq_runtime.models.decoder import Block, Head, Stem, prepare_block, run_block, run_head, run_stem
 from fptq_runtime.models.tokenizer import Tokenizer
 
 Kind = Literal["qkv", "o", "up", "down", "head"]
 BLOCK_KINDS: tuple[Kind, ...] = ("qkv", "o", "up", "down")
 
 MINIBATCH_FLOATS = 1 << 22  # of a block's widest intermediate, 16 MiB: small enough for malloc to reuse
-MINIBATCH_ROWS = 512  # but not fewer: each minibatch reads the whole block
+MINIBATCH_ROWS = 256  # but not fewer: each minibatch reads the whole block
 BF16_WEIGHTS = 1 << 22  # of a linear; from here on the time goes into products, which are twice as fast in bfloat16
 SAMPLE_ROWS = 1024  # input rows kept of each linear, to measure errors on
 
@@ -129,7 +130,7 @@ class HiddenStates:
     """The hidden states of a set of windows, in minibatches, taken through the model one part at a time."""
 
     def __init__(self, config: ModelConfig, windows: Sequence[Sequence[int]]) -> None:
-        self._config = config
+        self.config = config
         widest = max(2 * config.intermediate_size, (config.num_heads + 2 * config.num_kv_heads) * config.head_dim)
         rows = max(MINIBATCH_ROWS, MINIBATCH_FLOATS // widest)
         self.batches: list[StepInput] = []
@@ -152,16 +153,15 @@ class HiddenStates:
 
     def block_outputs(self, block: Block, ops: OpsFactory = _plain_ops) -> Iterator[torch.Tensor]:
         """What the block makes of each minibatch; the states stay as they are."""
-        block = replace(block, qkv=in_bf16(block.qkv), o=in_bf16(block.o), up=in_bf16(block.up),
-                        down=in_bf16(block.down))
+        block = _fast(block)
         for batch, state in zip(self.batches, self.states, strict=True):
-            yield run_block(ops(batch), self._config, block, state)
+            yield run_block(ops(batch), self.config, block, state)
 
     @torch.inference_mode()
     def negative_log_likelihood(self, head: Head) -> tuple[float, int]:
         """Sum over every token but the first of its window, in nats, and how many tokens that is."""
         head = replace(head, lm_head=in_bf16(head.lm_head))
-        chunk = max(1, MINIBATCH_FLOATS // self._config.vocab_size)
+        chunk = max(1, MINIBATCH_FLOATS // self.config.vocab_size)
         total, count = 0.0, 0
         for batch, state in zip(self.batches, self.states, strict=True):
             predicts, target = next_tokens(batch)
@@ -171,6 +171,10 @@ class HiddenStates:
                 total += sum_nll(logits, target[start : start + chunk])
             count += len(predicts)
         return total, count
+
+
+def _fast(block: Block) -> Block:
+    return replace(block, qkv=in_bf16(block.qkv), o=in_bf16(block.o), up=in_bf16(block.up), down=in_bf16(block.down))
 
 
 def next_tokens(batch: StepInput) -> tuple[np.ndarray, np.ndarray]:
@@ -294,19 +298,30 @@ def observe_block(states: HiddenStates, block: Block) -> dict[Kind, InputStats]:
     return {kind: observed[name].stats(name) for kind, name in names.items()}
 
 
+class _Captured(Exception):
+    """Nothing else was asked for."""
+
+
 @torch.inference_mode()
-def block_inputs(states: HiddenStates, block: Block) -> Iterator[dict[Kind, torch.Tensor]]:
-    """What each of the block's linears reads, minibatch by minibatch, each [rows, K] and fake-quantized as its `act`
-    says. The block's weights must be float."""
-    kinds: dict[str, Kind] = {getattr(block, kind).name: kind for kind in BLOCK_KINDS}
-    acting = replace(block, qkv_act=block.qkv.act, o_act=block.o.act, up_act=block.up.act, down_act=block.down.act)
+def block_inputs(states: HiddenStates, block: Block,
+                 kinds: Sequence[Kind] = BLOCK_KINDS) -> Iterator[dict[Kind, torch.Tensor]]:
+    """What the block's linears of these kinds read, minibatch by minibatch, each [rows, K] and fake-quantized as its
+    `act` says. Weights may be float or quantized; the block runs no further than it must."""
+    block = _fast(prepare_block(block, ReferenceBackend()))
+    wanted: dict[str, Kind] = {getattr(block, kind).name: kind for kind in kinds}
     captured: dict[Kind, torch.Tensor] = {}
 
     def see(name: str, x: torch.Tensor, batch: StepInput) -> None:
-        captured[kinds[name]] = x
+        if name in wanted:
+            captured[wanted[name]] = x
+        if len(captured) == len(wanted):
+            raise _Captured
 
-    for _ in states.block_outputs(acting, lambda batch: _ObservingOps(batch, block.down.name, see)):
-        yield dict(captured)
+    for batch, state in zip(states.batches, states.states, strict=True):
+        captured = {}
+        with suppress(_Captured):
+            run_block(_ObservingOps(batch, block.down.name, see), states.config, block, state)
+        yield captured
 
 
 @torch.inference_mode()

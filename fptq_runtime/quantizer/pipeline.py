@@ -135,7 +135,7 @@ def quantize(
 
 class _Run:
     """One model on its way through a recipe. Three sets of hidden states go through it side by side: calibration
-    samples (quantized so far), and the measured text in float and quantized."""
+    samples (quantized so far, and in float where a step wants it), and the measured text in float and quantized."""
 
     def __init__(self, checkpoint: Checkpoint, recipe: Recipe, writer: ArtifactWriter,
                  calibrated: Sequence[Sequence[int]], measured: Sequence[Sequence[int]]) -> None:
@@ -150,6 +150,9 @@ class _Run:
             step.check(self._config)
             self._config = step.transform_config(self._config)
         self._calibrated = HiddenStates(self._config, calibrated)
+        self._exact: HiddenStates | None = None
+        if any(step.wants_exact for step in recipe.steps):
+            self._exact = HiddenStates(self._config, calibrated)
         self._float = HiddenStates(source, measured)
         self._quantized = HiddenStates(self._config, measured)
         self._schemes: dict[str, LayerScheme] = {}
@@ -208,8 +211,9 @@ class _Run:
             step.transform_stem(self._config, stem)
         for name, module in self._checkpoint.spec.stem_modules(stem):
             self._writer.add_tensors(module_tensors(name, module))
-        for states in (self._calibrated, self._quantized):
-            states.run_stem(stem)
+        for states in (self._calibrated, self._quantized, self._exact):
+            if states is not None:
+                states.run_stem(stem)
 
     def _block(self, index: int) -> None:
         spec, config = self._checkpoint.spec, self._config
@@ -221,7 +225,9 @@ class _Run:
         for step in self._recipe.steps:
             step.transform_block(config, index, block)
         work = block_work(spec, config, index, block, self._calibrated)
+        work.exact = self._exact
         with torch.inference_mode():
+            exact = [] if self._exact is None else list(self._exact.block_outputs(block))
             for step in self._recipe.steps:
                 step.apply(work)
         for name, module in spec.block_modules(config, index, block):
@@ -234,6 +240,8 @@ class _Run:
         quantized = prepare_block(block, ReferenceBackend())  # as the runtime will compute it
         self._calibrated.run_block(quantized)
         self._quantized.run_block(quantized)
+        if self._exact is not None:
+            self._exact.states = exact
 
     def _head(self) -> None:
         spec = self._checkpoint.spec

@@ -10,6 +10,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fptq_runtime.quantizer.steps.activations import Activations
+from fptq_runtime.quantizer.steps.awq import Awq
 from fptq_runtime.quantizer.steps.equalization import Aweq, CrossLayer
 from fptq_runtime.quantizer.steps.fptq import Fptq
 from fptq_runtime.quantizer.steps.gptq import Gptq
@@ -23,7 +24,7 @@ from fptq_runtime.quantizer.steps.weights import Weights
 MAX_RECIPE_BYTES = 1 << 20
 
 AnyStep = Annotated[
-    Qat | Rotation | CrossLayer | ChannelSplitting | Fptq | SmoothQuant | OutlierSuppression | Aweq | Activations
+    Qat | Rotation | CrossLayer | ChannelSplitting | Fptq | SmoothQuant | OutlierSuppression | Aweq | Awq | Activations
     | Weights | Gptq,
     Field(discriminator="type"),
 ]
@@ -49,7 +50,7 @@ class Recipe(BaseModel):
             raise RecipeError(_one_line(error)) from None
         quantizing = [isinstance(step, Weights) for step in self.steps]
         if quantizing.count(True) != 1 or not quantizing[-1]:
-            raise RecipeError("a recipe ends with one step that quantizes the weights: 'weights'")
+            raise RecipeError("a recipe ends with one step that quantizes the weights: 'weights' or 'gptq'")
         if not any(isinstance(step, Fptq | Activations) for step in self.steps):
             raise RecipeError("a recipe needs a step that chooses activation schemes: 'fptq' or 'activations'")
         if any(isinstance(step, Qat) for step in self.steps):
@@ -80,13 +81,18 @@ PRESETS = (
                                        Weights(num_bits=8, group_size=None, clip="mse"))),
     Recipe(name="w8-dynamic-range", steps=(Activations(scheme="dynamic"), Weights(num_bits=8, group_size=None))),
     Recipe(name="smoothquant", steps=(
-        SmoothQuant(), Activations(scheme="static"), Weights(num_bits=8, group_size=None))),
-    Recipe(name="os+", steps=(OutlierSuppression(), Activations(scheme="static"), Weights())),
+        SmoothQuant(), Activations(scheme="static", overrides={"down": "dynamic"}),
+        Weights(num_bits=8, group_size=None))),
+    Recipe(name="os+", steps=(
+        OutlierSuppression(), Activations(scheme="static", overrides={"down": "dynamic"}), Weights())),
     Recipe(name="aweq", steps=(Aweq(), Activations(scheme="dynamic"), Weights(bias_correction=True))),
     Recipe(name="cle", steps=(CrossLayer(), Activations(scheme="dynamic"), Weights())),
     Recipe(name="ocs", steps=(ChannelSplitting(), Activations(scheme="dynamic"), Weights())),
     Recipe(name="zeroquant-fp", steps=(
         Activations(scheme="dynamic", grid="float"), Weights(grid="float", scales="m2", lorc=8))),
+    Recipe(name="fptq-best", steps=(Fptq(safety=1.0), Gptq(asymmetric=True, refits=2))),
+    Recipe(name="gptq", steps=(Activations(scheme="float"), Gptq(head_bits=16))),
+    Recipe(name="awq", steps=(Awq(), Activations(scheme="float"), Weights(head_bits=16))),
     Recipe(name="bf16", steps=(Activations(scheme="float"), Weights(num_bits=16, head_bits=16))),
     Recipe(name="fp16", steps=(Activations(scheme="float"), Weights(num_bits=16, head_bits=16, dtype="fp16"))),
 )

@@ -147,3 +147,14 @@ def test_scales_cost_in_order() -> None:
         return float((dequantize(codes, scale) - weight).square().mean())
 
     assert error("float") < error("m2") < error("m1") < 3 * error("float")
+
+
+@given(st.floats(1e-6, 1e3), st.integers(0, 99))
+def test_fake_quantization_is_the_same_with_and_without_gradients(scale: float, seed: int) -> None:
+    """Halves and what is clamped included."""
+    torch.manual_seed(seed)
+    x = torch.cat((torch.randn(64) * 100 * scale, (torch.arange(-150, 150) + 0.5) * scale,
+                   torch.tensor([0.0, 1e30, -1e30])))
+    kept = x.clone()
+    assert torch.equal(fake_quantize(x, scale), fake_quantize(x.clone().requires_grad_(), scale).detach())
+    assert torch.equal(x, kept)

@@ -37,6 +37,7 @@ RECIPES = {
     "dynamic": Recipe(name="dynamic", steps=(Activations(scheme="dynamic"), W4)),
     "bf16": load_recipe("bf16"),
     "fp16": load_recipe("fp16"),
+    "zeroquant-fp": load_recipe("zeroquant-fp"),
 }
 PROMPT = list(range(3, 60))
 
@@ -91,6 +92,19 @@ def test_activations_that_would_change_nothing_are_refused(artifacts: dict[str, 
     with pytest.raises(CheckpointError, match="activations int8 would change nothing") as caught:
         load_engine(artifacts[name], activations="int8", threads=1)
     assert str(artifacts[name]) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_what_native_cannot_run_is_named(artifacts: dict[str, Path], caplog: pytest.LogCaptureFixture,
+                                         capsys: pytest.CaptureFixture[str]) -> None:
+    path = artifacts["zeroquant-fp"]
+    with caplog.at_level(logging.WARNING):
+        engine = load_engine(path, threads=1, kv_cache_memory=8 << 20)
+    assert engine.backend.name == "reference"
+    assert "slow reference backend" in caplog.text and "model.layers.0.self_attn.q_proj" in caplog.text
+    for command in (("verify", path), ("generate", path, "A"), ("eval", path, "--text", __file__)):
+        with pytest.raises(SystemExit):
+            cli.main([*map(str, command), "--backend", "native"])
+        assert "no kernel for model.layers.0.self_attn.q_proj" in capsys.readouterr().err
 
 
 def test_commands_run_every_artifact(artifacts: dict[str, Path], capsys: pytest.CaptureFixture[str],

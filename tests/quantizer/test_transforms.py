@@ -11,14 +11,18 @@ import torch
 
 from fptq_runtime.models.families import SPECS
 from fptq_runtime.models.loader import Checkpoint
+from fptq_runtime.quantizer.pipeline import quantize
+from fptq_runtime.quantizer.steps.awq import Awq
 from fptq_runtime.quantizer.steps.base import BlockWork, QuantizationError, Step
 from fptq_runtime.quantizer.steps.equalization import Aweq, CrossLayer
 from fptq_runtime.quantizer.steps.fptq import Fptq
 from fptq_runtime.quantizer.steps.outlier_suppression import OutlierSuppression
+from fptq_runtime.quantizer.steps.rotation import Rotation
 from fptq_runtime.quantizer.steps.smoothquant import SmoothQuant
 from fptq_runtime.quantizer.steps.splitting import ChannelSplitting
 from tests.models.hf import FAMILIES
 from tests.quantizer.models import save_model
+from tests.quantizer.test_pipeline import SMALL, assert_transformers_agrees
 from tests.quantizer.walk import float_logits
 
 RMS = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"}
@@ -34,6 +38,9 @@ TRANSFORMS: dict[str, tuple[Step, set[str]]] = {  # and the architectures that i
     "os+-scale": (OutlierSuppression(shift=False, thresholds=10), ALL),
     "aweq": (Aweq(), ALL),
     "cle": (CrossLayer(), ALL),
+    "awq": (Awq(), ALL),
+    "rotation": (Rotation(), RMS),
+    "rotation-residual": (Rotation(heads=False, seed=1), RMS),
     "ocs": (ChannelSplitting(), RMS),
     "ocs-channels": (ChannelSplitting(ratio=0.3, group_size=None), RMS),
 }
@@ -81,5 +88,24 @@ def test_the_float_function_is_kept(saved: Saved, step: Step, supported: set[str
     assert float((logits - saved.logits).abs().max()) <= 1e-4
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_transforms_combine(saved: Saved, order: int) -> None:
+    """All of them on one model, in either order."""
+    steps = [step for step, supported in TRANSFORMS.values() if saved.architecture in supported]
+    _, logits = taken_through(saved.path, *steps[::order])
+    assert float((logits - saved.logits).abs().max()) <= 1e-4
+
+
 def test_every_architecture_is_here() -> None:
     assert {spec.architecture for spec in SPECS} == ALL
+
+
+@pytest.mark.parametrize("family", ["qwen2", "bloom"])
+@pytest.mark.parametrize("preset", ["smoothquant", "os+", "aweq", "cle"])
+def test_artifacts_load_in_transformers(preset: str, family: str, tmp_path: Path) -> None:
+    """No tensor is missing or left over, and shifted and corrected biases are read."""
+    save_model(family, tmp_path / "float", **{"n_layer" if family == "bloom" else "num_hidden_layers": 2})
+    (tmp_path / "text.txt").write_text("It was a bright cold day in the wood, and the clock was striking. " * 20)
+    quantize(tmp_path / "float", tmp_path / "out", preset, calibration="random", text=tmp_path / "text.txt", **SMALL)
+    token_ids = torch.randint(3, 260, (40,), generator=torch.Generator().manual_seed(1)).tolist()
+    assert_transformers_agrees(tmp_path / "out", [1, *token_ids])

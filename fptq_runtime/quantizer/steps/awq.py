@@ -62,7 +62,8 @@ class Awq(Step):
         gram = x.transpose(1, 2) @ x
         rows = max(1, CHUNK_FLOATS // k)
         best = []
-        for part in target.weight.split(rows):
+        for start in range(0, target.weight.shape[0], rows):
+            part = target.weight[start : start + rows]
             clip = torch.ones(part.shape[0], k // size)
             least = torch.full_like(clip, float("inf"))
             for ratio in CLIPS:

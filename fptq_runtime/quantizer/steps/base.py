@@ -30,6 +30,14 @@ class QuantizationError(ValueError):
 
 
 @dataclass
+class Moments:
+    """Σ over the calibration set's rows, as they will be read: quantized, and after what is quantized before them."""
+
+    hessian: torch.Tensor  # [K, K], 2xxᵀ
+    drift: torch.Tensor | None = None  # [K, K], 2(x̃ - x)xᵀ, with x̃ as the float model has it
+
+
+@dataclass
 class Target:
     """One linear to quantize. Steps change `linear` (folds, then its quantized weight and `act`) and `stats`, which
     follows every transform of the input."""
@@ -40,12 +48,12 @@ class Target:
     stats: InputStats
     norm: Norm | None  # the norm that this linear alone reads
     clip: torch.Tensor | None = None  # [N, G], the fraction of max |w| that a step found for each group of weights
-    hessian: torch.Tensor | None = None  # [K, K], Σ 2xxᵀ over the quantized inputs, where the weights' step asks for it
     range: float = field(init=False)  # max |x| before any transform
     equalized: bool = False
     reason: str = ""  # why the activations are quantized as they are
     activation_error: float = 0.0
     error: float = 0.0
+    moments: Moments | None = None  # where the weights' step asks for them
 
     def __post_init__(self) -> None:
         self.range = self.stats.range
@@ -138,13 +146,15 @@ class TuneWork:
 
 @dataclass
 class BlockWork:
-    """A float block in the quantizer's hands. `states` are the calibration samples on their way into it."""
+    """A float block in the quantizer's hands. `states` are the calibration samples on their way into it, through
+    quantized blocks; `exact` the same through float ones, where a step `wants_exact`."""
 
     config: ModelConfig
     index: int
     block: Block
     targets: Mapping[Kind, Target]  # qkv, o, up, down
     states: HiddenStates
+    exact: HiddenStates | None = None
 
 
 def block_work(spec: ModelSpec, config: ModelConfig, index: int, block: Block, states: HiddenStates) -> BlockWork:
@@ -179,6 +189,11 @@ class Step(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @property
+    def wants_exact(self) -> bool:
+        """Whether `BlockWork.exact` is needed: more passes over the calibration samples."""
+        return False
 
     def check(self, config: ModelConfig) -> None:
         """Raise QuantizationError, naming the family, where this step cannot work on such a model."""

@@ -25,7 +25,7 @@ from fptq_runtime.quantizer.steps.base import (
 
 Policy = Literal["static", "lae", "dynamic"]
 
-PROBED_OUTPUTS = 2048
+PROBED_OUTPUTS = 1024
 SEARCHED_CEILINGS = (1.0, 0.8, 0.6, 0.5, 0.4, 0.3)  # of LAE's own
 
 

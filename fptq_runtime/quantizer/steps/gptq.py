@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Literal
 
 import torch
-from pydantic import Field, PositiveFloat
+from pydantic import Field, PositiveFloat, model_validator
 
-from fptq_runtime.artifact.numerics import dequantize, quantize_weight
+from fptq_runtime.artifact.numerics import dequantize, quantize
+from fptq_runtime.artifact.scheme import NumberType
 from fptq_runtime.kernels.reference import quantize_activations
+from fptq_runtime.models.decoder import Block
 from fptq_runtime.quantizer.calibrate import Kind, block_inputs, head_inputs
-from fptq_runtime.quantizer.steps.base import BlockWork, HeadWork, QuantizationError, Target
-from fptq_runtime.quantizer.steps.weights import Weights, search_clip
+from fptq_runtime.quantizer.steps.base import BlockWork, HeadWork, Moments, QuantizationError, Target
+from fptq_runtime.quantizer.steps.weights import Weights
 
 COLUMNS = 128  # rounded one by one before their errors go into a matrix product
 DAMP_RAISES = 3
@@ -26,6 +28,8 @@ class Gptq(Weights):
     damp: of the Hessian's mean diagonal, added to its diagonal; ten times as much, up to three times over, where the
     Hessian is not positive definite, which the layer's reason then says.
     refits: how often the scales are fitted to the codes by least squares, and the weights rounded again with them.
+    asymmetric: aim for what the float model has at that place, W x̃, rather than W x (GPTAQ, arXiv 2504.02692), and
+    quantize each linear before the next one's inputs are observed. Three more passes over the calibration samples.
     """
 
     type: Literal["gptq"] = "gptq"  # type: ignore[assignment]
@@ -33,86 +37,119 @@ class Gptq(Weights):
     act_order: bool = True
     damp: PositiveFloat = 0.01
     refits: int = Field(default=0, ge=0, le=10)
+    asymmetric: bool = False
+
+    @model_validator(mode="after")
+    def _refittable(self) -> Gptq:
+        if self.refits and self.scales != "float":
+            raise ValueError(f"refits finds scales of any size; scales {self.scales!r} goes with refits 0")
+        return self
+
+    @property
+    def wants_exact(self) -> bool:
+        return self.asymmetric
 
     def apply(self, work: BlockWork) -> None:
-        for kind, hessian in _hessians(block_inputs(work.states, work.block)).items():
-            work.targets[kind].hessian = hessian
-        super().apply(work)
+        if not self.asymmetric:
+            self._observe(work, list(work.targets))
+            super().apply(work)
+            return
+        exact = _without_activations(work.block)
+        for kind, target in work.targets.items():
+            self._observe(work, [kind], exact)
+            self._quantize(target, self.bits(target.modules), self.group_size)
 
     def apply_head(self, work: HeadWork) -> None:
         if self.head_bits == 4:
             act = work.target.linear.act
-            inputs = head_inputs(work.states, work.head)
-            work.target.hessian = _hessians({"head": quantize_activations(x, act)} for x in inputs)["head"]
+            for x in head_inputs(work.states, work.head):
+                _add(work.target, quantize_activations(x, act))
         super().apply_head(work)
 
+    def _observe(self, work: BlockWork, kinds: list[Kind], exact: Block | None = None) -> None:
+        inputs = block_inputs(work.states, work.block, kinds)
+        if exact is None or work.exact is None:
+            for batch in inputs:
+                for kind in kinds:
+                    _add(work.targets[kind], batch[kind])
+            return
+        for batch, wanted in zip(inputs, block_inputs(work.exact, exact, kinds), strict=True):
+            for kind in kinds:
+                _add(work.targets[kind], batch[kind], wanted[kind])
+
     def _round(self, target: Target, num_bits: Literal[4, 8], group: int | None) -> tuple[torch.Tensor, torch.Tensor]:
-        if target.hessian is None:
+        if target.moments is None:
             return super()._round(target, num_bits, group)
-        hessian, target.hessian = target.hessian, None
+        moments, target.moments = target.moments, None  # as large as the weights, or larger
+        hessian = moments.hessian
         importance = hessian.diagonal().clone()
         dead = importance == 0
-        weight = target.weight.masked_fill(dead, 0)
         hessian.diagonal()[dead] = 1
-        clip = target.clip
-        if clip is None and self.clip == "mse":
-            clip = search_clip(weight, importance, num_bits, group)
-        scale = quantize_weight(weight, num_bits, group, clip, torch.bfloat16)[1]
         order = importance.argsort(descending=True, stable=True) if self.act_order else torch.arange(len(importance))
         factor = self._factor(target, hessian[order][:, order])
-        codes = round_columns(weight, scale, num_bits, factor, order)
+        weight = target.weight
+        if moments.drift is not None:
+            weight = weight + solve(factor, (weight @ moments.drift)[:, order])[:, order.argsort()]
+        weight = weight.masked_fill(dead, 0)
+        _, scale = self._nearest(target, weight, importance, num_bits, group)
+        codes = round_columns(weight, scale, num_bits, factor, order, self.grid)
         for _ in range(self.refits):
             scale = fit_scale(weight, codes, scale, hessian)
-            codes = round_columns(weight, scale, num_bits, factor, order)
+            codes = round_columns(weight, scale, num_bits, factor, order, self.grid)
         return codes, scale
 
     def _factor(self, target: Target, hessian: torch.Tensor) -> torch.Tensor:
         """R of `triangular_factor`, damped."""
         damp = self.damp * float(hessian.diagonal().mean())
         for raised in range(DAMP_RAISES + 1):
-            try:
-                factor = triangular_factor(hessian, damp * 10**raised)
-            except torch.linalg.LinAlgError:
-                continue
-            if raised:
-                target.reason += f"; Hessian damped by {self.damp * 10**raised:g}"
-            return factor
+            factor = triangular_factor(hessian, damp * 10**raised)
+            if factor is not None:
+                if raised:
+                    target.reason += f"; Hessian damped by {self.damp * 10**raised:g}"
+                return factor
         raise QuantizationError(f"{target.linear.name}: the Hessian of its inputs is not positive definite, even "
                                 f"damped by {self.damp * 10**DAMP_RAISES:g}; calibrate on more text, or use 'weights'")
 
 
-def triangular_factor(hessian: torch.Tensor, damp: float) -> torch.Tensor:
-    """R, upper triangular, with R·Rᵀ = H + damp·I. Raises LinAlgError. [K, K], decomposed in double precision"""
+def triangular_factor(hessian: torch.Tensor, damp: float) -> torch.Tensor | None:
+    """R, upper triangular, with R·Rᵀ = H + damp·I, or None where that is not positive definite. [K, K], decomposed in
+    double precision"""
     flipped = hessian.flip(0, 1).double()
     flipped.diagonal().add_(damp)
-    return torch.linalg.cholesky(flipped).flip(0, 1).float()
+    lower, failed = torch.linalg.cholesky_ex(flipped)
+    return None if int(failed) else lower.flip(0, 1).float()
+
+
+def solve(factor: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """X with X · R · Rᵀ = right. [N, K]"""
+    half: torch.Tensor = torch.linalg.solve_triangular(factor.T, right, upper=False, left=False)
+    solution: torch.Tensor = torch.linalg.solve_triangular(factor, half, upper=True, left=False)
+    return solution
 
 
 def round_columns(weight: torch.Tensor, scale: torch.Tensor, num_bits: int, factor: torch.Tensor,
-                  order: torch.Tensor) -> torch.Tensor:
-    """Codes [N, K] int8 for weight [N, K] and scale [N, G]; factor [K, K] is of the Hessian with columns in `order`.
+                  order: torch.Tensor, grid: NumberType = "int") -> torch.Tensor:
+    """Codes [N, K] on the grid for weight [N, K] and scale [N, G]; factor [K, K] is of the Hessian with its columns in
+    `order`.
 
     With e = w - ŵ the squared error e·R·Rᵀ·eᵀ is a sum of squares, one a column, each of that column's error and those
     before it. So w_j + Σ_{i<j} e_i·R_ij / R_jj is what column j should be: GPTQ's own update without an inverse
     (arXiv 2507.18553).
     """
     n, k = weight.shape
-    limit = 2 ** (num_bits - 1)
     wanted = weight.T[order]  # [K, N], so that a column lies together
     scales = scale.float().T[order // (k // scale.shape[1])]
     feedback = factor / factor.diagonal()
-    codes = torch.empty(k, n, dtype=torch.int8)
+    codes = torch.empty(k, n)
     errors = torch.empty(k, n)
     for start in range(0, k, COLUMNS):
         end = min(start + COLUMNS, k)
         carried = feedback[:start, start:end].T @ errors[:start]  # [columns, N]
         for j in range(start, end):
             w = wanted[j] + carried[j - start] + feedback[start:j, j] @ errors[start:j]
-            codes[j] = (w / scales[j]).round_().clamp_(-limit, limit - 1)
+            codes[j] = quantize(w, scales[j], num_bits, grid)
             errors[j] = wanted[j] - codes[j] * scales[j]
-    restored = torch.empty_like(codes)
-    restored[order] = codes
-    return restored.T.contiguous()
+    return codes[order.argsort()].T.to(torch.int8 if grid == "int" else torch.float8_e4m3fn).contiguous()
 
 
 def fit_scale(weight: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
@@ -126,17 +163,22 @@ def fit_scale(weight: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, he
     left = torch.stack([
         (c * (c[:, g : g + size] @ hessian[g : g + size])).reshape(n, groups, size).sum(-1) for g in range(0, k, size)
     ], 1)  # [N, G, G]
+    # Damped towards the scale as it is, where the codes say nothing about it.
     left.diagonal(dim1=1, dim2=2).add_(1e-4 * left.diagonal(dim1=1, dim2=2).mean(-1, keepdim=True) + 1e-12)
     fitted = scale.float() + torch.linalg.solve(left, right)
     return torch.where(fitted > 0, fitted, scale.float()).to(scale.dtype)
 
 
-def _hessians(inputs: Iterable[Mapping[Kind, torch.Tensor]]) -> dict[Kind, torch.Tensor]:
-    """Σ 2xxᵀ of each linear's inputs, which come in minibatches [rows, K]. Each [K, K]"""
-    hessians: dict[Kind, torch.Tensor] = {}
-    for batch in inputs:
-        for kind, x in batch.items():
-            if kind not in hessians:
-                hessians[kind] = torch.zeros(x.shape[1], x.shape[1])
-            hessians[kind].addmm_(x.T, x, alpha=2)
-    return hessians
+def _add(target: Target, x: torch.Tensor, exact: torch.Tensor | None = None) -> None:
+    """Count a minibatch of inputs [rows, K]; `exact` is what the float model reads."""
+    k = x.shape[1]
+    if target.moments is None:
+        target.moments = Moments(torch.zeros(k, k), None if exact is None else torch.zeros(k, k))
+    target.moments.hessian.addmm_(x.T, x, alpha=2)
+    if exact is not None and target.moments.drift is not None:
+        target.moments.drift.addmm_((exact - x).T, x, alpha=2)
+
+
+def _without_activations(block: Block) -> Block:
+    """The float block as it is now, to keep: its linears are about to be quantized."""
+    return replace(block, **{name: replace(getattr(block, name), act=None) for name in ("qkv", "o", "up", "down")})

@@ -103,11 +103,16 @@ class Weights(Step):
 
     def _round(self, target: Target, num_bits: Literal[4, 8], group: int | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Codes [N, K] on the grid and bfloat16 scale [N, G]; group None is per channel."""
-        clip = target.clip
-        scales = self.scales if num_bits == 4 else "float"
+        return self._nearest(target, target.weight, target.stats.mean_square, num_bits, group)
+
+    def _nearest(self, target: Target, weight: torch.Tensor, importance: torch.Tensor, num_bits: Literal[4, 8],
+                 group: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """`weight` [N, K] rounded to nearest, with the ranges that an earlier step or a search found; importance
+        [K]."""
+        clip, scales = target.clip, self.scales if num_bits == 4 else "float"
         if clip is None and self.clip == "mse":
-            clip = search_clip(target.weight, target.stats.mean_square, num_bits, group, self.grid, scales)
-        return quantize_weight(target.weight, num_bits, group, clip, torch.bfloat16, self.grid, scales)
+            clip = search_clip(weight, importance, num_bits, group, self.grid, scales)
+        return quantize_weight(weight, num_bits, group, clip, torch.bfloat16, self.grid, scales)
 
 
 def usable_group(k: int, group_size: int | None) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Literal
 
@@ -15,7 +16,7 @@ from fptq_runtime.artifact.numerics import dequantize, quantize_weight, unpack_c
 from fptq_runtime.kernels.base import Linear, QuantizedWeight
 from fptq_runtime.quantizer.calibrate import InputStats, block_inputs
 from fptq_runtime.quantizer.steps.activations import Activations
-from fptq_runtime.quantizer.steps.base import QuantizationError, Target
+from fptq_runtime.quantizer.steps.base import Moments, QuantizationError, Target
 from fptq_runtime.quantizer.steps.gptq import Gptq, fit_scale, round_columns, triangular_factor
 from fptq_runtime.quantizer.steps.weights import Weights
 from tests.quantizer.test_folds import work_on
@@ -30,7 +31,7 @@ def correlated(rows: int, k: int, seed: int) -> torch.Tensor:
 
 def target_of(weight: torch.Tensor, x: torch.Tensor) -> Target:
     stats = InputStats(x.amin(0), x.amax(0), x.sum(0).double(), x.square().sum(0).double(), x.shape[0], 0, x)
-    return Target("down", Linear("layers.0.down", weight), ("down",), stats, None, hessian=2 * x.T @ x)
+    return Target("down", Linear("layers.0.down", weight), ("down",), stats, None, moments=Moments(2 * x.T @ x))
 
 
 def textbook(weight: np.ndarray, scale: np.ndarray, hessian: np.ndarray, damp: float, order: np.ndarray) -> np.ndarray:
@@ -58,7 +59,9 @@ def test_textbook(seed: int, k: int, ordered: bool) -> None:
     damp = 0.01 * float(hessian.diagonal().mean())
     order = hessian.diagonal().argsort(descending=True) if ordered else torch.arange(k)
     scale = quantize_weight(weight, 4, 32, None, torch.bfloat16)[1]
-    codes = round_columns(weight, scale, 4, triangular_factor(hessian[order][:, order], damp), order)
+    factor = triangular_factor(hessian[order][:, order], damp)
+    assert factor is not None
+    codes = round_columns(weight, scale, 4, factor, order)
     each = scale.double().repeat_interleave(32, 1).numpy()
     expected = textbook(weight.numpy(), each, hessian.numpy(), damp, order.numpy())
     assert (codes.numpy() == expected).mean() > 0.9
@@ -116,11 +119,10 @@ def test_dead_inputs_get_zero_weights() -> None:
 def test_a_singular_hessian_is_damped_more_and_says_so() -> None:
     torch.manual_seed(0)
     target = target_of(torch.randn(5, 64), correlated(200, 64, 0))
-    assert target.hessian is not None
-    mean = float(target.hessian.diagonal().mean())
-    values, vectors = torch.linalg.eigh(target.hessian)
-    values[0] = -0.05 * mean
-    target.hessian = vectors @ values.diag() @ vectors.T
+    assert target.moments is not None
+    values, vectors = torch.linalg.eigh(target.moments.hessian)
+    values[0] = -0.05 * values.mean()
+    target.moments = Moments(vectors @ values.diag() @ vectors.T)
     codes, _ = Gptq()._round(target, 4, 32)
     assert "damped by 0.1" in target.reason
     assert codes.any()
@@ -130,8 +132,8 @@ def test_a_singular_hessian_is_damped_more_and_says_so() -> None:
 def test_a_hopeless_hessian_is_an_error(value: float) -> None:
     """Never rounding to nearest instead."""
     target = target_of(torch.randn(5, 64), correlated(200, 64, 0))
-    assert target.hessian is not None
-    target.hessian[3, 4] = target.hessian[4, 3] = value
+    assert target.moments is not None
+    target.moments.hessian[3, 4] = target.moments.hessian[4, 3] = value
     with pytest.raises(QuantizationError, match="down: the Hessian") as error:
         Gptq()._round(target, 4, 32)
     assert "\n" not in str(error.value)
@@ -144,8 +146,8 @@ def test_hessians_are_of_the_quantized_inputs(tmp_path: Path, monkeypatch: pytes
     rounded = Gptq._round
 
     def spy(self: Gptq, target: Target, *rest: object) -> object:
-        assert target.hessian is not None
-        seen[target.kind] = target.hessian.clone()
+        assert target.moments is not None
+        seen[target.kind] = target.moments.hessian.clone()
         return rounded(self, target, *rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Gptq, "_round", spy)
@@ -163,3 +165,50 @@ def test_hessians_are_of_the_quantized_inputs(tmp_path: Path, monkeypatch: pytes
         error = (dequantize(codes, weight.scale) - floats[kind]) @ x.T
         nearest = dequantize(*quantize_weight(floats[kind], 4, None)) - floats[kind]
         assert error.square().sum() < (nearest @ x.T).square().sum()
+
+
+def test_asymmetric_aims_for_what_the_float_model_computes() -> None:
+    """The inputs have drifted: 8 bits leave little but the least-squares weights, 4 bits are nearer than without."""
+    torch.manual_seed(0)
+    weight, exact = torch.randn(16, 64), correlated(500, 64, 0)
+    x = exact @ (torch.eye(64) + 0.05 * torch.randn(64, 64)) + 0.1 * torch.randn(500, 64)
+    drift = 2 * (exact - x).T @ x
+
+    def rounded(num_bits: Literal[4, 8], moments: Moments) -> torch.Tensor:
+        target = target_of(weight, x)
+        target.moments = moments
+        return dequantize(*Gptq(damp=1e-4)._round(target, num_bits, 32))
+
+    wanted = exact @ weight.T
+    eight = rounded(8, Moments(2 * x.T @ x, drift))
+    best = np.linalg.lstsq(x.double().numpy(), wanted.double().numpy(), rcond=None)[0].T
+    assert np.abs(eight.numpy() - best).max() < 0.05 * np.abs(best).max()
+    errors = [float((x @ rounded(4, moments).T - wanted).square().sum())
+              for moments in (Moments(2 * x.T @ x, drift), Moments(2 * x.T @ x))]
+    assert errors[0] < 0.7 * errors[1]
+
+
+def test_asymmetric_observes_what_is_quantized_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each linear's moments are of the block as it will run: of the quantized block's inputs and the float block's."""
+    states, work = work_on("llama", tmp_path)
+    work.exact = copy.copy(states)
+    work.exact.states = [state + 0.1 * torch.randn_like(state) for state in states.states]
+    seen: dict[str, Moments] = {}
+    rounded = Gptq._round
+
+    def spy(self: Gptq, target: Target, *rest: object) -> object:
+        assert target.moments is not None
+        seen[target.kind] = copy.deepcopy(target.moments)
+        return rounded(self, target, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Gptq, "_round", spy)
+    with torch.inference_mode():
+        exact = list(block_inputs(work.exact, work.block))
+        Activations(scheme="dynamic").apply(work)
+        Gptq(asymmetric=True).apply(work)
+        inputs = list(block_inputs(work.states, work.block))
+    assert list(seen) == ["qkv", "o", "up", "down"]
+    for kind in work.targets:
+        x, wanted = (torch.cat([batch[kind] for batch in batches]) for batches in (inputs, exact))
+        torch.testing.assert_close(seen[kind].hessian, 2 * x.T @ x, rtol=1e-3, atol=1e-2)
+        torch.testing.assert_close(seen[kind].drift, 2 * (wanted - x).T @ x, rtol=1e-3, atol=1e-2)
