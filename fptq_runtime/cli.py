@@ -457,6 +457,38 @@ def generate(artifact: str, prompt: str, max_tokens: int, temperature: float, to
 
 @cli.command()
 @click.argument("artifact")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--target", type=click.Choice(["vllm"]), required=True, help="Who will load it.")
+@click.option("--text", type=ExistingFile(), help="What perplexity is measured on before and after (tales that come "
+              "with fptq).")
+@click.option("--text-tokens", type=click.IntRange(2), default=16384, show_default=True,
+              help="Read only the first tokens of it.")
+@backend_options
+@answers
+def export(artifact: str, out: Path, target: str, text: Path | None, text_tokens: int, backend: str,
+           threads: int) -> Answer:
+    """Write ARTIFACT into the new directory OUT for another runtime, every quantized input dynamic per token."""
+    from fptq_runtime.locate import find_artifact
+
+    path = find_artifact(artifact)
+    from fptq_runtime.kernels.select import select_backend
+    from fptq_runtime.models.loader import Checkpoint
+    from fptq_runtime.quantizer.calibrate import packaged_text, read_text
+    from fptq_runtime.quantizer.vllm import export
+
+    kernels = select_backend(backend, threads, Checkpoint(path).linear_schemes)
+    measured_on = packaged_text("heldout") if text is None else read_text(text)
+    result = export(path, out, measured_on, kernels, text_tokens, progress=True)
+    change = result.perplexity_after / result.perplexity_before - 1
+    return {"target": target, **asdict(result)}, (
+        f"perplexity {result.perplexity_before:.3f} before, {result.perplexity_after:.3f} after ({change:+.2%}) on "
+        f"{result.text}: {result.tokens} tokens\n{result.static_inputs} static input scales became dynamic, "
+        f"{result.bytes / 1e6:.1f} MB"
+    )
+
+
+@cli.command()
+@click.argument("artifact")
 @answers
 def inspect(artifact: str) -> Answer:
     """What was done to ARTIFACT, layer by layer, and what it cost."""

@@ -330,6 +330,20 @@ class ArtifactWriter:
         records = {file.name: FileRecord(size=file.stat().st_size, sha256=hash_file(file)) for file in files}
         unsigned = manifest.model_copy(update={"files": records})
         _write_file(self.directory / MANIFEST, unsigned.to_json())
+        self._move()
+
+    def publish(self) -> int:
+        """`commit` for a directory that is not to be an artifact: without fptq.json. Returns its bytes."""
+        with self._writing():
+            files = sorted(file for file in self.directory.iterdir() if file.name != MANIFEST)
+            for file in files:
+                _sync(file)
+            size = sum(file.stat().st_size for file in files)
+            (self.directory / MANIFEST).unlink()
+            self._move()
+        return size
+
+    def _move(self) -> None:
         _sync(self.directory)
         if is_artifact(self._out):
             # A directory cannot be renamed over a full one, so the old artifact steps aside first.

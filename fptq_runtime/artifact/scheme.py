@@ -1,4 +1,5 @@
-"""The vocabulary of schemes, word for word compressed-tensors' own (`config_groups` of `quantization_config`)."""
+"""The vocabulary of schemes, word for word compressed-tensors' own (`config_groups` of `quantization_config`), and
+the configs of GPTQ and AWQ in it."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from typing import Any, Literal
 
 Strategy = Literal["tensor", "token", "channel", "group"]
 NumberType = Literal["int", "float"]
+Format = Literal["pack-quantized", "int-quantized", "gptq", "gptq_v2", "awq"]
 
 
 class SchemeError(ValueError):
@@ -17,10 +19,10 @@ class SchemeError(ValueError):
 
 @dataclass(frozen=True)
 class QuantizationArgs:
-    """How one tensor is quantized, symmetrically: integers of `num_bits`, or floats: FP4 E2M1 and FP8 E4M3.
+    """How one tensor is quantized: integers of `num_bits`, or symmetric floats: FP4 E2M1 and FP8 E4M3.
 
-    Weights: strategy "group" (`group_size` set) or "channel", which FP8 always is. Activations: "tensor" with
-    dynamic=False (static; the layer stores `input_scale` [1]) or "token" with dynamic=True.
+    Weights: strategy "group" (`group_size` set), "channel", which FP8 always is, or "tensor". Activations: symmetric,
+    "tensor" with dynamic=False (static; the layer stores `input_scale` [1]) or "token" with dynamic=True.
     """
 
     num_bits: int
@@ -31,15 +33,15 @@ class QuantizationArgs:
     type: NumberType = "int"
 
     def __post_init__(self) -> None:
-        if self.type not in ("int", "float") or not self.symmetric:
-            raise SchemeError(f"only symmetric integers and floats are supported, not {self.type}, "
+        if self.type not in ("int", "float") or (self.type == "float" and not self.symmetric):
+            raise SchemeError(f"only integers and symmetric floats are supported, not {self.type}, "
                               f"symmetric={self.symmetric}")
         if self.num_bits not in (4, 8):
             raise SchemeError(f"num_bits must be 4 or 8, not {self.num_bits}")
         if (self.strategy == "group") != (self.group_size is not None):
             raise SchemeError(f"group_size goes with strategy 'group', not with {self.strategy!r}")
-        if self.group_size is not None and self.group_size not in (32, 64, 128):
-            raise SchemeError(f"group_size must be 32, 64 or 128, not {self.group_size}")
+        if self.group_size is not None and self.group_size < 1:
+            raise SchemeError(f"group_size must be positive, not {self.group_size}")
 
     @property
     def format(self) -> str:
@@ -65,7 +67,7 @@ class QuantizationArgs:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> QuantizationArgs:
         try:
-            strategy = data["strategy"]
+            strategy = data.get("strategy") or _strategy(data)
             return cls(
                 num_bits=int(data["num_bits"]),
                 strategy=strategy,
@@ -80,14 +82,16 @@ class QuantizationArgs:
 
 @dataclass(frozen=True)
 class LayerScheme:
-    """One config group: weights, and activations where they are quantized."""
+    """One config group: weights, and activations where they are quantized. `format` says how a checkpoint stores the
+    weights; None: as `QuantizationArgs.format`, which is what we write."""
 
     weights: QuantizationArgs
     input_activations: QuantizationArgs | None
+    format: Format | None = None
 
     def __post_init__(self) -> None:
-        if self.weights.dynamic or self.weights.strategy not in ("group", "channel"):
-            raise SchemeError(f"weights must be quantized per group or per channel, not {self.weights}")
+        if self.weights.dynamic or self.weights.strategy not in ("group", "channel", "tensor"):
+            raise SchemeError(f"weights must be quantized per group, channel or tensor, not {self.weights}")
         if self.weights.format == "float-quantized" and self.weights.strategy != "channel":
             raise SchemeError(f"FP8 weights must be quantized per channel, not {self.weights}")
         act = self.input_activations
@@ -95,15 +99,14 @@ class LayerScheme:
             (8, "tensor", False), (8, "token", True)
         ):
             raise SchemeError(f"activations must be 8-bit, static per tensor or dynamic per token, not {act}")
+        if act is not None and not act.symmetric:
+            raise SchemeError("asymmetric activations are not supported; quantize the model with symmetric ones")
 
 
 class ModuleSchemes:
     """A checkpoint's `quantization_config`, asked module by module: which scheme, or none (the module is float)."""
 
     def __init__(self, quantization_config: Mapping[str, Any]) -> None:
-        method = quantization_config.get("quant_method")
-        if method != "compressed-tensors":
-            raise SchemeError(f"quantization method {method!r} is not supported; only compressed-tensors is")
         groups = quantization_config.get("config_groups")
         if not isinstance(groups, Mapping) or not groups:
             raise SchemeError("quantization_config has no config_groups")
@@ -120,14 +123,14 @@ class ModuleSchemes:
             if group.get("output_activations"):
                 raise SchemeError(f"config group {name!r} quantizes output activations, which is not supported")
             act = group.get("input_activations")
-            scheme = LayerScheme(
-                QuantizationArgs.from_dict(group["weights"]),
-                QuantizationArgs.from_dict(act) if act else None,
-            )
+            weights = QuantizationArgs.from_dict(group["weights"])
             packing = group.get("format") or quantization_config.get("format")
-            if packing != scheme.weights.format:
-                raise SchemeError(f"config group {name!r} has format {packing!r}; of {scheme.weights.num_bits}-bit "
-                                  f"{scheme.weights.type} weights only {scheme.weights.format} is supported")
+            if packing != weights.format and (packing, weights.type) != ("int-quantized", "int"):
+                raise SchemeError(f"config group {name!r} has format {packing!r}; of {weights.num_bits}-bit "
+                                  f"{weights.type} weights only {weights.format}"
+                                  f"{' and int-quantized are' if weights.type == 'int' else ' is'} supported")
+            scheme = LayerScheme(weights, QuantizationArgs.from_dict(act) if act else None,
+                                 "int-quantized" if packing == "int-quantized" else None)
             targets = group.get("targets") or []
             for target in targets:
                 if isinstance(target, str) and not target.startswith("re:") and target != "Linear":
@@ -144,6 +147,46 @@ class ModuleSchemes:
             if any(pattern.match(module) for pattern in patterns):
                 return scheme
         return next((scheme for _, every_linear, scheme in self._groups if every_linear), None)
+
+
+class UniformScheme:
+    """GPTQ's and AWQ's config: one scheme for every linear that the checkpoint stores quantized."""
+
+    def __init__(self, scheme: LayerScheme) -> None:
+        self._scheme = scheme
+
+    def scheme(self, module: str) -> LayerScheme | None:
+        return self._scheme
+
+
+def parse_quantization(config: Mapping[str, Any]) -> ModuleSchemes | UniformScheme:
+    """A `quantization_config` (or the quantize_config.json that AutoGPTQ and AutoAWQ wrote). Raises SchemeError."""
+    method = config.get("quant_method") or ("awq" if "w_bit" in config else "gptq" if "bits" in config else None)
+    if method == "compressed-tensors":
+        return ModuleSchemes(config)
+    if method not in ("gptq", "awq"):
+        raise SchemeError(f"quantization method {method!r} is not supported; compressed-tensors, gptq and awq are")
+    bits, size = config.get("bits", config.get("w_bit")), config.get("group_size", config.get("q_group_size"))
+    layout = config.get("checkpoint_format") or config.get("version") or config.get("format")
+    layout = str(layout or {"gptq": "gptq", "awq": "gemm"}[method]).lower()
+    if layout not in {"gptq": ("gptq", "gptq_v2"), "awq": ("gemm",)}[method]:
+        raise SchemeError(f"{method} checkpoints in the layout {layout!r} are not supported; convert it to "
+                          f"{'gptq' if method == 'gptq' else 'gemm'}")
+    if isinstance(bits, bool) or bits not in ((4, 8) if method == "gptq" else (4,)):
+        raise SchemeError(f"{method} with {bits!r} bits is not supported")
+    if isinstance(size, bool) or not isinstance(size, int) or not (size == -1 or size > 0):
+        raise SchemeError(f"{method}: group_size must be -1 or a positive integer, not {size!r}")
+    symmetric = bool(config.get("sym", True)) if method == "gptq" else not config.get("zero_point", True)
+    weights = QuantizationArgs(bits, "channel" if size == -1 else "group", None if size == -1 else size,
+                               symmetric=symmetric)
+    stored: Format = "awq" if method == "awq" else "gptq" if layout == "gptq" else "gptq_v2"
+    return UniformScheme(LayerScheme(weights, None, stored))
+
+
+def _strategy(data: Mapping[str, Any]) -> Strategy:
+    """What compressed-tensors takes where a config names none."""
+    size = data.get("group_size")
+    return "tensor" if size is None else "group" if size > 0 else "channel"
 
 
 def _patterns(targets: Any) -> list[re.Pattern[str]]:

@@ -12,6 +12,7 @@ import numpy as np
 from fptq_runtime.config import ModelConfig, RopeConfig
 from fptq_runtime.kernels.base import Array, Embedding, Linear, Norm, QuantizedWeight
 from fptq_runtime.models.decoder import Block, Head, Stem
+from fptq_runtime.models.formats import align, dequantize
 
 MAX_POSITIONS = 1 << 21  # a rope table of 1 GiB at head_dim 128
 MAX_HEAD_DIM = 256  # what the attention kernels hold in registers and on their stack
@@ -139,7 +140,8 @@ class ModelSpec:
 
 def fuse(name: str, parts: Sequence[Linear], order: Array | None) -> Linear:
     """Stack linears that read the same input, and their low-rank factors: `down` once where all have the same, else
-    block by block. Raises ModelError where their schemes differ."""
+    block by block. Where some have more bits or smaller groups the others follow, and float ones make all float, since
+    both are exact. Raises ModelError where activations differ, or weights in another way."""
     first = parts[0]
     if any(part.act != first.act for part in parts):
         raise ModelError(f"{name}: {', '.join(p.name for p in parts)} read one input but quantize it differently")
@@ -147,16 +149,9 @@ def fuse(name: str, parts: Sequence[Linear], order: Array | None) -> Linear:
     if any(bias is None for bias in biases) != all(bias is None for bias in biases):
         biases = [np.zeros(_rows(p), np.float32) if p.bias is None else p.bias for p in parts]
     bias = None if biases[0] is None else _stack(biases)
-    weights = [part.weight for part in parts]
-    quantized = [w for w in weights if isinstance(w, QuantizedWeight)]
-    schemes = {(w.num_bits, w.group_size, w.type) for w in quantized}
-    if quantized and (len(quantized) != len(weights) or len(schemes) != 1):
+    weight = _stack_weights([part.weight for part in parts])
+    if weight is None:
         raise ModelError(f"{name}: {', '.join(p.name for p in parts)} are fused but quantized differently")
-    weight = (
-        replace(quantized[0], packed=_stack([w.packed for w in quantized]), scale=_stack([w.scale for w in quantized]))
-        if quantized
-        else _stack(weights)
-    )
     fused = Linear(name, weight, bias, first.act, _stack_low_rank(name, parts))
     return fused if order is None else _take_rows(fused, name, order)
 
@@ -170,6 +165,21 @@ def unfuse(linear: Linear, names: Sequence[str], sizes: Sequence[int],
         (name, _take_rows(restored, name, slice(start, start + size)))
         for name, start, size in zip(names, starts, sizes, strict=True)
     ]
+
+
+def _stack_weights(weights: Sequence[Array | QuantizedWeight]) -> Array | QuantizedWeight | None:
+    """None where they cannot be brought to one form."""
+    quantized = [w for w in weights if isinstance(w, QuantizedWeight)]
+    if not quantized:
+        return _stack(weights)
+    if len(quantized) < len(weights):
+        if any(w.type == "float" for w in quantized):
+            return None
+        return _stack([dequantize(w) if isinstance(w, QuantizedWeight) else w for w in weights])
+    aligned = align(quantized)
+    if aligned is None:
+        return None
+    return replace(aligned[0], packed=_stack([w.packed for w in aligned]), scale=_stack([w.scale for w in aligned]))
 
 
 def _stack(arrays: Sequence[Array]) -> Array:

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-import json
+import logging
 import math
+from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from ml_dtypes import bfloat16, float8_e4m3fn
-from safetensors import SafetensorError, safe_open
 
-from fptq_runtime.artifact.scheme import LayerScheme, ModuleSchemes, QuantizationArgs, SchemeError
+from fptq_runtime.artifact.scheme import (
+    LayerScheme,
+    ModuleSchemes,
+    QuantizationArgs,
+    SchemeError,
+    UniformScheme,
+    parse_quantization,
+)
 from fptq_runtime.config import Activations
 from fptq_runtime.kernels.base import (
     ActivationQuant,
@@ -29,33 +35,21 @@ from fptq_runtime.kernels.base import (
 )
 from fptq_runtime.models.decoder import Block, Decoder, Head, Stem, prepare_block, prepare_head, prepare_stem
 from fptq_runtime.models.families import fuse, parse_config
+from fptq_runtime.models.formats import read_weight
 from fptq_runtime.models.layers import alibi_slopes, rope_tables
+from fptq_runtime.models.tensors import FLOATS, CheckpointError, Tensors, read_json
 
-MAX_JSON_BYTES = 64 << 20
-DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(bfloat16),
-          "F8_E4M3": np.dtype(float8_e4m3fn), "I64": np.dtype(np.int64), "I32": np.dtype(np.int32),
-          "U8": np.dtype(np.uint8)}  # by their names in a safetensors header
-FLOATS = ("F32", "F16", "BF16")
+__all__ = ["Checkpoint", "CheckpointError", "load_block", "load_head", "load_model", "load_stem", "read_json"]
 
-
-class CheckpointError(ValueError):
-    """A checkpoint that is missing, damaged or inconsistent. One line, for the user."""
-
-
-@dataclass(frozen=True)
-class _Stored:
-    """Where a tensor lies: dtype as the header names it, offset in bytes from the file's start."""
-
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int
+logger = logging.getLogger(__name__)
 
 
 class Checkpoint:
-    """A model directory: config.json and safetensors, float or compressed-tensors: integers pack-quantized, FP4 as
-    nvfp4-pack-quantized without a global scale, FP8 as float-quantized; `low_rank_down` and `low_rank_up` are ours.
+    """A model directory: config.json and safetensors, in float or quantized: GPTQ, AWQ (gemm), and compressed-tensors:
+    integers pack-quantized or int-quantized, FP4 as nvfp4-pack-quantized without a global scale, FP8 as
+    float-quantized; `low_rank_down` and `low_rank_up` are ours.
 
+    notes: how many linears `formats` could not keep as they were stored, by reason.
     activations: "int8" quantizes, per token, what linears with integer weights read where the checkpoint leaves it in
     float; refused where there are none.
     max_positions: how many the rope tables hold; may be lowered before the first block is loaded.
@@ -67,10 +61,10 @@ class Checkpoint:
             raise CheckpointError(f"{self.path} is not a directory")
         self.config = read_json(self.path / "config.json")
         self.spec, self.model_config = parse_config(self.config)
-        quantization = self.config.get("quantization_config")
-        self.schemes = None if quantization is None else _schemes(quantization)
+        self.schemes = _quantization(self.config, self.path)
         self.max_positions = self.model_config.max_position_embeddings
-        self._tensors = self._open()
+        self.notes: Counter[str] = Counter()
+        self._tensors = Tensors(self.path, self.spec.bare_prefix)
         self.activations: Activations = "checkpoint"
         stored = self.linear_schemes
         self.activations = activations
@@ -85,7 +79,7 @@ class Checkpoint:
     @property
     def num_parameters(self) -> int:
         """As stored: tied ones once, packed ones by their words."""
-        return sum(math.prod(stored.shape) for stored in self._tensors.values())
+        return self._tensors.num_elements
 
     @property
     def linear_schemes(self) -> dict[str, LayerScheme]:
@@ -98,65 +92,24 @@ class Checkpoint:
     def tied(self) -> bool:
         """The head is the embedding."""
         head = self.spec.lm_head
-        stored = self.has(f"{head}.weight") or self.has(f"{head}.weight_packed")
+        stored = any(self.has(f"{head}.{part}") for part in ("weight", "weight_packed", "qweight"))
         return self.model_config.tie_word_embeddings or not stored
 
     def _scheme(self, name: str) -> LayerScheme | None:
         scheme = None if self.schemes is None else self.schemes.scheme(name)
+        if isinstance(self.schemes, UniformScheme) and not self.has(f"{name}.qweight"):
+            return None
         if self.activations == "int8" and scheme is not None and scheme.input_activations is None \
                 and scheme.weights.type == "int":
             return replace(scheme, input_activations=QuantizationArgs(num_bits=8, strategy="token", dynamic=True))
         return scheme
 
-    def _open(self) -> dict[str, _Stored]:
-        index = self.path / "model.safetensors.index.json"
-        single = self.path / "model.safetensors"
-        if index.is_file():
-            weight_map = read_json(index).get("weight_map")
-            if not isinstance(weight_map, Mapping) or not weight_map:
-                raise CheckpointError(f"{index.name} has no weight_map")
-            shards = {str(shard) for shard in weight_map.values()}
-            if any(Path(shard).name != shard or not shard.endswith(".safetensors") for shard in shards):
-                raise CheckpointError(f"{index.name} names a shard that is not a .safetensors file beside it")
-        elif single.is_file():
-            shards = {single.name}
-        else:
-            pickled = [p.name for p in self.path.glob("*") if p.suffix in (".bin", ".pt", ".pth", ".ckpt")]
-            if pickled:
-                raise CheckpointError(f"{self.path} has only pickled weights ({pickled[0]}), which can run code when "
-                                      "loaded; convert the model to safetensors first")
-            raise CheckpointError(f"{self.path} has no model.safetensors")
-        tensors: dict[str, _Stored] = {}
-        for shard in sorted(shards):
-            try:
-                tensors |= _read_header(self.path / shard)
-            except (SafetensorError, OSError) as error:
-                raise CheckpointError(f"{self.path / shard} is not a readable safetensors file: {error}") from None
-        return tensors
-
     def has(self, name: str) -> bool:
-        return self._find(name) is not None
-
-    def _find(self, name: str) -> str | None:
-        """The stored name: some checkpoints leave out the family's prefix."""
-        bare = name.removeprefix(self.spec.bare_prefix)
-        return next((candidate for candidate in (name, bare) if candidate in self._tensors), None)
+        return self._tensors.shape(name) is not None
 
     def tensor(self, name: str, shape: tuple[int, ...], dtypes: tuple[str, ...] = FLOATS) -> Array:
-        """A tensor with a memory mapping of its own, so that a process holds what it touches of those it keeps and
-        nothing of those it dropped. Raises CheckpointError unless shape and dtype are right."""
-        found = self._find(name)
-        if found is None:
-            raise CheckpointError(f"{self.path} has no tensor {name!r}")
-        stored = self._tensors[found]
-        if stored.shape != shape:
-            raise CheckpointError(f"{name} has shape {list(stored.shape)}, but config.json asks for {list(shape)}")
-        if stored.dtype not in dtypes:
-            raise CheckpointError(f"{name} is {_dtype(stored.dtype)}, not {' or '.join(map(_dtype, dtypes))}")
-        try:  # mode "c": private, since torch wants arrays that could be written
-            return np.memmap(stored.file, DTYPES[stored.dtype], "c", stored.offset, shape).view(np.ndarray)
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{name} cannot be read: {error}") from None
+        """Memory-mapped. Raises CheckpointError unless shape and dtype are right."""
+        return self._tensors.get(name, shape, dtypes)
 
     def linear(self, name: str, n: int, k: int) -> Linear:
         """The linear layer `name`, [n, k], in float or quantized as the config says."""
@@ -165,34 +118,18 @@ class Checkpoint:
         low_rank = self._low_rank(name, n, k)
         if scheme is None:
             return Linear(name, self.tensor(f"{name}.weight", (n, k)), bias, None, low_rank)
-        return Linear(name, self._quantized_weight(name, n, k, scheme), bias, self._activation(name, scheme), low_rank)
+        weight = read_weight(self._tensors, name, n, k, scheme, self.notes)
+        if not isinstance(weight, QuantizedWeight) and self.schemes is not None:
+            scheme = self.schemes.scheme(name) or scheme  # in float after all, so `activations` does not apply
+        return Linear(name, weight, bias, self._activation(name, scheme), low_rank)
 
     def _low_rank(self, name: str, n: int, k: int) -> tuple[Array, Array] | None:
         down, up = f"{name}.low_rank_down", f"{name}.low_rank_up"
-        if (found := self._find(down)) is None and not self.has(up):
+        shape = self._tensors.shape(down)
+        if shape is None and not self.has(up):
             return None
-        rank = 0 if found is None else sum(self._tensors[found].shape[:1])
+        rank = shape[0] if shape else 0
         return self.tensor(down, (rank, k)), self.tensor(up, (n, rank))
-
-    def _quantized_weight(self, name: str, n: int, k: int, scheme: LayerScheme) -> QuantizedWeight:
-        bits = scheme.weights.num_bits
-        group = scheme.weights.group_size or k
-        if k % group:
-            raise CheckpointError(f"{name}: {k} input features are not a multiple of the group size {group}")
-        if self.has(f"{name}.weight_g_idx"):
-            raise CheckpointError(f"{name} has weight_g_idx: act-order without static groups is not supported")
-        if scheme.weights.type == "float":
-            packed = (self.tensor(f"{name}.weight_packed", (n, math.ceil(k / 2)), ("U8",)) if bits == 4 else
-                      self.tensor(f"{name}.weight", (n, k), ("F8_E4M3",)))
-        else:
-            shape = self.tensor(f"{name}.weight_shape", (2,), ("I64", "I32"))
-            if shape.tolist() != [n, k]:
-                raise CheckpointError(f"{name}.weight_shape is {shape.tolist()}, but config.json asks for {[n, k]}")
-            packed = self.tensor(f"{name}.weight_packed", (n, math.ceil(k * bits / 32)), ("I32",))
-        scale = self.tensor(f"{name}.weight_scale", (n, k // group))
-        if not np.isfinite(scale).all():
-            raise CheckpointError(f"{name}.weight_scale holds values that are not finite")
-        return QuantizedWeight(packed, scale, 4 if bits == 4 else 8, group, scheme.weights.type)
 
     def _activation(self, name: str, scheme: LayerScheme) -> ActivationQuant | None:
         if scheme.input_activations is None:
@@ -200,7 +137,11 @@ class Checkpoint:
         number = scheme.input_activations.type
         if scheme.input_activations.dynamic:
             return ActivationQuant(None, number)
-        scale = float(self.tensor(f"{name}.input_scale", (1,))[0])
+        if self.has(point := f"{name}.input_zero_point") and \
+                np.any(self.tensor(point, self._tensors.shape(point) or (), ("I8", "I32", "I64"))):
+            raise CheckpointError(f"{point} is not zero: asymmetric activations are not supported")
+        scalar = f"{name}.input_scale"
+        scale = float(self.tensor(scalar, () if self._tensors.shape(scalar) == () else (1,)).item())
         if not (math.isfinite(scale) and scale > 0):
             raise CheckpointError(f"{name}.input_scale must be finite and positive, not {scale}")
         return ActivationQuant(scale, number)
@@ -279,27 +220,14 @@ def load_model(checkpoint: Checkpoint, backend: Backend) -> Decoder:
         prepare_block(load_block(checkpoint, index), backend)
         for index in range(checkpoint.model_config.num_layers)
     ]
+    for note, count in checkpoint.notes.items():
+        logger.warning("%s: %d linear layers have %s", checkpoint.path.name, count, note)
     return Decoder(
         checkpoint.model_config,
         prepare_stem(stem, backend),
         blocks,
         prepare_head(head, backend),
     )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a model directory. Raises CheckpointError."""
-    try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise CheckpointError(f"{path} is larger than {MAX_JSON_BYTES >> 20} MiB")
-        data = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path.parent} has no {path.name}") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not readable JSON: {error}") from None
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path} must hold a JSON object")
-    return data
 
 
 def eos_token_ids(checkpoint: Checkpoint) -> tuple[int, ...]:
@@ -312,28 +240,17 @@ def eos_token_ids(checkpoint: Checkpoint) -> tuple[int, ...]:
     return checkpoint.model_config.eos_token_ids
 
 
-def _schemes(quantization: Any) -> ModuleSchemes:
+def _quantization(config: Mapping[str, Any], path: Path) -> ModuleSchemes | UniformScheme | None:
+    """Of config.json, or of the file beside it in which AutoGPTQ and AutoAWQ kept it."""
+    quantization = config.get("quantization_config")
+    if quantization is None:
+        beside = next((file for name in ("quantize_config.json", "quant_config.json")
+                       if (file := path / name).is_file()), None)
+        return None if beside is None else parse_quantization(read_json(beside))
     if not isinstance(quantization, Mapping):
         raise SchemeError("config.json: quantization_config must be an object")
-    return ModuleSchemes(quantization)
+    return parse_quantization(quantization)
 
 
 def _renamed(linear: Linear, name: str) -> Linear:
     return replace(linear, name=name)
-
-
-def _read_header(file: Path) -> dict[str, _Stored]:
-    """Every tensor of a safetensors file, once the library found its header sound: sizes and offsets within the file
-    that agree. Raises SafetensorError or OSError."""
-    with safe_open(file, framework="numpy"):
-        pass
-    with file.open("rb") as stream:
-        size = int.from_bytes(stream.read(8), "little")
-        header = json.loads(stream.read(size))
-    header.pop("__metadata__", None)
-    return {name: _Stored(file, entry["dtype"], tuple(entry["shape"]), 8 + size + entry["data_offsets"][0])
-            for name, entry in header.items()}
-
-
-def _dtype(name: str) -> str:
-    return DTYPES[name].name if name in DTYPES else name

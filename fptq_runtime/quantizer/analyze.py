@@ -108,22 +108,22 @@ def analyze(
     options: dict[str, Any] = {"calibration": calibration, "num_samples": num_samples, "seed": seed}
     study = _Study(str(model), checkpoint, recipe, windows, options, sizes, journal)
     missing = [unit for unit in study.plan(studies) if unit.key not in journal.results]
-    with tqdm(total=sum(unit.passes for unit in missing), desc="analyzing", unit="pass", disable=not progress,
-              bar_format="{l_bar}{bar}| {elapsed}, about {remaining} left") as bar:
+    with tqdm(total=sum(unit.passes for unit in missing), desc="analyzing", unit="pass",
+              disable=not (progress and missing), bar_format="{l_bar}{bar}| {elapsed}, about {remaining} left") as bar:
         study.run(missing, bar)
     results = journal.results
     return {
         "model": name or source.name, "version": __version__, "recipe": recipe.model_dump(mode="json"),
         "text": text.name, "text_sha256": text.sha256, "tokens": sum(len(window) - 1 for window in windows),
         "calibration": results["manifest"]["provenance"]["calibration"]["name"], "num_samples": num_samples,
-        "seed": seed, "layers": layers, "studies": [each for each in STUDIES if _has(results, each)],
+        "seed": seed, "layers": layers, "studies": [each for each in STUDIES if _whole(results, each, layers, sizes)],
         "float": results["float"], "quantized": results["all"],
         "parts": {"weights": results["weights"], "activations": results["inputs"]},
         "one_only": _by(results, "one-only", layers), "leave_one_out": _by(results, "leave-one-out", layers),
-        "linears": [{"layer": layer, "kind": kind, **results[f"linears/{layer}/{kind}"]}
-                    for layer in range(layers) for kind in BLOCK_KINDS if f"linears/{layer}/{kind}" in results],
-        "cumulative": [results[f"cumulative/{layer}"] for layer in range(layers) if f"cumulative/{layer}" in results],
-        "activations": [row for layer in range(layers) for row in results.get(f"activations/{layer}", [])],
+        "linears": [{"layer": int(layer), "kind": kind, **row} for key, row in _whole(
+            results, "linears", layers, sizes).items() for _, layer, kind in [key.split("/")]],
+        "cumulative": list(_whole(results, "cumulative", layers, sizes).values()),
+        "activations": [row for rows in _whole(results, "activations", layers, sizes).values() for row in rows],
         "quantization": results["manifest"]["layers"], "bytes": results["manifest"]["bytes"],
         "sizes": [{"samples": size, **results[f"sizes/{size}"]} for size in sizes if f"sizes/{size}" in results],
         "ranges": [{"method": method, **results[f"ranges/{method}"]} for method in get_args(RangeMethod)
@@ -299,14 +299,22 @@ def _summary(manifest: Manifest) -> dict[str, Any]:
 
 
 def _by(results: Mapping[str, Any], study: str, layers: int) -> dict[str, Any]:
+    whole = _whole(results, study, layers, ())
     return {
-        "layers": [results[f"{study}/{layer}"] for layer in range(layers) if f"{study}/{layer}" in results],
-        "kinds": {kind: results[f"{study}/{kind}"] for kind in KINDS if f"{study}/{kind}" in results},
+        "layers": [whole[f"{study}/{layer}"] for layer in range(layers) if whole],
+        "kinds": {kind: whole[f"{study}/{kind}"] for kind in KINDS if whole},
     }
 
 
-def _has(results: Mapping[str, Any], study: str) -> bool:
-    return any(key.startswith(f"{study}/") for key in results)
+def _whole(results: Mapping[str, Any], study: str, layers: int, sizes: Sequence[int]) -> dict[str, Any]:
+    """A study's results by key where it is complete, else nothing: half a study misleads."""
+    keys = {
+        "linears": [f"linears/{layer}/{kind}" for layer in range(layers) for kind in BLOCK_KINDS],
+        "sizes": [f"sizes/{size}" for size in sizes], "ranges": [f"ranges/{name}" for name in get_args(RangeMethod)],
+        "one-only": [f"one-only/{name}" for name in (*KINDS, *range(layers))],
+        "leave-one-out": [f"leave-one-out/{name}" for name in (*KINDS, *range(layers))],
+    }.get(study, [f"{study}/{layer}" for layer in range(layers)])
+    return {key: results[key] for key in keys} if all(key in results for key in keys) else {}
 
 
 def _minutes(seconds: float) -> str:

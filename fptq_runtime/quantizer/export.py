@@ -71,7 +71,7 @@ def quantization_config(schemes: Mapping[str, LayerScheme], head: str, ignore: S
             name += f"_{scheme.weights.num_bits}bit" * (scheme.weights.num_bits != 4)
             name += "_float" * (scheme.weights.type == "float")
         group = groups.setdefault(name, {
-            "format": scheme.weights.format,
+            "format": scheme.format or scheme.weights.format,
             "weights": scheme.weights.to_dict(),
             "input_activations": None if act is None else act.to_dict(),
             "output_activations": None,

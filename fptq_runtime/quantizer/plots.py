@@ -172,7 +172,7 @@ def number(value: float) -> str:
 
 
 def _label_width(labels: Sequence[str]) -> int:
-    return round(max(map(len, labels), default=0) * CHARACTER) + 12
+    return round(max(map(len, labels), default=0) * CHARACTER) + 20
 
 
 def _power(exponent: float) -> str:

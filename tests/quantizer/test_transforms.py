@@ -88,6 +88,14 @@ def test_the_float_function_is_kept(saved: Saved, step: Step, supported: set[str
     assert float((logits - saved.logits).abs().max()) <= 1e-4
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_transforms_combine(saved: Saved, order: int) -> None:
+    """All of them on one model, in either order."""
+    steps = [step for step, supported in TRANSFORMS.values() if saved.architecture in supported]
+    _, logits = taken_through(saved.path, *steps[::order])
+    assert float((logits - saved.logits).abs().max()) <= 1e-4
+
+
 def test_every_architecture_is_here() -> None:
     assert {spec.architecture for spec in SPECS} == ALL
 
@@ -95,8 +103,7 @@ def test_every_architecture_is_here() -> None:
 @pytest.mark.parametrize("family", ["qwen2", "bloom"])
 @pytest.mark.parametrize("preset", ["smoothquant", "os+", "aweq", "cle"])
 def test_artifacts_load_in_transformers(preset: str, family: str, tmp_path: Path) -> None:
-    """No tensor is missing or left over, shifted and corrected biases included, whether some linears have a bias or
-    all."""
+    """No tensor is missing or left over, and shifted and corrected biases are read."""
     save_model(family, tmp_path / "float", **{"n_layer" if family == "bloom" else "num_hidden_layers": 2})
     (tmp_path / "text.txt").write_text("It was a bright cold day in the wood, and the clock was striking. " * 20)
     quantize(tmp_path / "float", tmp_path / "out", preset, calibration="random", text=tmp_path / "text.txt", **SMALL)

@@ -51,5 +51,5 @@ def equalizing_scale(config: ModelConfig, kind: Kind, written: torch.Tensor, rea
         sharing = config.num_heads // config.num_kv_heads
         rows = rows.reshape(-1, 1, config.head_dim).expand(-1, sharing, -1).flatten()
     else:
-        rows = written[-config.intermediate_size:].abs().amax(1)
+        rows = written[-read.shape[1]:].abs().amax(1)
     return torch.where((rows > 0) & (columns > 0), (rows / columns).sqrt(), torch.ones(()))

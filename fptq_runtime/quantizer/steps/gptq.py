@@ -163,6 +163,7 @@ def fit_scale(weight: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, he
     left = torch.stack([
         (c * (c[:, g : g + size] @ hessian[g : g + size])).reshape(n, groups, size).sum(-1) for g in range(0, k, size)
     ], 1)  # [N, G, G]
+    # Damped towards the scale as it is, where the codes say nothing about it.
     left.diagonal(dim1=1, dim2=2).add_(1e-4 * left.diagonal(dim1=1, dim2=2).mean(-1, keepdim=True) + 1e-12)
     fitted = scale.float() + torch.linalg.solve(left, right)
     return torch.where(fitted > 0, fitted, scale.float()).to(scale.dtype)
