@@ -39,6 +39,7 @@ class Options:
     twins: bool
     recipes: tuple[str, ...]  # the baselines first
     checkpoints: dict[tuple[str, str], Path]  # by the model's name and their own
+    calibration: dict[str, str]  # a file by the model's name
     max_tokens: int | None
 
 
@@ -49,6 +50,8 @@ def parse() -> Options:
     parser.add_argument("--recipes", default="fptq,fptq-best", help="presets or files; the baselines are always there")
     parser.add_argument("--checkpoint", action="append", default=[], metavar="MODEL:NAME=DIR",
                         help="an artifact or compressed-tensors checkpoint made from MODEL, as a row NAME")
+    parser.add_argument("--calibration", action="append", default=[], metavar="MODEL=FILE",
+                        help="what MODEL and its twin are calibrated on (the packaged text)")
     parser.add_argument("--max-tokens", type=int, default=None)
     given = parser.parse_args()
     models = {Path(model): read_text(text) for model, _, text in (pair.rpartition("=") for pair in given.models)}
@@ -58,7 +61,8 @@ def parse() -> Options:
         name, _, directory = pair.partition("=")
         model, _, label = name.partition(":")
         checkpoints[model, label] = Path(directory)
-    return Options(models, given.twins, tuple(recipes), checkpoints, given.max_tokens)
+    calibration = dict(pair.split("=", 1) for pair in given.calibration)
+    return Options(models, given.twins, tuple(recipes), checkpoints, calibration, given.max_tokens)
 
 
 @contextmanager
@@ -90,7 +94,8 @@ class Table:
         for recipe in self._options.recipes:
             with tempfile.TemporaryDirectory() as directory:
                 out, started = Path(directory) / "out", time.monotonic()
-                quantize(model, out, load_recipe(recipe), text_tokens=1024)
+                quantize(model, out, load_recipe(recipe), text_tokens=1024,
+                         calibration=self._options.calibration.get(name.removesuffix(TWIN)))
                 seconds = time.monotonic() - started
                 self._quantized(name, load_recipe(recipe).name, out, text, original, losses, f"{seconds:.0f}")
         for (of, label), checkpoint in self._options.checkpoints.items():
