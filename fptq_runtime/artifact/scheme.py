@@ -42,6 +42,8 @@ class QuantizationArgs:
             raise SchemeError(f"group_size goes with strategy 'group', not with {self.strategy!r}")
         if self.group_size is not None and self.group_size < 1:
             raise SchemeError(f"group_size must be positive, not {self.group_size}")
+        if self.type == "float" and self.group_size not in (None, 32, 64, 128):
+            raise SchemeError(f"of floats group_size must be 32, 64 or 128, not {self.group_size}")
 
     @property
     def format(self) -> str:
@@ -90,8 +92,10 @@ class LayerScheme:
     format: Format | None = None
 
     def __post_init__(self) -> None:
-        if self.weights.dynamic or self.weights.strategy not in ("group", "channel", "tensor"):
-            raise SchemeError(f"weights must be quantized per group, channel or tensor, not {self.weights}")
+        strategies = ("group", "channel", "tensor") if self.weights.type == "int" else ("group", "channel")
+        if self.weights.dynamic or self.weights.strategy not in strategies:
+            raise SchemeError(f"weights must be quantized per group or per channel (integers also per tensor), not "
+                              f"{self.weights}")
         if self.weights.format == "float-quantized" and self.weights.strategy != "channel":
             raise SchemeError(f"FP8 weights must be quantized per channel, not {self.weights}")
         act = self.input_activations
@@ -125,12 +129,12 @@ class ModuleSchemes:
             act = group.get("input_activations")
             weights = QuantizationArgs.from_dict(group["weights"])
             packing = group.get("format") or quantization_config.get("format")
+            scheme = LayerScheme(weights, QuantizationArgs.from_dict(act) if act else None,
+                                 "int-quantized" if packing == "int-quantized" else None)
             if packing != weights.format and (packing, weights.type) != ("int-quantized", "int"):
                 raise SchemeError(f"config group {name!r} has format {packing!r}; of {weights.num_bits}-bit "
                                   f"{weights.type} weights only {weights.format}"
                                   f"{' and int-quantized are' if weights.type == 'int' else ' is'} supported")
-            scheme = LayerScheme(weights, QuantizationArgs.from_dict(act) if act else None,
-                                 "int-quantized" if packing == "int-quantized" else None)
             targets = group.get("targets") or []
             for target in targets:
                 if isinstance(target, str) and not target.startswith("re:") and target != "Linear":
