@@ -58,6 +58,10 @@ def parse() -> Options:
         name, _, directory = pair.partition("=")
         model, _, label = name.partition(":")
         checkpoints[model, label] = Path(directory)
+        if not Path(directory).is_dir():
+            parser.error(f"{pair}: {directory!r} is not a directory")
+        if model.removesuffix(TWIN * given.twins) not in {path.name for path in models}:
+            parser.error(f"{pair}: there is no model {model!r}")
     return Options(models, given.twins, tuple(recipes), checkpoints, given.max_tokens)
 
 
