@@ -61,6 +61,10 @@ def parse() -> Options:
         name, _, directory = pair.partition("=")
         model, _, label = name.partition(":")
         checkpoints[model, label] = Path(directory)
+        if not Path(directory).is_dir():
+            parser.error(f"{pair}: {directory!r} is not a directory")
+        if model.removesuffix(TWIN * given.twins) not in {path.name for path in models}:
+            parser.error(f"{pair}: there is no model {model!r}")
     calibration = dict(pair.split("=", 1) for pair in given.calibration)
     return Options(models, given.twins, tuple(recipes), checkpoints, calibration, given.max_tokens)
 
