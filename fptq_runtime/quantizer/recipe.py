@@ -89,7 +89,7 @@ PRESETS = (
     Recipe(name="cle", steps=(CrossLayer(), Activations(scheme="dynamic"), Weights())),
     Recipe(name="ocs", steps=(ChannelSplitting(), Activations(scheme="dynamic"), Weights())),
     Recipe(name="zeroquant-fp", steps=(
-        Activations(scheme="dynamic", grid="float"), Weights(grid="float", scales="m2", lorc=8))),
+        Activations(scheme="dynamic", grid="float"), Gptq(grid="float", scales="m2", lorc=8))),
     Recipe(name="fptq-best", steps=(Fptq(safety=1.0), Gptq(asymmetric=True, refits=2))),
     Recipe(name="gptq", steps=(Activations(scheme="float"), Gptq(head_bits=16))),
     Recipe(name="awq", steps=(Awq(), Activations(scheme="float"), Weights(head_bits=16))),
