@@ -188,6 +188,7 @@ def _gptq(tensors: Tensors, name: str, n: int, k: int, args: QuantizationArgs, m
     if rows not in (math.ceil(k / 8), math.ceil(k / 4)):
         raise CheckpointError(f"{name}.qweight has {rows} rows, which for {k} input features is neither 4 nor 8 bits")
     bits: Literal[4, 8] = 4 if rows == math.ceil(k / 8) else 8
+    group = _group_of(name, k, groups, args)
     if n * bits % 32:
         raise CheckpointError(f"{name}: {n} output features do not fill the words of qzeros")
     words = tensors.get(f"{name}.qweight", (rows, n), ("I32",))
@@ -205,14 +206,18 @@ def _gptq(tensors: Tensors, name: str, n: int, k: int, args: QuantizationArgs, m
     else:
         minus_one = _zeros_minus_one(unpack(packed, bits, k) + half, stored, minus_one)
         zero = ((stored + minus_one) & (2**bits - 1)) - half
-    return Stored(packed, scale, bits, _group_of(name, k, groups, args), zero, g_idx)
+    return Stored(packed, scale, bits, group, zero, g_idx)
 
 
 def _zeros_minus_one(codes: Array, stored: Array, label: bool) -> bool:
-    """Whether the true zeros are one above the stored ones. A layer's weights average to about nothing beside its
-    scale, so its codes average to the true zero; between a quarter and three quarters the label decides."""
+    """Whether the true zeros are one above the stored ones: asymmetric codes average to the true zero, as a layer's
+    weights average to about nothing. The label decides where the layer is too small to tell (three standard errors are
+    more than a quarter of a code) or its average is not within a quarter of either."""
     above = float(codes.mean() - stored.mean())
-    return label if 0.25 < above < 0.75 else above > 0.5
+    error = float(codes.std()) / math.sqrt(codes.size)
+    if 3 * error > 0.25 or min(abs(above), abs(above - 1)) > 0.25:
+        return label
+    return above > 0.5
 
 
 def _group_of(name: str, k: int, groups: int, args: QuantizationArgs) -> int:

@@ -110,8 +110,9 @@ def pack_windows(windows: Sequence[Sequence[int]]) -> StepInput:
 
 
 def in_bf16(linear: Linear) -> Linear:
-    """The linear as a walk over many rows computes it: a large one with bfloat16 weights, where this CPU multiplies
-    those faster. An input code of eight bits is exact in bfloat16; what is rounded is a fraction of its step."""
+    """A block's linear as a walk over many rows computes it: a large one with bfloat16 weights, where this CPU
+    multiplies those faster. An input code of eight bits is exact in bfloat16; what is rounded is a fraction of its
+    step."""
     weight = linear.weight
     assert isinstance(weight, torch.Tensor)
     if weight.numel() < BF16_WEIGHTS or not torch.cpu.get_capabilities().get("avx512_bf16", False):
@@ -160,7 +161,6 @@ class HiddenStates:
     @torch.inference_mode()
     def negative_log_likelihood(self, head: Head) -> tuple[float, int]:
         """Sum over every token but the first of its window, in nats, and how many tokens that is."""
-        head = replace(head, lm_head=in_bf16(head.lm_head))
         chunk = max(1, MINIBATCH_FLOATS // self.config.vocab_size)
         total, count = 0.0, 0
         for batch, state in zip(self.batches, self.states, strict=True):

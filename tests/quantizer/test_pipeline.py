@@ -24,6 +24,8 @@ from fptq_runtime.quantizer.recipe import Recipe
 from fptq_runtime.quantizer.report import inspect_text, policy
 from fptq_runtime.quantizer.steps.activations import Activations
 from fptq_runtime.quantizer.steps.fptq import Fptq
+from fptq_runtime.quantizer.steps.gptq import Gptq
+from fptq_runtime.quantizer.steps.rotation import Rotation
 from fptq_runtime.quantizer.steps.weights import Weights
 from tests.models.hf import FAMILIES
 from tests.quantizer.models import DEMO, STORIES, save_model, transplant_outliers
@@ -92,6 +94,22 @@ def test_every_family(family: str, sizes: dict[str, int], group_size: int, head_
     assert_transformers_agrees(tmp_path / "out", [1, *token_ids])
     backend = ReferenceBackend()
     check_golden(load_model(Checkpoint(tmp_path / "out"), backend), backend, manifest.golden)
+
+
+ROTATED = Recipe(name="rotated", steps=(
+    Rotation(), Activations(scheme="dynamic"), Gptq(group_size=32, head_bits=4, refits=1)))
+
+
+@pytest.mark.parametrize("made", ["fptq-best", "gptq", "awq", ROTATED], ids=["fptq-best", "gptq", "awq", "rotated"])
+def test_searched_weights(made: Recipe | str, tmp_path: Path, text: Path) -> None:
+    save_model("llama-tied-bias", tmp_path / "float", hidden_size=128, num_attention_heads=8)
+    manifest = quantize(tmp_path / "float", tmp_path / "out", made, calibration="random", text=text, **SMALL)
+    assert {record.num_bits for record in manifest.layers[:-1]} == {4}
+    assert manifest.layers[-1].num_bits == {"fptq-best": 8, "gptq": 16, "awq": 16}.get(manifest.recipe["name"], 4)
+    floats = {record.activations == "float" for record in manifest.layers}
+    assert floats == {manifest.recipe["name"] in ("gptq", "awq")}
+    token_ids = torch.randint(3, 260, (40,), generator=torch.Generator().manual_seed(1)).tolist()
+    assert_transformers_agrees(tmp_path / "out", [1, *token_ids])
 
 
 @pytest.fixture(scope="module")

@@ -92,7 +92,7 @@ def test_float_mixes_are_exact_with_other_recipes(model: Path) -> None:
     """The transforms of a recipe leave the captured float model the function that it was."""
     windows = text_windows(TEXT, Tokenizer(model), 128, 100)
     originals = {name: Probe(capture(model, load_recipe(name), num_samples=2)[0], windows).original
-                 for name in ("rtn", "cle", "ocs", "smoothquant")}
+                 for name in ("rtn", "cle", "ocs", "smoothquant", "awq", "gptq", "fptq-best")}
     assert max(originals.values()) == pytest.approx(min(originals.values()), rel=1e-4)
 
 

@@ -33,7 +33,7 @@ class QuantizationError(ValueError):
 class Moments:
     """Σ over the calibration set's rows, as they will be read: quantized, and after what is quantized before them."""
 
-    hessian: torch.Tensor  # [K, K], 2xxᵀ
+    hessian: torch.Tensor  # [K, K], 2xxᵀ, symmetric: its upper triangle counts
     drift: torch.Tensor | None = None  # [K, K], 2(x̃ - x)xᵀ, with x̃ as the float model has it
 
 

@@ -17,6 +17,7 @@ from fptq_runtime.quantizer.steps.base import BlockWork, HeadWork, Moments, Quan
 from fptq_runtime.quantizer.steps.weights import Weights
 
 COLUMNS = 128  # rounded one by one before their errors go into a matrix product
+BAND = 1024  # rows of a Hessian added up at a time, from the diagonal on: half of it is the other half's mirror image
 DAMP_RAISES = 3
 
 
@@ -29,7 +30,7 @@ class Gptq(Weights):
     Hessian is not positive definite, which the layer's reason then says.
     refits: how often the scales are fitted to the codes by least squares, and the weights rounded again with them.
     asymmetric: aim for what the float model has at that place, W x̃, rather than W x (GPTAQ, arXiv 2504.02692), and
-    quantize each linear before the next one's inputs are observed. Three more passes over the calibration samples.
+    quantize each linear before the next one's inputs are observed: about two more passes over the calibration samples.
     """
 
     type: Literal["gptq"] = "gptq"  # type: ignore[assignment]
@@ -81,7 +82,7 @@ class Gptq(Weights):
         if target.moments is None:
             return super()._round(target, num_bits, group)
         moments, target.moments = target.moments, None  # as large as the weights, or larger
-        hessian = moments.hessian
+        hessian = moments.hessian.triu() + moments.hessian.triu(1).T
         importance = hessian.diagonal().clone()
         dead = importance == 0
         hessian.diagonal()[dead] = 1
@@ -174,7 +175,8 @@ def _add(target: Target, x: torch.Tensor, exact: torch.Tensor | None = None) -> 
     k = x.shape[1]
     if target.moments is None:
         target.moments = Moments(torch.zeros(k, k), None if exact is None else torch.zeros(k, k))
-    target.moments.hessian.addmm_(x.T, x, alpha=2)
+    for start in range(0, k, BAND):
+        target.moments.hessian[start : start + BAND, start:].addmm_(x[:, start : start + BAND].T, x[:, start:], alpha=2)
     if exact is not None and target.moments.drift is not None:
         target.moments.drift.addmm_((exact - x).T, x, alpha=2)
 

@@ -15,7 +15,8 @@ from tests.quantizer.test_folds import work_on
 
 
 def salient_work(path: Path) -> BlockWork:
-    """Four channels of what qkv and up read are thirty times as large as the others."""
+    """Four channels of what qkv and up read are thirty times as large as the others, and their weights as much
+    smaller: next to their neighbours', four bits hold little of them."""
     _, work = work_on("llama", path)
     for kind in ("qkv", "up"):
         target = work.targets[kind]
@@ -23,6 +24,7 @@ def salient_work(path: Path) -> BlockWork:
         scale[[3, 30, 60, 90]] = 30
         assert target.norm is not None
         target.norm.weight = target.norm.weight * scale
+        target.linear.weight = target.weight / scale
         target.stats.divide(1 / scale)
     return work
 
@@ -40,7 +42,7 @@ def test_salient_channels_are_spared(tmp_path: Path) -> None:
     before = {kind: squared_error(work, kind) for kind in ("qkv", "up")}
     Awq(group_size=32, clip=False).apply(work)
     for kind in before:
-        assert squared_error(work, kind) < 0.5 * before[kind]
+        assert squared_error(work, kind) < 0.3 * before[kind]
     assert all(target.equalized for target in work.targets.values())
 
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from fptq_runtime.artifact.numerics import dequantize, quantize_weight, unpack_codes
 from fptq_runtime.kernels.base import Linear, QuantizedWeight
 from fptq_runtime.quantizer.calibrate import InputStats, block_inputs
+from fptq_runtime.quantizer.steps import gptq
 from fptq_runtime.quantizer.steps.activations import Activations
 from fptq_runtime.quantizer.steps.base import Moments, QuantizationError, Target
 from fptq_runtime.quantizer.steps.gptq import Gptq, fit_scale, round_columns, triangular_factor
@@ -165,6 +166,22 @@ def test_hessians_are_of_the_quantized_inputs(tmp_path: Path, monkeypatch: pytes
         error = (dequantize(codes, weight.scale) - floats[kind]) @ x.T
         nearest = dequantize(*quantize_weight(floats[kind], 4, None)) - floats[kind]
         assert error.square().sum() < (nearest @ x.T).square().sum()
+
+
+def test_bands_of_a_hessian(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Added up band by band, it is the same where it counts, and so are the codes."""
+    torch.manual_seed(0)
+    weight, x = torch.randn(8, 96), correlated(300, 96, 0)
+    whole, banded = target_of(weight, x), target_of(weight, x)
+    banded.moments = None
+    monkeypatch.setattr("fptq_runtime.quantizer.steps.gptq.BAND", 40)
+    for batch in (x[:100], x[100:]):
+        gptq._add(banded, batch)
+    assert banded.moments is not None and whole.moments is not None
+    torch.testing.assert_close(banded.moments.hessian.triu(), whole.moments.hessian.triu(), rtol=1e-4, atol=1e-3)
+    assert not torch.allclose(banded.moments.hessian, whole.moments.hessian)
+    codes = [Gptq()._round(target, 4, 32)[0] for target in (whole, banded)]
+    assert (codes[0] == codes[1]).float().mean() > 0.9
 
 
 def test_asymmetric_aims_for_what_the_float_model_computes() -> None:
