@@ -76,6 +76,7 @@ def assert_refused(path: Path, *words: str) -> None:
     ({"intermediate_size": 137}, ["mlp.gate_proj.weight", "[136, 96]", "[137, 96]"]),
     ({"num_hidden_layers": 4}, ["no tensor", "model.layers.3"]),
     ({"quantization_config": {"quant_method": "hqq"}}, ["hqq", "compressed-tensors"]),
+    ({"quantization_config": {"quant_method": "gptq"}}, ["gptq", "bits", "not supported"]),
 ])
 def test_config_is_refused_by_name(copy: Path, changes: dict[str, Any], words: list[str]) -> None:
     change_config(copy, **changes)
