@@ -76,7 +76,7 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_flipped_bit_is_found_and_its_file_named(artifact: Path, data: st.DataObject) -> None:
     file = data.draw(st.sampled_from(sorted(artifact.iterdir())))

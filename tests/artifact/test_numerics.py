@@ -37,7 +37,7 @@ def theirs(x: np.ndarray, num_bits: int) -> np.ndarray:
     return np.clip(x, -largest, largest).astype(grid).astype(np.float32)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(arrays(np.float32, 16, elements=st.floats(-600, 600, width=32) | st.sampled_from(TIES + E2M1)),
        st.sampled_from([4, 8]))
 def test_rounding_is_ml_dtypes(x: np.ndarray, num_bits: int) -> None:
@@ -57,7 +57,7 @@ def test_every_tie_and_neighbour() -> None:
         assert np.array_equal(codes.float().numpy(), theirs(x, num_bits))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(n=st.integers(1, 5), k=st.integers(1, 70), seed=st.integers(0, 999))
 def test_packed_as_compressed_tensors_does(n: int, k: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -77,7 +77,7 @@ def test_fp8_is_stored_as_it_is() -> None:
     assert torch.equal(unpack_codes(codes, 8, 5).view(torch.uint8), codes.view(torch.uint8))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(seed=st.integers(0, 999), factor=st.sampled_from([1e-30, 1.0, 1e30]))
 def test_fp8_activations(seed: int, factor: float) -> None:
     """Against ml_dtypes on the scaled values; a row of zeros stays one; nothing is NaN."""
@@ -101,7 +101,7 @@ RULES = st.sampled_from(["m1", "m2"])
 RANGES = st.floats(0, 2.0**100, width=32) | st.sampled_from([0.0, 1e-45, 1e-38, 6 * 2.0**-20, 6.0, 448.0, 2.0**120])
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(amax=arrays(np.float32, (2, 3), elements=RANGES), rule=RULES)
 def test_powers_of_two(amax: np.ndarray, rule: Literal["m1", "m2"]) -> None:
     """No group saturates; M1's scales are powers of two, M2's the row's largest times one; half would not do."""

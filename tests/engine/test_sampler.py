@@ -127,7 +127,7 @@ def test_draws_follow_transformers_distribution(implementation: Implementation, 
     assert_drawn_from(frequencies(implementation, logits, **params), expected(logits, *processors))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(seed=st.integers(0, 1 << 20), size=st.sampled_from([2, 50, 300, 5000]), scale=st.sampled_from([0.01, 1.0, 8.0]),
        top_k=st.integers(0, 60), top_p=st.floats(0.05, 1.0), min_p=st.sampled_from([0.0, 0.0, 0.2]),
        temperature=st.sampled_from([1e-6, 0.6, 1.0, 3.0]))
@@ -203,7 +203,7 @@ def test_the_draw_depends_on_seed_and_position_alone(implementation: Implementat
     assert len(set(draws(implementation, logits, [request(seed=-1), request(seed=(1 << 64) - 1)]))) == 1
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(seed=st.integers(0, 1 << 20), size=st.sampled_from([1, 2, 97, 5000, 60000]),
        scale=st.sampled_from([0.0, 1.0, 50.0]), num_top=st.integers(0, 20))
 def test_logprobs_are_log_softmax(implementation: Implementation, seed: int, size: int, scale: float,
@@ -278,7 +278,7 @@ REQUESTS = st.builds(lambda output, seed, params: request(tuple(output), seed, *
                      st.lists(st.integers(0, 9), max_size=6), st.integers(-5, 1 << 50), PARAMS)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(requests=st.lists(REQUESTS, min_size=1, max_size=5), shape=st.sampled_from(sorted(SHAPES)),
        size=st.sampled_from([10, 97, 512, 513, 5000, 20011]), seed=st.integers(0, 1 << 20))
 def test_native_draws_what_the_reference_draws(native: Implementation, requests: list[Request], shape: str, size: int,
@@ -324,7 +324,7 @@ def test_uniform_is_numpys_philox(native: Implementation) -> None:
         assert token_id == bits >> 50
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(requests=st.lists(REQUESTS, min_size=2, max_size=6), shape=st.sampled_from(sorted(SHAPES)),
        size=st.sampled_from([97, 513, 20011]), seed=st.integers(0, 1 << 20), data=st.data())
 def test_bits_do_not_depend_on_company_threads_or_isa(

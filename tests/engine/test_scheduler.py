@@ -109,7 +109,7 @@ class SchedulerWalk(RuleBasedStateMachine):
         return r.block_table[position // 16] * 16 + position % 16
 
 
-SchedulerWalk.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+SchedulerWalk.TestCase.settings = settings(max_examples=60, stateful_step_count=40)
 TestSchedulerWalk = SchedulerWalk.TestCase
 
 

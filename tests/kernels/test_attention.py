@@ -98,7 +98,7 @@ def cut(draw: Any, length: int, most: int) -> list[int]:
 
 
 @pytest.mark.parametrize("isa", _native.available_isas())
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(data=st.data())
 def test_attention(isa: str, data: st.DataObject) -> None:
     draw: Any = data.draw
@@ -121,7 +121,7 @@ def test_attention(isa: str, data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize("isa", _native.available_isas())
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(data=st.data())
 def test_bits_depend_on_neither_threads_nor_steps_nor_blocks(isa: str, data: st.DataObject) -> None:
     """Long enough for two threads to share out one query's chunks."""

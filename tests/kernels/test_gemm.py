@@ -19,7 +19,7 @@ native = pytest.importorskip("fptq_runtime._native", reason="the native extensio
 
 ISAS = native.available_isas()
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-RANDOMIZED = {"max_examples": 60, "deadline": None, "derandomize": True}
+RANDOMIZED = {"max_examples": 60, "derandomize": True}
 
 
 def random_weight(rng, n, k, group_size, bits, unit_scale=False, bf16_scale=False):

@@ -7,7 +7,7 @@ from typing import Literal
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fptq_runtime import _native
@@ -16,7 +16,6 @@ from fptq_runtime.artifact.numerics import pack_codes
 POOL = _native.ThreadPool(3)
 
 
-@settings(deadline=None)
 @given(n=st.integers(1, 200), groups=st.integers(1, 9), group=st.sampled_from([32, 64, 128]) | st.integers(1, 200),
        bits=st.sampled_from([4, 8]), seed=st.integers(0, 2**32), bf16=st.booleans())
 def test_words_are_packed_as_their_codes(n: int, groups: int, group: int, bits: Literal[4, 8], seed: int,
@@ -39,7 +38,6 @@ def test_words_are_packed_as_their_codes(n: int, groups: int, group: int, bits: 
     assert np.array_equal(outputs[0], outputs[2])
 
 
-@settings(deadline=None)
 @given(n=st.integers(1, 200), k=st.integers(1, 300), bf16=st.booleans(), seed=st.integers(0, 2**32))
 def test_float_weights_on_a_pool(n: int, k: int, bf16: bool, seed: int) -> None:
     rng = np.random.default_rng(seed)

@@ -151,7 +151,7 @@ def theirs(directory: Path) -> PreTrainedTokenizerFast:
     return AutoTokenizer.from_pretrained(directory, local_files_only=True)
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(text=TEXTS)
 def test_ids_and_texts(ours: Tokenizer, theirs: PreTrainedTokenizerFast, text: str) -> None:
     for add_special_tokens in (True, False):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models
@@ -36,7 +36,6 @@ def streamed(tokenizer: Backend, prompt: list[int], ids: list[int]) -> str:
     return "".join(stream.step(token_id) or "" for token_id in ids)
 
 
-@settings(deadline=None)
 @given(prompt=texts, text=texts)
 def test_text_arrives_whole(prompt: str, text: str) -> None:
     ids = DEMO.encode(prompt + text, add_special_tokens=False)
@@ -48,7 +47,6 @@ def test_text_arrives_whole(prompt: str, text: str) -> None:
         assert "".join(stream.step(token_id) or "" for token_id in ids[split:]) == whole[len(before) :]
 
 
-@settings(deadline=None)
 @given(prompt=texts, text=texts)
 def test_spaces_and_bytes_of_sentencepiece(sentencepiece: Backend, prompt: str, text: str) -> None:
     def encoded(value: str) -> list[int]:
@@ -59,7 +57,6 @@ def test_spaces_and_bytes_of_sentencepiece(sentencepiece: Backend, prompt: str, 
     assert streamed(sentencepiece, prompt_ids, [0, 2, 0, 0, 3]) == " a the"
 
 
-@settings(deadline=None)
 @given(ids=st.lists(st.integers(0, 261), max_size=40), prompt=st.lists(st.integers(0, 261), max_size=10))
 def test_bytes_that_make_no_character_are_no_error(sentencepiece: Backend, ids: list[int],
                                                    prompt: list[int]) -> None:

@@ -25,7 +25,7 @@ def quantized(n: int, k: int, num_bits: Literal[4, 8], group: int | None, act: A
     return Linear("x", QuantizedWeight(pack_codes(codes, num_bits), scale, num_bits, group or k), torch.randn(n), act)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(n=st.integers(1, 9), groups=st.integers(1, 3), k=st.integers(1, 140), num_bits=st.sampled_from([4, 8]),
        group=st.sampled_from([None, 32, 64, 128]), seed=st.integers(0, 99))
 def test_compressed_tensors_reads_our_weights(n: int, groups: int, k: int, num_bits: Literal[4, 8], group: int | None,

@@ -138,7 +138,7 @@ def test_percentile_reaches_the_maximum_that_no_sampled_row_holds() -> None:
     assert largest < choose_range("percentile", 50.0, x, 0.9999) < 50
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(method=st.sampled_from(METHODS), kind=st.sampled_from(KINDS), seed=st.integers(0, 99),
        exponent=st.integers(-20, 20), unseen=st.floats(1, 1e3), num_bits=st.sampled_from([4, 8]))
 def test_invariants(method: RangeMethod, kind: str, seed: int, exponent: int, unseen: float, num_bits: int) -> None:

@@ -72,7 +72,7 @@ def test_lengths_of_a_workload(llama: Path, text: Path, source: str, tmp_path: P
     assert fewer[:-1] == made.windows[: len(fewer) - 1]
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.dictionaries(st.integers(1, 4000), st.integers(1, 50), min_size=1, max_size=30), st.integers(0, 99),
        st.integers(2, 20000))
 def test_drawn_lengths(counts: dict[int, int], seed: int, tokens: int) -> None:

@@ -62,7 +62,7 @@ def test_openapi(tiny: Served, operation: tuple[str, str]) -> None:
     method, path = operation
     schema = schemathesis.openapi.from_url(tiny.url + "/openapi.json")
 
-    @settings(max_examples=15, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=15, database=None, suppress_health_check=list(HealthCheck))
     @given(case=schema[path][method].as_strategy())
     def check(case: Any) -> None:
         case.call_and_validate(checks=[not_a_server_error, status_code_conformance, content_type_conformance,
@@ -79,7 +79,7 @@ def test_every_operation_is_tested(tiny: Served) -> None:
 @pytest.mark.parametrize(("path", "within", "field"), FIELDS, ids=str)
 def test_any_value_in_any_field(tiny: Served, path: str, within: str | None, field: str) -> None:
     """An answer or a one-line refusal in OpenAI's form, never a failure."""
-    @settings(max_examples=12, deadline=None, database=None)
+    @settings(max_examples=12, database=None)
     @given(value=JSON)
     def check(value: Any) -> None:
         body = json.loads(json.dumps(MINIMAL[path][1]))

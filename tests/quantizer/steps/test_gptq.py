@@ -49,7 +49,7 @@ def textbook(weight: np.ndarray, scale: np.ndarray, hessian: np.ndarray, damp: f
     return codes
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(seed=st.integers(0, 999), k=st.sampled_from([32, 96, 160]), ordered=st.booleans())
 def test_textbook(seed: int, k: int, ordered: bool) -> None:
     """160 columns are more than one block. A value within float's reach of a rounding boundary may fall to either

@@ -15,7 +15,7 @@ from tests.quantizer.models import DEMO, transplant_outliers
 from tests.quantizer.walk import float_logits
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(size=st.integers(1, 200), seed=st.integers(0, 99))
 def test_orthogonal(size: int, seed: int) -> None:
     matrix = RandomHadamard(size, seed)(torch.eye(size)).double().numpy()

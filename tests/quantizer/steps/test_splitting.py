@@ -50,7 +50,7 @@ def test_one_outlier_channel(family: str, tmp_path: Path) -> None:
     assert rescued < 1.1 * without_outlier < with_outlier
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(seed=st.integers(0, 999), n=st.integers(1, 6), k=st.integers(1, 12), more=st.integers(1, 20))
 def test_parts_add_up(seed: int, n: int, k: int, more: int) -> None:
     """To the very bit: halves are exact. And it is the largest column that was split, each time: against the method

@@ -110,7 +110,7 @@ def test_transforms_after_weights_are_refused(tmp_path: Path) -> None:
             Fptq().apply(work)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(seed=st.integers(0, 999), num_bits=st.sampled_from([4, 8]), group=st.sampled_from([None, 32]))
 def test_clip_search_finds_each_groups_best(seed: int, num_bits: int, group: int | None) -> None:
     """Against every ratio of the grid, group by group; never worse than no clip by more than the grid's own step."""

@@ -10,7 +10,7 @@ from fptq_runtime.models.tokenizer import Tokenizer
 from tests.server.conftest import Served
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(text=st.text(max_size=40))
 def test_there_and_back(served: Served, text: str) -> None:
     tokens = served.http.post("/tokenize", json={"prompt": text, "add_special_tokens": False}).json()["tokens"]

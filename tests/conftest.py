@@ -1,0 +1,8 @@
+"""For every test."""
+
+from __future__ import annotations
+
+from hypothesis import settings
+
+settings.register_profile("fptq", deadline=None)  # a busy machine is no failure
+settings.load_profile("fptq")
