@@ -202,7 +202,7 @@ def cli() -> None:
 @cli.command()
 @click.argument("model")
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--recipe", type=RecipeName(), default="fptq", show_default=True, help="A preset, or a YAML file.")
+@click.option("--recipe", type=RecipeName(), default="fptq-best", show_default=True, help="A preset, or a YAML file.")
 @click.option("--calibration", type=ExistingFile("random", "self"), help="A text file; `random`: vocabulary "
               "tokens; `self`: what the model writes (public-domain tales that come with fptq).")
 @click.option("--num-samples", type=click.IntRange(1), default=64, show_default=True, help="Calibration samples.")
@@ -382,7 +382,7 @@ def compare(model: str, recipes: tuple[str, ...], calibration: str | Path | None
 
 @cli.command()
 @click.argument("model")
-@click.option("--recipe", type=RecipeName(), default="fptq", show_default=True, help="A preset, or a YAML file.")
+@click.option("--recipe", type=RecipeName(), default="fptq-best", show_default=True, help="A preset, or a YAML file.")
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), default="report", show_default=True,
               help="Where index.html, analysis.json and analysis.jsonl go; an interrupted analysis there goes on.")
 @click.option("--calibration", type=ExistingFile("random", "self"), help="As for `fptq quantize`.")

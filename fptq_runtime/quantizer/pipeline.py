@@ -52,7 +52,7 @@ COPIED = (
 def quantize(
     model: str | Path,
     out: str | Path,
-    recipe: Recipe | str | Path = "fptq",
+    recipe: Recipe | str | Path = "fptq-best",
     *,
     calibration: str | Path | None = None,
     num_samples: int = 64,

@@ -72,27 +72,27 @@ class Recipe(BaseModel):
 
 
 PRESETS = (
+    Recipe(name="fptq-best", steps=(Fptq(safety=1.0), Gptq(asymmetric=True, refits=2))),
     Recipe(name="fptq", steps=(Fptq(), Weights(clip="mse"))),
     Recipe(name="rtn", steps=(Activations(scheme="static"), Weights())),
     Recipe(name="rtn-dynamic", steps=(Activations(scheme="dynamic"), Weights())),
-    Recipe(name="qat", steps=(Qat(), Activations(scheme="dynamic"), Weights())),
-    Recipe(name="w8a8-static", steps=(Activations(scheme="static"), Weights(num_bits=8, group_size=None, clip="mse"))),
-    Recipe(name="w8a8-dynamic", steps=(Activations(scheme="dynamic"),
-                                       Weights(num_bits=8, group_size=None, clip="mse"))),
-    Recipe(name="w8-dynamic-range", steps=(Activations(scheme="dynamic"), Weights(num_bits=8, group_size=None))),
-    Recipe(name="smoothquant", steps=(
-        SmoothQuant(), Activations(scheme="static", overrides={"down": "dynamic"}),
-        Weights(num_bits=8, group_size=None))),
     Recipe(name="os+", steps=(
         OutlierSuppression(), Activations(scheme="static", overrides={"down": "dynamic"}), Weights())),
     Recipe(name="aweq", steps=(Aweq(), Activations(scheme="dynamic"), Weights(bias_correction=True))),
     Recipe(name="cle", steps=(CrossLayer(), Activations(scheme="dynamic"), Weights())),
     Recipe(name="ocs", steps=(ChannelSplitting(), Activations(scheme="dynamic"), Weights())),
+    Recipe(name="qat", steps=(Qat(), Activations(scheme="dynamic"), Weights())),
     Recipe(name="zeroquant-fp", steps=(
         Activations(scheme="dynamic", grid="float"), Gptq(grid="float", scales="m2", lorc=8))),
-    Recipe(name="fptq-best", steps=(Fptq(safety=1.0), Gptq(asymmetric=True, refits=2))),
     Recipe(name="gptq", steps=(Activations(scheme="float"), Gptq(head_bits=16))),
     Recipe(name="awq", steps=(Awq(), Activations(scheme="float"), Weights(head_bits=16))),
+    Recipe(name="smoothquant", steps=(
+        SmoothQuant(), Activations(scheme="static", overrides={"down": "dynamic"}),
+        Weights(num_bits=8, group_size=None))),
+    Recipe(name="w8a8-static", steps=(Activations(scheme="static"), Weights(num_bits=8, group_size=None, clip="mse"))),
+    Recipe(name="w8a8-dynamic", steps=(Activations(scheme="dynamic"),
+                                       Weights(num_bits=8, group_size=None, clip="mse"))),
+    Recipe(name="w8-dynamic-range", steps=(Activations(scheme="dynamic"), Weights(num_bits=8, group_size=None))),
     Recipe(name="bf16", steps=(Activations(scheme="float"), Weights(num_bits=16, head_bits=16))),
     Recipe(name="fp16", steps=(Activations(scheme="float"), Weights(num_bits=16, head_bits=16, dtype="fp16"))),
 )
