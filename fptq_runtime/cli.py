@@ -234,7 +234,7 @@ def quantize(model: str, out: Path, recipe: str, revision: str | None, max_loss:
     if max_loss is None and extra_bytes is None:
         manifest = quantize(source, out, recipe, progress=True, **options)
         return manifest.model_dump(mode="json"), summarize(manifest)
-    from fptq_runtime.quantizer.budget import Budget, quantize_within
+    from fptq_runtime.analysis.budget import Budget, quantize_within
     from fptq_runtime.quantizer.recipe import load_recipe
 
     budget = Budget(max_loss, extra_bytes)
@@ -406,9 +406,9 @@ def analyze(model: str, recipe: str, out: Path, text: Path | None, studies: tupl
     from fptq_runtime.locate import find_model
 
     source = find_model(model)
-    from fptq_runtime.quantizer import analyze as analyzing
-    from fptq_runtime.quantizer.advice import advise
-    from fptq_runtime.quantizer.analysis_page import page
+    from fptq_runtime.analysis import analyze as analyzing
+    from fptq_runtime.analysis.advice import advise
+    from fptq_runtime.analysis.page import page
     from fptq_runtime.quantizer.calibrate import packaged_text, read_text
     from fptq_runtime.quantizer.recipe import load_recipe
 

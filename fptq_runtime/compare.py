@@ -15,6 +15,7 @@ import torch
 from tqdm import tqdm
 
 from fptq_runtime import __version__, bench, tasks
+from fptq_runtime.analysis import plots
 from fptq_runtime.config import KVCacheDtype
 from fptq_runtime.engine.engine import Engine
 from fptq_runtime.engine.llm import LLM
@@ -23,7 +24,6 @@ from fptq_runtime.kernels.select import select_backend
 from fptq_runtime.models.decoder import Decoder
 from fptq_runtime.models.loader import Checkpoint, load_model
 from fptq_runtime.models.tokenizer import Tokenizer
-from fptq_runtime.quantizer import plots
 from fptq_runtime.quantizer.calibrate import Text, sum_nll
 from fptq_runtime.quantizer.evaluate import MAX_WINDOW, sum_kl, text_windows, window_logits
 from fptq_runtime.quantizer.pipeline import quantize

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from tqdm import tqdm
 
+from fptq_runtime.analysis.sensitivity import Captured, Probe, capture
 from fptq_runtime.artifact.io import Manifest
 from fptq_runtime.artifact.numerics import dequantize, quantize_weight
 from fptq_runtime.models.decoder import Block
@@ -22,7 +23,6 @@ from fptq_runtime.quantizer.calibrate import BLOCK_KINDS, HiddenStates, Kind, pa
 from fptq_runtime.quantizer.evaluate import text_windows
 from fptq_runtime.quantizer.pipeline import quantize
 from fptq_runtime.quantizer.recipe import Recipe
-from fptq_runtime.quantizer.sensitivity import Captured, Probe, capture
 from fptq_runtime.quantizer.source import resolve_model
 from fptq_runtime.quantizer.steps.base import QuantizationError, matches
 

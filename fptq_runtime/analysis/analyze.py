@@ -17,6 +17,7 @@ import torch
 from tqdm import tqdm
 
 from fptq_runtime import __version__
+from fptq_runtime.analysis.sensitivity import KINDS, Loss, Probe, capture
 from fptq_runtime.artifact.io import Manifest, hash_file
 from fptq_runtime.kernels.base import QuantizedWeight
 from fptq_runtime.kernels.reference import ReferenceBackend, dequantized
@@ -27,7 +28,6 @@ from fptq_runtime.quantizer.calibrate import BLOCK_KINDS, HiddenStates, InputSta
 from fptq_runtime.quantizer.evaluate import text_windows
 from fptq_runtime.quantizer.ranges import RangeMethod
 from fptq_runtime.quantizer.recipe import Recipe
-from fptq_runtime.quantizer.sensitivity import KINDS, Loss, Probe, capture
 from fptq_runtime.quantizer.source import resolve_model
 from fptq_runtime.quantizer.steps.base import QuantizationError
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fptq_runtime.analysis.sensitivity import KINDS, Captured, Probe, capture
 from fptq_runtime.kernels.reference import ReferenceBackend
 from fptq_runtime.models.loader import Checkpoint, load_model
 from fptq_runtime.models.tokenizer import Tokenizer
@@ -14,7 +15,6 @@ from fptq_runtime.quantizer.calibrate import BLOCK_KINDS, Text
 from fptq_runtime.quantizer.evaluate import evaluate, sum_kl, text_windows, window_logits
 from fptq_runtime.quantizer.pipeline import quantize
 from fptq_runtime.quantizer.recipe import Recipe, load_recipe
-from fptq_runtime.quantizer.sensitivity import KINDS, Captured, Probe, capture
 from fptq_runtime.quantizer.steps.base import QuantizationError
 from fptq_runtime.quantizer.steps.fptq import Fptq
 from fptq_runtime.quantizer.steps.weights import Weights

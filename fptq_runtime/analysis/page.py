@@ -10,8 +10,8 @@ from typing import Any
 import yaml
 from jinja2 import Environment, StrictUndefined
 
-from fptq_runtime.quantizer import plots
-from fptq_runtime.quantizer.analyze import EXPONENTS, STUDIES
+from fptq_runtime.analysis import plots
+from fptq_runtime.analysis.analyze import EXPONENTS, STUDIES
 from fptq_runtime.quantizer.calibrate import BLOCK_KINDS
 from fptq_runtime.quantizer.report import format_size
 
@@ -20,7 +20,7 @@ Data = Mapping[str, Any]
 
 def page(data: Data, advice: Data) -> str:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    template = resources.files("fptq_runtime.quantizer").joinpath("data", "analysis.html.j2").read_text("utf-8")
+    template = resources.files("fptq_runtime.analysis").joinpath("page.html.j2").read_text("utf-8")
     quantization = {row["name"]: row for row in data["quantization"]}
     rows = []
     for row in data["activations"]:

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from fptq_runtime import cli
+from fptq_runtime.analysis.budget import Budget, quantize_within
 from fptq_runtime.artifact.io import read_manifest
-from fptq_runtime.quantizer.budget import Budget, quantize_within
 from fptq_runtime.quantizer.pipeline import quantize
 from fptq_runtime.quantizer.recipe import Recipe, load_recipe
 from fptq_runtime.quantizer.steps.activations import Activations

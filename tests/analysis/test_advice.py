@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from fptq_runtime.quantizer.advice import advise, loss_of
+from fptq_runtime.analysis.advice import advise, loss_of
 
 KINDS = ("qkv", "o", "up", "down")
 

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 
 from fptq_runtime import cli
-from fptq_runtime.quantizer import analyze as module
-from fptq_runtime.quantizer.advice import advise
-from fptq_runtime.quantizer.analysis_page import page
-from fptq_runtime.quantizer.analyze import AnalysisError, Journal, analyze
+from fptq_runtime.analysis import analyze as module
+from fptq_runtime.analysis.advice import advise
+from fptq_runtime.analysis.analyze import AnalysisError, Journal, analyze
+from fptq_runtime.analysis.page import page
+from fptq_runtime.analysis.sensitivity import Probe
 from fptq_runtime.quantizer.calibrate import Text
 from fptq_runtime.quantizer.recipe import load_recipe
-from fptq_runtime.quantizer.sensitivity import Probe
 from tests.quantizer.models import save_model
 
 TEXT = Text("fox", "The quick brown fox jumps over the lazy dog, and then some more. " * 9, "0" * 64)

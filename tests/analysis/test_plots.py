@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fptq_runtime.quantizer import plots
+from fptq_runtime.analysis import plots
 
 SVG = "{http://www.w3.org/2000/svg}"
 characters = st.characters(codec="utf-8", exclude_categories=("Cc", "Cs"), exclude_characters="\ufffe\uffff")
