@@ -89,7 +89,8 @@ PRESETS = (
     Recipe(name="smoothquant", steps=(
         SmoothQuant(), Activations(scheme="static", overrides={"down": "dynamic"}),
         Weights(num_bits=8, group_size=None))),
-    Recipe(name="w8a8-static", steps=(Activations(scheme="static"), Weights(num_bits=8, group_size=None, clip="mse"))),
+    Recipe(name="w8a8-static", steps=(Activations(scheme="static", range="mse"),
+                                      Weights(num_bits=8, group_size=None, clip="mse"))),
     Recipe(name="w8a8-dynamic", steps=(Activations(scheme="dynamic"),
                                        Weights(num_bits=8, group_size=None, clip="mse"))),
     Recipe(name="w8-dynamic-range", steps=(Activations(scheme="dynamic"), Weights(num_bits=8, group_size=None))),
