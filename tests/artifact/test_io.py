@@ -7,6 +7,7 @@ import json
 import os
 import resource
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -187,24 +188,26 @@ def test_a_mount_point_is_refused_before_the_work(tmp_path: Path, monkeypatch: p
         ArtifactWriter(tmp_path / "out")
 
 
-@pytest.fixture
+@contextmanager
 def full_disk() -> Iterator[None]:
-    """A limit on file sizes fails in the same calls as a disk without space. Python ignores its signal."""
+    """A limit on file sizes fails in the same calls as a disk without space. Python ignores its signal. Not a fixture:
+    pytest's own output may be a larger file."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize("large", ["tensors", "text", "copy", "index", "manifest"])
 @pytest.mark.parametrize("exists", [False, True])
-def test_a_full_disk(tmp_path: Path, request: pytest.FixtureRequest, large: str, exists: bool) -> None:
+def test_a_full_disk(tmp_path: Path, large: str, exists: bool) -> None:
     """Whatever is being written when it fills up, nothing of it is left, and what was there stays."""
     out, source, too_much = tmp_path / "out", tmp_path / "source" / "tokenizer.json", "x" * 5000
     source.parent.mkdir()
     source.write_text(too_much if large == "copy" else "{}")
     before = write(out) if exists else None
-    request.getfixturevalue("full_disk")
 
     def run() -> None:
         with ArtifactWriter(out, overwrite=True, shard_bytes=300 if large == "index" else 1 << 20) as writer:
@@ -216,7 +219,7 @@ def test_a_full_disk(tmp_path: Path, request: pytest.FixtureRequest, large: str,
             writer.copy_file(source)
             writer.commit(UNSIGNED.model_copy(update={"golden": {"x": too_much}}) if large == "manifest" else UNSIGNED)
 
-    with pytest.raises(ArtifactError, match=f"cannot write to {tmp_path}: ") as error:
+    with full_disk(), pytest.raises(ArtifactError, match=f"cannot write to {tmp_path}: ") as error:
         run()
     assert "\n" not in str(error.value)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["out"] * exists + ["source"]
