@@ -115,7 +115,7 @@ def test_searched_weights(made: Recipe | str, tmp_path: Path, text: Path) -> Non
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Manifest]:
     out = tmp_path_factory.mktemp("demo") / "out"
-    return out, quantize(DEMO, out, num_samples=16, text_tokens=6000)
+    return out, quantize(DEMO, out, "fptq", num_samples=16, text_tokens=6000)
 
 
 def test_demo(demo: tuple[Path, Manifest]) -> None:
@@ -199,8 +199,8 @@ def damage(path: Path, name: str, value: float) -> None:
     ("model.layers.0.mlp.down_proj.weight", float("nan"), "down_proj.weight holds NaN"),
     ("model.embed_tokens.weight", float("nan"), "embed_tokens.weight holds NaN"),
     ("model.norm.weight", float("nan"), "model.norm.weight holds NaN"),
-    ("model.layers.0.self_attn.o_proj.weight", 0.0, "every quantized weight is the same"),
-    ("model.layers.0.self_attn.o_proj.weight", 1.0, "every quantized weight is the same"),
+    ("model.layers.0.self_attn.o_proj.weight", 0.0, "every weight is the same"),
+    ("model.layers.0.self_attn.o_proj.weight", 1.0, "every weight is the same"),
 ])
 def test_damaged_weights_are_refused(source: Path, text: Path, tmp_path: Path, name: str, value: float,
                                      message: str) -> None:
@@ -214,7 +214,7 @@ def test_damaged_weights_are_refused(source: Path, text: Path, tmp_path: Path, n
 @pytest.mark.parametrize("preset", ["rtn", "w8a8-static", "zeroquant-fp"])
 @pytest.mark.parametrize(("module", "change", "message"), [
     ("mlp.down_proj", torch.sign, "ends of their range"),
-    ("self_attn.o_proj", torch.ones_like, "every quantized weight is the same"),
+    ("self_attn.o_proj", torch.ones_like, "every weight is the same"),
     ("mlp.up_proj", lambda weight: weight * 1e38, "not finite"),
     ("input_layernorm", lambda weight: weight * 1e30, "not finite"),
 ])

@@ -91,6 +91,8 @@ class Weights(Step):
         if num_bits == 16:
             target.keep_float(torch.bfloat16 if self.dtype == "bf16" else torch.float16)
             return
+        if bool(target.weight.amin() == target.weight.amax()):
+            raise QuantizationError(f"{target.linear.name}: every weight is the same; the checkpoint may be damaged")
         k = target.weight.shape[1]
         group = None if self.grid == "float" and num_bits == 8 else usable_group(k, group_size)
         codes, scale = self._round(target, num_bits, group)
