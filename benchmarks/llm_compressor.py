@@ -1,9 +1,9 @@
 """A model quantized by llm-compressor's GPTQ to W4A8, with its own defaults, on the samples that `fptq quantize` draws.
 
-    python -m benchmarks.llm_compressor ../shared/models/tales-6m /tmp/tales-w4a8 \\
+    python -m benchmarks.llm_compressor ../shared/models/tales-6m tales-w4a8 \\
         --calibration ../shared/data/calibration/tales.txt
     python -m benchmarks.quality ../shared/models/tales-6m=../shared/data/eval/tales.txt \\
-        --checkpoint tales-6m:llm-compressor=/tmp/tales-w4a8
+        --checkpoint tales-6m:llm-compressor=tales-w4a8
 
 The first run installs llm-compressor (1.5 GB) into an environment of its own, --environment; on a machine without a GPU
 name the index of PyTorch's CPU build to pip (`PIP_EXTRA_INDEX_URL`). The scheme is W4A8: int4 in groups of 128, int8
