@@ -26,9 +26,8 @@ from fptq_runtime.models.loader import Checkpoint, load_model
 from fptq_runtime.models.tokenizer import Tokenizer
 from fptq_runtime.quantizer.calibrate import Text, sum_nll
 from fptq_runtime.quantizer.evaluate import MAX_WINDOW, sum_kl, text_windows, window_logits
-from fptq_runtime.quantizer.pipeline import quantize
+from fptq_runtime.quantizer.pipeline import open_float, quantize
 from fptq_runtime.quantizer.recipe import Recipe
-from fptq_runtime.quantizer.source import resolve_model
 from fptq_runtime.quantizer.steps.base import QuantizationError
 
 PROMPT = 512  # tokens of the prompts that speed is measured with, where the model's positions allow it
@@ -121,10 +120,7 @@ def compare(
     A recipe that this model refuses becomes a row with the reason. Raises ValueError where the float model itself
     cannot be measured.
     """
-    source = resolve_model(str(model))
-    checkpoint = Checkpoint(source.path)
-    if checkpoint.quantized:
-        raise QuantizationError(f"{source.name} is quantized already; compare recipes on the float model")
+    source, checkpoint = open_float(model, "compare recipes on the float model")
     config = checkpoint.model_config
     windows = text_windows(text, Tokenizer(source.path), config.max_position_embeddings, max_tokens)
     accuracy = accuracy or Tasks()

@@ -26,10 +26,9 @@ from fptq_runtime.models.loader import Checkpoint, load_block, load_stem
 from fptq_runtime.models.tokenizer import Tokenizer
 from fptq_runtime.quantizer.calibrate import BLOCK_KINDS, HiddenStates, InputStats, Kind, Text, observe_block
 from fptq_runtime.quantizer.evaluate import text_windows
+from fptq_runtime.quantizer.pipeline import open_float
 from fptq_runtime.quantizer.ranges import RangeMethod
 from fptq_runtime.quantizer.recipe import Recipe
-from fptq_runtime.quantizer.source import resolve_model
-from fptq_runtime.quantizer.steps.base import QuantizationError
 
 STUDIES = ("one-only", "linears", "leave-one-out", "cumulative", "activations", "sizes", "ranges")
 QUICK = ("one-only", "activations")
@@ -90,10 +89,7 @@ def analyze(
     it begins to differ. Keys and values stay in float here: what the cache costs belongs to no layer. Raises
     ValueError, one line.
     """
-    source = resolve_model(str(model))
-    checkpoint = Checkpoint(source.path)
-    if checkpoint.quantized:
-        raise QuantizationError(f"{source.name} is quantized already; analyze the float model it was made from")
+    source, checkpoint = open_float(model, "analyze the float model it was made from")
     layers = checkpoint.model_config.num_layers
     windows = text_windows(text, Tokenizer(source.path), checkpoint.model_config.max_position_embeddings, max_tokens)
     subject = {

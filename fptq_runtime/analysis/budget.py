@@ -17,13 +17,11 @@ from fptq_runtime.analysis.sensitivity import Captured, Probe, capture
 from fptq_runtime.artifact.io import Manifest
 from fptq_runtime.artifact.numerics import dequantize, quantize_weight
 from fptq_runtime.models.decoder import Block
-from fptq_runtime.models.loader import Checkpoint
 from fptq_runtime.models.tokenizer import Tokenizer
 from fptq_runtime.quantizer.calibrate import BLOCK_KINDS, HiddenStates, Kind, packaged_text, read_text
 from fptq_runtime.quantizer.evaluate import text_windows
-from fptq_runtime.quantizer.pipeline import quantize
+from fptq_runtime.quantizer.pipeline import open_float, quantize
 from fptq_runtime.quantizer.recipe import Recipe
-from fptq_runtime.quantizer.source import resolve_model
 from fptq_runtime.quantizer.steps.base import QuantizationError, matches
 
 RANKED_TOKENS = 4096  # of the text, that sensitivity is measured on
@@ -86,10 +84,7 @@ def quantize_within(
     """
     if recipe.weights.num_bits == 16:
         raise QuantizationError(f"{recipe.name} leaves the linears in 16 bits, which no budget can raise")
-    source = resolve_model(str(model))
-    checkpoint = Checkpoint(source.path)
-    if checkpoint.quantized:
-        raise QuantizationError(f"{source.name} is quantized already; quantize the float model it was made from")
+    source, checkpoint = open_float(model, "quantize the float model it was made from")
     context = checkpoint.model_config.max_position_embeddings
     measured_on = packaged_text("heldout") if text is None else read_text(text)
     tokenizer = Tokenizer(source.path)

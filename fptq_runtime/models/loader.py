@@ -66,11 +66,12 @@ class Checkpoint:
         self.notes: Counter[str] = Counter()
         self._tensors = Tensors(self.path, self.spec.bare_prefix)
         self.activations: Activations = "checkpoint"
-        stored = self.linear_schemes
-        self.activations = activations
-        if activations == "int8" and self.linear_schemes == stored:
-            raise CheckpointError(f"{self.path} has no layer with integer weights and float activations: activations "
-                                  "int8 would change nothing; leave it out")
+        if activations == "int8":
+            stored = self.linear_schemes
+            self.activations = activations
+            if self.linear_schemes == stored:
+                raise CheckpointError(f"{self.path} has no layer with integer weights and float activations: "
+                                      "activations int8 would change nothing; leave it out")
 
     @property
     def quantized(self) -> bool:

@@ -7,13 +7,28 @@ vocabulary, and ignored by others with a warning: a linear's `low_rank_down` [r,
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from fptq_runtime.artifact.io import ArtifactWriter
 from fptq_runtime.artifact.scheme import LayerScheme, QuantizationArgs
 from fptq_runtime.kernels.base import Array, Embedding, Linear, Norm, QuantizedWeight
 from fptq_runtime.kernels.reference import to_numpy
+
+COMPANIONS = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
+    "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json",
+    "LICENSE*", "NOTICE*",
+)
+
+
+def copy_companions(source: Path, writer: ArtifactWriter) -> None:
+    """What lies beside a model's weights and belongs to it."""
+    for pattern in COMPANIONS:
+        for file in sorted(source.glob(pattern)):
+            writer.copy_file(file)
 
 
 def module_tensors(name: str, module: Linear | Norm | Embedding) -> dict[str, Array]:

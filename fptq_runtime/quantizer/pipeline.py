@@ -28,10 +28,10 @@ from fptq_runtime.quantizer.calibrate import (
     read_text,
 )
 from fptq_runtime.quantizer.evaluate import MAX_WINDOW, text_windows
-from fptq_runtime.quantizer.export import linear_scheme, module_tensors, quantization_config
+from fptq_runtime.quantizer.export import copy_companions, linear_scheme, module_tensors, quantization_config
 from fptq_runtime.quantizer.recipe import Recipe, RecipeError, load_recipe
 from fptq_runtime.quantizer.samples import calibration_set
-from fptq_runtime.quantizer.source import load_tokenizer, resolve_model
+from fptq_runtime.quantizer.source import Source, load_tokenizer, resolve_model
 from fptq_runtime.quantizer.steps.base import (
     HeadWork,
     QuantizationError,
@@ -42,11 +42,6 @@ from fptq_runtime.quantizer.steps.base import (
 )
 
 GOLDEN_TOKENS = 32
-COPIED = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
-    "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json",
-    "LICENSE*", "NOTICE*",
-)
 
 
 def quantize(
@@ -74,10 +69,7 @@ def quantize(
     `out` then.
     """
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
-    source = resolve_model(str(model))
-    checkpoint = Checkpoint(source.path)
-    if checkpoint.quantized:
-        raise QuantizationError(f"{source.name} is quantized already; quantize the float model it was made from")
+    source, checkpoint = open_float(model, "quantize the float model it was made from")
     config = checkpoint.model_config
     tokenizer = load_tokenizer(source.path)
     measured_on = packaged_text("heldout") if text is None else read_text(text)
@@ -97,9 +89,7 @@ def quantize(
             for _ in run.walk():
                 bar.update()
         run.write_config()
-        for pattern in COPIED:
-            for file in sorted(source.path.glob(pattern)):
-                writer.copy_file(file)
+        copy_companions(source.path, writer)
         if tokenizer.serialized != Tokenizer(writer.directory).serialized:
             writer.add_file("tokenizer.json", tokenizer.serialized)
         provenance = Provenance(
@@ -131,6 +121,16 @@ def quantize(
     if run.tuned:
         shutil.rmtree(state, ignore_errors=True)
     return manifest
+
+
+def open_float(model: str | Path, instead: str) -> tuple[Source, Checkpoint]:
+    """`resolve_model`, opened. Raises CheckpointError, and where it is quantized QuantizationError, which says what to
+    do `instead`."""
+    source = resolve_model(str(model))
+    checkpoint = Checkpoint(source.path)
+    if checkpoint.quantized:
+        raise QuantizationError(f"{source.name} is quantized already; {instead}")
+    return source, checkpoint
 
 
 class _Run:

@@ -23,8 +23,7 @@ from fptq_runtime.models.loader import Checkpoint, CheckpointError, load_block, 
 from fptq_runtime.models.tokenizer import Tokenizer
 from fptq_runtime.quantizer.calibrate import Text
 from fptq_runtime.quantizer.evaluate import perplexity, text_windows
-from fptq_runtime.quantizer.export import linear_scheme, module_tensors, quantization_config
-from fptq_runtime.quantizer.pipeline import COPIED
+from fptq_runtime.quantizer.export import copy_companions, linear_scheme, module_tensors, quantization_config
 
 
 @dataclass(frozen=True)
@@ -70,9 +69,7 @@ def export(path: Path, out: Path, text: Text, backend: Backend, text_tokens: int
         config = {**checkpoint.config, "tie_word_embeddings": checkpoint.tied}
         config["quantization_config"] = quantization_config(schemes, checkpoint.spec.lm_head, ignored)
         writer.add_file("config.json", json.dumps(config, indent=2) + "\n")
-        for pattern in COPIED:
-            for file in sorted(path.glob(pattern)):
-                writer.copy_file(file)
+        copy_companions(path, writer)
         before, after = (perplexity(load_model(Checkpoint(model), backend), backend, windows, progress=progress)
                          for model in (path, writer.directory))
         size = writer.publish()

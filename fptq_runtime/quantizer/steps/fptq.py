@@ -22,6 +22,7 @@ from fptq_runtime.quantizer.steps.base import (
     relative_error,
     static_act,
 )
+from fptq_runtime.quantizer.steps.weights import usable_group
 
 Policy = Literal["static", "lae", "dynamic"]
 
@@ -129,7 +130,7 @@ class Fptq(Step):
         x, weight, amax = probe.sample, probe.weight, probe.amax
         if scale is not None:
             x, weight, amax = x / scale, weight * scale, amax / scale
-        quantized = dequantize(*quantize_weight(weight, 4, None if weight.shape[1] % 128 else 128))
+        quantized = dequantize(*quantize_weight(weight, 4, usable_group(weight.shape[1], 128)))
         return relative_error(quantize_activations(x, self._act(amax, x, dynamic)) @ quantized.T, probe.exact)
 
     @property

@@ -10,6 +10,7 @@ from fptq_runtime.artifact.numerics import dequantize, quantize_weight
 from fptq_runtime.kernels.base import ActivationQuant
 from fptq_runtime.kernels.reference import quantize_activations
 from fptq_runtime.quantizer.steps.base import Step, Target, relative_error, static_act
+from fptq_runtime.quantizer.steps.weights import usable_group
 
 SEARCH_TOKENS = 256  # of the sample
 SEARCH_OUTPUTS = 1024  # rows of the weight
@@ -30,7 +31,7 @@ class ScaleSearch(Step):
         exact = x @ weight.T
 
         def error(scale: torch.Tensor) -> float:
-            group = None if self.group_size is None or scale.numel() % self.group_size else self.group_size
+            group = usable_group(scale.numel(), self.group_size)
             quantized = dequantize(*quantize_weight(weight * scale, self.num_bits, group))
             act = static_act(target.stats.amax / scale) if self.activations == "static" else ActivationQuant()
             return relative_error(quantize_activations(x / scale, act) @ quantized.T, exact)
