@@ -458,8 +458,8 @@ static Chunk find_chunk(const AttentionView& a, const KvCache& cache, const Atte
   return c;
 }
 
-static inline size_t out_offset(const AttentionView& a, const AttentionTile& tile, int r) {
-  const int token = tile.row + r / tile.heads, head = tile.first_head + r % tile.heads;
+static inline size_t row_offset(const AttentionView& a, const AttentionTile& tile, int r) {
+  const int token = r / tile.heads, head = tile.first_head + r % tile.heads;
   return (static_cast<size_t>(token) * a.num_heads + head) * a.head_dim;
 }
 
@@ -474,7 +474,7 @@ static void attention_tile(const AttentionView& a, const KvCache& cache, const A
   const bool int8 = cache.type == KvType::kInt8;
   TileRows rows;
   for (int r = 0; r < count; ++r) {
-    rows.q[r] = tile.q + out_offset(a, tile, r);
+    rows.q[r] = tile.q + row_offset(a, tile, r);
     rows.position[r] = tile.position + r / tile.heads;
     rows.slope[r] = a.alibi_slopes ? a.alibi_slopes[tile.first_head + r % tile.heads] * kLog2e : 0.0f;
     rows.scale[r] = a.softmax_scale * kLog2e;
@@ -529,7 +529,7 @@ static void attention_tile(const AttentionView& a, const KvCache& cache, const A
   }
   if (tile.partials) return;
   for (int r = 0; r < count; ++r)
-    write_row(rows.values + r * padded, rows.sum[r], a.head_dim, tile.out + out_offset(a, tile, r));
+    write_row(rows.values + r * padded, rows.sum[r], a.head_dim, tile.out + row_offset(a, tile, r));
 }
 
 // Second pass of a tile whose chunks were attended apart: tile.partials holds all of tile.chunks.
@@ -542,7 +542,7 @@ static void merge_partials(const AttentionView& a, const AttentionTile& tile) {
       const float* partial = tile.partials + (static_cast<size_t>(c) * rows + r) * size;
       merge(row_max, row_sum, values, partial[0], partial[1], partial + 2, padded);
     }
-    write_row(values, row_sum, a.head_dim, tile.out + out_offset(a, tile, r));
+    write_row(values, row_sum, a.head_dim, tile.out + row_offset(a, tile, r));
   }
 }
 

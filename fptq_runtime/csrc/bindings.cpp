@@ -134,7 +134,7 @@ NB_MODULE(_native, m) {
       .def("linear", &Program::linear, "x"_a, "linear"_a, "residual"_a.none())
       .def("activation", &Program::activation, "x"_a, "kind"_a, "act"_a.none())
       .def("rope_and_cache", &Program::rope_and_cache, "qkv"_a, "attention"_a)
-      .def("attention", &Program::attention, "q"_a, "attention"_a, "act"_a.none())
+      .def("attention", &Program::attention, "q"_a, "attention"_a, "act"_a.none(), "selected"_a)
       .def("select_rows", &Program::select_rows, "x"_a)
       .def("finish", &Program::finish, "logits"_a)
       .def_prop_ro("logits_width", &Program::logits_width)

@@ -374,20 +374,21 @@ int Program::rope_and_cache(int qkv, std::shared_ptr<const AttentionParameter> a
   return out;
 }
 
-int Program::attention(int q, std::shared_ptr<const AttentionParameter> attention, Act act) {
+int Program::attention(int q, std::shared_ptr<const AttentionParameter> attention, Act act, bool selected) {
   check(*attention);
   const int width = attention->view.num_heads * attention->view.head_dim;
   if (float_value(q, width, "attention").selected) refuse("attention must come before select_rows");
-  const int out = define("attention", width, false, {}, {q}, -1);
+  const int out = define("attention", width, selected, {}, {q}, -1);
   record([=, this_ = this](const StepView& step) {
-    this_->attend(*attention, this_->floats(q, step), this_->floats(out, step), step);
+    this_->attend(*attention, this_->floats(q, step), this_->floats(out, step), selected, step);
   });
   return quantize(out, act);
 }
 
 // One task for each (sequence, KV head, some query rows). Those that would leave a thread waiting are split into parts of
 // whole KV chunks, whose partial softmaxes are merged in order afterwards.
-void Program::attend(const AttentionParameter& attention, const float* q, float* out, const StepView& step) {
+void Program::attend(const AttentionParameter& attention, const float* q, float* out, bool selected,
+                     const StepView& step) {
   const AttentionView& a = attention.view;
   const KvCache& cache = cache_[attention.layer];
   const int group = a.num_heads / a.num_kv_heads;
@@ -398,13 +399,15 @@ void Program::attend(const AttentionParameter& attention, const float* q, float*
   const auto cost = [](const AttentionTile& tile) {
     return static_cast<long>(tile.chunks) * (tile.tokens * tile.heads + kChunkCost);
   };
-  for (int s = 0; s < step.seqs; ++s) {
-    const int begin = step.query_start_loc[s], end = step.query_start_loc[s + 1];
+  const size_t width = static_cast<size_t>(a.num_heads) * a.head_dim;
+  // Rows begin to end - 1 of sequence s, whose outputs lie together from row `to` on.
+  const auto add = [&](int s, int begin, int end, int to) {
     for (int h = 0; h < a.num_kv_heads; ++h) {
       for (int head = 0; head < group; head += heads) {
         for (int row = begin; row < end; row += tokens) {
-          AttentionTile tile{q, out, step.block_tables + static_cast<size_t>(s) * step.table_width,
-                             row, step.positions[row], std::min(tokens, end - row),
+          AttentionTile tile{q + row * width, out + (to + row - begin) * width,
+                             step.block_tables + static_cast<size_t>(s) * step.table_width,
+                             step.positions[row], std::min(tokens, end - row),
                              h, h * group + head, std::min(heads, group - head), 0, 0, nullptr};
           const int last = tile.position + tile.tokens - 1;
           if (a.sliding_window) tile.first_chunk = std::max(0, tile.position - a.sliding_window + 1) / kKvChunk;
@@ -414,6 +417,16 @@ void Program::attend(const AttentionParameter& attention, const float* q, float*
         }
       }
     }
+  };
+  if (selected) {
+    for (int i = 0, next; i < step.rows; i = next) {
+      const int row = step.logits_rows[i];
+      const int32_t* after = std::upper_bound(step.query_start_loc, step.query_start_loc + step.seqs + 1, row);
+      for (next = i + 1; next < step.rows && step.logits_rows[next] == row + next - i && row + next - i < *after;) ++next;
+      add(static_cast<int>(after - step.query_start_loc) - 1, row, row + next - i, i);
+    }
+  } else {
+    for (int s = 0; s < step.seqs; ++s) add(s, step.query_start_loc[s], step.query_start_loc[s + 1], step.query_start_loc[s]);
   }
 
   const int threads = pool_->threads();

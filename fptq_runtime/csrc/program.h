@@ -90,7 +90,8 @@ class Program {
   int linear(int x, std::shared_ptr<const LinearParameter> linear, std::optional<int> residual);
   int activation(int x, const std::string& kind, Act act);
   int rope_and_cache(int qkv, std::shared_ptr<const AttentionParameter> attention);
-  int attention(int q, std::shared_ptr<const AttentionParameter> attention, Act act);
+  // `selected`: for the rows that need logits alone.
+  int attention(int q, std::shared_ptr<const AttentionParameter> attention, Act act, bool selected);
   int select_rows(int x);
   // Ends the recording with the last value as logits, and allocates the buffers.
   void finish(int logits);
@@ -150,7 +151,7 @@ class Program {
   void multiply(const LinearParameter& linear, int x, const Epilogue& epilogue, const StepView& step, int m0, int m1,
                 int p0, int p1) const;
   int gate(int x, int width, float act);
-  void attend(const AttentionParameter& attention, const float* q, float* out, const StepView& step);
+  void attend(const AttentionParameter& attention, const float* q, float* out, bool selected, const StepView& step);
 
   const std::shared_ptr<ThreadPool> pool_;
   const Kernels& kernels_;

@@ -63,10 +63,10 @@ struct KvCache {
 
 // Consecutive tokens of one sequence × query heads of one KV head: at most kTileQueries (token, head) rows.
 struct AttentionTile {
-  const float* q;             // [M][num_heads · head_dim]
+  const float* q;             // [tokens][num_heads · head_dim], the first token's row
   float* out;                 // like q
   const int32_t* block_table;
-  int row, position, tokens;  // the first token's row and position
+  int position, tokens;       // the first token's position
   int kv_head, first_head, heads;
   int first_chunk, chunks;    // the KV chunks to visit
   // Null: merge into `out`. Else softmax partials [chunks of the tile][rows][2 + padded_dim] as (max, sum, values),

@@ -237,8 +237,9 @@ class Ops(Protocol[V]):
         """Split q | k | v rows, q/k norm, rope, write k and v to the cache. Returns q. [M, heads · head_dim]"""
         ...
 
-    def attention(self, q: V, attention: Any, act: ActivationQuant | None) -> V:
-        """Paged causal attention that reads every key and value from the cache, then quantize. [M, heads · dim]"""
+    def attention(self, q: V, attention: Any, act: ActivationQuant | None, selected: bool = False) -> V:
+        """Paged causal attention that reads every key and value from the cache, then quantize. [M, heads · dim], or
+        where `selected` only the step's logits_rows of it, [R, heads · dim]."""
         ...
 
     def select_rows(self, x: V) -> V:

@@ -190,8 +190,8 @@ class CaptureOps:
     def rope_and_cache(self, qkv: int, attention: Prepared) -> int:
         return self._program.rope_and_cache(qkv, self._use(attention))
 
-    def attention(self, q: int, attention: Prepared, act: ActivationQuant | None) -> int:
-        return self._program.attention(q, self._use(attention), _act(act))
+    def attention(self, q: int, attention: Prepared, act: ActivationQuant | None, selected: bool = False) -> int:
+        return self._program.attention(q, self._use(attention), _act(act), selected)
 
     def select_rows(self, x: int) -> int:
         return self._program.select_rows(x)

@@ -162,7 +162,8 @@ class ReferenceOps:
             self._cache.write(attention.layer, torch.from_numpy(self.batch.slot_mapping).long(), k, v)
         return q.reshape(-1, heads * dim)
 
-    def attention(self, q: torch.Tensor, attention: AttentionSpec, act: ActivationQuant | None) -> torch.Tensor:
+    def attention(self, q: torch.Tensor, attention: AttentionSpec, act: ActivationQuant | None,
+                  selected: bool = False) -> torch.Tensor:
         batch = self.batch
         rows = q.reshape(-1, attention.num_heads, attention.head_dim)
         if self._kv_dtype == "int8":  # so that q · K is a product of integers
@@ -176,7 +177,8 @@ class ReferenceOps:
             else:
                 k, v = self._cache.read(attention.layer, torch.from_numpy(batch.block_tables[s]).long(), length)
             attended.append(_attend(rows[first:last], k, v, self._positions[first:last], attention))
-        return quantize_activations(torch.cat(attended).reshape(q.shape), act)
+        out = torch.cat(attended).reshape(q.shape)
+        return quantize_activations(self.select_rows(out) if selected else out, act)
 
     def select_rows(self, x: torch.Tensor) -> torch.Tensor:
         return x.index_select(0, self._indices(self.batch.logits_rows))

@@ -77,7 +77,7 @@ def prepare_block(block: Block, backend: Backend) -> Block:
 
 
 class Decoder:
-    """embed → blocks → rows → head. The parts are callable one by one, which is how the quantizer walks them."""
+    """embed → blocks → head. The parts are callable one by one, which is how the quantizer walks them."""
 
     def __init__(self, config: ModelConfig, stem: Stem, blocks: Iterable[Block], head: Head) -> None:
         self.config = config
@@ -87,9 +87,9 @@ class Decoder:
 
     def __call__(self, ops: Ops[V]) -> V:
         x = run_stem(ops, self.stem)
-        for block in self.blocks:
-            x = run_block(ops, self.config, block, x)
-        return run_head(ops, self.head, ops.select_rows(x))
+        for index, block in enumerate(self.blocks):
+            x = run_block(ops, self.config, block, x, last=index == self.config.num_layers - 1)
+        return run_head(ops, self.head, x)
 
 
 def run_stem(ops: Ops[V], stem: Stem) -> V:
@@ -97,10 +97,12 @@ def run_stem(ops: Ops[V], stem: Stem) -> V:
     return x if stem.norm is None else ops.norm(x, stem.norm, None)
 
 
-def run_block(ops: Ops[V], config: ModelConfig, block: Block, x: V) -> V:
+def run_block(ops: Ops[V], config: ModelConfig, block: Block, x: V, last: bool = False) -> V:
+    """[M, H]; of the last block, where other rows end as keys and values, only the rows that need logits. [R, H]"""
     qkv = ops.linear(ops.norm(x, block.input_norm, block.qkv_act), block.qkv)
     q = ops.rope_and_cache(qkv, block.attention)
-    x = ops.linear(ops.attention(q, block.attention, block.o_act), block.o, residual=x)
+    attended = ops.attention(q, block.attention, block.o_act, last)
+    x = ops.linear(attended, block.o, residual=ops.select_rows(x) if last else x)
     up = ops.linear(ops.norm(x, block.mlp_norm, block.up_act), block.up)
     return ops.linear(ops.activation(up, config.activation, block.down_act), block.down, residual=x)
 

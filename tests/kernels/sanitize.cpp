@@ -152,7 +152,8 @@ void check_attention(std::mt19937& random, KvType type, int group, int dim, int 
       for (int head = 0; head < group; head += some) {
         const auto tile = [&](int row, int count, float* to) {
           const int first = window ? std::max(0, row - window + 1) / kKvChunk : 0;
-          return AttentionTile{q.data(), to, block_table.data(), row, row, count, h, h * group + head,
+          const size_t before = static_cast<size_t>(row) * heads * dim;
+          return AttentionTile{q.data() + before, to + before, block_table.data(), row, count, h, h * group + head,
                                std::min(some, group - head), first, (row + count - 1) / kKvChunk - first + 1, nullptr};
         };
         for (int row = 0; row < tokens; row += rows) {

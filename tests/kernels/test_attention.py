@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import hypothesis.strategies as st
@@ -165,3 +167,36 @@ def test_a_cached_value_comes_back_exactly(isa: str) -> None:
     got = run(table, AttentionSpec(0, 1, 1, 96, 1.0, 1, None, None), "int8", isa, 1, 16, [70])
     codes, scale = quantize(table[:, 192:])
     np.testing.assert_allclose(got, (codes * scale).numpy(), rtol=3e-7, atol=0)
+
+
+@pytest.mark.parametrize("isa", _native.available_isas())
+@settings(max_examples=15)
+@given(data=st.data())
+def test_selected_rows_are_the_rows_of_the_whole(isa: str, data: st.DataObject) -> None:
+    """To the last bit, whichever rows are asked for."""
+    draw: Any = data.draw
+    kv_heads, dim = draw(st.integers(1, 2)), 64
+    spec = AttentionSpec(0, kv_heads * draw(st.sampled_from([1, 4, 7])), kv_heads, dim, dim**-0.5,
+                         draw(st.none() | st.integers(1, 200)), None, None)
+    lengths = draw(st.lists(st.integers(1, 300), min_size=1, max_size=3))
+    total = sum(lengths)
+    rows = draw(st.lists(st.integers(0, total - 1), max_size=4) | st.just(list(range(total))))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    table = rng.standard_normal((total, (spec.num_heads + 2 * kv_heads) * dim)).astype(np.float32)
+    limits = StepLimits(max_tokens=total, max_seqs=3, max_logits_rows=total + 4, max_model_len=300,
+                        num_blocks=total // 32 + 3, block_size=32, kv_dtype=draw(st.sampled_from(["bf16", "int8"])),
+                        num_layers=1, num_kv_heads=kv_heads, head_dim=dim)
+    backend = CpuBackend(2, isa)
+    embedding, attention = backend.prepare(Embedding(table)), backend.prepare(spec)
+
+    def forward(ops: Any, selected: bool) -> Any:
+        attended = ops.attention(ops.rope_and_cache(ops.embed(embedding), attention), attention, None, selected)
+        return attended if selected else ops.select_rows(attended)
+
+    batcher = Batcher(limits, rng)
+    starts = np.cumsum([0, *lengths])
+    step = batcher.step([(batcher.sequence(range(start, start + count)), count)
+                         for start, count in zip(starts, lengths, strict=False)])
+    step = replace(step, logits_rows=np.array(rows, np.int32))
+    whole, selected = (backend.compile(partial(forward, selected=only), limits).step(step) for only in (False, True))
+    np.testing.assert_array_equal(selected, whole)

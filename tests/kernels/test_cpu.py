@@ -302,7 +302,9 @@ def test_work_counts_weights_as_they_lie_in_memory(options: Options, element: fl
     hidden, width = options.hidden, options.heads * options.head_dim
     kv = 2 * options.kv_heads * options.head_dim
     weights = options.layers * hidden * (2 * width + kv + 3 * options.intermediate)
-    assert executor.work(3, 2) == Work(3 * weights + 2 * VOCAB * hidden, int((weights + VOCAB * hidden) * element))
+    of_rows = hidden * (width + 3 * options.intermediate + VOCAB)  # all after the last attention
+    assert executor.work(3, 2) == Work(3 * (weights + VOCAB * hidden) - of_rows,
+                                       int((weights + VOCAB * hidden) * element))
 
 
 def test_operands_that_do_not_fit_are_refused() -> None:
