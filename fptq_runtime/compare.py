@@ -43,6 +43,7 @@ class Measured:
 
     perplexity: float
     bytes: int
+    backend: str
     prefill_tokens_per_s: float
     decode_tokens_per_s: float  # of one sequence
     decode_batch_8_tokens_per_s: float | None  # None where eight prompts exceed the model's positions
@@ -199,8 +200,8 @@ class _Work:
             raise QuantizationError("its perplexity is not finite")
         prefill, decode = _speed(decoder, backend, kv_dtype, self._threads)
         return Measured(
-            perplexity, sum(file.stat().st_size for file in path.glob("*.safetensors")), prefill, decode[1],
-            decode.get(8), self._accuracy.run(path, self._backend, self._threads, kv_dtype),
+            perplexity, sum(file.stat().st_size for file in path.glob("*.safetensors")), backend.name, prefill,
+            decode[1], decode.get(8), self._accuracy.run(path, self._backend, self._threads, kv_dtype),
         )
 
 
@@ -244,6 +245,10 @@ def markdown(comparison: Comparison) -> str:
             lines.append(f"| {row.recipe} " + "| " * (9 + len(names)) + "|")
         else:
             lines.append(_line(row.recipe, row.measured, original, row, names, row.measured.perplexity == best))
+    slow = [row.recipe for row in comparison.rows if row.measured and row.measured.backend != original.backend]
+    if slow:
+        lines += ["", f"The {original.backend} backend has no kernel for {', '.join(slow)}: speeds of the reference "
+                  "backend."]
     failed = [f"- {row.recipe}: {row.error}" for row in comparison.rows if row.error]
     return "\n".join([*lines, *(["", "Not measured:", "", *failed] if failed else [])]) + "\n"
 
