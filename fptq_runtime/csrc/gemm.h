@@ -42,7 +42,7 @@ constexpr int kBlockBytes = 16384;
 constexpr int kBlockBytes = 8192;
 #endif
 constexpr int kMaxGroups = kBlockBytes * 2 / kPanelCols / kSumGroup;   // in a block
-constexpr int kAhead = 2048;        // bytes between a weight's prefetch and its use, where a block is walked over once
+constexpr int kAhead = 4096;        // bytes between a weight's prefetch and its use, where a block is walked over once
 
 inline int smaller(int a, int b) { return a < b ? a : b; }
 
