@@ -45,6 +45,7 @@ def gptqmodel(source: str, windows: list[list[int]], settings: dict[str, Any], o
 
 def autoawq(source: str, windows: list[list[int]], settings: dict[str, Any], out: str) -> tuple[Any, Tensors]:
     """The written checkpoint loaded again, and the weights [N, K] that it stands for."""
+    import awq.models.base as base
     import awq.modules.linear.gemm as gemm
     from awq import AutoAWQForCausalLM
     from awq.utils.packing_utils import dequantize_gemm
@@ -54,6 +55,7 @@ def autoawq(source: str, windows: list[list[int]], settings: dict[str, Any], out
     model.quantize(None, quant_config=settings, calib_data=windows, max_calib_seq_len=max(map(len, windows)),
                    max_calib_samples=len(windows))
     model.save_quantized(out)
+    base.get_best_device = lambda: "a CPU"  # for "cpu" it wants IPEX's kernels
     own = AutoAWQForCausalLM.from_quantized(out, fuse_layers=False, device_map={"": "cpu"},
                                             torch_dtype=torch.float16).model
     return own, {
