@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,7 +12,7 @@ from fptq_runtime.kernels.base import ActivationQuant
 from fptq_runtime.quantizer.folds import can_fold, fold, foldable_scale
 from fptq_runtime.quantizer.ranges import QUANTILE, RangeMethod
 from fptq_runtime.quantizer.steps.base import BlockWork, HeadWork, Step, Target, matches, static_act
-from fptq_runtime.quantizer.steps.search import Trial
+from fptq_runtime.quantizer.steps.search import ChooseAct, Trial
 
 Policy = Literal["static", "lae", "dynamic"]
 
@@ -91,8 +90,7 @@ class Fptq(Step):
             fold(work, target.kind, scale)
         target.set_act(self._act(choice.dynamic)(target.stats.amax, target.stats.sample), reason)
 
-    def _act(self, dynamic: bool) -> Callable[[torch.Tensor, torch.Tensor], ActivationQuant]:
-        """Of max |x| [K] and rows of x."""
+    def _act(self, dynamic: bool) -> ChooseAct:
         return lambda amax, x: ActivationQuant() if dynamic else static_act(amax, x, self.range, self.quantile)
 
     def _scale(self, work: BlockWork, target: Target, dynamic: bool, trial: Trial) -> torch.Tensor:

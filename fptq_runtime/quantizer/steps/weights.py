@@ -18,15 +18,7 @@ from fptq_runtime.artifact.numerics import (
 )
 from fptq_runtime.artifact.scheme import NumberType
 from fptq_runtime.kernels.base import QuantizedWeight
-from fptq_runtime.quantizer.steps.base import (
-    BlockWork,
-    HeadWork,
-    QuantizationError,
-    Rounding,
-    Step,
-    Target,
-    matches,
-)
+from fptq_runtime.quantizer.steps.base import BlockWork, HeadWork, QuantizationError, Rounding, Step, Target, matches
 
 Bits = Literal[4, 8, 16]
 
