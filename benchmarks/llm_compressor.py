@@ -18,13 +18,15 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from fptq_runtime.models.loader import Checkpoint
 from fptq_runtime.models.tokenizer import Tokenizer
 from fptq_runtime.quantizer.calibrate import packaged_text, read_text, sample_windows
 
-PACKAGES = ("torch==2.13.0", "llmcompressor==0.14.0.1")
+TORCH = "torch==2.13.0"
+PACKAGES = ("llmcompressor==0.14.0.1",)
 WORKER = Path(__file__).parent / "workers" / "write_llmcompressor.py"
 
 
@@ -41,7 +43,7 @@ def main() -> None:
     text = packaged_text("calibration") if options.calibration is None else read_text(options.calibration)
     length = min(512, Checkpoint(options.model).model_config.max_position_embeddings)
     windows = sample_windows(text, Tokenizer(options.model), [length] * options.num_samples, seed=0)
-    python = install(options.environment)
+    python = install(options.environment, PACKAGES)
     with tempfile.TemporaryDirectory() as directory:
         job = Path(directory) / "job.json"
         job.write_text(json.dumps({"windows": windows, "method": options.method, "scheme": options.scheme,
@@ -50,12 +52,16 @@ def main() -> None:
                        cwd=directory)
 
 
-def install(environment: Path) -> Path:
-    """The Python of a virtual environment that has llm-compressor."""
+def install(environment: Path, packages: Sequence[str], build: Sequence[str] = ()) -> Path:
+    """The Python of a virtual environment with these packages, all with one torch. `build`: what those that compile
+    need beside it; pip would otherwise build each with a torch of its own."""
     python = environment / "bin" / "python"
     if not (environment / "installed").exists():
         subprocess.run([sys.executable, "-m", "venv", environment], check=True)
-        subprocess.run([python, "-m", "pip", "install", *PACKAGES], check=True)
+        if build:
+            subprocess.run([python, "-m", "pip", "install", TORCH, *build], check=True)
+        subprocess.run([python, "-m", "pip", "install", *["--no-build-isolation"] * bool(build), TORCH, *packages],
+                       check=True)
         (environment / "installed").touch()
     return python
 

@@ -189,13 +189,11 @@ def _gptq(tensors: Tensors, name: str, n: int, k: int, args: QuantizationArgs, m
         raise CheckpointError(f"{name}.qweight has {rows} rows, which for {k} input features is neither 4 nor 8 bits")
     bits: Literal[4, 8] = 4 if rows == math.ceil(k / 8) else 8
     group = _group_of(name, k, groups, args)
-    if n * bits % 32:
-        raise CheckpointError(f"{name}: {n} output features do not fill the words of qzeros")
-    words = tensors.get(f"{name}.qweight", (rows, n), ("I32",))
+    packed = np.ascontiguousarray(tensors.get(f"{name}.qweight", (rows, n), ("I32",)).T)
+    words = tensors.get(f"{name}.qzeros", (groups, math.ceil(n * bits / 32)), ("I32",))
     scale = tensors.get(f"{name}.scales", (groups, n)).T
     half = 2 ** (bits - 1)
-    packed = np.ascontiguousarray(words.T)
-    stored = unpack(tensors.get(f"{name}.qzeros", (groups, n * bits // 32), ("I32",)), bits, n).T + half  # [N, G]
+    stored = unpack(words, bits, n).T + half  # [N, G]
     g_idx = None
     if tensors.shape(f"{name}.g_idx") is not None:
         g_idx = tensors.get(f"{name}.g_idx", (k,), ("I32", "I64"))
@@ -204,8 +202,11 @@ def _gptq(tensors: Tensors, name: str, n: int, k: int, args: QuantizationArgs, m
             raise CheckpointError(f"{name}.qzeros holds other zeros than {half}, although the checkpoint is symmetric")
         zero = None
     else:
-        minus_one = _zeros_minus_one(unpack(packed, bits, k) + half, stored, minus_one)
-        zero = ((stored + minus_one) & (2**bits - 1)) - half
+        zero = stored - half
+        if _zeros_minus_one(unpack(packed, bits, k) + half, stored, minus_one):
+            # One from each was subtracted from the whole word, so that a zero of 0 borrows from the next.
+            ones = np.uint32(0x11111111 if bits == 4 else 0x01010101)
+            zero = unpack(words.view(np.uint32) + ones, bits, n).T
     return Stored(packed, scale, bits, group, zero, g_idx)
 
 

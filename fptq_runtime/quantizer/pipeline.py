@@ -226,6 +226,8 @@ class _Run:
             step.transform_block(config, index, block)
         work = block_work(spec, config, index, block, self._calibrated)
         work.exact = self._exact
+        for target in work.targets.values():
+            target.rounding = self._recipe.weights.rounding(target.modules)
         with torch.inference_mode():
             exact = [] if self._exact is None else list(self._exact.block_outputs(block))
             for step in self._recipe.steps:

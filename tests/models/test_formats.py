@@ -224,7 +224,7 @@ def test_scattered_groups_of_compressed_tensors(source: Path, tmp_path: Path) ->
 def words(codes: np.ndarray, bits: int, places: tuple[int, ...]) -> torch.Tensor:
     """uint codes [rows, columns] to int32 [rows, columns · bits / 32]; column c of a word lies at places[c]."""
     per_word = 32 // bits
-    packed = np.zeros((codes.shape[0], codes.shape[1] // per_word), np.uint32)
+    packed = np.zeros((codes.shape[0], -(-codes.shape[1] // per_word)), np.uint32)
     for column in range(codes.shape[1]):
         packed[:, column // per_word] |= codes[:, column].astype(np.uint32) << (bits * places[column % per_word])
     return torch.from_numpy(packed.view(np.int32))
@@ -241,7 +241,7 @@ def asymmetric(weight: np.ndarray, bits: int, groups: np.ndarray, symmetric: boo
         zero = np.full(low.shape, (top + 1) // 2)
     else:
         scale = ((high - low) / top).astype(np.float16)
-        zero = np.rint(-low / scale.astype(np.float32)).clip(1, top).astype(np.int64)
+        zero = np.rint(-low / scale.astype(np.float32)).clip(0, top).astype(np.int64)
     step = scale.astype(np.float32)[:, groups]
     codes = np.rint(weight / step + zero[:, groups]).clip(0, top).astype(np.int64)
     return codes, zero, scale, (codes - zero[:, groups]).astype(np.float32) * step
@@ -249,17 +249,23 @@ def asymmetric(weight: np.ndarray, bits: int, groups: np.ndarray, symmetric: boo
 
 def gptq(source: Path, out: Path, *, bits: int = 4, group: int = 32, symmetric: bool = True, minus_one: bool = True,
          label: str | None = "gptq", scattered: bool = False) -> Linears:
+    """As GPTQModel writes it. Without `symmetric` a group of row 5 has the zero 0, which borrows from row 6's where one
+    is subtracted; words that rows or columns do not fill are filled up."""
     generator = np.random.default_rng(0)
 
     def writer(name: str, weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         k = weight.shape[1]
         index = np.arange(k) // (k if group == -1 else group)
         index = generator.permutation(index) if scattered else index
+        if not symmetric:
+            weight = weight.clone()
+            weight[5, index == 0] = weight[5, index == 0].abs()
         codes, zero, scale, meant = asymmetric(weight.numpy(), bits, index, symmetric)
         straight = tuple(range(32 // bits))
+        ones = sum(1 << bits * place for place in straight) * minus_one
         return {
             "qweight": words(codes, bits, straight).T,
-            "qzeros": words((zero - minus_one).T, bits, straight),
+            "qzeros": words(zero.T, bits, straight) - ones,
             "scales": torch.from_numpy(scale.T.copy()),
             "g_idx": torch.from_numpy(index.astype(np.int32)),
         }, torch.from_numpy(meant)
@@ -291,6 +297,13 @@ def test_gptq(source: Path, tmp_path: Path, options: dict[str, Any], minus_one: 
         label = "gptq_v2"
     meant = gptq(source, tmp_path / "model", minus_one=minus_one, label=label, **options)
     assert_close(ours(tmp_path / "model"), theirs(source, meant))
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_gptq_of_sizes_that_fill_no_words(tmp_path: Path, symmetric: bool) -> None:
+    save_random("llama", tmp_path / "float", num_hidden_layers=1, intermediate_size=164)
+    meant = gptq(tmp_path / "float", tmp_path / "model", symmetric=symmetric)
+    assert_close(ours(tmp_path / "model"), theirs(tmp_path / "float", meant))
 
 
 def test_symmetric_gptq_stays_four_bits(source: Path, tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from fptq_runtime.quantizer.pipeline import quantize
 from fptq_runtime.quantizer.recipe import Recipe
 from fptq_runtime.quantizer.report import inspect_text, policy
 from fptq_runtime.quantizer.steps.activations import Activations
+from fptq_runtime.quantizer.steps.base import BlockWork, Rounding
 from fptq_runtime.quantizer.steps.fptq import Fptq
 from fptq_runtime.quantizer.steps.gptq import Gptq
 from fptq_runtime.quantizer.steps.rotation import Rotation
@@ -110,6 +111,20 @@ def test_searched_weights(made: Recipe | str, tmp_path: Path, text: Path) -> Non
     assert floats == {manifest.recipe["name"] in ("gptq", "awq")}
     token_ids = torch.randint(3, 260, (40,), generator=torch.Generator().manual_seed(1)).tolist()
     assert_transformers_agrees(tmp_path / "out", [1, *token_ids])
+
+
+def test_steps_are_told_how_the_last_one_rounds(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told, apply = {}, Activations.apply
+
+    def recorded(step: Activations, work: BlockWork) -> None:
+        told.update({target.linear.name: target.rounding for target in work.targets.values()})
+        apply(step, work)
+
+    monkeypatch.setattr(Activations, "apply", recorded)
+    save_model("llama", tmp_path / "float", num_hidden_layers=1)
+    made = Recipe(name="mixed", steps=(Activations(scheme="dynamic"), Weights(group_size=32, keep={"*down_proj": 8})))
+    quantize(tmp_path / "float", tmp_path / "out", made, calibration="random", text=text, **SMALL)
+    assert list(told.values()) == [*[Rounding(4, 32)] * 3, Rounding(8, 32)]
 
 
 @pytest.fixture(scope="module")

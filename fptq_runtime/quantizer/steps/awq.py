@@ -6,10 +6,9 @@ from typing import Literal
 
 import torch
 
-from fptq_runtime.artifact.numerics import dequantize, quantize_weight
 from fptq_runtime.quantizer.folds import can_fold, fold, foldable_scale
 from fptq_runtime.quantizer.steps.base import BlockWork, Step, Target
-from fptq_runtime.quantizer.steps.weights import usable_group
+from fptq_runtime.quantizer.steps.search import Trial
 
 RATIOS = torch.linspace(0, 0.95, 20).tolist()
 CLIPS = torch.linspace(1, 0.55, 10).tolist()
@@ -20,14 +19,11 @@ class Awq(Step):
     """Divide inputs by s = mean |x|^r and multiply the weights by it, with the r in [0, 0.95] of the least output
     error with quantized weights; goes before the step that chooses activation schemes.
 
-    num_bits, group_size: what the weights are searched for; as the last step has them.
     clip: then search each group's range, from 1 down to 0.55 of max |w|, for the least output error. Not of q and k,
     whose errors the softmax amplifies.
     """
 
     type: Literal["awq"] = "awq"
-    num_bits: Literal[4, 8] = 4
-    group_size: Literal[32, 64, 128] | None = 128
     clip: bool = True
 
     def apply(self, work: BlockWork) -> None:
@@ -43,21 +39,14 @@ class Awq(Step):
     def _scale(self, work: BlockWork, target: Target) -> torch.Tensor:
         """What to divide the input by. [K]"""
         magnitude = target.stats.sample.abs().mean(0)
-        exact = target.stats.sample @ target.weight.T  # [rows, N]
-        best, least = torch.ones_like(magnitude), float("inf")
-        for ratio in RATIOS:
-            scale = magnitude.pow(ratio).clamp_min(1e-4)
-            scale = foldable_scale(work.config, target.kind, scale / (scale.max() * scale.min()).sqrt())
-            weight = dequantize(*self._quantized(target.weight * scale, None))
-            error = float(((target.stats.sample / scale) @ weight.T - exact).square().sum())
-            if error < least:
-                best, least = scale, error
-        return best
+        scales = (magnitude.pow(ratio).clamp_min(1e-4) for ratio in RATIOS)
+        tried = (foldable_scale(work.config, target.kind, s / (s.max() * s.min()).sqrt()) for s in scales)
+        return Trial(target).best(tried, lambda amax, x: None)
 
     def _clip(self, target: Target) -> torch.Tensor:
         """The fraction of max |w| for each group. [N, G]"""
         k = target.weight.shape[1]
-        size = usable_group(k, self.group_size) or k
+        size = target.rounding.group(k) or k
         x = target.stats.sample.reshape(-1, k // size, size).transpose(0, 1)  # [G, rows, size]
         gram = x.transpose(1, 2) @ x
         rows = max(1, CHUNK_FLOATS // k)
@@ -68,13 +57,9 @@ class Awq(Step):
             least = torch.full_like(clip, float("inf"))
             for ratio in CLIPS:
                 tried = torch.full_like(clip, ratio)
-                error = (dequantize(*self._quantized(part, tried)) - part).reshape(-1, k // size, size).transpose(0, 1)
+                error = (target.rounding(part, tried) - part).reshape(-1, k // size, size).transpose(0, 1)
                 squared = ((error @ gram) * error).sum(-1).T
                 better = squared < least
                 least, clip = torch.where(better, squared, least), torch.where(better, tried, clip)
             best.append(clip)
         return torch.cat(best)
-
-    def _quantized(self, weight: torch.Tensor, clip: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        group = usable_group(weight.shape[1], self.group_size)
-        return quantize_weight(weight, self.num_bits, group, clip, torch.bfloat16)

@@ -6,11 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from fptq_runtime.artifact.numerics import absmax_scale
+from fptq_runtime.artifact.numerics import ScaleRule, absmax_scale, dequantize, quantize_weight
 from fptq_runtime.artifact.scheme import NumberType
 from fptq_runtime.config import ModelConfig
 from fptq_runtime.kernels.base import ActivationQuant, Linear, Norm, QuantizedWeight
@@ -37,6 +38,29 @@ class Moments:
     drift: torch.Tensor | None = None  # [K, K], 2(x̃ - x)xᵀ, with x̃ as the float model has it
 
 
+@dataclass(frozen=True)
+class Rounding:
+    """How the recipe rounds a linear's weights where it takes the nearest; num_bits 16 is not at all."""
+
+    num_bits: Literal[4, 8, 16] = 4
+    group_size: int | None = 128
+    type: NumberType = "int"
+    scales: ScaleRule = "float"
+
+    def group(self, k: int) -> int | None:
+        """Of k inputs; None, per channel, where they are no multiple of it."""
+        return None if self.group_size is None or k % self.group_size else self.group_size
+
+    def codes(self, weight: torch.Tensor, clip: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Codes [N, K] and bfloat16 scale [N, G] of weight [N, K], with ranges of `clip` [N, G] times max |w|."""
+        group = self.group(weight.shape[1])
+        return quantize_weight(weight, self.num_bits, group, clip, torch.bfloat16, self.type, self.scales)
+
+    def __call__(self, weight: torch.Tensor, clip: torch.Tensor | None = None) -> torch.Tensor:
+        """What `codes` are read as. float32 [N, K]"""
+        return weight if self.num_bits == 16 else dequantize(*self.codes(weight, clip))
+
+
 @dataclass
 class Target:
     """One linear to quantize. Steps change `linear` (folds, then its quantized weight and `act`) and `stats`, which
@@ -47,6 +71,7 @@ class Target:
     modules: tuple[str, ...]  # the checkpoint's names of what is fused here
     stats: InputStats
     norm: Norm | None  # the norm that this linear alone reads
+    rounding: Rounding = Rounding()
     clip: torch.Tensor | None = None  # [N, G], the fraction of max |w| that a step found for each group of weights
     range: float = field(init=False)  # max |x| before any transform
     equalized: bool = False
@@ -67,17 +92,20 @@ class Target:
         """How this linear's input is quantized, and why."""
         self.linear.act = act
         self.reason = reason
-        self.activation_error = relative_error(self._output(act, self.weight), self._output(None, self.weight))
 
     def set_weight(self, quantized: QuantizedWeight, correct_bias: bool = False,
                    low_rank: tuple[torch.Tensor, torch.Tensor] | None = None) -> None:
-        """Replace the float weight, by `low_rank` (as in `Linear`) too where given, and measure the whole error against
-        it. correct_bias: where the linear has a bias, take from it what the new weights add to the mean output."""
-        read, exact = dequantized(quantized), self._output(None, self.weight)
+        """Replace the float weight, by `low_rank` (as in `Linear`) too where given, and measure the errors against it.
+        correct_bias: where the linear has a bias, take from it what the new weights add to the mean output."""
+        rows, act = self.sample_rows(self.weight), self.linear.act
+        coded, exact = quantize_activations(rows, act), rows @ self.weight.T
+        if act is not None:
+            self.activation_error = relative_error(coded @ self.weight.T, exact)
+        read = dequantized(quantized)
         if low_rank is not None:
             down, up = low_rank
             read = read + up.float() @ down.float()
-        output = self._output(self.linear.act, read)
+        output = coded @ read.T
         if correct_bias and self.linear.bias is not None:
             added = (read - self.weight) @ self.stats.mean  # [N]
             self.linear.bias = self.linear.bias - added
@@ -91,16 +119,14 @@ class Target:
         if not bool(torch.isfinite(kept).all()):
             raise QuantizationError(f"{self.linear.name}: weights up to {float(self.weight.abs().max()):g} overflow "
                                     f"{str(dtype).removeprefix('torch.')}; use bf16")
-        self.linear.act, self.reason, self.activation_error = None, "float", 0.0
-        self.error = relative_error(self._output(None, kept.float()), self._output(None, self.weight))
+        self.set_act(None, "float")
+        rows = self.sample_rows(self.weight)
+        self.error = relative_error(rows @ kept.float().T, rows @ self.weight.T)
         self.linear.weight = kept
 
     def sample_rows(self, weight: torch.Tensor) -> torch.Tensor:
         """As many sampled rows as may be multiplied with such a weight [N, K] to measure an error. [rows, K]"""
         return self.stats.sample[:: self.stats.sample.shape[0] * weight.numel() // ERROR_PRODUCTS | 1]
-
-    def _output(self, act: ActivationQuant | None, weight: torch.Tensor) -> torch.Tensor:
-        return quantize_activations(self.sample_rows(weight), act) @ weight.T
 
 
 def float_weight(linear: Linear) -> torch.Tensor:

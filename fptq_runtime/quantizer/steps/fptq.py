@@ -8,25 +8,14 @@ from typing import Literal
 import torch
 from pydantic import Field, PositiveFloat, model_validator
 
-from fptq_runtime.artifact.numerics import dequantize, quantize_weight
 from fptq_runtime.kernels.base import ActivationQuant
-from fptq_runtime.kernels.reference import quantize_activations
 from fptq_runtime.quantizer.folds import can_fold, fold, foldable_scale
 from fptq_runtime.quantizer.ranges import QUANTILE, RangeMethod
-from fptq_runtime.quantizer.steps.base import (
-    BlockWork,
-    HeadWork,
-    Step,
-    Target,
-    matches,
-    relative_error,
-    static_act,
-)
-from fptq_runtime.quantizer.steps.weights import usable_group
+from fptq_runtime.quantizer.steps.base import BlockWork, HeadWork, Step, Target, matches, static_act
+from fptq_runtime.quantizer.steps.search import ChooseAct, Trial
 
 Policy = Literal["static", "lae", "dynamic"]
 
-PROBED_OUTPUTS = 1024
 SEARCHED_CEILINGS = (1.0, 0.8, 0.6, 0.5, 0.4, 0.3)  # of LAE's own
 
 
@@ -36,16 +25,6 @@ class _Choice:
     dynamic: bool
 
 
-class _Probe:
-    """What the candidates for one linear are measured on: of a large one, some of its outputs on some of its rows."""
-
-    def __init__(self, target: Target) -> None:
-        self.amax = target.stats.amax  # [K]
-        self.weight = target.weight[:: target.weight.shape[0] // PROBED_OUTPUTS | 1]  # [outputs, K]
-        self.sample = target.sample_rows(self.weight)  # [rows, K]
-        self.exact = self.sample @ self.weight.T  # [rows, outputs]
-
-
 class Fptq(Step):
     """With v = max |x| of a linear's input over the calibration set: v <= v0 static; v0 < v <= v1 LAE, then static;
     v > v1 dynamic per token, after LAE wherever it has an exact fold.
@@ -53,10 +32,10 @@ class Fptq(Step):
     floor: LAE scales below it are raised to it; 1e-5 is the paper's.
     search: LAE leaves an outlier channel at log2(2 + m), a few times its neighbours, and there it costs the weights
     of its group their precision. So s = max(1, m / t) is tried too, with t from LAE's own ceiling log2(2 + v)
-    downwards, and whichever has the least output error with int4 weights is kept. False is the paper's.
+    downwards, and whichever has the least output error is kept. False is the paper's.
     paper_policy: as published, no LAE above v1 and none on o and down, which go per token above v0.
-    safety: where the output error that the policy leads to, measured with int4 weights, is more than `safety` times
-    the error of going per token (with LAE or without), the input goes per token instead. None never asks.
+    safety: where the output error that the policy leads to is more than `safety` times the error of going per token
+    (with LAE or without), the input goes per token instead. None never asks.
     favour: "static" doubles v0, v1 and what safety allows (faster), "dynamic" halves them (more accurate).
     range, quantile: how large a range a static scale covers, as in `activations`; the policy asks v alone.
     overrides: module-name pattern to policy, whatever the range or the error; the first match wins.
@@ -97,25 +76,24 @@ class Fptq(Step):
         )
         dynamic = policy == "dynamic" or (policy == "lae" and not equalizable)
         choice = _Choice(policy != "static" and equalizable, dynamic)
-        probe = _Probe(target)
-        scale = self._scale(work, target, dynamic, probe) if choice.equalize else torch.ones(())
+        trial, unscaled = Trial(target), torch.ones(())
+        scale = self._scale(work, target, dynamic, trial) if choice.equalize else unscaled
         if self.safety is not None and reason != "override":
             alternatives = {_Choice(choice.equalize, True), _Choice(False, True)}
-            errors = {
-                c: self._error(probe, scale if c.equalize else None, c.dynamic) for c in {choice, *alternatives}
-            }
+            errors = {c: trial.error(scale if c.equalize else unscaled, self._act(c.dynamic))
+                      for c in {choice, *alternatives}}
             best = min(alternatives, key=lambda c: errors[c])
             ratio = errors[choice] / max(errors[best], 1e-12)
             if ratio > 1 + (self.safety - 1) * self._leniency:
                 choice, reason = best, f"{reason}, but {ratio:.2f}x the error"
         if choice.equalize:
             fold(work, target.kind, scale)
-        target.set_act(self._act(target.stats.amax, target.stats.sample, choice.dynamic), reason)
+        target.set_act(self._act(choice.dynamic)(target.stats.amax, target.stats.sample), reason)
 
-    def _act(self, amax: torch.Tensor, sample: torch.Tensor, dynamic: bool) -> ActivationQuant:
-        return ActivationQuant() if dynamic else static_act(amax, sample, self.range, self.quantile)
+    def _act(self, dynamic: bool) -> ChooseAct:
+        return lambda amax, x: ActivationQuant() if dynamic else static_act(amax, x, self.range, self.quantile)
 
-    def _scale(self, work: BlockWork, target: Target, dynamic: bool, probe: _Probe) -> torch.Tensor:
+    def _scale(self, work: BlockWork, target: Target, dynamic: bool, trial: Trial) -> torch.Tensor:
         """What to divide the input by. [K]"""
         amax = target.stats.amax
         scales = [log_scale(amax, self.floor)]
@@ -123,15 +101,7 @@ class Fptq(Step):
             ceiling = torch.log2(2 + amax.max())
             scales += [(amax / (ceiling * fraction)).clamp_min(1) for fraction in SEARCHED_CEILINGS]
         scales = [foldable_scale(work.config, target.kind, scale) for scale in scales]
-        return min(scales, key=lambda scale: self._error(probe, scale, dynamic)) if self.search else scales[0]
-
-    def _error(self, probe: _Probe, scale: torch.Tensor | None, dynamic: bool) -> float:
-        """Output error on the sample with int4 group-128 weights, after dividing the input by `scale`."""
-        x, weight, amax = probe.sample, probe.weight, probe.amax
-        if scale is not None:
-            x, weight, amax = x / scale, weight * scale, amax / scale
-        quantized = dequantize(*quantize_weight(weight, 4, usable_group(weight.shape[1], 128)))
-        return relative_error(quantize_activations(x, self._act(amax, x, dynamic)) @ quantized.T, probe.exact)
+        return trial.best(scales, self._act(dynamic)) if self.search else scales[0]
 
     @property
     def _leniency(self) -> float:

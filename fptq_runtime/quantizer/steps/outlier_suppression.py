@@ -8,25 +8,27 @@ import torch
 from pydantic import PositiveInt
 
 from fptq_runtime.quantizer.folds import can_shift, fold, shift
-from fptq_runtime.quantizer.steps.base import BlockWork, Target
-from fptq_runtime.quantizer.steps.search import ScaleSearch
+from fptq_runtime.quantizer.steps.base import BlockWork, Step, Target
+from fptq_runtime.quantizer.steps.search import Activations, Trial, plain_act
 
 SMALLEST_THRESHOLD = 1.0
 RESOLUTION = 0.5
 
 
-class OutlierSuppression(ScaleSearch):
+class OutlierSuppression(Step):
     """The inputs of qkv and up: x' = (x - z) / s with z = (max + min) / 2 of each channel and
     s = max(1, max|x - z| / t), whose threshold t is searched by output error from the largest |x - z| down to 1.
 
     shift: z goes into the norm's bias and into the bias of what reads it. Where either has none (every family but
     BLOOM; a bias that config.json does not announce would not be loaded elsewhere) channels are scaled only.
     thresholds: how many to try; None is the paper's max(100, max|x - z| / 0.5).
+    activations: how the search supposes that the input is then quantized.
     """
 
     type: Literal["os+"] = "os+"
     shift: bool = True
     thresholds: PositiveInt | None = None
+    activations: Activations = "static"
 
     def apply(self, work: BlockWork) -> None:
         for kind, target in work.targets.items():
@@ -42,4 +44,5 @@ class OutlierSuppression(ScaleSearch):
         largest = max(float(amax.max()), SMALLEST_THRESHOLD)
         steps = self.thresholds or max(100, int(largest / RESOLUTION))
         tried = torch.linspace(largest, SMALLEST_THRESHOLD, steps).tolist()
-        return self.best_scale(target, [(amax / threshold).clamp_min(1) for threshold in tried])
+        scales = ((amax / threshold).clamp_min(1) for threshold in tried)
+        return Trial(target).best(scales, plain_act(self.activations))

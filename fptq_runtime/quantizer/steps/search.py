@@ -2,42 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import Literal
 
 import torch
 
-from fptq_runtime.artifact.numerics import dequantize, quantize_weight
 from fptq_runtime.kernels.base import ActivationQuant
 from fptq_runtime.kernels.reference import quantize_activations
-from fptq_runtime.quantizer.steps.base import Step, Target, relative_error, static_act
-from fptq_runtime.quantizer.steps.weights import usable_group
+from fptq_runtime.quantizer.steps.base import Target, relative_error, static_act
 
-SEARCH_TOKENS = 256  # of the sample
-SEARCH_OUTPUTS = 1024  # rows of the weight
+Activations = Literal["static", "dynamic"]
+ChooseAct = Callable[[torch.Tensor, torch.Tensor], ActivationQuant | None]  # of max |x| [K] and rows of x [rows, K]
 
-
-class ScaleSearch(Step):
-    """A step that supposes, where it searches, that the input is then quantized as `activations` says and the weights
-    rounded to nearest, to `num_bits` in groups of `group_size` (None: per channel). Tokens and outputs are taken at
-    even distances, so that a large layer costs what a small one does."""
-
-    activations: Literal["static", "dynamic"] = "static"
-    num_bits: Literal[4, 8] = 4
-    group_size: Literal[32, 64, 128] | None = 128
-
-    def best_scale(self, target: Target, scales: list[torch.Tensor]) -> torch.Tensor:
-        """Of what the input could be divided by, each [K], the one with the least output error."""
-        x, weight = _thinned(target.stats.sample, SEARCH_TOKENS), _thinned(target.weight, SEARCH_OUTPUTS)
-        exact = x @ weight.T
-
-        def error(scale: torch.Tensor) -> float:
-            group = usable_group(scale.numel(), self.group_size)
-            quantized = dequantize(*quantize_weight(weight * scale, self.num_bits, group))
-            act = static_act(target.stats.amax / scale) if self.activations == "static" else ActivationQuant()
-            return relative_error(quantize_activations(x / scale, act) @ quantized.T, exact)
-
-        return min(scales, key=error)
+OUTPUTS = 1024  # rows of the weight that errors are measured on
 
 
-def _thinned(rows: torch.Tensor, most: int) -> torch.Tensor:
-    return rows[:: -(-rows.shape[0] // most)]
+class Trial:
+    """The output error of one linear with its input divided by a scale and quantized, and its weights rounded as the
+    recipe does; of a large linear, on some of its outputs and of the sampled rows, at even distances."""
+
+    def __init__(self, target: Target) -> None:
+        self._amax, self._rounding = target.stats.amax, target.rounding  # [K]
+        self.weight = target.weight[:: target.weight.shape[0] // OUTPUTS | 1]  # [outputs, K]
+        self.sample = target.sample_rows(self.weight)  # [rows, K]
+        self._exact = self.sample @ self.weight.T  # [rows, outputs]
+
+    def error(self, scale: torch.Tensor, act: ChooseAct) -> float:
+        """scale [K], or [] for one that all channels share."""
+        x = self.sample / scale
+        output = quantize_activations(x, act(self._amax / scale, x)) @ self._rounding(self.weight * scale).T
+        return relative_error(output, self._exact)
+
+    def best(self, scales: Iterable[torch.Tensor], act: ChooseAct) -> torch.Tensor:
+        """The one of least error."""
+        return min(scales, key=lambda scale: self.error(scale, act))
+
+
+def plain_act(activations: Activations) -> ChooseAct:
+    """Static over the whole range, or dynamic."""
+    return lambda amax, x: static_act(amax) if activations == "static" else ActivationQuant()

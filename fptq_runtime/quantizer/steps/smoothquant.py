@@ -8,25 +8,25 @@ import torch
 from pydantic import Field
 
 from fptq_runtime.quantizer.folds import fold
-from fptq_runtime.quantizer.steps.base import BlockWork, Target
-from fptq_runtime.quantizer.steps.search import ScaleSearch
+from fptq_runtime.quantizer.steps.base import BlockWork, Step, Target
+from fptq_runtime.quantizer.steps.search import Activations, Trial, plain_act
 
 SMALLEST = 1e-5
 ALPHAS = tuple(i / 20 for i in range(2, 20))  # 0.1 to 0.95
 
 
-class SmoothQuant(ScaleSearch):
+class SmoothQuant(Step):
     """Divide the inputs of qkv and up by s = max|x|^alpha / max|w|^(1 - alpha) of each channel, the weights' maximum
     over all linears that read it; 1/s goes into the norm before.
 
     alpha: "search" takes each input's from a grid, or leaves the input as it is, by output error on the sample. The
     published ones are 0.5 (OPT, BLOOM), 0.85 (Llama 2 and 3) and 0.8 (Mistral).
+    activations: how the search supposes that the input is then quantized.
     """
 
     type: Literal["smoothquant"] = "smoothquant"
     alpha: Annotated[float, Field(ge=0, le=1)] | Literal["search"] = "search"
-    num_bits: Literal[4, 8] = 8
-    group_size: Literal[32, 64, 128] | None = None
+    activations: Activations = "static"
 
     def apply(self, work: BlockWork) -> None:
         for kind, target in work.targets.items():
@@ -37,7 +37,8 @@ class SmoothQuant(ScaleSearch):
         if self.alpha != "search":
             return smoothing_scale(target, self.alpha)
         unchanged = torch.ones_like(target.stats.amax)
-        return self.best_scale(target, [unchanged, *(smoothing_scale(target, alpha) for alpha in ALPHAS)])
+        tried = [unchanged, *(smoothing_scale(target, alpha) for alpha in ALPHAS)]
+        return Trial(target).best(tried, plain_act(self.activations))
 
 
 def smoothing_scale(target: Target, alpha: float) -> torch.Tensor:

@@ -18,7 +18,7 @@ from fptq_runtime.artifact.numerics import (
 )
 from fptq_runtime.artifact.scheme import NumberType
 from fptq_runtime.kernels.base import QuantizedWeight
-from fptq_runtime.quantizer.steps.base import BlockWork, HeadWork, QuantizationError, Step, Target, matches
+from fptq_runtime.quantizer.steps.base import BlockWork, HeadWork, QuantizationError, Rounding, Step, Target, matches
 
 Bits = Literal[4, 8, 16]
 
@@ -76,14 +76,21 @@ class Weights(Step):
         """Of a block's linear: what `keep` says, or num_bits."""
         return next((bits for pattern, bits in self.keep.items() if matches(pattern, modules)), self.num_bits)
 
+    def rounding(self, modules: tuple[str, ...]) -> Rounding:
+        """Of a block's linear."""
+        return self._rounding(self.bits(modules), self.group_size)
+
+    def _rounding(self, num_bits: Bits, group_size: int | None) -> Rounding:
+        group = None if self.grid == "float" and num_bits == 8 else group_size
+        return Rounding(num_bits, group, self.grid, self.scales if num_bits == 4 else "float")
+
     def apply(self, work: BlockWork) -> None:
         for target in work.targets.values():
             self._quantize(target, self.bits(target.modules), self.group_size)
 
     def apply_head(self, work: HeadWork) -> None:
         if self.head_bits == 16:  # as it is in the checkpoint, where it may be tied to the embedding
-            target = work.target
-            target.linear.act, target.reason, target.activation_error = None, "float", 0.0
+            work.target.set_act(None, "float")
         else:
             self._quantize(work.target, self.head_bits, None if self.head_bits == 8 else self.group_size)
 
@@ -94,7 +101,7 @@ class Weights(Step):
         if bool(target.weight.amin() == target.weight.amax()):
             raise QuantizationError(f"{target.linear.name}: every weight is the same; the checkpoint may be damaged")
         k = target.weight.shape[1]
-        group = None if self.grid == "float" and num_bits == 8 else usable_group(k, group_size)
+        group = self._rounding(num_bits, group_size).group(k)
         codes, scale = self._round(target, num_bits, group)
         _refuse_degenerate(target.linear.name, codes, scale, num_bits, self.grid)
         low_rank = None
@@ -111,15 +118,10 @@ class Weights(Step):
                  group: int | None) -> tuple[torch.Tensor, torch.Tensor]:
         """`weight` [N, K] rounded to nearest, with the ranges that an earlier step or a search found; importance
         [K]."""
-        clip, scales = target.clip, self.scales if num_bits == 4 else "float"
+        clip, rounding = target.clip, self._rounding(num_bits, group)
         if clip is None and self.clip == "mse":
-            clip = search_clip(weight, importance, num_bits, group, self.grid, scales)
-        return quantize_weight(weight, num_bits, group, clip, torch.bfloat16, self.grid, scales)
-
-
-def usable_group(k: int, group_size: int | None) -> int | None:
-    """None, per channel, where the inputs are no multiple of the group."""
-    return None if group_size is None or k % group_size else group_size
+            clip = search_clip(weight, importance, num_bits, group, self.grid, rounding.scales)
+        return rounding.codes(weight, clip)
 
 
 def low_rank_factors(error: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:

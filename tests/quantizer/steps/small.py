@@ -13,6 +13,7 @@ from fptq_runtime.models.decoder import Block, prepare_block, prepare_stem
 from fptq_runtime.models.loader import Checkpoint, load_block, load_stem
 from fptq_runtime.quantizer.calibrate import HiddenStates
 from fptq_runtime.quantizer.steps.base import BlockWork, Step
+from fptq_runtime.quantizer.steps.weights import Weights
 from tests.quantizer.models import save_model
 from tests.quantizer.walk import targets_of
 
@@ -46,6 +47,9 @@ def quantize_block(model: Path, bend: Callable[[Block], None], *steps: Step) -> 
     for step in steps:
         step.transform_block(config, 0, block)
     work = BlockWork(config, 0, block, targets_of(states, block), states)
+    for weights in (step for step in steps if isinstance(step, Weights)):
+        for target in work.targets.values():
+            target.rounding = weights.rounding(target.modules)
     for step in steps:
         step.apply(work)
     output = torch.cat(list(states.block_outputs(prepare_block(block, backend))))

@@ -8,16 +8,17 @@ import numpy as np
 import torch
 
 from fptq_runtime.artifact.numerics import dequantize, quantize_weight
+from fptq_runtime.quantizer.calibrate import HiddenStates
 from fptq_runtime.quantizer.steps.awq import CLIPS, Awq
-from fptq_runtime.quantizer.steps.base import BlockWork
+from fptq_runtime.quantizer.steps.base import BlockWork, Rounding
 from fptq_runtime.quantizer.steps.weights import Weights
 from tests.quantizer.test_folds import work_on
 
 
 def salient_work(path: Path) -> BlockWork:
     """Four channels of what qkv and up read are thirty times as large as the others, and their weights as much
-    smaller: next to their neighbours', four bits hold little of them."""
-    _, work = work_on("llama", path)
+    smaller: next to their neighbours', four bits hold little of them. The recipe's groups are of 32."""
+    _, work = in_groups_of_32(path)
     for kind in ("qkv", "up"):
         target = work.targets[kind]
         scale = torch.ones(target.weight.shape[1])
@@ -27,6 +28,13 @@ def salient_work(path: Path) -> BlockWork:
         target.linear.weight = target.weight / scale
         target.stats.divide(1 / scale)
     return work
+
+
+def in_groups_of_32(path: Path) -> tuple[HiddenStates, BlockWork]:
+    states, work = work_on("llama", path)
+    for target in work.targets.values():
+        target.rounding = Rounding(group_size=32)
+    return states, work
 
 
 def squared_error(work: BlockWork, kind: str) -> float:
@@ -40,7 +48,7 @@ def squared_error(work: BlockWork, kind: str) -> float:
 def test_salient_channels_are_spared(tmp_path: Path) -> None:
     work = salient_work(tmp_path)
     before = {kind: squared_error(work, kind) for kind in ("qkv", "up")}
-    Awq(group_size=32, clip=False).apply(work)
+    Awq(clip=False).apply(work)
     for kind in before:
         assert squared_error(work, kind) < 0.3 * before[kind]
     assert all(target.equalized for target in work.targets.values())
@@ -61,15 +69,15 @@ def test_the_best_ratio_is_found(tmp_path: Path) -> None:
         rounded = dequantize(*quantize_weight(torch.from_numpy(weight * scale), 4, 32, None, torch.bfloat16)).numpy()
         errors.append(np.square((x / scale) @ rounded.T - x @ weight.T).sum())
     assert 0 < int(np.argmin(errors)) < 19
-    np.testing.assert_allclose(Awq(group_size=32)._scale(work, target), scales[int(np.argmin(errors))], rtol=1e-4)
+    np.testing.assert_allclose(Awq()._scale(work, target), scales[int(np.argmin(errors))], rtol=1e-4)
 
 
 @torch.inference_mode()
 def test_the_best_clips_are_found(tmp_path: Path) -> None:
     """Group by group against the outputs themselves; q and k rows keep their range."""
-    _, work = work_on("llama", tmp_path)
+    _, work = in_groups_of_32(tmp_path)
     work.targets["qkv"].linear.weight = work.targets["qkv"].weight * torch.rand(96).exp() ** 2
-    Awq(group_size=32).apply(work)
+    Awq().apply(work)
     values = work.config.num_kv_heads * work.config.head_dim
     for kind in ("qkv", "o"):
         target = work.targets[kind]  # type: ignore[index]

@@ -56,7 +56,7 @@ def test_outlier_channels_are_scaled(family: str, tmp_path: Path) -> None:
     model = small_model(family, tmp_path)
     _, without_outliers = quantize_block(model, as_it_is, *W8A8)
     _, plain = quantize_block(model, outlier_channels, *W8A8)
-    work, scaled = quantize_block(model, outlier_channels, OutlierSuppression(num_bits=8, group_size=None), *W8A8)
+    work, scaled = quantize_block(model, outlier_channels, OutlierSuppression(), *W8A8)
     assert plain > 100 * without_outliers
     assert scaled < 2 * without_outliers
     assert (work.block.qkv.bias is None) == (family == "llama")

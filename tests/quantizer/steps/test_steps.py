@@ -12,14 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fptq_runtime.artifact.numerics import dequantize, quantize_weight
-from fptq_runtime.kernels.reference import quantize_activations
+from fptq_runtime.kernels.base import QuantizedWeight
+from fptq_runtime.kernels.reference import dequantized, quantize_activations
 from fptq_runtime.quantizer.ranges import choose_range
-from fptq_runtime.quantizer.steps import base
-from fptq_runtime.quantizer.steps import fptq as fptq_module
+from fptq_runtime.quantizer.steps import base, search
 from fptq_runtime.quantizer.steps import weights as weights_module
 from fptq_runtime.quantizer.steps.activations import Activations
 from fptq_runtime.quantizer.steps.base import QuantizationError, relative_error, static_act
-from fptq_runtime.quantizer.steps.fptq import Fptq, _Probe, log_scale
+from fptq_runtime.quantizer.steps.fptq import Fptq, log_scale
+from fptq_runtime.quantizer.steps.search import Trial
 from fptq_runtime.quantizer.steps.weights import Weights, search_clip
 from tests.quantizer.test_folds import work_on
 
@@ -156,11 +157,11 @@ def test_a_clipping_range_is_used_wherever_errors_are_compared(tmp_path: Path, m
     assert found["activations"] == found["fptq"] < found["minmax"]
     _, work = work_on("llama", tmp_path / "searched")
     target = work.targets["qkv"]
-    probe, fptq = _Probe(target), Fptq(range=method, quantile=0.95)
+    trial, fptq = Trial(target), Fptq(range=method, quantile=0.95)
     act = static_act(target.stats.amax, target.stats.sample, method, 0.95)
-    weight = dequantize(*quantize_weight(target.weight, 4, None))
+    weight = dequantize(*quantize_weight(target.weight, 4, None, scale_dtype=torch.bfloat16))
     output = quantize_activations(target.stats.sample, act) @ weight.T
-    assert fptq._error(probe, None, False) == pytest.approx(
+    assert trial.error(torch.ones(()), fptq._act(False)) == pytest.approx(
         relative_error(output, target.stats.sample @ target.weight.T))
 
 
@@ -168,14 +169,32 @@ def test_large_linears_are_probed_in_part(tmp_path: Path, monkeypatch: pytest.Mo
     """A third of the outputs and a third of the rows estimate the same error, and search for the same scale."""
     _, work = work_on("llama", tmp_path)
     target, fptq = work.targets["up"], Fptq()
-    whole = _Probe(target)
-    monkeypatch.setattr(fptq_module, "PROBED_OUTPUTS", target.weight.shape[0] // 2)
+    whole = Trial(target)
+    monkeypatch.setattr(search, "OUTPUTS", target.weight.shape[0] // 2)
     monkeypatch.setattr(base, "ERROR_PRODUCTS", target.weight[::3].numel() * target.stats.sample.shape[0] // 2)
-    part = _Probe(target)
+    part = Trial(target)
     assert part.weight.shape[0] == -(-target.weight.shape[0] // 3)
     assert part.sample.shape[0] == -(-target.stats.sample.shape[0] // 3)
-    for scale in (None, log_scale(target.stats.amax, 1.0), 2 * torch.rand(target.weight.shape[1]) + 1):
-        assert fptq._error(part, scale, False) == pytest.approx(fptq._error(whole, scale, False), rel=0.2)
+    for scale in (torch.ones(()), log_scale(target.stats.amax, 1.0), 2 * torch.rand(target.weight.shape[1]) + 1):
+        assert part.error(scale, fptq._act(False)) == pytest.approx(whole.error(scale, fptq._act(False)), rel=0.2)
+
+
+@pytest.mark.parametrize("settings", [
+    {}, {"group_size": 32}, {"num_bits": 8, "group_size": None}, {"keep": {"*": 8}}, {"keep": {"*": 16}},
+    {"grid": "float", "group_size": 32, "scales": "m2"}, {"grid": "float", "num_bits": 8, "group_size": 32},
+], ids=str)
+def test_searches_round_as_the_last_step_does(tmp_path: Path, settings: Any) -> None:
+    _, work = work_on("llama", tmp_path)
+    weights = Weights(**settings)
+    expected = {kind: weights.rounding(target.modules)(target.weight) for kind, target in work.targets.items()}
+    with torch.inference_mode():
+        weights.apply(work)
+    for kind, target in work.targets.items():
+        made = target.linear.weight
+        if isinstance(made, QuantizedWeight):
+            assert torch.equal(dequantized(made), expected[kind])
+        else:
+            assert torch.equal(made, expected[kind].bfloat16())
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
