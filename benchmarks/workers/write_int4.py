@@ -12,8 +12,10 @@ from __future__ import annotations
 import json
 import os
 import sys
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -50,10 +52,13 @@ def autoawq(source: str, windows: list[list[int]], settings: dict[str, Any], out
     from awq import AutoAWQForCausalLM
     from awq.utils.packing_utils import dequantize_gemm
 
+    state_dict = torch.nn.Module.state_dict
     gemm.TRITON_AVAILABLE = False  # it can be imported anywhere, but its kernels want a GPU
     model = AutoAWQForCausalLM.from_pretrained(source, device_map="cpu", torch_dtype=torch.float32)
-    model.quantize(None, quant_config=settings, calib_data=windows, max_calib_seq_len=max(map(len, windows)),
-                   max_calib_samples=len(windows), apply_clip=False)  # minutes on a CPU, and nothing that a reader sees
+    # Its search puts weights back from what it took to the CPU, which without a GPU is the weights that it changes.
+    with patch.object(torch.nn.Module, "state_dict", lambda *args, **kw: deepcopy(state_dict(*args, **kw))):
+        model.quantize(None, quant_config=settings, calib_data=windows, max_calib_seq_len=max(map(len, windows)),
+                       max_calib_samples=len(windows), apply_clip=False)  # minutes, and nothing that a reader sees
     model.save_quantized(out)
     base.get_best_device = lambda: "a CPU"  # for "cpu" it wants IPEX's kernels
     own = AutoAWQForCausalLM.from_quantized(out, fuse_layers=False, device_map={"": "cpu"},
