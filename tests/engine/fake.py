@@ -43,7 +43,7 @@ class FakeExecutor:
         self.before: Callable[[StepInput], None] = lambda batch: None
         self.after: Callable[[np.ndarray], np.ndarray] = lambda logits: logits
 
-    def step(self, batch: StepInput, out: np.ndarray | None = None) -> np.ndarray:
+    def step(self, batch: StepInput, reuse: bool = False) -> np.ndarray:
         self.before(batch)
         limits, size = self.limits, self.limits.block_size
         assert 0 < len(batch.token_ids) <= limits.max_tokens
@@ -68,6 +68,7 @@ class FakeExecutor:
 
 class FakeBackend:
     name = "fake"
+    asynchronous = False
 
     def prepare(self, parameter: Any) -> Any:
         return parameter
