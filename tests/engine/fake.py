@@ -68,7 +68,9 @@ class FakeExecutor:
 
 class FakeBackend:
     name = "fake"
-    asynchronous = False
+
+    def __init__(self, asynchronous: bool = False) -> None:
+        self.asynchronous = asynchronous
 
     def prepare(self, parameter: Any) -> Any:
         return parameter
@@ -109,11 +111,12 @@ def spelled(token_id: int) -> str:
     return chr(0x100 + token_id) if token_id < 32 else chr(token_id)
 
 
-def make_engine(*, max_model_len: int = 256, num_blocks: int = 64, **options: Any) -> Engine:
+def make_engine(*, max_model_len: int = 256, num_blocks: int = 64, asynchronous: bool = False, **options: Any
+                ) -> Engine:
     """An engine over the fake model; its executor is engine.backend.executor."""
     block_size = options.setdefault("block_size", 16)
     config = EngineConfig(max_model_len=max_model_len, kv_cache_memory=num_blocks * block_size * TOKEN_BYTES, **options)
-    return Engine(FakeDecoder(), FakeBackend(), config, FakeTokenizer())  # type: ignore[arg-type]
+    return Engine(FakeDecoder(), FakeBackend(asynchronous), config, FakeTokenizer())  # type: ignore[arg-type]
 
 
 def run(engine: Engine, check: bool = True) -> dict[tuple[str, int], list[RequestOutput]]:
