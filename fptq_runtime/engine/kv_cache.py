@@ -9,6 +9,9 @@ from fptq_runtime.kernels.base import StepLimits
 # 111 rows a step, one of 32,000 all of a default step.
 MAX_LOGITS_BYTES = 64 << 20
 
+# What a GPU holds beside weights, cache and a step's values: CUDA's context, graphs, parts of split sums.
+_DEVICE_OVERHEAD = 768 << 20
+
 _ELEMENT_BYTES = {"float32": 4, "bf16": 2, "int8": 1}
 _SCALE_BYTES = {"float32": 0, "bf16": 0, "int8": 4}  # a token and head
 
@@ -59,6 +62,24 @@ def step_limits(model: ModelConfig, config: EngineConfig) -> StepLimits:
         num_kv_heads=model.num_kv_heads,
         head_dim=model.head_dim,
     )
+
+
+def device_cache_memory(free_before: int, free_now: int, utilization: float, model: ModelConfig,
+                        config: EngineConfig) -> int:
+    """Bytes for the cache of a GPU that had `free_before` before the weights were loaded and has `free_now`: the
+    `utilization` share of what was free, less the weights and what a step needs. Raises ValueError where none are left."""
+    widest = 4 * model.hidden_size + (model.num_heads + 2 * model.num_kv_heads) * model.head_dim \
+        + 3 * model.intermediate_size
+    rows = config.max_num_seqs + max(1, MAX_LOGITS_BYTES // (4 * model.vocab_size))
+    workspace = _DEVICE_OVERHEAD + 8 * config.max_num_batched_tokens * widest + 12 * rows * model.vocab_size
+    memory = int(free_before * utilization) - (free_before - free_now) - workspace
+    if memory <= 0:
+        raise ValueError(
+            f"no GPU memory is left for a KV cache: of {format_bytes(free_before)} that were free, "
+            f"{utilization:.0%} may be used, the weights took {format_bytes(free_before - free_now)} and a step needs "
+            f"{format_bytes(workspace)}; raise gpu_memory_utilization, lower max_num_seqs or max_num_batched_tokens, or "
+            "free memory on the GPU")
+    return memory
 
 
 def format_bytes(size: int) -> str:

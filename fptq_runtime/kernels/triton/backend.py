@@ -20,7 +20,6 @@ from fptq_runtime.kernels.base import (
     Array,
     AttentionSpec,
     Embedding,
-    Int32Array,
     Linear,
     Norm,
     Ops,
@@ -285,8 +284,9 @@ class _Inputs:
         self._device[:end].copy_(self._pinned[:end], non_blocking=True)
         if self._copied is not None:
             self._copied.record()
-        *fields, block_tables = (self._device[part] for part in layout)
-        return DeviceBatch(*fields[:5], block_tables.view(shape.seqs, -1), fields[5], shape.query, shape.context)
+        token_ids, positions, slots, starts, lengths, rows, block_tables = (self._device[part] for part in layout)
+        return DeviceBatch(token_ids, positions, slots, starts, lengths, block_tables.view(shape.seqs, -1), rows,
+                           shape.query, shape.context)
 
     def _layout(self, shape: _Shape) -> list[slice]:
         """Where token_ids, positions, slot_mapping, query_start_loc, seq_lens, logits_rows and block_tables lie."""
@@ -376,4 +376,4 @@ def _seconds(call: Callable[[], Any], repeats: int = 10) -> float:
         end.record()
         end.synchronize()
         times.append(start.elapsed_time(end) / 1000)
-    return min(times[2:])
+    return float(min(times[2:]))

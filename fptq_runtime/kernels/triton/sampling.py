@@ -228,7 +228,7 @@ def _totals(sums: torch.Tensor) -> torch.Tensor:
 
 
 @triton.jit
-def _weights(y, peak, temperatures, min_ps, cutoffs, d, ids, vocab):  # type: ignore[no-untyped-def]
+def _weights(y, peak, temperatures, min_ps, cutoffs, d, ids, vocab):
     """Of tokens `ids` of row d, 0 where they are not kept. float64"""
     x = tl.load(y + d.to(tl.int64) * vocab + ids, mask=ids < vocab, other=float("-inf"))
     bits = tl.where(x == 0.0, 0.0, x).to(tl.int32, bitcast=True)
@@ -239,7 +239,7 @@ def _weights(y, peak, temperatures, min_ps, cutoffs, d, ids, vocab):  # type: ig
 
 
 @triton.jit
-def _chunk_sums(y, peak, temperatures, min_ps, cutoffs, sums, vocab, chunks,  # type: ignore[no-untyped-def]
+def _chunk_sums(y, peak, temperatures, min_ps, cutoffs, sums, vocab, chunks,
                 CHUNK: tl.constexpr):
     d, c = tl.program_id(0), tl.program_id(1)
     weights = _weights(y, peak, temperatures, min_ps, cutoffs, d, c * CHUNK + tl.arange(0, CHUNK), vocab)
@@ -247,13 +247,13 @@ def _chunk_sums(y, peak, temperatures, min_ps, cutoffs, sums, vocab, chunks,  # 
 
 
 @triton.jit
-def _add_chunks(sums, totals, chunks, CHUNKS: tl.constexpr):  # type: ignore[no-untyped-def]
+def _add_chunks(sums, totals, chunks, CHUNKS: tl.constexpr):
     d, c = tl.program_id(0), tl.arange(0, CHUNKS)
     tl.store(totals + d, tl.sum(tl.load(sums + d * chunks + c, mask=c < chunks, other=0.0), 0))
 
 
 @triton.jit
-def _count_below(keys, peak, temperatures, min_ps, cutoffs, shares, totals, counts,  # type: ignore[no-untyped-def]
+def _count_below(keys, peak, temperatures, min_ps, cutoffs, shares, totals, counts,
                  width, CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
     """Of candidates `keys` [n, width], the largest first: how many have a running sum below share · total."""
     d = tl.program_id(0)
@@ -275,7 +275,7 @@ def _count_below(keys, peak, temperatures, min_ps, cutoffs, shares, totals, coun
 
 
 @triton.jit
-def _draw(y, peak, temperatures, min_ps, cutoffs, sums, seeds, positions, best,  # type: ignore[no-untyped-def]
+def _draw(y, peak, temperatures, min_ps, cutoffs, sums, seeds, positions, best,
           token_ids, vocab, chunks, CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
     d, c = tl.program_id(0), tl.arange(0, CHUNKS)
     held = tl.cumsum(tl.load(sums + d * chunks + c, mask=c < chunks, other=0.0), 0)
@@ -291,7 +291,7 @@ def _draw(y, peak, temperatures, min_ps, cutoffs, sums, seeds, positions, best, 
 
 
 @triton.jit
-def _uniform(seed, position):  # type: ignore[no-untyped-def]
+def _uniform(seed, position):
     """53 bits of Philox4x64-10 with the counter position + 1, numpy's first. float64"""
     k0 = seed.to(tl.uint64, bitcast=True)
     k1 = k0 & 0
