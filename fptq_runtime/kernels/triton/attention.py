@@ -394,72 +394,29 @@ def _float_dot(a, b, acc, KV: tl.constexpr, AS_FLOAT: tl.constexpr):
 
 
 @triton.jit
-def _attention_kernel(
-    q, q_scale, keys, key_scales, values, value_scales, block_tables, query_start_loc, seq_lens, slopes, out, sums,
-    scale, sequences, table_stride, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, TILE_HEADS: tl.constexpr,
-    DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK_SIZE: tl.constexpr, CHUNK: tl.constexpr, SEGMENT: tl.constexpr,
-    ROWS: tl.constexpr,     SEQUENCES: tl.constexpr, WINDOW: tl.constexpr, ALIBI: tl.constexpr, KV: tl.constexpr, ONE_TILE: tl.constexpr,
-    SPLIT: tl.constexpr, AS_FLOAT: tl.constexpr, STAGES: tl.constexpr,
+def _segment_sums(
+    query, row_scale, slope, position, begin, end, length, kv_head, table, keys, key_scales, values, value_scales, scale,
+    KV_HEADS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK_SIZE: tl.constexpr, CHUNK: tl.constexpr,
+    ROWS: tl.constexpr, WINDOW: tl.constexpr, ALIBI: tl.constexpr, KV: tl.constexpr, AS_FLOAT: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
-    """A program takes TOKENS query tokens of a sequence times TILE_HEADS query heads of one KV head; SPLIT: and one
-    segment of keys, of which it leaves o, m, l [rows, HEADS, segments]."""
-    TOKENS: tl.constexpr = ROWS // TILE_HEADS
+    """m, l [ROWS] and o [ROWS, WIDTH] of chunks begin to end; l in steps of 1 / P_STEPS.
+
+    query [ROWS, WIDTH] at `position` [ROWS], of which -1 sees nothing. row_scale: of an int8 query, times scale.
+    """
     INT8: tl.constexpr = KV == "int8"
-    tile_head = tl.program_id(1)
-    segment = tl.program_id(2)
-    kv_head = tile_head // (HEADS // KV_HEADS // TILE_HEADS)
-    if ONE_TILE:
-        sequence = tl.program_id(0)
-        first_row = tl.load(query_start_loc + sequence)
-        first_token = 0
-    else:  # sequence s has its tiles from query_start_loc[s] // TOKENS + s on; the last, which have most keys, first
-        tile = tl.num_programs(0) - 1 - tl.program_id(0)
-        index = tl.arange(0, SEQUENCES)
-        starts = tl.load(query_start_loc + index, mask=index < sequences, other=0) // TOKENS + index
-        sequence = tl.sum(((starts <= tile) & (index < sequences)).to(tl.int32), 0) - 1
-        first_row = tl.load(query_start_loc + sequence)
-        first_token = (tile - first_row // TOKENS - sequence) * TOKENS
-    tokens = tl.load(query_start_loc + sequence + 1) - first_row
-    if first_token >= tokens:
-        return
-    length = tl.load(seq_lens + sequence)
-    before = length - tokens
-
-    r = tl.arange(0, ROWS)
-    token = first_token + r // TILE_HEADS
-    head = tile_head * TILE_HEADS + r % TILE_HEADS
-    valid = (r < TOKENS * TILE_HEADS) & (token < tokens)
-    position = tl.where(valid, before + token, -1)
-    begin = 0
-    if WINDOW:
-        begin = tl.maximum(before + first_token - WINDOW + 1, 0) // CHUNK
-    end = (before + tl.minimum(first_token + TOKENS, tokens) - 1) // CHUNK + 1
-    if SPLIT:
-        begin = tl.maximum(begin, segment * SEGMENT)
-        end = tl.minimum(end, (segment + 1) * SEGMENT)
-        if begin >= end:
-            return
-
+    RUN: tl.constexpr = 16  # keys that lie side by side, for any block size
     d = tl.arange(0, WIDTH)
-    row_head = (first_row + token).to(tl.int64) * HEADS + head
-    query = tl.load(q + row_head[:, None] * DIM + d[None, :], mask=valid[:, None] & (d < DIM)[None, :], other=0)
-    if INT8:
-        row_scale = tl.load(q_scale + row_head, mask=valid, other=0.0) * scale
-    if ALIBI:
-        slope = tl.load(slopes + head, mask=valid, other=0.0)
-
     m = tl.full([ROWS], float("-inf"), tl.float32)
-    mass = tl.zeros([ROWS], tl.float32)  # l, in steps of 1 / P_STEPS
+    mass = tl.zeros([ROWS], tl.float32)
     o = tl.zeros([ROWS, WIDTH], tl.float32)
-    m_all, mass_all, o_all = m, mass, o
-    within = tl.arange(0, CHUNK)
-    table = block_tables + sequence.to(tl.int64) * table_stride
     for chunk in tl.range(begin, end, num_stages=STAGES):
-        key = chunk * CHUNK + within
+        key = chunk * CHUNK + tl.arange(0, CHUNK)
         in_cache = key < length
-        block = tl.load(table + key // BLOCK_SIZE, mask=in_cache, other=0).to(tl.int64) * KV_HEADS + kv_head
+        block = tl.load(table + key // BLOCK_SIZE, mask=key // BLOCK_SIZE * BLOCK_SIZE < length, other=0)
+        block = block.to(tl.int64) * KV_HEADS + kv_head
         offset = key % BLOCK_SIZE
-        page = block * BLOCK_SIZE + offset
+        page = tl.max_contiguous(tl.multiple_of(block * BLOCK_SIZE + offset, RUN), RUN)
         visible = key[None, :] <= position[:, None]
         if WINDOW:
             visible = visible & (key[None, :] > position[:, None] - WINDOW)
@@ -478,9 +435,12 @@ def _attention_kernel(
         p = tl.exp2(s - tl.where(m_chunk == float("-inf"), 0.0, m_chunk)[:, None])
         steps = tl.fma(p, tl.full(p.shape, P_STEPS, tl.float32), tl.full(p.shape, ROUND, tl.float32))
         mass_chunk = tl.sum(steps.to(tl.int32, bitcast=True) - ROUND_BITS, 1).to(tl.float32)
+        m, old, new = _joined(m, m_chunk)
+        mass = mass * old + mass_chunk * new
         if INT8:
-            v_at = values + (block * (BLOCK_SIZE * DIM) + offset)[None, :] + d[:, None] * BLOCK_SIZE
-            v = tl.load(v_at) if DIM == WIDTH else tl.load(v_at, mask=(d < DIM)[:, None], other=0)
+            v_run = tl.max_contiguous(tl.multiple_of(block * (BLOCK_SIZE * DIM) + offset, RUN), RUN)
+            v_at = values + v_run[:, None] + d[None, :] * BLOCK_SIZE
+            v = tl.load(v_at) if DIM == WIDTH else tl.load(v_at, mask=(d < DIM)[None, :], other=0)
             value_scale = tl.load(value_scales + page, mask=in_cache, other=0.0)
             w = p * value_scale[None, :]
             largest = tl.max(w.to(tl.int32, bitcast=True), 1).to(tl.float32, bitcast=True)  # as integers: NaN stays
@@ -488,36 +448,98 @@ def _attention_kernel(
             steps = tl.fma(w, tl.zeros_like(w) + inverse[:, None], tl.full(w.shape, ROUND, tl.float32))
             weight = steps.to(tl.int32, bitcast=True) - ROUND_BITS
             high = (weight + 128) >> 8
-            total = tl.dot(high.to(tl.int8), tl.trans(v), out_dtype=tl.int32) * 256
-            total = tl.dot((weight - high * 256).to(tl.int8), tl.trans(v), total, out_dtype=tl.int32)
-            factor = tl.div_rn(largest, largest * 0.0 + VALUE_STEPS)
-            o_chunk = total.to(tl.float32) * factor[:, None]
+            total = tl.dot(high.to(tl.int8), v, out_dtype=tl.int32) * 256
+            total = tl.dot((weight - high * 256).to(tl.int8), v, total, out_dtype=tl.int32)
+            factor = tl.div_rn(largest, largest * 0.0 + VALUE_STEPS) * new
+            o = tl.fma(total.to(tl.float32), tl.zeros_like(o) + factor[:, None], o * old[:, None])
         else:
             v = tl.load(values + page[:, None] * DIM + d[None, :], mask=in_cache[:, None] & (d < DIM)[None, :],
                         other=0.0)
             o_chunk = _float_dot(p, v, tl.zeros([ROWS, WIDTH], tl.float32), KV, AS_FLOAT)
-        if not SPLIT:  # a segment ended before this chunk
-            ended = chunk % SEGMENT == 0
-            m_all, old, new = _joined(m_all, tl.where(ended, m, float("-inf")))
-            mass_all = mass_all * old + mass * new
-            o_all = o_all * old[:, None] + o * new[:, None]
-            m = tl.where(ended, float("-inf"), m)
-        m, old, new = _joined(m, m_chunk)
-        mass = mass * old + mass_chunk * new
-        o = o * old[:, None] + o_chunk * new[:, None]
+            o = o * old[:, None] + o_chunk * new[:, None]
+    return m, mass, o
 
-    target = row_head[:, None] * DIM + d[None, :]
-    mask = valid[:, None] & (d < DIM)[None, :]
+
+@triton.jit
+def _attention_kernel(
+    q, q_scale, keys, key_scales, values, value_scales, block_tables, query_start_loc, seq_lens, slopes, out, sums,
+    scale, sequences, table_stride, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, TILE_HEADS: tl.constexpr,
+    DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK_SIZE: tl.constexpr, CHUNK: tl.constexpr, SEGMENT: tl.constexpr,
+    ROWS: tl.constexpr, SEQUENCES: tl.constexpr, WINDOW: tl.constexpr, ALIBI: tl.constexpr, KV: tl.constexpr,
+    ONE_TILE: tl.constexpr, SPLIT: tl.constexpr, AS_FLOAT: tl.constexpr, STAGES: tl.constexpr,
+):
+    """A program takes TOKENS query tokens of a sequence times TILE_HEADS query heads of one KV head. SPLIT: and one
+    segment of keys, of which it leaves o and (m, l), each [rows, HEADS, segments]; else `out` is the result."""
+    TOKENS: tl.constexpr = ROWS // TILE_HEADS
+    tile_head = tl.program_id(1)
+    kv_head = tile_head // (HEADS // KV_HEADS // TILE_HEADS)
+    if ONE_TILE:
+        sequence = tl.program_id(0)
+        first_row = tl.load(query_start_loc + sequence)
+        first_token = 0
+    else:  # sequence s has its tiles from query_start_loc[s] // TOKENS + s on; the last, which have most keys, first
+        tile = tl.num_programs(0) - 1 - tl.program_id(0)
+        index = tl.arange(0, SEQUENCES)
+        starts = tl.load(query_start_loc + index, mask=index < sequences, other=0) // TOKENS + index
+        sequence = tl.sum(((starts <= tile) & (index < sequences)).to(tl.int32), 0) - 1
+        first_row = tl.load(query_start_loc + sequence)
+        first_token = (tile - first_row // TOKENS - sequence) * TOKENS
+    tokens = tl.load(query_start_loc + sequence + 1) - first_row
+    if first_token >= tokens:
+        return
+    length = tl.load(seq_lens + sequence)
+    before = length - tokens
+    begin = 0
+    if WINDOW:
+        begin = tl.maximum(before + first_token - WINDOW + 1, 0) // CHUNK
+    end = (before + tl.minimum(first_token + TOKENS, tokens) - 1) // CHUNK + 1
     if SPLIT:
-        part = row_head * tl.num_programs(2) + segment
+        begin = tl.maximum(begin, tl.program_id(2) * SEGMENT)
+        end = tl.minimum(end, (tl.program_id(2) + 1) * SEGMENT)
+        if begin >= end:
+            return
+
+    r = tl.arange(0, ROWS)
+    d = tl.arange(0, WIDTH)
+    token = first_token + r // TILE_HEADS
+    head = tile_head * TILE_HEADS + r % TILE_HEADS
+    valid = (r < TOKENS * TILE_HEADS) & (token < tokens)
+    position = tl.where(valid, before + token, -1)
+    row_head = (first_row + token).to(tl.int64) * HEADS + head
+    inside = valid[:, None] & (d < DIM)[None, :]
+    query = tl.load(q + row_head[:, None] * DIM + d[None, :], mask=inside, other=0)
+    row_scale = position.to(tl.float32)
+    slope = row_scale
+    if KV == "int8":
+        row_scale = tl.load(q_scale + row_head, mask=valid, other=0.0) * scale
+    if ALIBI:
+        slope = tl.load(slopes + head, mask=valid, other=0.0)
+    table = block_tables + sequence.to(tl.int64) * table_stride
+    if SPLIT:
+        m, mass, o = _segment_sums(
+            query, row_scale, slope, position, begin, end, length, kv_head, table, keys, key_scales, values,
+            value_scales, scale, KV_HEADS, DIM, WIDTH, BLOCK_SIZE, CHUNK, ROWS, WINDOW, ALIBI, KV, AS_FLOAT, STAGES)
+        part = row_head * tl.num_programs(2) + tl.program_id(2)
         tl.store(sums + part * 2, m, mask=valid)
         tl.store(sums + part * 2 + 1, mass, mask=valid)
-        tl.store(out + part[:, None] * DIM + d[None, :], o, mask=mask)
+        tl.store(out + part[:, None] * DIM + d[None, :], o, mask=inside)
     else:
-        m_all, old, new = _joined(m_all, m)
-        mass_all = mass_all * old + mass * new
-        o_all = o_all * old[:, None] + o * new[:, None]
-        tl.store(out + target, _result(o_all, mass_all), mask=mask)
+        target = out + row_head[:, None] * DIM + d[None, :]
+        m_all = tl.full([ROWS], float("-inf"), tl.float32)
+        mass_all = tl.zeros([ROWS], tl.float32)
+        for segment in range(begin // SEGMENT, (end + SEGMENT - 1) // SEGMENT):
+            m, mass, o = _segment_sums(
+                query, row_scale, slope, position, tl.maximum(begin, segment * SEGMENT),
+                tl.minimum(end, (segment + 1) * SEGMENT), length, kv_head, table, keys, key_scales, values,
+                value_scales, scale, KV_HEADS, DIM, WIDTH, BLOCK_SIZE, CHUNK, ROWS, WINDOW, ALIBI, KV, AS_FLOAT, STAGES)
+            m_all, old, new = _joined(m_all, m)
+            mass_all = mass_all * old + mass * new
+            tl.debug_barrier()
+            o_all = tl.load(target, mask=inside, other=0.0) * old[:, None] + o * new[:, None]  # for want of registers
+            if (segment + 1) * SEGMENT >= end:
+                o_all = _result(o_all, mass_all)
+            tl.debug_barrier()
+            tl.store(target, o_all, mask=inside)
 
 
 @triton.jit
@@ -531,6 +553,7 @@ def _joined(m, other):
 @triton.jit
 def _result(o, mass):
     """[ROWS, WIDTH] of o and l [ROWS]."""
+    mass = tl.where(mass == 0.0, 1.0, mass)
     return tl.where(tl.abs(o) < TINY, 0.0, tl.div_rn(o * P_STEPS, tl.zeros_like(o) + mass[:, None]))
 
 
