@@ -120,17 +120,17 @@ def rope_and_cache(qkv: torch.Tensor, attention: DeviceAttention, cache: DeviceC
     q = torch.empty((rows, heads * dim), dtype=torch.int8 if int8 else torch.float32, device=qkv.device)
     q_scale = torch.empty((rows, heads) if int8 else (1,), dtype=torch.float32, device=qkv.device)
     half = triton.next_power_of_2(dim // 2)
-    tile = min(triton.next_power_of_2(heads), max(512 // half, 1))
+    tile = 2048 // half if interpreted() else max(512 // half, 1)
     cos, sin = attention.rope or (qkv, qkv)
     if rows:
-        grid = (rows, triton.cdiv(heads, tile) + 2 * triton.cdiv(kv_heads, tile))
+        grid = (triton.cdiv(rows * heads, tile) + 2 * triton.cdiv(rows * kv_heads, tile),)
         _rope_and_cache_kernel[grid](
             qkv, batch.positions, batch.slot_mapping, cos, sin,
             qkv if attention.q_norm is None else attention.q_norm,
             qkv if attention.k_norm is None else attention.k_norm,
             0.0 if spec.q_norm is None else spec.q_norm.eps, 0.0 if spec.k_norm is None else spec.k_norm.eps,
             q, q_scale, cache.keys[spec.layer], cache.key_scales[spec.layer], cache.values[spec.layer],
-            cache.value_scales[spec.layer], HEADS=heads, KV_HEADS=kv_heads, DIM=dim, HALF=half, TILE=tile,
+            cache.value_scales[spec.layer], rows, HEADS=heads, KV_HEADS=kv_heads, DIM=dim, HALF=half, TILE=tile,
             BLOCK_SIZE=cache.block_size, ROPE=attention.rope is not None, Q_NORM=attention.q_norm is not None,
             K_NORM=attention.k_norm is not None, KV=cache.dtype, num_warps=4, enable_fp_fusion=False)
     return Quantized(q, q_scale) if int8 else q
@@ -169,10 +169,10 @@ def choose_tiling(attention: DeviceAttention, cache: DeviceCache, rows: int, seq
         heads = _divisor(group, tile)
     elif max_query_len * min(group, 16) <= 16:
         heads = _divisor(group, 64)
-        tile, warps, stages = max(16, triton.next_power_of_2(heads)), 4, 3
+        tile, warps, stages = max(16, triton.next_power_of_2(heads)), 4, 5
     else:
         heads = _divisor(group, 64)
-        tile, warps, stages = (64, 8, 3) if spec.head_dim <= 128 else (32, 8, 2)
+        tile, warps, stages = (64, 4, 2) if spec.head_dim <= 128 else (32, 4, 2)
         tile = max(tile, triton.next_power_of_2(heads))
     tiles = (sequences if max_query_len <= tile // heads else rows // (tile // heads) + sequences)
     busy = tiles * (spec.num_heads // heads) >= _FEW_TILES and max_query_len * heads > 16
@@ -269,110 +269,94 @@ def _rounded_bf16(x):
 
 
 @triton.jit
-def _normalised(first, second, weight, eps, columns, inside, DIM: tl.constexpr):
-    """RMSNorm of rows given in halves [TILE, HALF]."""
-    mean = tl.div_rn(tl.sum(first * first + second * second, 1), DIM * 1.0)
-    factor = tl.div_rn(1.0, tl.sqrt_rn(mean + eps))[:, None]
-    w_first = tl.load(weight + columns, mask=inside, other=0.0)[None, :]
-    w_second = tl.load(weight + DIM // 2 + columns, mask=inside, other=0.0)[None, :]
-    return first * factor * w_first, second * factor * w_second
+def _load_halves(qkv, positions, cos, sin, weight, eps, row, head, real, FIRST: tl.constexpr, ALL: tl.constexpr,
+                 DIM: tl.constexpr, HALF: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr):
+    """Both halves [TILE, HALF] of the rows' heads, counted from FIRST of ALL, after RMSNorm and rope."""
+    columns = tl.arange(0, HALF)
+    inside = columns < DIM // 2
+    mask = real[:, None] & inside[None, :]
+    source = qkv + ((row * ALL + FIRST + head) * DIM)[:, None] + columns[None, :]
+    first = tl.load(source, mask=mask, other=0.0)
+    second = tl.load(source + DIM // 2, mask=mask, other=0.0)
+    if NORM:
+        mean = tl.sum(first * first + second * second, 1) / DIM
+        factor = tl.div_rn(mean * 0.0 + 1.0, tl.sqrt_rn(mean + eps))[:, None]
+        first = first * factor * tl.load(weight + columns, mask=inside, other=0.0)[None, :]
+        second = second * factor * tl.load(weight + DIM // 2 + columns, mask=inside, other=0.0)[None, :]
+    if ROPE:
+        position = tl.load(positions + row, mask=real, other=0).to(tl.int64)
+        at = (position * (DIM // 2))[:, None] + columns[None, :]
+        c = tl.load(cos + at, mask=mask, other=0.0)
+        s = tl.load(sin + at, mask=mask, other=0.0)
+        first, second = first * c - second * s, second * c + first * s
+    return first, second
 
 
 @triton.jit
-def _rotated(first, second, cos, sin, position, columns, inside, DIM: tl.constexpr):
-    offset = position.to(tl.int64) * (DIM // 2) + columns
-    c = tl.load(cos + offset, mask=inside, other=0.0)[None, :]
-    s = tl.load(sin + offset, mask=inside, other=0.0)[None, :]
-    return first * c - second * s, second * c + first * s
-
-
-@triton.jit
-def _int8_halves(first, second):
-    """Codes of rows given in halves [TILE, HALF], and their scales [TILE]."""
-    scale = tl.maximum(token_scale(first, 1, False), token_scale(second, 1, False), propagate_nan=tl.PropagateNan.ALL)
-    wide = tl.zeros_like(first) + scale[:, None]
-    return codes_of(first, wide, False), codes_of(second, wide, False), scale
-
-
-@triton.jit
-def _store_halves(first, second, target, stride: tl.constexpr, mask, DIM: tl.constexpr, KV: tl.constexpr):
-    if KV == "bf16":
-        first, second = _rounded_bf16(first).to(tl.bfloat16), _rounded_bf16(second).to(tl.bfloat16)
-    tl.store(target, first, mask=mask)
-    tl.store(target + DIM // 2 * stride, second, mask=mask)
+def _store_halves(first, second, target, scales, mask, real, STRIDE: tl.constexpr, DIM: tl.constexpr,
+                  KV: tl.constexpr):
+    """To where each element belongs, its second half STRIDE · DIM / 2 further, in a cache's type."""
+    if KV == "int8":
+        scale = tl.maximum(token_scale(first, 1, False), token_scale(second, 1, False),
+                           propagate_nan=tl.PropagateNan.ALL)
+        tl.store(scales, scale, mask=real)
+        wide = tl.zeros_like(first) + scale[:, None]
+        tl.store(target, codes_of(first, wide, False), mask=mask)
+        tl.store(target + DIM // 2 * STRIDE, codes_of(second, wide, False), mask=mask)
+    else:
+        if KV == "bf16":
+            first, second = _rounded_bf16(first).to(tl.bfloat16), _rounded_bf16(second).to(tl.bfloat16)
+        tl.store(target, first, mask=mask)
+        tl.store(target + DIM // 2 * STRIDE, second, mask=mask)
 
 
 @triton.jit
 def _rope_and_cache_kernel(
     qkv, positions, slots, cos, sin, q_weight, k_weight, q_eps, k_eps, q_out, q_scale, keys, key_scales, values,
-    value_scales, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr,
+    value_scales, rows, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr,
     TILE: tl.constexpr, BLOCK_SIZE: tl.constexpr, ROPE: tl.constexpr, Q_NORM: tl.constexpr, K_NORM: tl.constexpr,
     KV: tl.constexpr,
 ):
-    """A program takes a tile of a row's heads of q, of k, or of v."""
-    row = tl.program_id(0).to(tl.int64)
-    tile = tl.program_id(1)
-    Q_TILES: tl.constexpr = (HEADS + TILE - 1) // TILE
-    KV_TILES: tl.constexpr = (KV_HEADS + TILE - 1) // TILE
+    """A program takes TILE pairs of a row and a head: of q, or of k, or of v."""
+    ALL: tl.constexpr = HEADS + 2 * KV_HEADS
+    q_tiles = tl.cdiv(rows * HEADS, TILE)
+    kv_tiles = tl.cdiv(rows * KV_HEADS, TILE)
+    tile = tl.program_id(0)
     columns = tl.arange(0, HALF)
     inside = columns < DIM // 2
-    start = qkv + row * (HEADS + 2 * KV_HEADS) * DIM
-    position = tl.load(positions + row)
-    if tile < Q_TILES:
-        head = tile * TILE + tl.arange(0, TILE)
-        mask = (head < HEADS)[:, None] & inside[None, :]
-        source = start + head[:, None] * DIM + columns[None, :]
-        first = tl.load(source, mask=mask, other=0.0)
-        second = tl.load(source + DIM // 2, mask=mask, other=0.0)
-        if Q_NORM:
-            first, second = _normalised(first, second, q_weight, q_eps, columns, inside, DIM)
-        if ROPE:
-            first, second = _rotated(first, second, cos, sin, position, columns, inside, DIM)
-        target = q_out + (row * HEADS + head[:, None]) * DIM + columns[None, :]
-        if KV == "int8":
-            first_codes, second_codes, scale = _int8_halves(first, second)
-            tl.store(q_scale + row * HEADS + head, scale, mask=head < HEADS)
-            _store_halves(first_codes, second_codes, target, 1, mask, DIM, KV)
-        else:
-            _store_halves(first, second, target, 1, mask, DIM, "float32")
+    if tile < q_tiles:
+        pair = tile.to(tl.int64) * TILE + tl.arange(0, TILE)
+        row = pair // HEADS
+        real = row < rows
+        first, second = _load_halves(qkv, positions, cos, sin, q_weight, q_eps, row, pair % HEADS, real, 0, ALL, DIM,
+                                     HALF, Q_NORM, ROPE)
+        _store_halves(first, second, q_out + pair[:, None] * DIM + columns[None, :], q_scale + pair,
+                      real[:, None] & inside[None, :], real, 1, DIM, "int8" if KV == "int8" else "float32")
     else:
-        slot = tl.load(slots + row)
-        if slot >= 0:
-            page = (slot // BLOCK_SIZE).to(tl.int64) * KV_HEADS
-            offset = slot % BLOCK_SIZE
-            if tile < Q_TILES + KV_TILES:
-                head = (tile - Q_TILES) * TILE + tl.arange(0, TILE)
-                mask = (head < KV_HEADS)[:, None] & inside[None, :]
-                source = start + (HEADS + head)[:, None] * DIM + columns[None, :]
-                first = tl.load(source, mask=mask, other=0.0)
-                second = tl.load(source + DIM // 2, mask=mask, other=0.0)
-                if K_NORM:
-                    first, second = _normalised(first, second, k_weight, k_eps, columns, inside, DIM)
-                if ROPE:
-                    first, second = _rotated(first, second, cos, sin, position, columns, inside, DIM)
-                token = (page + head) * BLOCK_SIZE + offset
-                target = keys + token[:, None] * DIM + columns[None, :]
-                if KV == "int8":
-                    first_codes, second_codes, scale = _int8_halves(first, second)
-                    tl.store(key_scales + token, scale, mask=head < KV_HEADS)
-                    _store_halves(first_codes, second_codes, target, 1, mask, DIM, KV)
-                else:
-                    _store_halves(first, second, target, 1, mask, DIM, KV)
+        is_key = tile < q_tiles + kv_tiles
+        pair = (tile - q_tiles - tl.where(is_key, 0, kv_tiles)).to(tl.int64) * TILE + tl.arange(0, TILE)
+        row = pair // KV_HEADS
+        head = pair % KV_HEADS
+        slot = tl.load(slots + row, mask=row < rows, other=-1)
+        real = slot >= 0
+        mask = real[:, None] & inside[None, :]
+        block = (slot // BLOCK_SIZE).to(tl.int64) * KV_HEADS + head
+        token = block * BLOCK_SIZE + slot % BLOCK_SIZE
+        if is_key:
+            first, second = _load_halves(qkv, positions, cos, sin, k_weight, k_eps, row, head, real, HEADS, ALL, DIM,
+                                         HALF, K_NORM, ROPE)
+            _store_halves(first, second, keys + token[:, None] * DIM + columns[None, :], key_scales + token, mask,
+                          real, 1, DIM, KV)
+        else:
+            first, second = _load_halves(qkv, positions, cos, sin, k_weight, k_eps, row, head, real, HEADS + KV_HEADS,
+                                         ALL, DIM, HALF, False, False)
+            if KV == "int8":
+                target = values + (block * DIM)[:, None] * BLOCK_SIZE + columns[None, :] * BLOCK_SIZE \
+                    + (slot % BLOCK_SIZE)[:, None]
+                _store_halves(first, second, target, value_scales + token, mask, real, BLOCK_SIZE, DIM, KV)
             else:
-                head = (tile - Q_TILES - KV_TILES) * TILE + tl.arange(0, TILE)
-                mask = (head < KV_HEADS)[:, None] & inside[None, :]
-                source = start + (HEADS + KV_HEADS + head)[:, None] * DIM + columns[None, :]
-                first = tl.load(source, mask=mask, other=0.0)
-                second = tl.load(source + DIM // 2, mask=mask, other=0.0)
-                token = (page + head) * BLOCK_SIZE + offset
-                if KV == "int8":
-                    first_codes, second_codes, scale = _int8_halves(first, second)
-                    tl.store(value_scales + token, scale, mask=head < KV_HEADS)
-                    target = values + ((page + head)[:, None] * DIM + columns[None, :]) * BLOCK_SIZE + offset
-                    _store_halves(first_codes, second_codes, target, BLOCK_SIZE, mask, DIM, KV)
-                else:
-                    target = values + token[:, None] * DIM + columns[None, :]
-                    _store_halves(first, second, target, 1, mask, DIM, KV)
+                _store_halves(first, second, values + token[:, None] * DIM + columns[None, :], value_scales + token,
+                              mask, real, 1, DIM, KV)
 
 
 @triton.jit
@@ -385,12 +369,15 @@ def _power_of_two(x):
 def _float_dot(a, b, acc, KV: tl.constexpr, AS_FLOAT: tl.constexpr):
     """a [.., K] float32 · b [K, ..] of the cache's type."""
     if KV == "float32":
-        return tl.dot(a, b, acc, input_precision="ieee")
-    high = (a.to(tl.int32, bitcast=True) & -0x10000).to(tl.float32, bitcast=True)
-    low = ((a - high).to(tl.int32, bitcast=True) & -0x10000).to(tl.float32, bitcast=True)
-    if AS_FLOAT:  # the interpreter has no product of bfloat16
-        return tl.dot(low, b.to(tl.float32), tl.dot(high, b.to(tl.float32), acc))
-    return tl.dot(low.to(tl.bfloat16), b, tl.dot(high.to(tl.bfloat16), b, acc))
+        acc = tl.dot(a, b, acc, input_precision="ieee")
+    else:
+        high = (a.to(tl.int32, bitcast=True) & -0x10000).to(tl.float32, bitcast=True)
+        low = ((a - high).to(tl.int32, bitcast=True) & -0x10000).to(tl.float32, bitcast=True)
+        if AS_FLOAT:  # the interpreter has no product of bfloat16
+            acc = tl.dot(low, b.to(tl.float32), tl.dot(high, b.to(tl.float32), acc))
+        else:
+            acc = tl.dot(low.to(tl.bfloat16), b, tl.dot(high.to(tl.bfloat16), b, acc))
+    return acc
 
 
 @triton.jit

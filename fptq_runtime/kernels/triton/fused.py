@@ -144,8 +144,10 @@ def codes_of(x, scale, FP8: tl.constexpr):
     """x / scale on the 8-bit grid; shapes are equal."""
     scaled = tl.div_rn(x, scale)
     if FP8:
-        return _rounded_e4m3(tl.clamp(scaled, -448.0, 448.0)).to(tl.float8e4nv)
-    return ((tl.clamp(scaled, -128.0, 127.0) + ROUND) - ROUND).to(tl.int8)
+        codes = _rounded_e4m3(tl.clamp(scaled, -448.0, 448.0)).to(tl.float8e4nv)
+    else:
+        codes = ((tl.clamp(scaled, -128.0, 127.0) + ROUND) - ROUND).to(tl.int8)
+    return codes
 
 
 @triton.jit
