@@ -12,7 +12,6 @@ One program may take one segment (a second kernel adds them) or all; both give t
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -22,7 +21,7 @@ import triton.language as tl
 
 from fptq_runtime.kernels.base import ActivationQuant, Array, Linear, QuantizedWeight
 from fptq_runtime.kernels.reference import to_torch
-from fptq_runtime.kernels.triton.choice import Choice, Dot, Kind, Tile, choose, segments
+from fptq_runtime.kernels.triton.choice import Case, Choice, Dot, Kind, Tile, choose, segments
 from fptq_runtime.kernels.triton.packing import TILE, PackedWeight, pack_weight
 from fptq_runtime.kernels.triton.values import Quantized, interpreted
 
@@ -98,21 +97,36 @@ def run_choice(x: torch.Tensor | Quantized, linear: DeviceLinear, residual: torc
 
 def describe(linear: DeviceLinear) -> tuple[str, str]:
     """Which kind of layer it is, and what runs it."""
-    weight, device = linear.weight, linear.weight.values.device if isinstance(linear.weight, PackedWeight) else \
-        linear.weight.device
-    dot = _dot(linear, device)
+    weight = linear.weight
+    device = (weight.values if isinstance(weight, PackedWeight) else weight).device
+    kernel = f"Triton, {_dot(linear, device)} dot"
     if isinstance(weight, torch.Tensor):
-        return f"linear {str(weight.dtype).removeprefix('torch.')}", f"Triton, {dot} dot"
-    scales = {"row": "a scale a row", "two-level": "integer multipliers of a scale a row",
-              "grouped": f"group {weight.group_size}"}[weight.arithmetic]
-    inputs = "" if linear.act else ", float input"
-    return f"linear {weight.codes}, {scales}{inputs}", f"Triton, {dot} dot, ordered split-K below M = 257"
+        return f"linear {str(weight.dtype).removeprefix('torch.')}", kernel
+    scales = {"row": "", "two-level": ", two-level scales", "grouped": f", group {weight.group_size}"}
+    return f"linear {weight.codes}{scales[weight.arithmetic]}{'' if linear.act else ', float input'}", kernel
 
 
 def kind(linear: DeviceLinear, x: torch.Tensor | Quantized) -> Kind:
     """What `choice.py` chooses by."""
     arithmetic = linear.weight.arithmetic if isinstance(linear.weight, PackedWeight) else "float"
-    return _dot(linear, _tensor(x).device), arithmetic
+    return Kind(_dot(linear, _tensor(x).device), arithmetic)
+
+
+def random_case(case: Case, device: torch.device) -> tuple[DeviceLinear, Quantized]:
+    """A layer of random codes and an input for it, made on the device."""
+    dots = 2 if case.codes in ("int4", "fp4") else 1
+    width = 64 * (3 - dots)
+    tiles, blocks = -(-case.n // TILE), -(-case.k // (width * dots))
+    values = torch.randint(0, 256, (tiles, blocks, TILE, width), dtype=torch.uint8, device=device)
+    groups = 1 if case.group_size is None else -(-case.k // case.group_size)
+    scale = torch.rand((tiles, groups, TILE), device=device) * 1e-3
+    whole = case.group_size is None
+    weight = PackedWeight(case.codes, "row" if whole else "grouped", case.n, case.k, width,
+                          case.k if case.group_size is None else case.group_size, values,
+                          scale if whole else scale.bfloat16())
+    codes = torch.randint(-128, 128, (case.m, case.k), dtype=torch.int8, device=device)
+    return DeviceLinear(case.name, weight, None, ActivationQuant()), Quantized(
+        codes, torch.rand(case.m, device=device) * 1e-2)
 
 
 def dequantized(weight: PackedWeight) -> torch.Tensor:
@@ -170,9 +184,8 @@ def _dot(linear: DeviceLinear, device: torch.device) -> Dot:
         return cast(Dot, str(weight.dtype).removeprefix("torch."))
     if act is not None and act.type == "int" and weight.codes in ("int4", "int8"):
         return "int8"
-    hopper = device.type == "cuda" and _capability(device) >= 89
-    return "fp8" if act is not None and act.type == "float" and weight.codes in ("fp4", "fp8") and hopper else \
-        "bfloat16"
+    floats = act is not None and act.type == "float" and weight.codes in ("fp4", "fp8")
+    return "fp8" if floats and _capability(device) >= 89 and not interpreted() else "bfloat16"
 
 
 def _operand(x: torch.Tensor | Quantized, linear: DeviceLinear) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -275,18 +288,19 @@ def _rows_of(matrix: torch.Tensor, codes: str, scale: torch.Tensor | None) -> _W
 def _launch(x: torch.Tensor, weight: _Weight, epilogue: _Epilogue, choice: Choice) -> torch.Tensor:
     m, n, tile = x.shape[0], weight.n, choice.tile
     block = weight.width * weight.dots
-    blocks = triton.cdiv(weight.k, block)
-    count, length = segments(n, weight.k, block)
+    count, columns = segments(n, weight.k)
+    length = columns // block
     split = choice.method == "split" and count > 1
     integer = x.dtype == torch.int8 and weight.arithmetic != "grouped"
     out = torch.empty((count, m, n) if split else (m, n), dtype=torch.int32 if split and integer else torch.float32,
                       device=x.device)
     programs = triton.cdiv(n, tile.rows) * triton.cdiv(m, tile.cols)
     if integer and not split:  # nothing is rounded: no need to stop
-        count, length = 1, blocks
+        count, length = 1, triton.cdiv(weight.k, block)
     taken = 1 if split else count
     whole = weight.k == count * length * block and length % tile.unroll == 0
-    _call(_linear_kernel, (programs, count if split else 1), tile)(
+    _launch_kernel(
+        _linear_kernel, (programs, count if split else 1), tile,
         x, weight.values, weight.scale, weight.multiplier, epilogue.x_scale, epilogue.bias, epilogue.residual, out,
         m, n, weight.k, weight.rows, weight.tile_stride, weight.row_stride, weight.block_stride,
         weight.groups,
@@ -306,7 +320,8 @@ def _finish(partial: torch.Tensor, epilogue: _Epilogue, row_scale: torch.Tensor 
     """The sum over [segments, M, N] in ascending order, scaled, with bias and residual."""
     count, m, n = partial.shape
     out = torch.empty((m, n), dtype=torch.float32, device=partial.device)
-    _reduce_kernel[triton.cdiv(n, _REDUCE), m](
+    _launch_kernel(
+        _reduce_kernel, (triton.cdiv(n, _REDUCE), m), Tile(1, _REDUCE),
         partial, row_scale, epilogue.x_scale, epilogue.bias, epilogue.residual, out, m, n,
         SEGMENTS=count, UNIT=unit, SCALED=row_scale is not None, X_SCALE=epilogue.scaling,
         BIAS=epilogue.bias is not None, RESIDUAL=epilogue.residual is not None, BLOCK=_REDUCE,
@@ -334,19 +349,17 @@ def _expand(weight: PackedWeight, dtype: torch.dtype) -> torch.Tensor:
     out = torch.empty((weight.n, weight.k), dtype=dtype, device=weight.values.device)
     tiles, blocks, _, width = weight.values.shape
     groups = weight.scale.shape[1] if weight.multiplier is None else weight.multiplier.shape[1]
-    _expand_kernel[tiles, blocks](
+    _launch_kernel(
+        _expand_kernel, (tiles, blocks), Tile(TILE, width),
         weight.values, weight.scale, weight.multiplier, out, weight.n, weight.k, blocks, groups,
         CODES=weight.codes, ARITHMETIC=weight.arithmetic, WIDTH=width, SLICES=max(weight.group_size // width, 1),
-        INTEGER=dtype == torch.int8, num_warps=4,
+        INTEGER=dtype == torch.int8,
     )
     return out
 
 
-def _call(kernel: Any, grid: tuple[int, ...], tile: Tile) -> Callable[..., None]:
-    def call(*args: Any, **constants: Any) -> None:
-        kernel[grid](*args, **constants, num_warps=tile.warps, num_stages=tile.stages)
-
-    return call
+def _launch_kernel(kernel: Any, grid: tuple[int, int], tile: Tile, *args: Any, **constants: Any) -> None:
+    kernel[grid](*args, **constants, num_warps=tile.warps, num_stages=tile.stages)
 
 
 @triton.jit
@@ -397,24 +410,24 @@ def _e4m3_value(bits):
 
 
 @triton.jit
-def _slice(p, HIGH: tl.constexpr, CODES: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr):
+def _slice(p, HIGH: tl.constexpr, CODES: tl.constexpr, element: tl.constexpr, ASM: tl.constexpr):
     """The weights of one dot, in the type of x."""
-    if p.dtype == DTYPE:  # straight from shared memory, no register in between
+    if p.dtype == element:  # straight from shared memory, no register in between
         return p
     elif CODES == "int4":
         w = _high(p, ASM) if HIGH else _low(p, ASM)
-        return w if DTYPE == tl.int8 else w.to(DTYPE)
+        return w if element == tl.int8 else w.to(element)
     elif CODES == "int8" or CODES == "float":
-        return p.to(DTYPE)
+        return p.to(element)
     else:
         if CODES == "fp4":
             bits = _e4m3_high(p, ASM) if HIGH else _e4m3_low(p, ASM)
         else:
             bits = p
-        if DTYPE == tl.float8e4nv:
+        if element == tl.float8e4nv:
             return bits.to(tl.float8e4nv, bitcast=True)
         else:
-            return _e4m3_value(bits).to(DTYPE)
+            return _e4m3_value(bits).to(element)
 
 
 @triton.jit
@@ -450,27 +463,25 @@ def _segment(
     """Σ over LENGTH blocks from the first; MASKED where those beyond K are not all there. [ROWS, COLS]"""
     ROWS: tl.constexpr = w_rows.shape[0]
     COLS: tl.constexpr = x_cols.shape[0]
-    DTYPE: tl.constexpr = x_cols.dtype.element_ty
-    NONE: tl.constexpr = 0.0 if DTYPE.is_floating() else 0
+    element: tl.constexpr = x_cols.dtype.element_ty
+    NONE: tl.constexpr = 0.0 if element.is_floating() else 0
     TWO: tl.constexpr = CODES == "int4" or CODES == "fp4"
     DOTS: tl.constexpr = 2 if TWO else 1
     JOINT: tl.constexpr = ARITHMETIC == "row" or SLICES % DOTS == 0  # a block lies within a group
-    CHAINED: tl.constexpr = ARITHMETIC == "row" and DTYPE != tl.float8e4nv  # FP8 dots keep few bits: add often
+    CHAINED: tl.constexpr = ARITHMETIC == "row" and element != tl.float8e4nv  # FP8 dots keep few bits: add often
     LOADS: tl.constexpr = 1 if JOINT else 2
-    TOTAL: tl.constexpr = tl.int32 if DTYPE == tl.int8 and ARITHMETIC != "grouped" else tl.float32
+    TOTAL: tl.constexpr = tl.int32 if element == tl.int8 and ARITHMETIC != "grouped" else tl.float32
     acc = tl.zeros((ROWS, COLS), TOTAL)
     columns = tl.arange(0, WIDTH)
     limit = tl.minimum(K, (first + LENGTH) * (WIDTH * DOTS))
     for step in range(0, LENGTH, UNROLL):
         b = first + step
-        scales = ()  # all before the first dot, so that one wait serves them
+        scales = ()  # all are loaded before the first dot, so that one wait serves them
         if ARITHMETIC != "row":
             for i in tl.static_range(UNROLL * LOADS):
-                piece = (b * DOTS + i * (DOTS // LOADS)) // SLICES
-                if MASKED:
-                    scales = scales + (tl.load(scale_rows + piece * 64, mask=(b + i // LOADS) * (WIDTH * DOTS) < limit, other=0),)
-                else:
-                    scales = scales + (tl.load(scale_rows + piece * 64),)
+                piece = (b * DOTS + i * (DOTS // LOADS)) // SLICES * 64
+                held = not MASKED or (b + i // LOADS) * (WIDTH * DOTS) < limit
+                scales = scales + (tl.load(scale_rows + piece, mask=held, other=0),)  # type: ignore[assignment] # noqa: RUF005
         for u in tl.static_range(UNROLL):
             k = (b + u) * (WIDTH * DOTS) + columns
             wp = w_rows[:, None] + ((b + u) * block_stride + columns)[None, :]
@@ -482,15 +493,15 @@ def _segment(
                 p = tl.load(wp, eviction_policy=KEEP)
                 x = tl.load(xp, mask=inside[None, :], other=NONE)
             if CHAINED:
-                acc = _dot_product(_slice(p, False, CODES, DTYPE, ASM), x, acc)
+                acc = _dot_product(_slice(p, False, CODES, element, ASM), x, acc)
             else:
-                products = _dot_product(_slice(p, False, CODES, DTYPE, ASM), x, None)
+                products = _dot_product(_slice(p, False, CODES, element, ASM), x, None)
             if TWO:
                 if MASKED:
                     x = tl.load(xp + WIDTH, mask=inside[None, :] & (k + WIDTH < limit)[:, None], other=NONE)
                 else:
                     x = tl.load(xp + WIDTH, mask=inside[None, :], other=NONE)
-                high = _slice(p, True, CODES, DTYPE, ASM)
+                high = _slice(p, True, CODES, element, ASM)
                 if CHAINED:
                     acc = _dot_product(high, x, acc)
                 elif JOINT:
@@ -537,7 +548,7 @@ def _epilogue(total, row_scale, x_scale, bias, residual, UNIT: tl.constexpr, SCA
     return y
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])  # one compilation for every batch
 def _linear_kernel(
     x_ptr,  # [M, K]
     w_ptr,
@@ -609,7 +620,7 @@ def _linear_kernel(
         tl.store(out_ptr + place + at, y, mask=valid)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _reduce_kernel(
     partial_ptr,  # int32 or float32 [SEGMENTS, M, N]
     scale_ptr, x_scale_ptr, bias_ptr, residual_ptr, out_ptr, M, N,
