@@ -93,7 +93,7 @@ def _compile(kernel: Any, capability: int, tile: Tile, args: tuple[Any, ...],
     numbers = {name.lower(): int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     return {"kernel": kernel.fn.__name__, "tile": str(tile), "wgmma": compiled.asm["ptx"].count("wgmma.mma_async"),
             "mma": compiled.asm["ptx"].count("mma.sync"), "wide_loads": len(re.findall(
-                r"cp\.async\.cg\.shared\.global[^;]*0x10, 0x10", compiled.asm["ptx"])),
+                r"cp\.async\.cg\.shared\.global [^;]*, 0x10,", compiled.asm["ptx"])),
             "shared": compiled.metadata.shared, **numbers}
 
 
