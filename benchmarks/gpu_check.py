@@ -147,7 +147,7 @@ def _linears(check: Check, generator: Any) -> Iterator[Row]:
             linear = Linear("l", to_numpy(exact), to_numpy(bias), act)
         else:
             bits, group, type_ = how
-            codes, scale = quantize_weight(weight, bits, group, type_)
+            codes, scale = quantize_weight(weight, bits, group, type=type_)
             exact = dequantize(codes, scale)
             packed = QuantizedWeight(to_numpy(pack_codes(codes, bits)), to_numpy(scale), bits, group or k, type_)
             linear = Linear("l", packed, to_numpy(bias), act)
@@ -520,12 +520,13 @@ def _executor(check: Check, profile: str) -> tuple[Any, Any]:
     config = SHAPES[SHAPE]
     backend, decoder = _model(check, profile)
     blocks = max(BATCHES) * CONTEXT // 32
-    return backend, backend.compile(decoder, StepLimits(PREFILL, max(BATCHES), max(BATCHES), PREFILL, blocks, 32, "int8",
-                                                        config.num_layers, config.num_kv_heads, config.head_dim))
+    limits = StepLimits(PREFILL, max(BATCHES), max(BATCHES), PREFILL, blocks, 32, "int8", config.num_layers,
+                        config.num_kv_heads, config.head_dim)
+    return backend, backend.compile(decoder, limits)
 
 
 def decode(check: Check) -> Iterator[Row]:
-    """Whole decode steps, sampling included, against bfloat16 torch under a CUDA graph (matrix products, SDPA, norms)."""
+    """Whole decode steps, greedy sampling included, each sequence with CONTEXT tokens in its int8 cache."""
     from fptq_runtime.engine.kv_cache import token_bytes
     from fptq_runtime.shapes import SHAPES
 

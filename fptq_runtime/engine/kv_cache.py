@@ -67,7 +67,8 @@ def step_limits(model: ModelConfig, config: EngineConfig) -> StepLimits:
 def device_cache_memory(free_before: int, free_now: int, utilization: float, model: ModelConfig,
                         config: EngineConfig) -> int:
     """Bytes for the cache of a GPU that had `free_before` before the weights were loaded and has `free_now`: the
-    `utilization` share of what was free, less the weights and what a step needs. Raises ValueError where none are left."""
+    `utilization` share of what was free, less the weights and what a step needs. Raises ValueError where that is
+    nothing."""
     widest = 4 * model.hidden_size + (model.num_heads + 2 * model.num_kv_heads) * model.head_dim \
         + 3 * model.intermediate_size
     rows = config.max_num_seqs + max(1, MAX_LOGITS_BYTES // (4 * model.vocab_size))
@@ -77,8 +78,8 @@ def device_cache_memory(free_before: int, free_now: int, utilization: float, mod
         raise ValueError(
             f"no GPU memory is left for a KV cache: of {format_bytes(free_before)} that were free, "
             f"{utilization:.0%} may be used, the weights took {format_bytes(free_before - free_now)} and a step needs "
-            f"{format_bytes(workspace)}; raise gpu_memory_utilization, lower max_num_seqs or max_num_batched_tokens, or "
-            "free memory on the GPU")
+            f"{format_bytes(workspace)}; raise gpu_memory_utilization, lower max_num_seqs or "
+            "max_num_batched_tokens, or free memory on the GPU")
     return memory
 
 

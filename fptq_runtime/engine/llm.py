@@ -103,7 +103,8 @@ def load_engine(path: str | Path, *, backend: str = "auto", device: str = "auto"
 
     max_model_len: the model's own unless given, or what the KV cache holds where that is less. kv_cache_memory:
     EngineConfig's default unless given; on a GPU, what the weights and a step leave of the gpu_memory_utilization share
-    of its free memory. options: the other fields of EngineConfig. Raises ValueError (ArtifactError, CheckpointError, GoldenMismatch, …), one line.
+    of its free memory. options: the other fields of EngineConfig. Raises ValueError (ArtifactError, CheckpointError,
+    GoldenMismatch, …), one line.
     """
     manifest = check_files(Path(path)) if is_artifact(Path(path)) else None
     checkpoint = Checkpoint(path, activations)

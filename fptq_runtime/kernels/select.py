@@ -16,9 +16,9 @@ logger = logging.getLogger(__name__)
 
 def select_backend(name: str = "auto", threads: int = 0, schemes: Mapping[str, LayerScheme] | None = None,
                    device: str = "cpu") -> Backend:
-    """On a CPU "native", "reference", or "auto": native wherever the extension imports and has a kernel for every one of
-    a model's `schemes`. On "cuda" there is one backend; device "auto" takes it where it can run and no backend of the
-    CPU's was asked for. Raises ValueError, one line."""
+    """On a CPU "native", "reference", or "auto": native wherever the extension imports and has a kernel for every one
+    of a model's `schemes`. On "cuda" there is one backend; device "auto" takes it where it can run and no backend of
+    the CPU's was asked for. Raises ValueError, one line."""
     if name not in ("auto", "native", "reference"):
         raise ValueError(f"backend must be auto, native or reference, not {name!r}")
     if device not in ("auto", "cpu", "cuda"):

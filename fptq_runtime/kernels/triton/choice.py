@@ -81,6 +81,9 @@ RULES = (  # the first that fits
     # A program reads rows · K of W and cols · K of x from L2: 128 rows halve x's part where that is the larger.
     Rule(Choice("split", Tile(128, 64)), _BYTES, max_m=64),
     Rule(Choice("split", Tile(64, 64)), _HALVES, max_m=64),
+    # Widened codes, both as registers and as bfloat16, leave room for half a tile.
+    Rule(Choice("split", Tile(128, 64, 8, 3)), _HALVES, ("grouped", "two-level"), max_m=256),
+    Rule(Choice("fused", Tile(128, 64, 8, 3)), _HALVES, ("grouped", "two-level")),
     # Splitting K still fills the device where M · N has fewer than 132 tiles.
     Rule(Choice("split", Tile(128, 128, 8, 3)), (*_BYTES, *_HALVES), max_m=256),
     # Large M is bound by arithmetic and L2. One integer sum a row needs one accumulator: 128 · 256 halves L2's part.

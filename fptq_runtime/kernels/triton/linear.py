@@ -129,9 +129,9 @@ def random_case(case: Case, device: torch.device) -> tuple[DeviceLinear, Quantiz
         codes, torch.rand(case.m, device=device) * 1e-2)
 
 
-def dequantized(weight: PackedWeight) -> torch.Tensor:
-    """bfloat16 [N, K]: code · scale, rounded."""
-    return _expand(weight, torch.bfloat16)
+def dequantized(weight: PackedWeight, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    """[N, K]: code · scale, rounded to dtype."""
+    return _expand(weight, dtype)
 
 
 def expanded(weight: PackedWeight) -> torch.Tensor:
@@ -548,6 +548,33 @@ def _epilogue(total, row_scale, x_scale, bias, residual, UNIT: tl.constexpr, SCA
     return y
 
 
+@triton.jit
+def _write(total, m_first, n_first, scale_ptr, x_scale_ptr, bias_ptr, residual_ptr, out_ptr, M, N,
+           CODES: tl.constexpr, ARITHMETIC: tl.constexpr, SCALED: tl.constexpr, X_SCALE: tl.constexpr,
+           BIAS: tl.constexpr, RESIDUAL: tl.constexpr):
+    """The outputs of the accumulators [rows, columns] that begin at row m_first and column n_first of y."""
+    SHIFTED: tl.constexpr = ARITHMETIC == "two-level" and total.dtype == tl.int32
+    UNIT: tl.constexpr = (1 if SHIFTED else 0.0625) if CODES == "int4" else 64 if CODES == "fp4" else 1
+    ROW_SCALED: tl.constexpr = SCALED and ARITHMETIC != "grouped"
+    rows, columns = tl.arange(0, total.shape[0]), tl.arange(0, total.shape[1])
+    n, m = n_first + rows, m_first + columns
+    valid = (n < N)[:, None] & (m < M)[None, :]
+    at = m_first.to(tl.int64) * N + n_first + ((columns * N)[None, :] + rows[:, None])
+    row_scale, x_scale, bias, residual = total, total, total, total
+    if ROW_SCALED:
+        row_scale = tl.load(scale_ptr + n, mask=n < N, other=0)[:, None]
+    if X_SCALE == "one":
+        x_scale = tl.load(x_scale_ptr)
+    elif X_SCALE == "row":
+        x_scale = tl.load(x_scale_ptr + m, mask=m < M, other=0)[None, :]
+    if BIAS:
+        bias = tl.load(bias_ptr + n, mask=n < N, other=0)[:, None]
+    if RESIDUAL:
+        residual = tl.load(residual_ptr + at, mask=valid, other=0)
+    y = _epilogue(total, row_scale, x_scale, bias, residual, UNIT, ROW_SCALED, X_SCALE, BIAS, RESIDUAL)
+    tl.store(out_ptr + at, y, mask=valid)
+
+
 @triton.jit(do_not_specialize=["M"])  # one compilation for every batch
 def _linear_kernel(
     x_ptr,  # [M, K]
@@ -596,28 +623,20 @@ def _linear_kernel(
             total += _segment(w_rows, x_cols, scale_rows, inside, first, K, block_stride, CODES, ARITHMETIC, WIDTH,
                               SLICES, MASKED, ASM, UNROLL, LENGTH, KEEP)
             first += LENGTH
-    valid = (n < N)[:, None] & inside[None, :]
-    place = m_first.to(tl.int64) * N + n_first
-    at = (tl.arange(0, COLS) * N)[None, :] + offsets[:, None]
     if SPLIT:
-        tl.store(out_ptr + tl.program_id(1).to(tl.int64) * M * N + place + at, total, mask=valid)
+        at = (tl.program_id(1).to(tl.int64) * M + m_first) * N + n_first
+        tl.store(out_ptr + at + ((tl.arange(0, COLS) * N)[None, :] + offsets[:, None]), total,
+                 mask=(n < N)[:, None] & inside[None, :])
+    elif COLS == 256:  # by quarters, or the residuals of all fill the registers
+        halves = tl.split(tl.reshape(total, (ROWS, 2, COLS // 2)).permute(0, 2, 1))
+        for i in tl.static_range(2):
+            quarters = tl.split(tl.reshape(halves[i], (ROWS, 2, COLS // 4)).permute(0, 2, 1))
+            for j in tl.static_range(2):
+                _write(quarters[j], m_first + (2 * i + j) * (COLS // 4), n_first, scale_ptr, x_scale_ptr, bias_ptr,
+                       residual_ptr, out_ptr, M, N, CODES, ARITHMETIC, SCALED, X_SCALE, BIAS, RESIDUAL)
     else:
-        SHIFTED: tl.constexpr = ARITHMETIC == "two-level" and x_ptr.dtype.element_ty == tl.int8
-        UNIT: tl.constexpr = (1 if SHIFTED else 0.0625) if CODES == "int4" else 64 if CODES == "fp4" else 1
-        ROW_SCALED: tl.constexpr = SCALED and ARITHMETIC != "grouped"
-        row_scale, x_scale, bias, residual = total, total, total, total
-        if ROW_SCALED:
-            row_scale = tl.load(scale_ptr + n, mask=n < N, other=0)[:, None]
-        if X_SCALE == "one":
-            x_scale = tl.load(x_scale_ptr)
-        elif X_SCALE == "row":
-            x_scale = tl.load(x_scale_ptr + m, mask=inside, other=0)[None, :]
-        if BIAS:
-            bias = tl.load(bias_ptr + n, mask=n < N, other=0)[:, None]
-        if RESIDUAL:
-            residual = tl.load(residual_ptr + place + at, mask=valid, other=0)
-        y = _epilogue(total, row_scale, x_scale, bias, residual, UNIT, ROW_SCALED, X_SCALE, BIAS, RESIDUAL)
-        tl.store(out_ptr + place + at, y, mask=valid)
+        _write(total, m_first, n_first, scale_ptr, x_scale_ptr, bias_ptr, residual_ptr, out_ptr, M, N, CODES,
+               ARITHMETIC, SCALED, X_SCALE, BIAS, RESIDUAL)
 
 
 @triton.jit(do_not_specialize=["M"])

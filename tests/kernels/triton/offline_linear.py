@@ -1,4 +1,4 @@
-"""Compiles what the linear layer would launch, for GPUs that are not here: `python offline.py CAPABILITY CASE...`.
+"""Compiles what the linear layer would launch, for GPUs that are not here: `python offline_linear.py CAPABILITY CASE...`.
 
 Run as a program, without TRITON_INTERPRET: the interpreter replaces the compiler where a kernel is defined. Prints
 JSON: for each case a list of kernels with what ptxas and the PTX say. A case is input:codes:group:m:n:k[:residual],
@@ -93,7 +93,7 @@ def _compile(kernel: Any, capability: int, tile: Tile, args: tuple[Any, ...],
     numbers = {name.lower(): int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     return {"kernel": kernel.fn.__name__, "tile": str(tile), "wgmma": compiled.asm["ptx"].count("wgmma.mma_async"),
             "mma": compiled.asm["ptx"].count("mma.sync"), "wide_loads": len(re.findall(
-                r"cp\.async\.cg\.shared\.global[^;]*0x10, 0x10", compiled.asm["ptx"])),
+                r"cp\.async\.cg\.shared\.global [^;]*, 0x10,", compiled.asm["ptx"])),
             "shared": compiled.metadata.shared, **numbers}
 
 
