@@ -48,7 +48,7 @@ def step_limits(model: ModelConfig, config: EngineConfig) -> StepLimits:
         )
     # No step is larger than all sequences at their greatest length.
     max_tokens = min(config.max_num_batched_tokens, config.max_num_seqs * config.max_model_len)
-    prompt_logits = max(1, min(max_tokens, MAX_LOGITS_BYTES // (4 * model.vocab_size)))
+    prompt_logits = _prompt_logits(model, max_tokens)
     max_seqs = min(config.max_num_seqs, max_tokens)
     return StepLimits(
         max_tokens=max_tokens,
@@ -64,6 +64,10 @@ def step_limits(model: ModelConfig, config: EngineConfig) -> StepLimits:
     )
 
 
+def _prompt_logits(model: ModelConfig, max_tokens: int) -> int:
+    return max(1, min(max_tokens, MAX_LOGITS_BYTES // (4 * model.vocab_size)))
+
+
 def device_cache_memory(free_before: int, free_now: int, utilization: float, model: ModelConfig,
                         config: EngineConfig) -> int:
     """Bytes for the cache of a GPU that had `free_before` before the weights were loaded and has `free_now`: the
@@ -71,7 +75,7 @@ def device_cache_memory(free_before: int, free_now: int, utilization: float, mod
     nothing."""
     widest = 4 * model.hidden_size + (model.num_heads + 2 * model.num_kv_heads) * model.head_dim \
         + 3 * model.intermediate_size
-    rows = config.max_num_seqs + max(1, MAX_LOGITS_BYTES // (4 * model.vocab_size))
+    rows = config.max_num_seqs + _prompt_logits(model, config.max_num_batched_tokens)
     workspace = _DEVICE_OVERHEAD + 8 * config.max_num_batched_tokens * widest + 12 * rows * model.vocab_size
     memory = int(free_before * utilization) - (free_before - free_now) - workspace
     if memory <= 0:
