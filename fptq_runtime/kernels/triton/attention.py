@@ -39,7 +39,7 @@ from fptq_runtime.kernels.triton.fused import (
 )
 from fptq_runtime.kernels.triton.values import DeviceBatch, Quantized, interpreted
 
-_SEGMENT = 4  # chunks; with 128 keys each, 32 k tokens are 64 parts to join
+SEGMENT = 4  # chunks; with 128 keys each, 32 k tokens are 64 parts to join
 P_STEPS = tl.constexpr(2097152.0)  # 2^21, so that p · 2^21 + 1.5 · 2^23 keeps the integer in its mantissa
 ROUND_BITS = tl.constexpr(0x4B400000)  # 1.5 · 2^23 as bits
 VALUE_STEPS = tl.constexpr(32512.0)  # 127 · 256: the high byte of a rounded weight stays within int8
@@ -151,7 +151,7 @@ def chunk_keys(kv_dtype: KVCacheDtype, head_dim: int) -> int:
     """Keys of a chunk: a function of the cache alone, for a row's bits depend on it."""
     if kv_dtype == "float32":
         return 32
-    return 64 if kv_dtype == "bf16" and head_dim > 128 else 128
+    return 64 if kv_dtype == "bf16" or head_dim > 128 else 128
 
 
 def choose_tiling(attention: DeviceAttention, cache: DeviceCache, rows: int, sequences: int, max_query_len: int,
@@ -162,19 +162,18 @@ def choose_tiling(attention: DeviceAttention, cache: DeviceCache, rows: int, seq
     others are done; not where that takes too much memory."""
     spec = attention.spec
     group = spec.num_heads // spec.num_kv_heads
-    segments = triton.cdiv(max_seq_len, _SEGMENT * chunk_keys(cache.dtype, spec.head_dim))
+    segments = triton.cdiv(max_seq_len, SEGMENT * chunk_keys(cache.dtype, spec.head_dim))
     parts = 4 * rows * spec.num_heads * segments * (spec.head_dim + 2)
+    wide = spec.head_dim > 128
     if cache.dtype != "int8":  # one shape for all steps
-        tile, warps, stages = (16, 4, 1) if cache.dtype == "float32" else (64 if spec.head_dim <= 128 else 32, 8, 2)
-        heads = _divisor(group, tile)
+        tile, warps, stages = (16, 4, 1) if cache.dtype == "float32" else (32, 8 if wide else 4, 2)
     elif max_query_len * min(group, 16) <= 16:
-        heads = _divisor(group, 64)
-        tile, warps, stages = max(16, triton.next_power_of_2(heads)), 4, 5
+        tile, warps, stages = 16, 4, 5
     else:
-        heads = _divisor(group, 64)
-        tile, warps, stages = (64, 4, 2) if spec.head_dim <= 128 else (32, 4, 2)
-        tile = max(tile, triton.next_power_of_2(heads))
-    tiles = (sequences if max_query_len <= tile // heads else rows // (tile // heads) + sequences)
+        tile, warps, stages = 32 if wide or not _has_wgmma(cache.keys.device) else 64, 8 if wide else 4, 2
+    heads = _divisor(group, tile if cache.dtype != "int8" else 64)
+    tile = max(tile, triton.next_power_of_2(heads))
+    tiles = sequences if max_query_len <= tile // heads else rows // (tile // heads) + sequences
     busy = tiles * (spec.num_heads // heads) >= _FEW_TILES and max_query_len * heads > 16
     return Tiling(tile, heads, segments > 1 and parts <= _PARTS_BYTES and not busy, warps, stages)
 
@@ -196,7 +195,7 @@ def attention(q: torch.Tensor | Quantized, attention: DeviceAttention, cache: De
     tokens = tiling.rows // tiling.heads
     one_tile = batch.max_query_len <= tokens
     tiles = sequences if one_tile else rows // tokens + sequences
-    segments = triton.cdiv(max(batch.max_seq_len, 1), _SEGMENT * chunk) if tiling.split else 1
+    segments = triton.cdiv(max(batch.max_seq_len, 1), SEGMENT * chunk) if tiling.split else 1
     if tiling.split:
         out = torch.empty((rows, heads, segments, dim), dtype=torch.float32, device=codes.device)
         sums = torch.empty((rows, heads, segments, 2), dtype=torch.float32, device=codes.device)  # m, l
@@ -208,13 +207,13 @@ def attention(q: torch.Tensor | Quantized, attention: DeviceAttention, cache: De
         codes if attention.slopes is None else attention.slopes, out, sums,
         spec.softmax_scale * math.log2(math.e), sequences, batch.block_tables.stride(0),
         HEADS=heads, KV_HEADS=spec.num_kv_heads, TILE_HEADS=tiling.heads, DIM=dim,
-        WIDTH=max(triton.next_power_of_2(dim), 32), BLOCK_SIZE=cache.block_size, CHUNK=chunk, SEGMENT=_SEGMENT, ROWS=tiling.rows,
-        SEQUENCES=triton.next_power_of_2(sequences), WINDOW=spec.sliding_window or 0,
+        WIDTH=max(triton.next_power_of_2(dim), 32), BLOCK_SIZE=cache.block_size, CHUNK=chunk, SEGMENT=SEGMENT,
+        ROWS=tiling.rows, SEQUENCES=triton.next_power_of_2(sequences), WINDOW=spec.sliding_window or 0,
         ALIBI=attention.slopes is not None, KV=cache.dtype, ONE_TILE=one_tile, SPLIT=tiling.split,
         AS_FLOAT=interpreted(), STAGES=tiling.stages, num_warps=tiling.warps, enable_fp_fusion=False)
     if not tiling.split:
         return quantize(out, act)
-    return _merged(out, sums, spec, batch, _SEGMENT * chunk, act)
+    return _merged(out, sums, spec, batch, SEGMENT * chunk, act)
 
 
 def _merged(parts: torch.Tensor, sums: torch.Tensor, spec: AttentionSpec, batch: DeviceBatch, segment: int,
@@ -250,9 +249,15 @@ def rope_and_cache_bytes(attention: DeviceAttention, kv_dtype: KVCacheDtype, row
     """What a call must read and write at least: q | k | v rows, cos and sin, q again, the cache's new rows."""
     spec = attention.spec
     q_bytes = spec.head_dim + 4 if kv_dtype == "int8" else 4 * spec.head_dim
-    read = 4 * (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim + (0 if spec.rope is None else 4 * spec.head_dim)
+    heads = spec.num_heads + 2 * spec.num_kv_heads + (0 if spec.rope is None else 1)  # cos and sin are as long as one
+    read = 4 * heads * spec.head_dim
     return rows * (read + spec.num_heads * q_bytes
                    + cache_bytes_per_token(kv_dtype, 1, spec.num_kv_heads, spec.head_dim))
+
+
+def _has_wgmma(device: torch.device) -> bool:
+    """Its tiles are of 64 rows."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def _divisor(group: int, most: int) -> int:
@@ -382,10 +387,10 @@ def _float_dot(a, b, acc, KV: tl.constexpr, AS_FLOAT: tl.constexpr):
 
 @triton.jit
 def _segment_sums(
-    query, row_scale, slope, position, begin, end, length, kv_head, table, keys, key_scales, values, value_scales, scale,
-    KV_HEADS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK_SIZE: tl.constexpr, CHUNK: tl.constexpr,
-    ROWS: tl.constexpr, WINDOW: tl.constexpr, ALIBI: tl.constexpr, KV: tl.constexpr, AS_FLOAT: tl.constexpr,
-    STAGES: tl.constexpr,
+    query, row_scale, slope, position, begin, end, length, kv_head, table, keys, key_scales, values, value_scales,
+    scale, KV_HEADS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    CHUNK: tl.constexpr, ROWS: tl.constexpr, WINDOW: tl.constexpr, ALIBI: tl.constexpr, KV: tl.constexpr,
+    AS_FLOAT: tl.constexpr, STAGES: tl.constexpr,
 ):
     """m, l [ROWS] and o [ROWS, WIDTH] of chunks begin to end; l in steps of 1 / P_STEPS.
 

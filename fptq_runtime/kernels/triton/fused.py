@@ -118,8 +118,8 @@ def result(rows: int, width: int, act: ActivationQuant | None,
 
 
 def mode_of(act: ActivationQuant | None) -> int:
-    chosen = FLOAT if act is None else DYNAMIC if act.scale is None else STATIC
-    return int(chosen.value)
+    """FLOAT, STATIC or DYNAMIC."""
+    return 0 if act is None else 2 if act.scale is None else 1
 
 
 def is_fp8(act: ActivationQuant | None) -> bool:
@@ -128,7 +128,7 @@ def is_fp8(act: ActivationQuant | None) -> bool:
 
 def _warps(width: int) -> int:
     """About 16 elements a thread, so that one row's latency is short; a function of the width alone."""
-    return min(max(triton.next_power_of_2(width) // 512, 1), 16)
+    return int(min(max(triton.next_power_of_2(width) // 512, 1), 16))
 
 
 @triton.jit

@@ -19,7 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fptq_runtime.config import KVCacheDtype
-from fptq_runtime.kernels.base import ActivationQuant, AttentionSpec, Norm, StepLimits
+from fptq_runtime.kernels.base import ActivationQuant, AttentionSpec, StepLimits
 from fptq_runtime.kernels.triton import attention, fused
 from fptq_runtime.kernels.triton.values import DeviceBatch
 
@@ -77,8 +77,7 @@ def compiled(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any], capabil
         "wgmma": sorted(set(re.findall(r"wgmma\.mma_async[\w.]+", ptx))),
         "mma": sorted(set(re.findall(r"\bmma\.sync[\w.]+", ptx))),
         "copies": {size: ptx.count(f", {size}, ") for size in ("0x4", "0x8", "0x10")} if "cp.async" in ptx else {},
-        "ptx": ptx, "ttgir": binary.asm["ttgir"],
-    }
+            }
 
 
 def record(module: Any, name: str) -> Recorder:
@@ -108,27 +107,20 @@ def main(capability: int) -> dict[str, Any]:
     """A Llama-3-8B's launches by name."""
     rope, attend, merge = (record(attention, f"_{name}_kernel") for name in ("rope_and_cache", "attention", "merge"))
     norm, activation = record(fused, "_norm_kernel"), record(fused, "_activation_kernel")
+    attention._has_wgmma = lambda device: capability >= 90
     device_attention, cache = llama()
-    names = []
-    for name, step in {"decode": batch(1, 1, 1, 32768), "decode 16": batch(16, 16, 1, 8192),
-                       "prefill": batch(1, 2048, 2048, 8192)}.items():
-        rows = step.token_ids.shape[0]
-        q = attention.rope_and_cache(torch.zeros(rows, 48 * 128), device_attention, cache, step)
+    for step in (batch(1, 1, 1, 32768), batch(1, 2048, 2048, 8192)):
+        q = attention.rope_and_cache(torch.zeros(step.token_ids.shape[0], 48 * 128), device_attention, cache, step)
         attention.attention(q, device_attention, cache, step, ActivationQuant())
-        names.append(name)
     x = torch.zeros(1, 2 * 14336)
     fused.norm(x[:, :4096].contiguous(), x[0, :4096], None, 1e-5, "rms", ActivationQuant())
+    activation.launches.clear()
     fused.activation(x, "silu_mul", ActivationQuant())
-    report = {f"attention {name}": found for name, found in zip(names, attend.compile(capability), strict=True)}
-    report |= {f"rope {name}": found for name, found in zip(names, rope.compile(capability), strict=True)}
-    for name, recorder in {"merge": merge, "norm": norm, "activation": activation}.items():
-        for index, found in enumerate(recorder.compile(capability)):
-            report[f"{name} {index}"] = found
-    return report
+    decode, prefill = attend.compile(capability)
+    return {"attention decode": decode, "attention prefill": prefill, "merge": merge.compile(capability)[0],
+            "rope": rope.compile(capability)[0], "norm": norm.compile(capability)[0],
+            "activation": activation.compile(capability)[0]}
 
 
 if __name__ == "__main__":
-    found = main(int(sys.argv[1]))
-    for entry in found.values():
-        del entry["ptx"]
-    print(json.dumps(found))
+    print(json.dumps(main(int(sys.argv[1]))))
