@@ -16,6 +16,7 @@ from fptq_runtime.kernels.triton.packing import Codes
 Method = Literal["split", "fused", "expand", "int_mm", "cublas"]
 Dot = Literal["int8", "fp8", "bfloat16", "float16", "float32"]
 
+LARGE_SHARED_MEMORY = (90, 100, 103)  # 227 KiB; of the other capabilities from 8.0 on some have 99
 PROGRAMS = 384  # about three to each of an H100's 132 multiprocessors
 MAX_SEGMENTS = 8
 SEGMENT_STEP = 256  # columns: two blocks of the widest kind
@@ -108,6 +109,8 @@ RULES = (  # the first that fits
 
 def choose(kind: Kind, m: int, n: int, k: int, capability: int, invariant: bool) -> Choice:
     """capability: 10 · major + minor. Raises ValueError where a device is too old."""
+    if capability > 89 and capability not in LARGE_SHARED_MEMORY:
+        capability = 89
     for rule in RULES:
         if rule.fits(kind, m, n, k, capability, invariant):
             return rule.choice

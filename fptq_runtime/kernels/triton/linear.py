@@ -151,7 +151,7 @@ def _pack_down(name: str, down: Array, act: ActivationQuant | None, device: torc
     values = to_torch(down).to(device)
     if act is not None:
         exponent = torch.frexp(values.double().abs().amax(1, keepdim=True)).exponent
-        scale = torch.ldexp(torch.ones_like(exponent, dtype=torch.float64), exponent - 7)
+        scale = (exponent.long() - 7 + 1023 << 52).view(torch.float64)  # 2^(exponent - 7)
         codes = values.double() / scale  # the largest of a row is 64 to 127
         if bool((codes == codes.round()).all()):
             octets = torch.nn.functional.pad((codes + 128).to(torch.uint8), (0, -codes.shape[1] % 4))
@@ -440,11 +440,9 @@ def _dot_product(w, x, acc):
 
 
 @triton.jit
-def _accumulate(acc, products, scale, ARITHMETIC: tl.constexpr, CODES: tl.constexpr):
+def _accumulate(acc, products, scale, CODES: tl.constexpr):
     """A group's products, [ROWS, COLS], times its scale (or multiplier), [ROWS]."""
-    if ARITHMETIC == "row":
-        return acc + products
-    elif acc.dtype == tl.int32:  # two-level
+    if acc.dtype == tl.int32:  # two-level
         if CODES == "int4":
             products = products >> 4  # exact
         return acc + products * scale.to(tl.int32)[:, None]
@@ -458,7 +456,7 @@ def _segment(
     inside,  # [COLS]
     first, K, block_stride,
     CODES: tl.constexpr, ARITHMETIC: tl.constexpr, WIDTH: tl.constexpr, SLICES: tl.constexpr, MASKED: tl.constexpr,
-    ASM: tl.constexpr, UNROLL: tl.constexpr, LENGTH: tl.constexpr, KEEP: tl.constexpr,
+    ASM: tl.constexpr, UNROLL: tl.constexpr, LENGTH: tl.constexpr,
 ):
     """Σ over LENGTH blocks from the first; MASKED where those beyond K are not all there. [ROWS, COLS]"""
     ROWS: tl.constexpr = w_rows.shape[0]
@@ -487,10 +485,10 @@ def _segment(
             wp = w_rows[:, None] + ((b + u) * block_stride + columns)[None, :]
             xp = x_cols[None, :] + k[:, None]
             if MASKED:
-                p = tl.load(wp, mask=(k < limit)[None, :], other=0, eviction_policy=KEEP)
+                p = tl.load(wp, mask=(k < limit)[None, :], other=0)
                 x = tl.load(xp, mask=inside[None, :] & (k < limit)[:, None], other=NONE)
             else:
-                p = tl.load(wp, eviction_policy=KEEP)
+                p = tl.load(wp)
                 x = tl.load(xp, mask=inside[None, :], other=NONE)
             if CHAINED:
                 acc = _dot_product(_slice(p, False, CODES, element, ASM), x, acc)
@@ -507,13 +505,13 @@ def _segment(
                 elif JOINT:
                     products = _dot_product(high, x, products)
                 else:
-                    acc = _accumulate(acc, products, scales[u * LOADS], ARITHMETIC, CODES)
+                    acc = _accumulate(acc, products, scales[u * LOADS], CODES)
                     products = _dot_product(high, x, None)
             if not CHAINED:
                 if ARITHMETIC == "row":
                     acc = acc + products
                 else:
-                    acc = _accumulate(acc, products, scales[u * LOADS + LOADS - 1], ARITHMETIC, CODES)
+                    acc = _accumulate(acc, products, scales[u * LOADS + LOADS - 1], CODES)
     return acc
 
 
@@ -612,16 +610,15 @@ def _linear_kernel(
         scale_rows = scale_ptr + first_tile.to(tl.int64) * groups * 64 + (tile * groups * 64 + row % 64)
     elif ARITHMETIC == "two-level":
         scale_rows = multiplier_ptr + first_tile.to(tl.int64) * groups * 64 + (tile * groups * 64 + row % 64)
-    KEEP: tl.constexpr = "evict_first" if SPLIT else ""
     first = tl.program_id(1) * LENGTH
     if SEGMENTS == 1:
         total = _segment(w_rows, x_cols, scale_rows, inside, first, K, block_stride, CODES, ARITHMETIC, WIDTH, SLICES,
-                         MASKED, ASM, UNROLL, LENGTH, KEEP)
+                         MASKED, ASM, UNROLL, LENGTH)
     else:
         total = tl.zeros((ROWS, COLS), tl.float32)
         for _ in range(SEGMENTS):
             total += _segment(w_rows, x_cols, scale_rows, inside, first, K, block_stride, CODES, ARITHMETIC, WIDTH,
-                              SLICES, MASKED, ASM, UNROLL, LENGTH, KEEP)
+                              SLICES, MASKED, ASM, UNROLL, LENGTH)
             first += LENGTH
     if SPLIT:
         at = (tl.program_id(1).to(tl.int64) * M + m_first) * N + n_first

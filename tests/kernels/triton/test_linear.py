@@ -216,7 +216,7 @@ def test_segments_depend_on_the_weight_alone_and_cover_it():
 
 
 def test_every_case_has_a_rule_that_keeps_its_promise():
-    for capability in (80, 89, 90):
+    for capability in (80, 89, 90, 120):
         for dot in ("int8", "fp8", "bfloat16", "float16", "float32"):
             for arithmetic in ("row", "two-level", "grouped", "float"):
                 for m in (1, 16, 17, 64, 256, 257, 8192):
@@ -252,7 +252,7 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuob
     (90, ["int8:int4:128:1:4096:4096:r", "int8:int4:128:64:28672:4096", "int8:int4:128:128:4096:4096:r",
           "int8:int4:128:8192:4096:14336:r", "int8:int4:-128:1:4096:4096", "int8:int4:-128:8192:4096:4096:r",
           "int8:int8:0:1:128256:4096", "int8:int8:0:8192:4096:4096:r", "fp8:fp4:128:1:4096:4096:r",
-          "fp8:fp4:128:8192:4096:4096:r", "fp8:fp8:0:64:4096:4096"]),
+          "fp8:fp4:128:8192:4096:4096:r", "fp8:fp8:0:64:4096:4096", "int8:int4:128:8:1152:896"]),
     (89, ["int8:int4:128:1:4096:4096:r", "int8:int4:128:512:4096:4096:r", "fp8:fp4:128:1:4096:4096"]),
     (80, ["int8:int4:128:1:4096:4096:r", "int8:int8:0:512:4096:4096:r", "fp8:fp8:0:1:4096:4096"]),
 ])
