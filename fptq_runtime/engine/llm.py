@@ -139,10 +139,22 @@ def load_engine(path: str | Path, *, backend: str = "auto", device: str = "auto"
         config = replace(config, kv_cache_memory=device_cache_memory(free, now, gpu_memory_utilization, model, config))
         config = _fit(config, model) if max_model_len is None else config
     try:
-        return Engine(decoder, kernels, config, tokenizer.result(), eos_token_ids(checkpoint))
+        engine = Engine(decoder, kernels, config, tokenizer.result(), eos_token_ids(checkpoint))
     except MemoryError:
         raise ValueError(f"a KV cache of {format_bytes(config.kv_cache_memory)} does not fit into this machine's "
                          "memory; lower kv_cache_memory") from None
+    if free is not None:
+        _warm_up(engine)
+    return engine
+
+
+def _warm_up(engine: Engine) -> None:
+    """A GPU's kernels are compiled when first launched: of a prompt and of decoding, before anyone waits for them."""
+    length = max(1, min(engine.config.max_num_batched_tokens, engine.config.max_model_len - 2))
+    params = SamplingParams(max_tokens=min(2, engine.config.max_model_len - length), ignore_eos=True)
+    engine.add_request("warm-up", [0] * length, params)
+    while engine.has_unfinished_requests:
+        engine.step()
 
 
 def _release_freed_memory() -> None:

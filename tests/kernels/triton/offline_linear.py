@@ -1,4 +1,4 @@
-"""Compiles what the linear layer would launch, for GPUs that are not here: `python offline_linear.py CAPABILITY CASE...`.
+"""Compiles what the linear layer would launch, for GPUs that are not here: `offline_linear.py CAPABILITY CASE...`.
 
 Run as a program, without TRITON_INTERPRET: the interpreter replaces the compiler where a kernel is defined. Prints
 JSON: for each case a list of kernels with what ptxas and the PTX say. A case is input:codes:group:m:n:k[:residual],
