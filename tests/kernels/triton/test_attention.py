@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from fptq_runtime.models.layers import alibi_slopes, rope_tables
 from tests.kernels.small import Batcher
 
 CPU = torch.device("cpu")
+ACTS = (ActivationQuant(), ActivationQuant(0.02), ActivationQuant(None, "float"))
 KV_DTYPES: list[KVCacheDtype] = ["int8", "bf16", "float32"]
 
 
@@ -109,7 +111,7 @@ def exact(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, positions: 
     off = {"float32": 1e-5, "bf16": 1e-4, "int8": 2e-6}[kv_dtype] * v.abs().amax() + torch.zeros_like(out)
     chunk = kernels.chunk_keys(kv_dtype, spec.head_dim)
     if kv_dtype == "int8":
-        value_scale = numerics.token_scale(values).double().repeat_interleave(repeats, 1)[..., 0].T[:, None]  # [h, 1, T]
+        value_scale = numerics.token_scale(values).double().repeat_interleave(repeats, 1)[..., 0].T[:, None]
         weight = p * value_scale
         for first in range(0, k.shape[0], chunk):
             part = slice(first, first + chunk)
@@ -120,7 +122,7 @@ def exact(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, positions: 
 
 
 def check_step(spec: AttentionSpec, device_attention: DeviceAttention, cache: DeviceCache, reference: ReferenceCache,
-               step: StepInput, qkv: torch.Tensor, padded: int = 0, tiling: Tiling | None = None) -> torch.Tensor:
+               step: StepInput, qkv: torch.Tensor, padded: int = 0, acts: Sequence[ActivationQuant] = ()) -> None:
     """One layer of one step against the reference: q and the cache to the bit where float order allows."""
     rows = len(step.token_ids)
     batch = to_device(step, padded, min(padded, 2))
@@ -136,7 +138,7 @@ def check_step(spec: AttentionSpec, device_attention: DeviceAttention, cache: De
     torch.testing.assert_close(values, reference.values[spec.layer, slots], rtol=0, atol=0)
     torch.testing.assert_close(keys, reference.keys[spec.layer, slots], rtol=0, atol=4 * tolerance)
 
-    got = kernels.attention(q, device_attention, cache, batch, None, tiling)
+    got = kernels.attention(q, device_attention, cache, batch, None)
     assert isinstance(got, torch.Tensor)
     assert not got[rows:].any()
     for s, length in enumerate(step.seq_lens.tolist()):
@@ -148,13 +150,12 @@ def check_step(spec: AttentionSpec, device_attention: DeviceAttention, cache: De
         expected, off = exact(own, keys, values, positions[length - (last - first) :], spec, cache.dtype)
         error = (got[first:last].unflatten(-1, (spec.num_heads, -1)) - expected).abs()
         assert (error <= off).all(), (error - off).max()
-    for act in (ActivationQuant(), ActivationQuant(0.02), ActivationQuant(None, "float")):
-        value = kernels.attention(q, device_attention, cache, batch, act, tiling)
+    for act in acts:
+        value = kernels.attention(q, device_attention, cache, batch, act)
         codes = fused.quantize(got, act)
         assert isinstance(value, Quantized) and isinstance(codes, Quantized)
         torch.testing.assert_close(value.codes.float(), codes.codes.float(), rtol=0, atol=0)
         torch.testing.assert_close(value.scale, codes.scale, rtol=0, atol=0)
-    return got[:rows]
 
 
 @pytest.mark.parametrize("kv_dtype", KV_DTYPES)
@@ -177,7 +178,7 @@ def test_random_steps(seed: int, kv_dtype: KVCacheDtype) -> None:
         step = batcher.step([(s, count) for s, count in zip(sequences, counts, strict=True) if count])
         for spec, prepared in zip(specs, attentions, strict=True):
             qkv = random_qkv(spec, len(step.token_ids), 10 * number + spec.layer)
-            check_step(spec, prepared, cache, reference, step, qkv, padded=int(rng.integers(0, 4)))
+            check_step(spec, prepared, cache, reference, step, qkv, int(rng.integers(0, 4)), ACTS)
 
 
 @pytest.mark.parametrize("kv_dtype", KV_DTYPES)
