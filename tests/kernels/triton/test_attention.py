@@ -116,8 +116,9 @@ def exact(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, positions: 
         for first in range(0, k.shape[0], chunk):
             part = slice(first, first + chunk)
             step = weight[:, :, part].amax(-1) / 32512  # [h, Q]
-            codes = (v[part] / value_scale[:, 0, part].T[..., None]).abs().sum(0)  # [h, D]
-            off += 0.51 * step.T[..., None] * codes
+            codes = (v[part] / value_scale[:, 0, part].T[..., None]).abs()
+            seen = (p[:, :, part] > 0).double()
+            off += 0.51 * step.T[..., None] * torch.einsum("hqt,thd->qhd", seen, codes)
     return out, off + chunk * 2.0**-21 * out.abs()
 
 
@@ -174,11 +175,12 @@ def test_random_steps(seed: int, kv_dtype: KVCacheDtype) -> None:
     sequences = [batcher.sequence(range(n)) for n in (150, 40, 20)]
     shared: dict[int, Any] = {}
     attentions = [kernels.prepare_attention(spec, CPU, shared) for spec in specs]
-    for number, counts in enumerate([(90, 33, 0), (1, 1, 1), (20, 1, 17), (1, 0, 0)]):
+    for number, counts in enumerate([(70, 33, 0), (1, 1, 1), (20, 1, 7), (1, 0, 0)]):
         step = batcher.step([(s, count) for s, count in zip(sequences, counts, strict=True) if count])
         for spec, prepared in zip(specs, attentions, strict=True):
             qkv = random_qkv(spec, len(step.token_ids), 10 * number + spec.layer)
-            check_step(spec, prepared, cache, reference, step, qkv, int(rng.integers(0, 4)), ACTS)
+            check_step(spec, prepared, cache, reference, step, qkv, int(rng.integers(0, 4)),
+                       ACTS if number % 2 else ())
 
 
 @pytest.mark.parametrize("kv_dtype", KV_DTYPES)
@@ -259,7 +261,7 @@ def test_int8_scores_are_exact() -> None:
     rounded = [round_kv(torch.from_numpy(x)[:, None], "int8") for x in (q, k, v)]
     expected, off = exact(*rounded, torch.arange(200), spec, "int8")
     assert ((got[:, None] - expected).abs() <= off).all()
-    assert off.max() < 2e-3 * (np.exp(0.125) - 1) * expected.abs().max()
+    assert off.max() < 1e-3 * (np.exp(0.125) - 1) * expected.abs().max()
 
 
 @pytest.mark.parametrize("kv_dtype", KV_DTYPES)
