@@ -221,7 +221,7 @@ def _merged(parts: torch.Tensor, sums: torch.Tensor, spec: AttentionSpec, batch:
     """Join the segments of each row. One program joins and quantizes a row where that is little to read."""
     rows, heads, segments, dim = parts.shape
     whole_row = segments * heads * dim <= 1 << 16 and (act is not None and act.scale is None)
-    tile = heads if whole_row else 1
+    tile = heads if whole_row or interpreted() else 1
     now = act if whole_row or (act is not None and act.scale is not None) else None
     out, scale = result(rows, heads * dim, now, parts.device)
     _merge_kernel[(rows, heads // tile)](

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from fptq_runtime.models.layers import alibi_slopes, rope_tables
 from tests.kernels.small import Batcher
 
 CPU = torch.device("cpu")
+ACTS = (ActivationQuant(), ActivationQuant(0.02), ActivationQuant(None, "float"))
 KV_DTYPES: list[KVCacheDtype] = ["int8", "bf16", "float32"]
 
 
@@ -109,18 +111,19 @@ def exact(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, positions: 
     off = {"float32": 1e-5, "bf16": 1e-4, "int8": 2e-6}[kv_dtype] * v.abs().amax() + torch.zeros_like(out)
     chunk = kernels.chunk_keys(kv_dtype, spec.head_dim)
     if kv_dtype == "int8":
-        value_scale = numerics.token_scale(values).double().repeat_interleave(repeats, 1)[..., 0].T[:, None]  # [h, 1, T]
+        value_scale = numerics.token_scale(values).double().repeat_interleave(repeats, 1)[..., 0].T[:, None]
         weight = p * value_scale
         for first in range(0, k.shape[0], chunk):
             part = slice(first, first + chunk)
             step = weight[:, :, part].amax(-1) / 32512  # [h, Q]
-            codes = (v[part] / value_scale[:, 0, part].T[..., None]).abs().sum(0)  # [h, D]
-            off += 0.51 * step.T[..., None] * codes
+            codes = (v[part] / value_scale[:, 0, part].T[..., None]).abs()
+            seen = (p[:, :, part] > 0).double()
+            off += 0.51 * step.T[..., None] * torch.einsum("hqt,thd->qhd", seen, codes)
     return out, off + chunk * 2.0**-21 * out.abs()
 
 
 def check_step(spec: AttentionSpec, device_attention: DeviceAttention, cache: DeviceCache, reference: ReferenceCache,
-               step: StepInput, qkv: torch.Tensor, padded: int = 0, tiling: Tiling | None = None) -> torch.Tensor:
+               step: StepInput, qkv: torch.Tensor, padded: int = 0, acts: Sequence[ActivationQuant] = ()) -> None:
     """One layer of one step against the reference: q and the cache to the bit where float order allows."""
     rows = len(step.token_ids)
     batch = to_device(step, padded, min(padded, 2))
@@ -136,7 +139,7 @@ def check_step(spec: AttentionSpec, device_attention: DeviceAttention, cache: De
     torch.testing.assert_close(values, reference.values[spec.layer, slots], rtol=0, atol=0)
     torch.testing.assert_close(keys, reference.keys[spec.layer, slots], rtol=0, atol=4 * tolerance)
 
-    got = kernels.attention(q, device_attention, cache, batch, None, tiling)
+    got = kernels.attention(q, device_attention, cache, batch, None)
     assert isinstance(got, torch.Tensor)
     assert not got[rows:].any()
     for s, length in enumerate(step.seq_lens.tolist()):
@@ -148,13 +151,12 @@ def check_step(spec: AttentionSpec, device_attention: DeviceAttention, cache: De
         expected, off = exact(own, keys, values, positions[length - (last - first) :], spec, cache.dtype)
         error = (got[first:last].unflatten(-1, (spec.num_heads, -1)) - expected).abs()
         assert (error <= off).all(), (error - off).max()
-    for act in (ActivationQuant(), ActivationQuant(0.02), ActivationQuant(None, "float")):
-        value = kernels.attention(q, device_attention, cache, batch, act, tiling)
+    for act in acts:
+        value = kernels.attention(q, device_attention, cache, batch, act)
         codes = fused.quantize(got, act)
         assert isinstance(value, Quantized) and isinstance(codes, Quantized)
         torch.testing.assert_close(value.codes.float(), codes.codes.float(), rtol=0, atol=0)
         torch.testing.assert_close(value.scale, codes.scale, rtol=0, atol=0)
-    return got[:rows]
 
 
 @pytest.mark.parametrize("kv_dtype", KV_DTYPES)
@@ -173,11 +175,12 @@ def test_random_steps(seed: int, kv_dtype: KVCacheDtype) -> None:
     sequences = [batcher.sequence(range(n)) for n in (150, 40, 20)]
     shared: dict[int, Any] = {}
     attentions = [kernels.prepare_attention(spec, CPU, shared) for spec in specs]
-    for number, counts in enumerate([(90, 33, 0), (1, 1, 1), (20, 1, 17), (1, 0, 0)]):
+    for number, counts in enumerate([(70, 33, 0), (1, 1, 1), (20, 1, 7), (1, 0, 0)]):
         step = batcher.step([(s, count) for s, count in zip(sequences, counts, strict=True) if count])
         for spec, prepared in zip(specs, attentions, strict=True):
             qkv = random_qkv(spec, len(step.token_ids), 10 * number + spec.layer)
-            check_step(spec, prepared, cache, reference, step, qkv, padded=int(rng.integers(0, 4)))
+            check_step(spec, prepared, cache, reference, step, qkv, int(rng.integers(0, 4)),
+                       ACTS if number % 2 else ())
 
 
 @pytest.mark.parametrize("kv_dtype", KV_DTYPES)
@@ -196,21 +199,23 @@ def test_shapes(heads: int, kv_heads: int, dim: int, block_size: int, kv_dtype: 
 
 
 def run(spec: AttentionSpec, kv_dtype: KVCacheDtype, qkv: torch.Tensor, steps: list[int], block_size: int,
-        tiling: Tiling | None = None, others: int = 0) -> torch.Tensor:
-    """Outputs of one sequence computed `steps` tokens at a time, beside others that get one token each step."""
+        tiling: Tiling | None = None, others: int = 0, first_step: int = 0) -> torch.Tensor:
+    """Outputs from `first_step` on of one sequence computed `steps` tokens at a time, beside others that get one token
+    each step."""
     limits = make_limits(spec, kv_dtype, block_size, 4096 // block_size)
     cache, prepared = spoiled(DeviceCache(limits, CPU)), kernels.prepare_attention(spec, CPU)
     batcher = Batcher(limits, np.random.default_rng(block_size))
     sequence, beside = batcher.sequence(range(qkv.shape[0])), [batcher.sequence(range(64)) for _ in range(others)]
     out, done = [], 0
-    for count in steps:
+    for number, count in enumerate(steps):
         batch = to_device(batcher.step([*((other, 1) for other in beside), (sequence, count)]), others)
         rows = torch.cat([random_qkv(spec, others, done), qkv[done : done + count], random_qkv(spec, others, done)])
         q = kernels.rope_and_cache(rows, prepared, cache, batch)
-        value = kernels.attention(q, prepared, cache, batch, None, tiling)
-        assert isinstance(value, torch.Tensor)
-        out.append(value[others : others + count])
         done += count
+        if number >= first_step:
+            value = kernels.attention(q, prepared, cache, batch, None, tiling)
+            assert isinstance(value, torch.Tensor)
+            out.append(value[others : others + count])
     return torch.cat(out)
 
 
@@ -221,8 +226,10 @@ def test_bits_depend_on_neither_steps_nor_batch_nor_blocks(window: int | None, k
     spec = make_spec(4, 1, 16, window, rope=True)
     length = kernels.SEGMENT * kernels.chunk_keys(kv_dtype, 16) + 41
     qkv = random_qkv(spec, length, 3)
-    whole = run(spec, kv_dtype, qkv, [length], 32)
-    parts = run(spec, kv_dtype, qkv, [length - 60, 50, *[1] * 5, 5], 16, others=2)
+    cache = DeviceCache(make_limits(spec, kv_dtype, 16, 1), CPU)
+    tiling = kernels.choose_tiling(kernels.prepare_attention(spec, CPU), cache, length, 1, length, length)
+    whole = run(spec, kv_dtype, qkv, [length], 32, replace(tiling, split=False))
+    parts = run(spec, kv_dtype, qkv, [length - 43, 38, 1, 1, 3], 16, others=1)
     torch.testing.assert_close(parts, whole, rtol=0, atol=0)
 
 
@@ -230,10 +237,10 @@ def test_bits_of_an_int8_cache_do_not_depend_on_tiles() -> None:
     spec = make_spec(4, 1, 16, alibi=True)
     length = 2 * kernels.SEGMENT * 128 + 9
     qkv = random_qkv(spec, length, 4)
-    expected = run(spec, "int8", qkv, [length - 8, 8], 128)
+    expected = run(spec, "int8", qkv, [length - 8, 8], 128, first_step=1)
     for tiling in (Tiling(16, 4, True, 4, 3), Tiling(32, 2, False, 4, 2), Tiling(64, 1, True, 4, 2)):
-        got = run(spec, "int8", qkv, [length - 8, 8], 64, replace(tiling, rows=max(tiling.rows, 64)))[-8:]
-        torch.testing.assert_close(got, expected[-8:], rtol=0, atol=0)
+        got = run(spec, "int8", qkv, [length - 8, 8], 64, tiling, first_step=1)
+        torch.testing.assert_close(got, expected, rtol=0, atol=0)
 
 
 def test_a_single_token_step_splits_and_a_prompt_does_not() -> None:
@@ -258,7 +265,7 @@ def test_int8_scores_are_exact() -> None:
     rounded = [round_kv(torch.from_numpy(x)[:, None], "int8") for x in (q, k, v)]
     expected, off = exact(*rounded, torch.arange(200), spec, "int8")
     assert ((got[:, None] - expected).abs() <= off).all()
-    assert off.max() < 2e-3 * (np.exp(0.125) - 1) * expected.abs().max()
+    assert off.max() < 1e-3 * (np.exp(0.125) - 1) * expected.abs().max()
 
 
 @pytest.mark.parametrize("kv_dtype", KV_DTYPES)
