@@ -101,6 +101,8 @@ RULES = (  # the first that fits
     # Ampere and Ada: mma.sync, 99 KiB of shared memory.
     Rule(Choice("split", Tile(64, 16, unroll=2)), _BYTES, ("grouped", "two-level"), max_m=16, min_capability=80),
     Rule(Choice("split", Tile(64, 16)), (*_BYTES, *_HALVES), max_m=16, min_capability=80),
+    Rule(Choice("split", Tile(64, 32, stages=3)), _HALVES, ("grouped", "two-level"), max_m=256, min_capability=80),
+    Rule(Choice("fused", Tile(64, 32, stages=3)), _HALVES, ("grouped", "two-level"), min_capability=80),
     Rule(Choice("split", Tile(64, 64, stages=3)), (*_BYTES, *_HALVES), max_m=256, min_capability=80),
     Rule(Choice("fused", Tile(64, 64, stages=3)), (*_BYTES, *_HALVES), min_capability=80),
     # IEEE float32 runs on no tensor core.

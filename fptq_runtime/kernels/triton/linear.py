@@ -307,8 +307,8 @@ def _launch(x: torch.Tensor, weight: _Weight, epilogue: _Epilogue, choice: Choic
         CODES=weight.codes, ARITHMETIC=weight.arithmetic, WIDTH=weight.width,
         SLICES=1 if weight.arithmetic == "row" else weight.group_size // weight.width,
         SCALED=weight.scale is not None, X_SCALE=epilogue.scaling, BIAS=epilogue.bias is not None,
-        RESIDUAL=epilogue.residual is not None, SEGMENTS=taken, LENGTH=length, SPLIT=split, MASKED=not whole, ASM=not interpreted(),
-        ROWS=tile.rows, COLS=tile.cols, UNROLL=tile.unroll,
+        RESIDUAL=epilogue.residual is not None, SEGMENTS=taken, LENGTH=length, SPLIT=split, MASKED=not whole,
+        ASM=not interpreted(), ROWS=tile.rows, COLS=tile.cols, UNROLL=tile.unroll,
     )
     if not split:
         return out

@@ -255,7 +255,7 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuob
           "int8:int8:0:1:128256:4096", "int8:int8:0:8192:4096:4096:r", "fp8:fp4:128:1:4096:4096:r",
           "fp8:fp4:128:8192:4096:4096:r", "fp8:fp8:0:64:4096:4096", "int8:int4:128:8:1152:896"]),
     (89, ["int8:int4:128:1:4096:4096:r", "int8:int4:128:512:4096:4096:r", "fp8:fp4:128:1:4096:4096"]),
-    (80, ["int8:int4:128:1:4096:4096:r", "int8:int8:0:512:4096:4096:r", "fp8:fp8:0:1:4096:4096"]),
+    (80, ["int8:int4:128:1:4096:4096:r", "int8:int8:0:512:4096:4096:r", "float:int4:128:512:4096:4096:r"]),
 ])
 def test_the_tables_tiles_compile_without_spills_and_to_wgmma_on_hopper(capability, cases):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
