@@ -88,9 +88,10 @@ RULES = (  # the first that fits
     # Splitting K still fills the device where M · N has fewer than 132 tiles.
     Rule(Choice("split", Tile(128, 128, 8, 3)), (*_BYTES, *_HALVES), max_m=256),
     # Large M is bound by arithmetic and L2. One integer sum a row needs one accumulator: 128 · 256 halves L2's part.
+    Rule(Choice("fused", Tile(128, 256, 8, 3)), ("int8",), ("row",)),
     # Multipliers cost an int32 multiply-add an output and group, half the time of its dot: applied once, ahead, from
     # where writing N · K bytes (35 us of 117 million) is little beside the product (170 us at M = 1024).
-    Rule(Choice("fused", Tile(128, 256, 8, 3)), ("int8",), ("row",)),
+    Rule(Choice("fused", Tile(128, 128, 8, 3)), ("int8",), ("two-level",), max_m=1024),
     Rule(Choice("expand", Tile(128, 256, 8, 3)), ("int8",), ("two-level",), min_n=1024, min_k=1024),
     # cuBLAS where a row's bits may depend on M: it is the roof of a float product.
     Rule(Choice("cublas"), _HALVES, ("float",), min_capability=80),
@@ -100,6 +101,8 @@ RULES = (  # the first that fits
     # Ampere and Ada: mma.sync, 99 KiB of shared memory.
     Rule(Choice("split", Tile(64, 16, unroll=2)), _BYTES, ("grouped", "two-level"), max_m=16, min_capability=80),
     Rule(Choice("split", Tile(64, 16)), (*_BYTES, *_HALVES), max_m=16, min_capability=80),
+    Rule(Choice("split", Tile(64, 32, stages=3)), _HALVES, ("grouped", "two-level"), max_m=256, min_capability=80),
+    Rule(Choice("fused", Tile(64, 32, stages=3)), _HALVES, ("grouped", "two-level"), min_capability=80),
     Rule(Choice("split", Tile(64, 64, stages=3)), (*_BYTES, *_HALVES), max_m=256, min_capability=80),
     Rule(Choice("fused", Tile(64, 64, stages=3)), (*_BYTES, *_HALVES), min_capability=80),
     # IEEE float32 runs on no tensor core.
@@ -139,6 +142,7 @@ class Case:
     k: int
     codes: Codes = "int4"
     group_size: int | None = 128  # None: a scale a row
+    two_level: bool = False  # groups have integer multipliers of a row's scale
 
     @property
     def multiply_adds(self) -> int:
@@ -146,9 +150,10 @@ class Case:
 
     @property
     def weight_bytes(self) -> int:
-        """Codes and bfloat16 scales (float32 of a row)."""
+        """Codes, and scales: bfloat16 of a group, int8 multipliers, float32 of a row."""
         bits = 4 if self.codes in ("int4", "fp4") else 8
-        scales = 4 if self.group_size is None else 2 * (self.k // self.group_size)
+        groups = 0 if self.group_size is None else self.k // self.group_size
+        scales = groups + 4 if self.two_level else 2 * groups or 4
         return self.n * (self.k * bits // 8 + scales)
 
     @property
@@ -168,9 +173,10 @@ LLAMA_3_8B = (  # name, N, K
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 
 
-def linear_cases(shapes: Sequence[tuple[str, int, int]] = LLAMA_3_8B, rows: Sequence[int] = ROWS) -> list[Case]:
+def linear_cases(shapes: Sequence[tuple[str, int, int]] = LLAMA_3_8B, rows: Sequence[int] = ROWS,
+                 two_level: bool = False) -> list[Case]:
     """int4 in groups of 128; the head int8 with a scale a row, and no more than 256 rows of it."""
-    return [Case(name, m, n, k, "int8", None) if name == "lm_head" else Case(name, m, n, k)
+    return [Case(name, m, n, k, "int8", None) if name == "lm_head" else Case(name, m, n, k, two_level=two_level)
             for name, n, k in shapes for m in rows if name != "lm_head" or m <= 256]
 
 

@@ -22,7 +22,7 @@ import triton.language as tl
 from fptq_runtime.kernels.base import ActivationQuant, Array, Linear, QuantizedWeight
 from fptq_runtime.kernels.reference import to_torch
 from fptq_runtime.kernels.triton.choice import Case, Choice, Dot, Kind, Tile, choose, segments
-from fptq_runtime.kernels.triton.packing import TILE, PackedWeight, pack_weight
+from fptq_runtime.kernels.triton.packing import TILE, Arithmetic, PackedWeight, pack_weight
 from fptq_runtime.kernels.triton.values import Quantized, interpreted
 
 FLOAT_BLOCK = 64  # columns of K a step takes of a float weight
@@ -113,20 +113,20 @@ def kind(linear: DeviceLinear, x: torch.Tensor | Quantized) -> Kind:
 
 
 def random_case(case: Case, device: torch.device) -> tuple[DeviceLinear, Quantized]:
-    """A layer of random codes and an input for it, made on the device."""
-    dots = 2 if case.codes in ("int4", "fp4") else 1
-    width = 64 * (3 - dots)
-    tiles, blocks = -(-case.n // TILE), -(-case.k // (width * dots))
+    """A layer of random codes and an input for it, made on the device. Groups are multiples of 128."""
+    width = 64 if case.codes in ("int4", "fp4") else 128
+    tiles, blocks = -(-case.n // TILE), -(-case.k // 128)
     values = torch.randint(0, 256, (tiles, blocks, TILE, width), dtype=torch.uint8, device=device)
-    groups = 1 if case.group_size is None else -(-case.k // case.group_size)
-    scale = torch.rand((tiles, groups, TILE), device=device) * 1e-3
-    whole = case.group_size is None
-    weight = PackedWeight(case.codes, "row" if whole else "grouped", case.n, case.k, width,
-                          case.k if case.group_size is None else case.group_size, values,
-                          scale if whole else scale.bfloat16())
+    groups = 1 if case.group_size is None else case.k // case.group_size
+    row = torch.rand((tiles, 1, TILE), device=device) * 1e-3
+    arithmetic: Arithmetic = "row" if case.group_size is None else "two-level" if case.two_level else "grouped"
+    scale = row if arithmetic != "grouped" else row.expand(tiles, groups, TILE).bfloat16().contiguous()
+    multiplier = torch.randint(1, 16, (tiles, groups, TILE), dtype=torch.int8, device=device)
+    weight = PackedWeight(case.codes, arithmetic, case.n, case.k, width, case.group_size or case.k, values, scale,
+                          multiplier if arithmetic == "two-level" else None)
     codes = torch.randint(-128, 128, (case.m, case.k), dtype=torch.int8, device=device)
-    return DeviceLinear(case.name, weight, None, ActivationQuant()), Quantized(
-        codes, torch.rand(case.m, device=device) * 1e-2)
+    x = Quantized(codes, torch.rand(case.m, device=device) * 1e-2)
+    return DeviceLinear(case.name, weight, None, ActivationQuant()), x
 
 
 def dequantized(weight: PackedWeight, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -305,10 +305,10 @@ def _launch(x: torch.Tensor, weight: _Weight, epilogue: _Epilogue, choice: Choic
         m, n, weight.k, weight.rows, weight.tile_stride, weight.row_stride, weight.block_stride,
         weight.groups,
         CODES=weight.codes, ARITHMETIC=weight.arithmetic, WIDTH=weight.width,
-        SLICES=max(weight.group_size // weight.width, 1), SCALED=weight.scale is not None, X_SCALE=epilogue.scaling,
-        BIAS=epilogue.bias is not None, RESIDUAL=epilogue.residual is not None,
-        SEGMENTS=taken, LENGTH=length, SPLIT=split, MASKED=not whole, ASM=not interpreted(),
-        ROWS=tile.rows, COLS=tile.cols, UNROLL=tile.unroll,
+        SLICES=1 if weight.arithmetic == "row" else weight.group_size // weight.width,
+        SCALED=weight.scale is not None, X_SCALE=epilogue.scaling, BIAS=epilogue.bias is not None,
+        RESIDUAL=epilogue.residual is not None, SEGMENTS=taken, LENGTH=length, SPLIT=split, MASKED=not whole,
+        ASM=not interpreted(), ROWS=tile.rows, COLS=tile.cols, UNROLL=tile.unroll,
     )
     if not split:
         return out
@@ -338,7 +338,8 @@ def _unit(codes: str, arithmetic: str, integer: bool) -> float:
 
 def _mm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """x · weightᵀ, accumulated and returned in float32."""
-    if x.device.type != "cuda":
+    x = x.to(weight.dtype)  # int8 and FP8 codes are exact in bfloat16
+    if weight.device.type != "cuda":
         return x.float() @ weight.float().t()
     if weight.dtype == torch.float32:
         return x @ weight.t()
