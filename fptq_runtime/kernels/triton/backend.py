@@ -98,7 +98,7 @@ class TritonBackend:
         return torch.cuda.mem_get_info(self.device)[0]
 
     def roofs(self) -> Roofs | None:
-        """cuBLAS's int8 product, and half the traffic of a copy counted as read."""
+        """cuBLAS's int8 product, and all the bytes that a copy moves."""
         if self.device.type != "cuda":
             return None
         size = 8192
