@@ -35,7 +35,7 @@ def implementation() -> Implementation:
     return sample
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(requests=st.lists(REQUESTS, min_size=1, max_size=4), shape=st.sampled_from(sorted(SHAPES)),
        size=st.sampled_from([10, 97, 2048, 2049, 5000]), seed=st.integers(0, 1 << 20))
 def test_it_draws_what_the_reference_draws(requests: list[Request], shape: str, size: int, seed: int) -> None:
