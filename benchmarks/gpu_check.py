@@ -587,7 +587,7 @@ def baseline(check: Check) -> Iterator[Row]:
     torch.cuda.empty_cache()
     config = SHAPES[SHAPE]
     hidden, dim, heads, kv_heads = config.hidden_size, config.head_dim, config.num_heads, config.num_kv_heads
-    options: dict[str, Any] = {"device": "cuda", "dtype": torch.bfloat16}
+    options: dict[str, Any] = {"device": check.backend.device, "dtype": torch.bfloat16}
 
     def weight(n: int, k: int) -> torch.Tensor:
         return torch.empty((n, k), **options).normal_(std=k**-0.5)
