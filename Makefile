@@ -1,4 +1,4 @@
-# make serve | test | lint | bench | image | clean      PYTHON, VENV, CXX and TORCH_INDEX may be set on the command line.
+# make serve | test | lint | bench | gpu-check | image | clean      PYTHON, VENV, CXX and TORCH_INDEX may be set on the command line.
 PYTHON ?= python3
 VENV ?= .venv
 ifeq ($(origin CXX),default)
@@ -13,7 +13,7 @@ NATIVE := $(wildcard CMakeLists.txt fptq_runtime/csrc/* fptq_runtime/csrc/*/*)
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
 PIP_INSTALL := $(PIP) install --constraint constraints.txt
 
-.PHONY: install serve test lint bench image clean
+.PHONY: install serve test lint bench gpu-check image clean
 
 install: $(INSTALLED)
 
@@ -45,6 +45,9 @@ lint: $(DEV_INSTALLED)
 
 bench: $(INSTALLED)
 	$(VENV)/bin/fptq bench demo
+
+gpu-check: $(INSTALLED)
+	$(VENV)/bin/python -m benchmarks.gpu_check
 
 image:
 	docker build --build-arg TORCH_INDEX=$(TORCH_INDEX) --tag fptq-serve .

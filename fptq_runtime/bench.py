@@ -128,9 +128,9 @@ def bench_config(model: ModelConfig, rows: Sequence[Row], steps: int, *, max_num
     return replace(config, kv_cache_memory=blocks * config.block_size * token_bytes(model, kv_cache_dtype))
 
 
-def shape_engine(name: str, head_bits: int, backend: str, config: EngineConfig) -> Engine:
+def shape_engine(name: str, head_bits: int, backend: str, config: EngineConfig, device: str = "auto") -> Engine:
     """An engine for one of `SHAPES` with random weights and no text."""
-    kernels = select_backend(backend, config.threads)
+    kernels = select_backend(backend, config.threads, device=device)
     decoder = random_decoder(SHAPES[name], kernels, head_bits)
     return Engine(decoder, kernels, config, cast(Tokenizer, NoText()))
 

@@ -163,8 +163,10 @@ def engine_options(command: _Function) -> _Function:
         click.option("--max-num-batched-tokens", type=click.IntRange(1), default=512, show_default=True,
                      help="Most tokens in one step."),
         click.option("--kv-cache-dtype", type=click.Choice(["bf16", "int8"]), default="int8", show_default=True),
-        click.option("--kv-cache-memory", type=Size(), default="512MiB", show_default=True,
-                     help="Memory for keys and values."),
+        click.option("--kv-cache-memory", type=Size(), help="Memory for keys and values, as 512MiB, which is the "
+                     "default on a CPU; on a GPU it is what is free."),
+        click.option("--gpu-memory-utilization", type=click.FloatRange(0, 1, min_open=True), default=0.9,
+                     show_default=True, help="Share of a GPU's free memory that weights, cache and steps may take."),
         click.option("--no-prefix-cache", "enable_prefix_caching", is_flag=True, flag_value=False, default=True,
                      help="Compute every prompt from its start."),
         activation_option,
@@ -184,6 +186,8 @@ def backend_options(command: _Function) -> _Function:
     for option in reversed([
         click.option("--backend", type=click.Choice(["auto", "native", "reference"]), default="auto",
                      show_default=True, help="native: C++; reference: torch, slow; auto: native where it was built."),
+        click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True,
+                     help="auto: an NVIDIA GPU where torch and Triton can use one."),
         click.option("--threads", type=click.IntRange(0), default=0, help="0: what machine and quota allow."),
     ]):
         command = option(command)
@@ -291,7 +295,7 @@ def serve(artifact: str, host: str, port: int, served_model_name: str | None, ap
 @answers
 def evaluate(model: str, text: Path | None, max_tokens: int | None, choices: Path | None, last_word: Path | None,
              tasks: tuple[str, ...], limit: int | None, kv_cache_dtype: Any, activations: Any, backend: str,
-             threads: int) -> Answer:
+             device: str, threads: int) -> Answer:
     """Perplexity of MODEL, in float or quantized, on a text, and its accuracy in tasks."""
     if not (text or choices or last_word or tasks):
         raise click.UsageError("give what to evaluate on: --text, --choices, --last-word or --task")
@@ -306,7 +310,7 @@ def evaluate(model: str, text: Path | None, max_tokens: int | None, choices: Pat
         from fptq_runtime.quantizer.calibrate import read_text
         from fptq_runtime.quantizer.evaluate import evaluate
 
-        kernels = select_backend(backend, threads, Checkpoint(path, activations).linear_schemes)
+        kernels = select_backend(backend, threads, Checkpoint(path, activations).linear_schemes, device)
         result = evaluate(path, read_text(text), kernels, max_tokens=max_tokens, kv_dtype=kv_cache_dtype,
                           activations=activations, progress=True)
         data |= asdict(result)
@@ -316,7 +320,8 @@ def evaluate(model: str, text: Path | None, max_tokens: int | None, choices: Pat
         from fptq_runtime import tasks as task
         from fptq_runtime.engine.llm import LLM
 
-        llm = LLM(path, backend=backend, threads=threads, kv_cache_dtype=kv_cache_dtype, activations=activations)
+        llm = LLM(path, backend=backend, device=device, threads=threads, kv_cache_dtype=kv_cache_dtype,
+                  activations=activations)
         scorer = task.Scorer(llm, progress=True)
         if choices is not None:
             chosen = task.choices(scorer, choices)
@@ -356,7 +361,7 @@ def evaluate(model: str, text: Path | None, max_tokens: int | None, choices: Pat
 @answers
 def compare(model: str, recipes: tuple[str, ...], calibration: str | Path | None, num_samples: int, text: Path | None,
             max_tokens: int, choices: Path | None, last_word: Path | None, tasks: tuple[str, ...], limit: int | None,
-            seed: int, out: Path | None, backend: str, threads: int) -> Answer:
+            seed: int, out: Path | None, backend: str, device: str, threads: int) -> Answer:
     """Quantize MODEL by several recipes and measure each: quality, size, time and speed in one table."""
     from fptq_runtime.locate import find_model
 
@@ -369,7 +374,7 @@ def compare(model: str, recipes: tuple[str, ...], calibration: str | Path | None
         source, [load_recipe(name) for name in recipes], read_text(text) if text else packaged_text("heldout"),
         backend, name=model, calibration=calibration, num_samples=num_samples,
         max_tokens=max_tokens, accuracy=comparing.Tasks(tasks, limit, choices, last_word), seed=seed, threads=threads,
-        progress=True,
+        device=device, progress=True,
     )
     data, table = result.to_json(), comparing.markdown(result)
     if out is not None:
@@ -465,7 +470,7 @@ def generate(artifact: str, prompt: str, max_tokens: int, temperature: float, to
               help="Read only the first tokens of it.")
 @backend_options
 @answers
-def export(artifact: str, out: Path, target: str, text: Path | None, text_tokens: int, backend: str,
+def export(artifact: str, out: Path, target: str, text: Path | None, text_tokens: int, backend: str, device: str,
            threads: int) -> Answer:
     """Write ARTIFACT into the new directory OUT for another runtime, every quantized input dynamic per token."""
     from fptq_runtime.locate import find_artifact
@@ -476,7 +481,7 @@ def export(artifact: str, out: Path, target: str, text: Path | None, text_tokens
     from fptq_runtime.quantizer.calibrate import packaged_text, read_text
     from fptq_runtime.quantizer.vllm import export
 
-    kernels = select_backend(backend, threads, Checkpoint(path).linear_schemes)
+    kernels = select_backend(backend, threads, Checkpoint(path).linear_schemes, device)
     measured_on = packaged_text("heldout") if text is None else read_text(text)
     result = export(path, out, measured_on, kernels, text_tokens, progress=True)
     change = result.perplexity_after / result.perplexity_before - 1
@@ -506,7 +511,7 @@ def inspect(artifact: str) -> Answer:
 @click.argument("artifact")
 @backend_options
 @answers
-def verify(artifact: str, backend: str, threads: int) -> Answer:
+def verify(artifact: str, backend: str, device: str, threads: int) -> Answer:
     """Check every hash of ARTIFACT, and its golden logits on this machine's kernels."""
     from fptq_runtime.locate import find_artifact
 
@@ -518,7 +523,7 @@ def verify(artifact: str, backend: str, threads: int) -> Answer:
 
     manifest = io.verify(path)
     checkpoint = Checkpoint(path)
-    kernels = select_backend(backend, threads, checkpoint.linear_schemes)
+    kernels = select_backend(backend, threads, checkpoint.linear_schemes, device)
     deviation = check_golden(load_model(checkpoint, kernels), kernels, manifest.golden)
     return {"files": len(manifest.files), "bytes": manifest.size, "golden_deviation": deviation}, (
         f"{len(manifest.files)} files match their hashes; golden logits differ by {deviation:.1e} of "
@@ -528,7 +533,7 @@ def verify(artifact: str, backend: str, threads: int) -> Answer:
 
 @cli.command()
 @click.argument("artifact", required=False)
-@click.option("--shape", type=click.Choice(["llama-3.2-1b", "qwen2.5-0.5b", "llama-2-7b"]),
+@click.option("--shape", type=click.Choice(["llama-3.2-1b", "qwen2.5-0.5b", "llama-2-7b", "llama-3-8b"]),
               help="Random weights of this shape, instead of ARTIFACT.")
 @click.option("--head-bits", type=click.Choice(["4", "8"]), default="4", show_default=True, help="Of a --shape.")
 @click.option("--phase", "phases", type=click.Choice(["prefill", "decode"]), multiple=True, help="Measure only this.")
@@ -546,8 +551,8 @@ def verify(artifact: str, backend: str, threads: int) -> Answer:
 @backend_options
 @answers
 def bench(artifact: str | None, shape: str | None, head_bits: str, phases: tuple[Any, ...], batches: tuple[int, ...],
-          contexts: tuple[int, ...], steps: int, seconds: float, activations: Any, backend: str, **options: Any
-          ) -> Answer:
+          contexts: tuple[int, ...], steps: int, seconds: float, activations: Any, backend: str, device: str,
+          **options: Any) -> Answer:
     """Prefill and decode tokens per second of ARTIFACT or a --shape, by batch size and context, and what part of this
     machine's roofs that is."""
     if (artifact is None) == (shape is None):
@@ -561,7 +566,8 @@ def bench(artifact: str | None, shape: str | None, head_bits: str, phases: tuple
 
         model = SHAPES[shape]
         rows = bench.rows(batches, contexts, model, steps, options["max_num_batched_tokens"])
-        engine = bench.shape_engine(shape, int(head_bits), backend, bench.bench_config(model, rows, steps, **options))
+        config = bench.bench_config(model, rows, steps, **options)
+        engine = bench.shape_engine(shape, int(head_bits), backend, config, device)
     else:
         from fptq_runtime.engine.llm import load_engine
         from fptq_runtime.locate import find_artifact
@@ -571,7 +577,7 @@ def bench(artifact: str | None, shape: str | None, head_bits: str, phases: tuple
         model = Checkpoint(path).model_config
         rows = bench.rows(batches, contexts, model, steps, options["max_num_batched_tokens"])
         config = bench.bench_config(model, rows, steps, **options)
-        engine = load_engine(path, backend=backend, activations=activations, **asdict(config))
+        engine = load_engine(path, backend=backend, device=device, activations=activations, **asdict(config))
     bench.measure(engine, bench.Row(1, rows[0].context), steps=1, seconds=0)  # warms up
     measured, roofs = [], engine.backend.roofs()
     with click.progressbar(rows, label="measuring", file=sys.stderr) as remaining:

@@ -97,10 +97,11 @@ class Tasks:
     choices: Path | None = None
     last_word: Path | None = None
 
-    def run(self, path: Path, backend: str, threads: int, kv_dtype: KVCacheDtype) -> dict[str, float]:
+    def run(self, path: Path, backend: str, threads: int, device: str, kv_dtype: KVCacheDtype) -> dict[str, float]:
         if not (self.lm_eval or self.choices or self.last_word):
             return {}
-        scorer = tasks.Scorer(LLM(path, backend=backend, threads=threads, kv_cache_dtype=kv_dtype), progress=True)
+        scorer = tasks.Scorer(LLM(path, backend=backend, threads=threads, device=device, kv_cache_dtype=kv_dtype),
+                              progress=True)
         accuracy = {}
         if self.choices is not None:
             accuracy[self.choices.stem] = tasks.choices(scorer, self.choices).accuracy
@@ -113,7 +114,7 @@ class Tasks:
 def compare(
     model: str | Path, recipes: Sequence[Recipe], text: Text, backend: str = "auto", *, name: str | None = None,
     calibration: str | Path | None = None, num_samples: int = 64, max_tokens: int | None = None,
-    accuracy: Tasks | None = None, seed: int = 0, threads: int = 0, progress: bool = False,
+    accuracy: Tasks | None = None, seed: int = 0, threads: int = 0, device: str = "auto", progress: bool = False,
 ) -> Comparison:
     """Quantize a float model by every recipe, each into a directory that is gone afterwards, and measure it on the
     kernels and with the int8 KV cache that serve it; the float model runs once, with a float32 cache.
@@ -128,7 +129,7 @@ def compare(
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="fptq-compare-") as directory, \
             tqdm(total=1 + len(recipes), unit="model", disable=not progress) as bar:
-        work = _Work(windows, Path(directory) / "logits", backend, threads, accuracy, progress)
+        work = _Work(windows, Path(directory) / "logits", backend, threads, device, accuracy, progress)
         bar.set_description("float")
         original = work.original(source.path)
         bar.update()
@@ -155,12 +156,13 @@ def compare(
 class _Work:
     """The float model's logits lie in a file, chunk after chunk, while the quantized models run."""
 
-    def __init__(self, windows: Sequence[Sequence[int]], logits: Path, backend: str, threads: int,
+    def __init__(self, windows: Sequence[Sequence[int]], logits: Path, backend: str, threads: int, device: str,
                  accuracy: Tasks, progress: bool) -> None:
         self._windows = windows
         self._logits = logits
         self._backend = backend
         self._threads = threads
+        self._device = device
         self._accuracy = accuracy
         self._progress = progress
 
@@ -191,7 +193,7 @@ class _Work:
     def _load(self, path: Path) -> tuple[Decoder, Backend]:
         """On the kernels that will serve it."""
         checkpoint = Checkpoint(path)
-        backend = select_backend(self._backend, self._threads, checkpoint.linear_schemes)
+        backend = select_backend(self._backend, self._threads, checkpoint.linear_schemes, self._device)
         return load_model(checkpoint, backend), backend
 
     def _measured(self, path: Path, decoder: Decoder, backend: Backend, perplexity: float, kv_dtype: KVCacheDtype
@@ -201,7 +203,7 @@ class _Work:
         prefill, decode = _speed(decoder, backend, kv_dtype, self._threads)
         return Measured(
             perplexity, sum(file.stat().st_size for file in path.glob("*.safetensors")), backend.name, prefill,
-            decode[1], decode.get(8), self._accuracy.run(path, self._backend, self._threads, kv_dtype),
+            decode[1], decode.get(8), self._accuracy.run(path, self._backend, self._threads, self._device, kv_dtype),
         )
 
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+
 from hypothesis import settings
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # these are the CPU's; `make gpu-check` is for GPUs
 
 settings.register_profile("fptq", deadline=None)  # a busy machine is no failure
 settings.load_profile("fptq")

@@ -9,8 +9,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from fptq_runtime.config import EngineConfig
 from fptq_runtime.engine.batch import build_step_input
 from fptq_runtime.engine.block_manager import BlockManager
@@ -20,7 +18,7 @@ from fptq_runtime.engine.request import FinishReason, Request, RequestStatus, Sa
 from fptq_runtime.engine.sampler import SampleBatch, SampleResult, Sampling
 from fptq_runtime.engine.scheduler import ScheduledRequest, Scheduler, SchedulerOutput
 from fptq_runtime.engine.stats import FinishedStats, StepStats
-from fptq_runtime.kernels.base import Backend, Executor, Float32Array
+from fptq_runtime.kernels.base import Backend, Executor, Logits
 from fptq_runtime.models.decoder import Decoder
 from fptq_runtime.models.tokenizer import Tokenizer
 
@@ -62,12 +60,30 @@ class _Sequence:
         return range(max(item.start, len(self.prompt_logprobs) - 1), end)
 
 
+@dataclass(frozen=True)
+class _Batch:
+    """What the executor computes, or has computed. logits: None where that failed."""
+
+    plan: SchedulerOutput
+    logits: Logits | None
+
+
 @dataclass
 class _Draws:
     """What a step's logits gave. spans: first and end draw of each scheduled item."""
 
     spans: list[tuple[int, int]]
     result: SampleResult
+
+
+@dataclass(frozen=True)
+class _Gain:
+    """What a step drew for one sequence, if anything. ends: whatever its text says."""
+
+    sequence: _Sequence
+    token_id: int | None
+    logprobs: tuple[TokenLogprobs, ...]
+    ends: bool
 
 
 @dataclass
@@ -102,8 +118,7 @@ class Engine:
             limits.max_logits_rows - limits.max_seqs,
         )
         self._executor = backend.compile(decoder, limits)
-        # One buffer for all steps, touched as far as they need it: a fresh one would be zeroed by the kernel each time.
-        self._logits = np.empty((limits.max_logits_rows, decoder.config.vocab_size), np.float32)
+        self._launched: _Batch | None = None  # between steps, with an asynchronous backend
         self._live: dict[tuple[str, int], _Sequence] = {}
         self._drain_rate = _DrainRate()
         # Shared between threads, under the lock.
@@ -160,24 +175,21 @@ class Engine:
 
     def step(self) -> tuple[list[RequestOutput], StepStats]:
         """Compute one batch. What one sequence breaks finishes that sequence with FinishReason.ERROR; what the
-        executor breaks, those that were in the batch."""
+        executor breaks, those that were in the batch.
+
+        An asynchronous backend gets the next batch as soon as this one's tokens are known, and computes it while their
+        text is made and the outputs are delivered. A sequence that its text then ends is dropped from that batch.
+        """
         started = time.monotonic()
         step = _Step()
         self._receive(step)
-        plan = self._scheduler.schedule()
-        for request in plan.admitted:
-            request.scheduled_time = started
-            step.stats.queue_seconds.append(started - request.arrival_time)
-        if plan.scheduled:
-            draws = self._execute(plan)
-            if draws is None:
-                for item in plan.scheduled:
-                    self._emit(step, self._live[item.request.key], finish_reason=FinishReason.ERROR)
-            else:
-                self._advance(step, plan, draws)
-        elif self._scheduler.running or self._scheduler.waiting:
-            raise RuntimeError("sequences are left but none can be scheduled")
-        self._account(step, plan, time.monotonic() - started)
+        batch, self._launched = self._launched or self._launch(), None
+        gains = self._take_in(step, batch)
+        if self.backend.asynchronous:
+            following = self._launch()
+            self._launched = following if following.plan.scheduled else None
+        self._report(step, gains)
+        self._account(step, batch.plan, time.monotonic() - started)
         return step.outputs, step.stats
 
     def check_integrity(self) -> None:
@@ -222,37 +234,60 @@ class Engine:
             for sequence in [s for s in self._live.values() if s.request.request_id in aborted]:
                 self._emit(step, sequence, finish_reason=FinishReason.ABORT)
 
-    def _execute(self, plan: SchedulerOutput) -> _Draws | None:
+    def _launch(self) -> _Batch:
+        plan = self._scheduler.schedule()
+        now = time.monotonic()
+        for request in plan.admitted:
+            request.scheduled_time = now
+        if not plan.scheduled:
+            if self._scheduler.running or self._scheduler.waiting:
+                raise RuntimeError("sequences are left but none can be scheduled")
+            return _Batch(plan, None)
         try:
-            logits = self._executor.step(build_step_input(plan, self.config.block_size), self._logits)
-            return self._sample(plan, logits)
+            return _Batch(plan, self._executor.step(build_step_input(plan, self.config.block_size), reuse=True))
         except Exception:
             logger.exception("a step failed; its %d sequences end with an error", len(plan.scheduled))
+            return _Batch(plan, None)
+
+    def _draw_all(self, batch: _Batch) -> _Draws | None:
+        if batch.logits is None:
+            return None
+        try:
+            return self._sample(batch.plan, batch.logits)
+        except Exception:
+            logger.exception("a step failed; its %d sequences end with an error", len(batch.plan.scheduled))
             return None
 
-    def _sample(self, plan: SchedulerOutput, logits: Float32Array) -> _Draws:
+    def _sample(self, plan: SchedulerOutput, logits: Logits) -> _Draws:
         """logits: the rows that the schedule asked for, in its order. [R, V]"""
         batch = SampleBatch()
         spans = []
         row = 0
         for item in plan.scheduled:
             first = len(batch)
-            if item.num_logits:
+            if item.num_logits and item.request.status is not RequestStatus.FINISHED:
                 sequence = self._live[item.request.key]
                 for position in sequence.unscored(item):
                     batch.score(row + position - item.start, item.request.token_ids[position + 1],
                                 item.request.params.prompt_logprobs or 0)
-                row += item.num_logits
                 if item.samples:
-                    batch.draw(row - 1, sequence.sampling)
+                    batch.draw(row + item.num_logits - 1, sequence.sampling)
+            row += item.num_logits
             spans.append((first, len(batch)))
         return _Draws(spans, SampleResult(self.backend.sample(logits, batch.build()), logits.shape[1]))
 
-    def _advance(self, step: _Step, plan: SchedulerOutput, draws: _Draws) -> None:
-        """Take in what was drawn for every sequence, then tell what each of them gained."""
+    def _take_in(self, step: _Step, batch: _Batch) -> list[_Gain]:
+        """Give every sequence of a batch what was drawn for it, if it is still there; those that end with it leave the
+        scheduler at once."""
+        draws, items = self._draw_all(batch), batch.plan.scheduled
+        if draws is None:
+            for item in items:
+                if item.request.status is not RequestStatus.FINISHED:
+                    self._emit(step, self._live[item.request.key], finish_reason=FinishReason.ERROR)
+            return []
         drawn: list[int | None] = []
         chosen: list[tuple[TokenLogprobs, ...]] = []
-        for item, (first, end) in zip(plan.scheduled, draws.spans, strict=True):
+        for item, (first, end) in zip(items, draws.spans, strict=True):
             token_id: int | None = None
             logprobs: tuple[TokenLogprobs, ...] = ()
             if first < end:
@@ -262,14 +297,27 @@ class Engine:
                     self._fail(step, item.request)
             drawn.append(token_id)
             chosen.append(logprobs)
-        self._scheduler.update(plan, drawn)
+        self._scheduler.update(batch.plan, drawn)
+        gains = []
+        for item, token_id, logprobs in zip(items, drawn, chosen, strict=True):
+            request = item.request
+            if request.status is not RequestStatus.FINISHED:
+                if token_id is None:
+                    ends = request.params.max_tokens == 0 and request.num_computed_tokens == request.num_tokens
+                else:
+                    ends = self._end(request, token_id) is not None
+                gains.append(_Gain(self._live[request.key], token_id, logprobs, ends))
+                if ends:
+                    self._scheduler.finish(request)
+        return gains
+
+    def _report(self, step: _Step, gains: Sequence[_Gain]) -> None:
         now = time.monotonic()
-        for item, token_id, logprobs in zip(plan.scheduled, drawn, chosen, strict=True):
-            if item.request.status is not RequestStatus.FINISHED:
-                try:
-                    self._report(step, self._live[item.request.key], token_id, logprobs, now)
-                except Exception:
-                    self._fail(step, item.request)
+        for gain in gains:
+            try:
+                self._tell(step, gain, now)
+            except Exception:
+                self._fail(step, gain.sequence.request)
 
     def _fail(self, step: _Step, request: Request) -> None:
         """What went wrong concerns one sequence alone: it ends, and nothing else does."""
@@ -289,30 +337,37 @@ class Engine:
         logprobs = () if params.logprobs is None else (result.logprobs(end - 1, params.logprobs),)
         return result.token_id(end - 1), logprobs
 
-    def _report(self, step: _Step, sequence: _Sequence, token_id: int | None, logprobs: tuple[TokenLogprobs, ...],
-                now: float) -> None:
-        request = sequence.request
+    def _tell(self, step: _Step, gain: _Gain, now: float) -> None:
+        sequence, token_id = gain.sequence, gain.token_id
         if token_id is not None:
-            self._note_token(step, request, now)
+            self._note_token(step, sequence.request, now)
             text, reason, stop_reason = self._read(sequence, token_id)
-            self._emit(step, sequence, (token_id,), text, logprobs, reason, stop_reason)
-        elif request.params.max_tokens == 0 and request.num_computed_tokens == request.num_tokens:
+            self._emit(step, sequence, (token_id,), text, gain.logprobs, reason, stop_reason)
+        elif gain.ends:
             self._emit(step, sequence, finish_reason=FinishReason.LENGTH)
+
+    def _end(self, request: Request, token_id: int) -> tuple[FinishReason, int | None] | None:
+        """Why a sequence ends with its last token, whatever the text says, and the stop id."""
+        params = request.params
+        if token_id in self._eos_token_ids and not params.ignore_eos:
+            return FinishReason.STOP, None
+        if token_id in params.stop_token_ids:
+            return FinishReason.STOP, token_id
+        if request.num_output_tokens >= params.max_tokens or request.num_tokens >= self.config.max_model_len:
+            return FinishReason.LENGTH, None
+        return None
 
     def _read(self, sequence: _Sequence, token_id: int) -> tuple[str, FinishReason | None, str | int | None]:
         """The text that a drawn token makes certain, and whether and why the sequence ends with it."""
         request, params = sequence.request, sequence.request.params
-        if token_id in self._eos_token_ids and not params.ignore_eos:
-            return sequence.text.flush(), FinishReason.STOP, None
-        if token_id in params.stop_token_ids:
-            return sequence.text.flush(), FinishReason.STOP, token_id
+        reason, stop_id = self._end(request, token_id) or (None, None)
+        if reason is FinishReason.STOP:
+            return sequence.text.flush(), reason, stop_id
         stoppable = params.min_tokens == 0 or request.num_output_tokens > params.min_tokens
         text, stop = sequence.text.step(token_id, stoppable)
         if stop is not None:
             return text, FinishReason.STOP, stop
-        if request.num_output_tokens >= params.max_tokens or request.num_tokens >= self.config.max_model_len:
-            return text + sequence.text.flush(), FinishReason.LENGTH, None
-        return text, None, None
+        return (text if reason is None else text + sequence.text.flush()), reason, None
 
     def _emit(self, step: _Step, sequence: _Sequence, token_ids: tuple[int, ...] = (), text: str = "",
               logprobs: tuple[TokenLogprobs, ...] = (), finish_reason: FinishReason | None = None,
@@ -371,6 +426,8 @@ class Engine:
         stats.num_waiting = self.num_waiting
         stats.kv_usage = scheduler.blocks.usage
         stats.batch_tokens = plan.num_tokens
+        stats.queue_seconds = [request.scheduled_time - request.arrival_time for request in plan.admitted
+                               if request.scheduled_time is not None]
         stats.step_seconds = seconds
         stats.prompt_tokens = sum(max(0, min(item.start + item.num_tokens, item.request.num_prompt_tokens) - item.start)
                                   for item in plan.scheduled)

@@ -9,6 +9,9 @@ from fptq_runtime.kernels.base import StepLimits
 # 111 rows a step, one of 32,000 all of a default step.
 MAX_LOGITS_BYTES = 64 << 20
 
+# What a GPU holds beside weights, cache and a step's values: CUDA's context, graphs, parts of split sums.
+_DEVICE_OVERHEAD = 768 << 20
+
 _ELEMENT_BYTES = {"float32": 4, "bf16": 2, "int8": 1}
 _SCALE_BYTES = {"float32": 0, "bf16": 0, "int8": 4}  # a token and head
 
@@ -45,7 +48,7 @@ def step_limits(model: ModelConfig, config: EngineConfig) -> StepLimits:
         )
     # No step is larger than all sequences at their greatest length.
     max_tokens = min(config.max_num_batched_tokens, config.max_num_seqs * config.max_model_len)
-    prompt_logits = max(1, min(max_tokens, MAX_LOGITS_BYTES // (4 * model.vocab_size)))
+    prompt_logits = _prompt_logits(model, max_tokens)
     max_seqs = min(config.max_num_seqs, max_tokens)
     return StepLimits(
         max_tokens=max_tokens,
@@ -59,6 +62,29 @@ def step_limits(model: ModelConfig, config: EngineConfig) -> StepLimits:
         num_kv_heads=model.num_kv_heads,
         head_dim=model.head_dim,
     )
+
+
+def _prompt_logits(model: ModelConfig, max_tokens: int) -> int:
+    return max(1, min(max_tokens, MAX_LOGITS_BYTES // (4 * model.vocab_size)))
+
+
+def device_cache_memory(free_before: int, free_now: int, utilization: float, model: ModelConfig,
+                        config: EngineConfig) -> int:
+    """Bytes for the cache of a GPU that had `free_before` before the weights were loaded and has `free_now`: the
+    `utilization` share of what was free, less the weights and what a step needs. Raises ValueError where that is
+    nothing."""
+    widest = 4 * model.hidden_size + (model.num_heads + 2 * model.num_kv_heads) * model.head_dim \
+        + 3 * model.intermediate_size
+    rows = config.max_num_seqs + _prompt_logits(model, config.max_num_batched_tokens)
+    workspace = _DEVICE_OVERHEAD + 8 * config.max_num_batched_tokens * widest + 12 * rows * model.vocab_size
+    memory = int(free_before * utilization) - (free_before - free_now) - workspace
+    if memory <= 0:
+        raise ValueError(
+            f"no GPU memory is left for a KV cache: of {format_bytes(free_before)} that were free, "
+            f"{utilization:.0%} may be used, the weights took {format_bytes(free_before - free_now)} and a step needs "
+            f"{format_bytes(workspace)}; raise gpu_memory_utilization, lower max_num_seqs or "
+            "max_num_batched_tokens, or free memory on the GPU")
+    return memory
 
 
 def format_bytes(size: int) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 from fptq_runtime.artifact.io import MANIFEST, check_files, is_artifact
 from fptq_runtime.config import Activations, EngineConfig, ModelConfig
 from fptq_runtime.engine.engine import Engine, QueueFullError
-from fptq_runtime.engine.kv_cache import cache_tokens, format_bytes, step_limits
+from fptq_runtime.engine.kv_cache import cache_tokens, device_cache_memory, format_bytes, step_limits
 from fptq_runtime.engine.output import RequestOutput, TokenLogprobs
 from fptq_runtime.engine.request import FinishReason, SamplingParams
 from fptq_runtime.kernels.select import select_backend
@@ -45,13 +45,14 @@ class Completion:
 class LLM:
     """Offline generation: `LLM("artifact").generate(["Once upon a time"], SamplingParams(max_tokens=64))`.
 
-    path: a model directory, quantized or float. activations: "int8" quantizes, per token, what layers with integer
-    weights and float activations read. Options are EngineConfig's fields.
+    path: a model directory, quantized or float. device: "cpu", "cuda", or the GPU where there is one. activations:
+    "int8" quantizes, per token, what layers with integer weights and float activations read. Options are
+    EngineConfig's fields and, for a GPU, gpu_memory_utilization.
     """
 
-    def __init__(self, path: str | Path, *, backend: str = "auto", activations: Activations = "checkpoint",
-                 **options: Any) -> None:
-        self.engine = load_engine(path, backend=backend, activations=activations, **options)
+    def __init__(self, path: str | Path, *, backend: str = "auto", device: str = "auto",
+                 activations: Activations = "checkpoint", **options: Any) -> None:
+        self.engine = load_engine(path, backend=backend, device=device, activations=activations, **options)
         self._request_ids = map(str, itertools.count())
 
     def generate(self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
@@ -94,24 +95,31 @@ class LLM:
         ]
 
 
-def load_engine(path: str | Path, *, backend: str = "auto", activations: Activations = "checkpoint",
-                max_model_len: int | None = None, **options: Any) -> Engine:
+def load_engine(path: str | Path, *, backend: str = "auto", device: str = "auto",
+                activations: Activations = "checkpoint", max_model_len: int | None = None,
+                kv_cache_memory: int | None = None, gpu_memory_utilization: float = 0.9, **options: Any) -> Engine:
     """An engine for a model directory; an artifact's files and golden logits are checked first, these only where its
     activations are its own.
 
-    max_model_len: the model's own unless given, or what the KV cache holds where that is less. options: the other
-    fields of EngineConfig. Raises ValueError (ArtifactError, CheckpointError, GoldenMismatch, …), one line.
+    max_model_len: the model's own unless given, or what the KV cache holds where that is less. kv_cache_memory:
+    EngineConfig's default unless given; on a GPU, what the weights and a step leave of the gpu_memory_utilization share
+    of its free memory. options: the other fields of EngineConfig. Raises ValueError (ArtifactError, CheckpointError,
+    GoldenMismatch, …), one line.
     """
     manifest = check_files(Path(path)) if is_artifact(Path(path)) else None
     checkpoint = Checkpoint(path, activations)
     model = checkpoint.model_config
-    config = EngineConfig(max_model_len=max_model_len or model.max_position_embeddings, **options)
-    if max_model_len is None:
-        config = _fit(config, model)
+    if not 0 < gpu_memory_utilization <= 1:
+        raise ValueError(f"gpu_memory_utilization must be above 0 and at most 1, not {gpu_memory_utilization}")
+    kernels = select_backend(backend, options.get("threads", 0), checkpoint.linear_schemes, device)
+    free = kernels.free_memory()
+    most = EngineConfig.kv_cache_memory if free is None else int(free * gpu_memory_utilization)
+    config = EngineConfig(max_model_len=max_model_len or model.max_position_embeddings,
+                          kv_cache_memory=most if kv_cache_memory is None else kv_cache_memory, **options)
+    config = _fit(config, model) if max_model_len is None else config
     step_limits(model, config)  # says what is wrong with it before minutes of loading
     prompt = () if manifest is None else manifest.golden.get("prompt_token_ids", ())
     checkpoint.max_positions = min(model.max_position_embeddings, max(config.max_model_len, len(prompt)))
-    kernels = select_backend(backend, config.threads, checkpoint.linear_schemes)
     with ThreadPoolExecutor(1) as executor:
         tokenizer = executor.submit(Tokenizer, path)  # half a second for a large vocabulary
         decoder = load_model(checkpoint, kernels)
@@ -125,11 +133,28 @@ def load_engine(path: str | Path, *, backend: str = "auto", activations: Activat
             logger.warning("golden logits were not checked: they hold for float activations, and %s were asked for",
                            activations)
     _release_freed_memory()
+    if free is not None and kv_cache_memory is None:
+        now = kernels.free_memory()
+        assert now is not None
+        config = replace(config, kv_cache_memory=device_cache_memory(free, now, gpu_memory_utilization, model, config))
+        config = _fit(config, model) if max_model_len is None else config
     try:
-        return Engine(decoder, kernels, config, tokenizer.result(), eos_token_ids(checkpoint))
+        engine = Engine(decoder, kernels, config, tokenizer.result(), eos_token_ids(checkpoint))
     except MemoryError:
         raise ValueError(f"a KV cache of {format_bytes(config.kv_cache_memory)} does not fit into this machine's "
                          "memory; lower kv_cache_memory") from None
+    if free is not None:
+        _warm_up(engine)
+    return engine
+
+
+def _warm_up(engine: Engine) -> None:
+    """A GPU's kernels are compiled when first launched: of a prompt and of decoding, before anyone waits for them."""
+    length = max(1, min(engine.config.max_num_batched_tokens, engine.config.max_model_len - 2))
+    params = SamplingParams(max_tokens=min(2, engine.config.max_model_len - length), ignore_eos=True)
+    engine.add_request("warm-up", [0] * length, params)
+    while engine.has_unfinished_requests:
+        engine.step()
 
 
 def _release_freed_memory() -> None:

@@ -22,6 +22,10 @@ V = TypeVar("V")
 # backend fills the same classes with torch tensors.
 Array = Any
 
+# Rows of logits [R, V], float32: numpy's where the backend computes in memory, a tensor where it computes on a device.
+# Only the backend that made them reads them, and `logits_array`.
+Logits = Any
+
 Int32Array = npt.NDArray[np.int32]
 Float32Array = npt.NDArray[np.float32]
 Float64Array = npt.NDArray[np.float64]
@@ -259,14 +263,17 @@ class Executor(Protocol):
         """What the linears of a step with that many tokens and rows of logits must do at least."""
         ...
 
-    def step(self, batch: StepInput, out: Float32Array | None = None) -> Float32Array:
-        """Run one step and return logits [R, V]: in the first R rows of `out` where that is given and the backend can,
-        else in an array that is the caller's to keep."""
+    def step(self, batch: StepInput, reuse: bool = False) -> Logits:
+        """Run one step and return logits [R, V]. They are the caller's to keep, except with `reuse`, which spares a
+        fresh array: then they hold until the next step."""
         ...
 
 
 class Backend(Protocol):
+    """asynchronous: a step returns before it is computed, and `sample` waits for it."""
+
     name: str
+    asynchronous: bool
 
     def prepare(self, parameter: Any) -> Any:
         """Take a Linear, Norm, Embedding or AttentionSpec into the backend's own form. The caller drops its arrays
@@ -277,14 +284,24 @@ class Backend(Protocol):
         """`forward` returns the logits value; each compiled executor has a KV cache of its own."""
         ...
 
-    def sample(self, logits: Float32Array, batch: SampleInput) -> SampleOutput:
+    def sample(self, logits: Logits, batch: SampleInput) -> SampleOutput:
         """Draw or score tokens, given rows of logits [R, V]; they are the same afterwards."""
         ...
 
+    def free_memory(self) -> int | None:
+        """Bytes of the device's memory that nobody holds; None where it is the machine's own."""
+        ...
+
     def roofs(self) -> Roofs | None:
-        """Measured now, on the threads that run the model; None where a backend has none to reach."""
+        """Measured now, on what runs the model; None where a backend has none to reach."""
         ...
 
     def describe(self) -> dict[str, str]:
         """What really runs: ISA and kernel by kind of layer prepared so far, for /info and `fptq bench`."""
         ...
+
+
+def logits_array(logits: Logits) -> Float32Array:
+    """Any backend's logits as numpy's, [R, V]; waits for a device."""
+    array: Float32Array = logits if isinstance(logits, np.ndarray) else logits.cpu().numpy()
+    return array

@@ -51,6 +51,7 @@ class CpuBackend:
     """
 
     name = "native"
+    asynchronous = False
 
     def __init__(self, threads: int = 0, isa: str | None = None) -> None:
         if threads < 0:
@@ -124,7 +125,7 @@ class CpuBackend:
         )
         ops = CaptureOps(program)
         program.finish(forward(ops))
-        return CpuExecutor(program, ops.parameters)
+        return CpuExecutor(program, ops.parameters, limits.max_logits_rows)
 
     def sample(self, logits: Float32Array, batch: SampleInput) -> SampleOutput:
         """Raises ValueError, and draws nothing, where an array or an index is wrong."""
@@ -150,6 +151,9 @@ class CpuBackend:
             out.top_ids.ctypes.data, out.top_logprobs.ctypes.data, out.top_ids.shape[1],
         )
         return out
+
+    def free_memory(self) -> None:
+        return None
 
     def roofs(self) -> Roofs:
         return Roofs(_native.peak_gops(self._pool, self._isa), _native.read_bandwidth(self._pool))
@@ -204,9 +208,11 @@ class CaptureOps:
 class CpuExecutor:
     """One recorded program and its KV cache. Steps are for one thread at a time."""
 
-    def __init__(self, program: _native.Program, parameters: list[Prepared]) -> None:
+    def __init__(self, program: _native.Program, parameters: list[Prepared], max_logits_rows: int) -> None:
         self._program = program
         self._parameters = parameters  # the program points into their arrays
+        # For steps with `reuse`, touched as far as they need it: the kernel would zero a fresh one each time.
+        self._logits = np.empty((max_logits_rows, program.logits_width), np.float32)
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -215,14 +221,14 @@ class CpuExecutor:
     def work(self, tokens: int, rows: int) -> Work:
         return Work(*self._program.work(tokens, rows))
 
-    def step(self, batch: StepInput, out: Float32Array | None = None) -> Float32Array:
+    def step(self, batch: StepInput, reuse: bool = False) -> Float32Array:
         """Logits [R, V]. Raises ValueError, and leaves the cache as it was, where an array or an index is wrong."""
         tokens = batch.token_ids.size
         seqs = batch.seq_lens.size
         rows = batch.logits_rows.size
         table_width = batch.block_tables.shape[-1]
         width = self._program.logits_width
-        logits = np.empty((rows, width), dtype=np.float32) if out is None else out[:rows]
+        logits = self._logits[:rows] if reuse else np.empty((rows, width), dtype=np.float32)
         self._program.step(
             _address("token_ids", batch.token_ids, (tokens,)),
             _address("positions", batch.positions, (tokens,)),

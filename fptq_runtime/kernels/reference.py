@@ -41,6 +41,7 @@ _ML_DTYPES = {np.dtype(bfloat16): torch.bfloat16, np.dtype(float8_e4m3fn): torch
 
 class ReferenceBackend:
     name = "reference"
+    asynchronous = False
 
     def prepare(self, parameter: Any) -> Any:
         """The same classes with torch tensors, all but the embedding in float32."""
@@ -65,6 +66,9 @@ class ReferenceBackend:
 
     def sample(self, logits: Float32Array, batch: SampleInput) -> SampleOutput:
         return sample_reference(logits, batch)
+
+    def free_memory(self) -> None:
+        return None
 
     def roofs(self) -> None:
         return None
@@ -103,7 +107,7 @@ class ReferenceExecutor:
     def work(self, tokens: int, rows: int) -> Work:
         return Work(0, 0)  # nothing to hold it against: it has no roofs
 
-    def step(self, batch: StepInput, out: Float32Array | None = None) -> Float32Array:
+    def step(self, batch: StepInput, reuse: bool = False) -> Float32Array:
         started = time.perf_counter()
         with torch.inference_mode():
             logits: torch.Tensor = self._forward(ReferenceOps(batch, self._cache))

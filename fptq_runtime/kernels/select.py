@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
+import os
 from collections.abc import Mapping
 
 from fptq_runtime.artifact.scheme import LayerScheme
@@ -13,11 +15,28 @@ _BUILD_HINT = "build it with `pip install .` in the source tree (needs a C++17 c
 logger = logging.getLogger(__name__)
 
 
-def select_backend(name: str = "auto", threads: int = 0, schemes: Mapping[str, LayerScheme] | None = None) -> Backend:
-    """"native", "reference", or "auto": native wherever the extension imports and has a kernel for every one of a
-    model's `schemes`. Raises ValueError, one line."""
+def select_backend(name: str = "auto", threads: int = 0, schemes: Mapping[str, LayerScheme] | None = None,
+                   device: str = "cpu") -> Backend:
+    """On a CPU "native", "reference", or "auto": native wherever the extension imports and has a kernel for every one
+    of a model's `schemes`. On "cuda" there is one backend; device "auto" takes it where it can run and no backend of
+    the CPU's was asked for. Raises ValueError, one line."""
     if name not in ("auto", "native", "reference"):
         raise ValueError(f"backend must be auto, native or reference, not {name!r}")
+    if device not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"device must be auto, cpu or cuda, not {device!r}")
+    if device == "cuda" and name != "auto":
+        raise ValueError(f"the {name} backend runs on the CPU; leave out --backend, or --device")
+    if device == "cuda" or (device == "auto" and name == "auto" and _has_cuda_driver()):
+        from fptq_runtime.kernels.triton.device import problem
+
+        why_not = problem()
+        if why_not is None:
+            from fptq_runtime.kernels.triton.backend import TritonBackend
+
+            return TritonBackend()
+        if device == "cuda":
+            raise ValueError(f"cannot run on the GPU: {why_not}")
+        logger.warning("running on the CPU: %s", why_not)
     if name != "reference":
         without = without_kernel(schemes or {})
         try:
@@ -38,6 +57,17 @@ def select_backend(name: str = "auto", threads: int = 0, schemes: Mapping[str, L
     from fptq_runtime.kernels.reference import ReferenceBackend
 
     return ReferenceBackend()
+
+
+def _has_cuda_driver() -> bool:
+    """Spares a machine without one torch's import. Triton's interpreter is nobody's default."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return False
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True
 
 
 def without_kernel(schemes: Mapping[str, LayerScheme]) -> list[str]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from fptq_runtime.kernels.base import Backend, Float32Array, StepInput, StepLimits
+from fptq_runtime.kernels.base import Backend, Float32Array, StepInput, StepLimits, logits_array
 from fptq_runtime.models.decoder import Decoder
 
 # Integer parts are exact everywhere, but float sums in another order tip a few int8 codes a prompt to their neighbour,
@@ -79,7 +79,7 @@ def prompt_logits(decoder: Decoder, backend: Backend, prompt_token_ids: Sequence
         head_dim=config.head_dim,
     )
     rows = np.arange(length, dtype=np.int32)
-    return backend.compile(decoder, limits).step(StepInput(
+    return logits_array(backend.compile(decoder, limits).step(StepInput(
         token_ids=np.asarray(prompt_token_ids, dtype=np.int32),
         positions=rows,
         slot_mapping=rows,
@@ -87,4 +87,4 @@ def prompt_logits(decoder: Decoder, backend: Backend, prompt_token_ids: Sequence
         seq_lens=np.array([length], dtype=np.int32),
         block_tables=np.arange(limits.num_blocks, dtype=np.int32)[None],
         logits_rows=rows,
-    ))
+    )))

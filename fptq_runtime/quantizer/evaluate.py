@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from fptq_runtime.artifact.io import check_files, is_artifact
 from fptq_runtime.config import Activations, KVCacheDtype
-from fptq_runtime.kernels.base import Backend, StepInput, StepLimits
+from fptq_runtime.kernels.base import Backend, StepInput, StepLimits, logits_array
 from fptq_runtime.models.decoder import Decoder
 from fptq_runtime.models.loader import Checkpoint, load_model
 from fptq_runtime.models.tokenizer import Tokenizer
@@ -80,7 +80,8 @@ def window_logits(
         rows, targets = next_tokens(whole)
         for start in range(0, len(rows), chunk):
             end = min(start + chunk, len(rows))
-            yield torch.from_numpy(executor.step(_chunk(whole, start, end, limits))), targets[start:end]
+            logits = logits_array(executor.step(_chunk(whole, start, end, limits)))
+            yield torch.from_numpy(logits), targets[start:end]
 
 
 def perplexity(

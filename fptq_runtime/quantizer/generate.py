@@ -8,7 +8,7 @@ from itertools import chain
 
 import numpy as np
 
-from fptq_runtime.kernels.base import PARAMETERS, Backend, Executor, SampleInput, StepInput, StepLimits
+from fptq_runtime.kernels.base import PARAMETERS, Backend, Executor, Logits, SampleInput, StepInput, StepLimits
 from fptq_runtime.models.decoder import Decoder
 from fptq_runtime.models.tokenizer import Tokenizer
 from fptq_runtime.quantizer.calibrate import CalibrationError, bos_prefix
@@ -63,7 +63,7 @@ def generate_windows(decoder: Decoder, backend: Backend, tokenizer: Tokenizer, l
     return windows
 
 
-def _step(executor: Executor, windows: Sequence[Sequence[int]], computed: int, blocks: int) -> np.ndarray:
+def _step(executor: Executor, windows: Sequence[Sequence[int]], computed: int, blocks: int) -> Logits:
     """Logits after each window, whose first `computed` tokens are in the cache. Sequences that end are the shortest and
     come first, so the blocks are counted from the end."""
     count, length = len(windows), len(windows[0])

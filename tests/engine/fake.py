@@ -43,7 +43,7 @@ class FakeExecutor:
         self.before: Callable[[StepInput], None] = lambda batch: None
         self.after: Callable[[np.ndarray], np.ndarray] = lambda logits: logits
 
-    def step(self, batch: StepInput, out: np.ndarray | None = None) -> np.ndarray:
+    def step(self, batch: StepInput, reuse: bool = False) -> np.ndarray:
         self.before(batch)
         limits, size = self.limits, self.limits.block_size
         assert 0 < len(batch.token_ids) <= limits.max_tokens
@@ -68,6 +68,9 @@ class FakeExecutor:
 
 class FakeBackend:
     name = "fake"
+
+    def __init__(self, asynchronous: bool = False) -> None:
+        self.asynchronous = asynchronous
 
     def prepare(self, parameter: Any) -> Any:
         return parameter
@@ -108,11 +111,12 @@ def spelled(token_id: int) -> str:
     return chr(0x100 + token_id) if token_id < 32 else chr(token_id)
 
 
-def make_engine(*, max_model_len: int = 256, num_blocks: int = 64, **options: Any) -> Engine:
+def make_engine(*, max_model_len: int = 256, num_blocks: int = 64, asynchronous: bool = False, **options: Any
+                ) -> Engine:
     """An engine over the fake model; its executor is engine.backend.executor."""
     block_size = options.setdefault("block_size", 16)
     config = EngineConfig(max_model_len=max_model_len, kv_cache_memory=num_blocks * block_size * TOKEN_BYTES, **options)
-    return Engine(FakeDecoder(), FakeBackend(), config, FakeTokenizer())  # type: ignore[arg-type]
+    return Engine(FakeDecoder(), FakeBackend(asynchronous), config, FakeTokenizer())  # type: ignore[arg-type]
 
 
 def run(engine: Engine, check: bool = True) -> dict[tuple[str, int], list[RequestOutput]]:

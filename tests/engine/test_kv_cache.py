@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from fptq_runtime.config import EngineConfig
-from fptq_runtime.engine.kv_cache import cache_tokens, format_bytes, step_limits, token_bytes
+from fptq_runtime.engine.kv_cache import cache_tokens, device_cache_memory, format_bytes, step_limits, token_bytes
 from tests.engine.fake import MODEL, TOKEN_BYTES
 
 LLAMA = replace(MODEL, num_layers=32, num_kv_heads=8, head_dim=128, vocab_size=128256, max_position_embeddings=8192)
@@ -43,6 +43,18 @@ def test_a_cache_too_small_says_what_it_takes() -> None:
 def test_a_context_beyond_the_model_is_refused() -> None:
     with pytest.raises(ValueError, match="9000 exceeds the model's 8192"):
         step_limits(LLAMA, EngineConfig(max_model_len=9000, kv_cache_memory=8 << 30))
+
+
+def test_a_gpus_cache_is_what_weights_and_steps_leave() -> None:
+    gpu = replace(LLAMA, hidden_size=4096, intermediate_size=14336, num_heads=32)
+    config, gib = EngineConfig(max_model_len=4096), 1 << 30
+    memory = device_cache_memory(80 * gib, 75 * gib, 0.9, gpu, config)
+    assert 65 * gib < memory < 67 * gib - (768 << 20)
+    assert device_cache_memory(80 * gib, 75 * gib, 0.5, gpu, config) == memory - 32 * gib
+    wide = replace(config, max_num_batched_tokens=8192)
+    assert memory - device_cache_memory(80 * gib, 75 * gib, 0.9, gpu, wide) > 4 * 8192 * 2 * 14336
+    with pytest.raises(ValueError, match=r"of 24 GiB that were free, 50% may be used, the weights took 15 GiB"):
+        device_cache_memory(24 * gib, 9 * gib, 0.5, gpu, config)
 
 
 def test_sizes_are_rounded_up() -> None:

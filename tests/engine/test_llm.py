@@ -14,8 +14,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fptq_runtime
 from fptq_runtime.engine.engine import RequestError
+from fptq_runtime.engine.kv_cache import device_cache_memory
 from fptq_runtime.engine.llm import LLM, load_engine
 from fptq_runtime.engine.request import FinishReason, SamplingParams
+from fptq_runtime.kernels.reference import ReferenceBackend
 
 DEMO = Path(fptq_runtime.__file__).parent / "demo"
 PROMPTS = ["Once upon a time", "The old man looked at the sea and", "“Where is the king?” she asked."]
@@ -135,6 +137,24 @@ def test_the_context_is_what_the_cache_holds(caplog: pytest.LogCaptureFixture) -
         load_engine(DEMO, backend="reference", kv_cache_memory=1 << 20, max_model_len=1024)
     with pytest.raises(ValueError, match="raise kv_cache_memory"):
         load_engine(DEMO, backend="reference", kv_cache_memory=1 << 10)
+
+
+def test_on_a_gpu_the_cache_takes_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the reference backend in the GPU's place."""
+    free = [1 << 30, (1 << 30) - (100 << 20)]
+    monkeypatch.setattr(ReferenceBackend, "free_memory", lambda self: left.pop(0))
+    left = [*free]
+    engine = load_engine(DEMO, backend="reference", gpu_memory_utilization=0.98)
+    expected = device_cache_memory(*free, 0.98, engine.model_config, engine.config)
+    assert 0 < engine.config.kv_cache_memory == expected < 100 << 20
+    left = [*free]
+    engine = load_engine(DEMO, backend="reference", kv_cache_memory=4 << 20)
+    assert engine.config.kv_cache_memory == 4 << 20
+    left = [*free]
+    with pytest.raises(ValueError, match="no GPU memory is left"):
+        load_engine(DEMO, backend="reference", gpu_memory_utilization=0.5)
+    with pytest.raises(ValueError, match="at most 1, not 2"):
+        load_engine(DEMO, backend="reference", gpu_memory_utilization=2)
 
 
 def test_the_end_of_sequence_is_generation_configs(tmp_path: Path) -> None:

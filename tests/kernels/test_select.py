@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -52,3 +53,49 @@ def test_reference_stands_in_where_native_has_no_kernel(caplog: pytest.LogCaptur
         select_backend("native", 1, schemes("int", "float"))
     assert "\n" not in str(caught.value)
     assert select_backend("reference", 1, schemes("float")).name == "reference"
+
+
+def test_a_gpu_is_taken_where_there_is_one_and_nothing_else_was_asked_for(
+        monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    pytest.importorskip("triton", reason="triton is not installed")
+    from fptq_runtime.kernels import select
+    from fptq_runtime.kernels.triton import device
+
+    monkeypatch.setattr(select, "_has_cuda_driver", lambda: True)
+    monkeypatch.setattr(device, "problem", lambda: None)
+    monkeypatch.setattr("fptq_runtime.kernels.triton.backend.TritonBackend", lambda: SimpleNamespace(name="triton"))
+    assert [select_backend(device=name).name for name in ("auto", "cuda")] == ["triton"] * 2
+    assert select_backend("reference", device="auto").name == "reference"
+    assert select_backend(device="cpu").name == select_backend().name != "triton"
+    monkeypatch.setattr(device, "problem", lambda: "it is too old")
+    with caplog.at_level(logging.WARNING):
+        assert select_backend(device="auto").name != "triton"
+    assert "running on the CPU: it is too old" in caplog.text
+    with pytest.raises(ValueError, match="cannot run on the GPU: it is too old"):
+        select_backend(device="cuda")
+    with pytest.raises(ValueError, match="leave out --backend"):
+        select_backend("native", device="cuda")
+    with pytest.raises(ValueError, match="'tpu'"):
+        select_backend(device="tpu")
+
+
+def test_what_keeps_a_gpu_from_being_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from fptq_runtime.kernels.triton import device
+
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(device, "find_spec", lambda name: name)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA T4")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    assert device.problem() is None
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    assert "T4 has compute capability 7.5" in str(device.problem())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "nvidia-smi" in str(device.problem())
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert "built without CUDA" in str(device.problem())
+    monkeypatch.setattr(device, "find_spec", lambda name: None)
+    assert "triton is not installed" in str(device.problem())

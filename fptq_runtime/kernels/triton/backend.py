@@ -1,0 +1,384 @@
+"""The Triton backend: parameters on the GPU, and an executor that replays a CUDA graph where a step only decodes.
+
+TRITON_INTERPRET=1 runs the same steps, padding included, on the CPU in Triton's interpreter, without graphs.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import triton
+
+from fptq_runtime.kernels.base import (
+    ActivationQuant,
+    Array,
+    AttentionSpec,
+    Embedding,
+    Linear,
+    Norm,
+    Ops,
+    Roofs,
+    SampleInput,
+    SampleOutput,
+    StepInput,
+    StepLimits,
+    Work,
+)
+from fptq_runtime.kernels.triton import fused
+from fptq_runtime.kernels.triton.attention import (
+    DeviceAttention,
+    DeviceCache,
+    attention,
+    prepare_attention,
+    rope_and_cache,
+)
+from fptq_runtime.kernels.triton.fused import DeviceNorm
+from fptq_runtime.kernels.triton.linear import DeviceLinear, describe, pack_linear, run_linear
+from fptq_runtime.kernels.triton.sampling import sample
+from fptq_runtime.kernels.triton.values import DeviceBatch, Quantized, interpreted
+
+Value = torch.Tensor | Quantized
+
+SMALLEST_CONTEXT = 1024  # the least of the powers of two that graphs are made for, in tokens
+ALIGNED = 32  # each array of a step begins at a multiple of so many int32
+
+
+class TritonBackend:
+    """device: "cuda", or "cuda:1". batch_invariant: a row's bits depend on nothing but the row; without it large
+    matrix products may go the fastest way. Raises ValueError, one line, where memory runs out."""
+
+    name = "triton"
+
+    def __init__(self, device: str = "cuda", batch_invariant: bool = True) -> None:
+        self.device = torch.device("cpu" if interpreted() else device)
+        self.batch_invariant = batch_invariant
+        self.asynchronous = self.device.type == "cuda"
+        self._linears: dict[str, str] = {}  # the kernel of each kind that was prepared
+        self._tables: dict[int, tuple[Array, torch.Tensor]] = {}  # that layers share
+
+    def prepare(self, parameter: Any) -> Any:
+        try:
+            if isinstance(parameter, Linear):
+                linear = pack_linear(parameter, self.device)
+                kind, kernel = describe(linear)
+                self._linears[kind] = kernel
+                return linear
+            if isinstance(parameter, Norm):
+                return fused.prepare_norm(parameter, self.device)
+            if isinstance(parameter, Embedding):
+                return fused.prepare_embedding(parameter, self.device)
+            if isinstance(parameter, AttentionSpec):
+                return prepare_attention(parameter, self.device, self._tables)
+        except torch.OutOfMemoryError:
+            raise ValueError("the model's weights do not fit into the GPU's free memory; free some, choose another GPU "
+                             "with CUDA_VISIBLE_DEVICES, or use --device cpu") from None
+        raise TypeError(f"cannot prepare a {type(parameter).__name__}")
+
+    def compile(self, forward: Callable[[Ops[Any]], Any], limits: StepLimits) -> TritonExecutor:
+        """Raises MemoryError where the KV cache does not fit."""
+        try:
+            return TritonExecutor(forward, limits, self.device, self.batch_invariant)
+        except torch.OutOfMemoryError as error:
+            raise MemoryError(str(error)) from None
+
+    def sample(self, logits: torch.Tensor, batch: SampleInput) -> SampleOutput:
+        with torch.inference_mode():
+            return sample(logits, batch)
+
+    def free_memory(self) -> int | None:
+        if self.device.type != "cuda":
+            return None
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info(self.device)[0]
+
+    def roofs(self) -> Roofs | None:
+        """cuBLAS's int8 product, and all the bytes that a copy moves."""
+        if self.device.type != "cuda":
+            return None
+        size = 8192
+        a, b = (torch.randint(-127, 128, (size, size), dtype=torch.int8, device=self.device) for _ in range(2))
+        source = torch.empty(1 << 28, dtype=torch.float32, device=self.device)
+        target = torch.empty_like(source)
+        product = _seconds(lambda: torch._int_mm(a, b.t()))
+        copy = _seconds(lambda: target.copy_(source))
+        return Roofs(2e-9 * size**3 / product, 2e-9 * source.nbytes / copy)
+
+    def describe(self) -> dict[str, str]:
+        where = "Triton's interpreter"
+        if self.device.type == "cuda":
+            major, minor = torch.cuda.get_device_capability(self.device)
+            where = f"{torch.cuda.get_device_name(self.device)}, sm_{major}{minor}"
+        return {
+            "backend": "triton",
+            "isa": where,
+            "versions": f"triton {triton.__version__}, torch {torch.__version__}",
+            **self._linears,
+            "attention": "paged, split over the cache; int8 KV: integer q·K and P·V",
+            "steps": "CUDA graphs where all sequences decode" if self.asynchronous else "eager",
+            "batch": "invariant" if self.batch_invariant else "a row may depend on the batch",
+        }
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """Of the arrays of a step, padding included, and what a graph is made for."""
+
+    tokens: int
+    seqs: int
+    rows: int  # of logits
+    context: int  # tokens, of any sequence at most
+    query: int  # rows of any sequence at most
+    graph: bool
+
+
+class TritonExecutor:
+    """One model and its KV cache. Steps are for one thread at a time, on its current stream."""
+
+    def __init__(self, forward: Callable[[Ops[Any]], Any], limits: StepLimits, device: torch.device,
+                 invariant: bool) -> None:
+        self._forward = forward
+        self._limits = limits
+        self._device = device
+        self._invariant = invariant
+        self._cache = DeviceCache(limits, device)
+        self._inputs = _Inputs(limits, device)
+        self._logits: torch.Tensor | None = None  # [max seqs, V], what graphs write to
+        self._graphs: dict[_Shape, torch.cuda.CUDAGraph] = {}
+        self._pool: Any = None  # the memory that all graphs share: one runs at a time
+        self._timer = _Timer(device)
+        survey = _Survey()
+        forward(survey)
+        self._survey = survey
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        return {"forward": self._timer.seconds()}
+
+    def work(self, tokens: int, rows: int) -> Work:
+        return self._survey.work(tokens, rows)
+
+    def step(self, batch: StepInput, reuse: bool = False) -> torch.Tensor:
+        """Returns once the step is queued. Raises ValueError where it exceeds the limits."""
+        shape, rows = self._shape(batch), batch.logits_rows.size
+        with torch.inference_mode():
+            inputs = self._inputs.load(batch, shape)
+            with self._timer:
+                if not shape.graph:
+                    return self._run(inputs)[:rows]
+                logits = self._replay(shape, inputs)[:rows]
+            return logits if reuse or not self._graphs else logits.clone()
+
+    def _shape(self, batch: StepInput) -> _Shape:
+        """Steps in which every sequence has one token are padded to a few sizes, each of which gets a graph."""
+        tokens, seqs, rows = batch.token_ids.size, batch.seq_lens.size, batch.logits_rows.size
+        limits = self._limits
+        longest = int(batch.seq_lens.max(initial=1))
+        if tokens > limits.max_tokens or seqs > limits.max_seqs or rows > limits.max_logits_rows \
+                or longest > limits.max_model_len:
+            raise ValueError("the step exceeds what the executor was compiled for")
+        context = max(SMALLEST_CONTEXT, triton.next_power_of_2(longest))
+        if tokens == seqs and 0 < rows <= seqs:
+            padded = min(bucket(seqs), limits.max_seqs)
+            return _Shape(padded, padded, padded, context, 1, True)
+        query = int(np.diff(batch.query_start_loc).max(initial=1))
+        return _Shape(tokens, seqs, rows, context, triton.next_power_of_2(query), False)
+
+    def _run(self, inputs: DeviceBatch) -> torch.Tensor:
+        logits: torch.Tensor = self._forward(TritonOps(inputs, self._cache, self._invariant))
+        return logits
+
+    def _replay(self, shape: _Shape, inputs: DeviceBatch) -> torch.Tensor:
+        if self._device.type != "cuda":
+            return self._run(inputs)
+        if shape not in self._graphs:
+            self._capture(shape, inputs)
+        assert self._logits is not None
+        self._graphs[shape].replay()
+        return self._logits
+
+    def _capture(self, shape: _Shape, inputs: DeviceBatch) -> None:
+        """The step runs once before, so that its kernels are compiled; it writes the same keys and values again."""
+        logits = self._run(inputs)
+        if self._logits is None:
+            self._logits = torch.empty((self._limits.max_seqs, logits.shape[1]), device=self._device)
+            self._pool = torch.cuda.graph_pool_handle()
+        del logits
+        torch.cuda.current_stream(self._device).synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            self._logits[: shape.rows].copy_(self._run(inputs))
+        self._graphs[shape] = graph
+
+
+def bucket(seqs: int) -> int:
+    """1, 2, 4, 8, 16, 24, 32, …"""
+    return triton.next_power_of_2(seqs) if seqs <= 8 else -(-seqs // 8) * 8
+
+
+class TritonOps:
+    """The ops of one step, queued on the device."""
+
+    def __init__(self, batch: DeviceBatch, cache: DeviceCache, invariant: bool) -> None:
+        self._batch = batch
+        self._cache = cache
+        self._invariant = invariant
+
+    def embed(self, table: torch.Tensor) -> Value:
+        return fused.embed(self._batch.token_ids, table)
+
+    def norm(self, x: Value, norm: DeviceNorm, act: ActivationQuant | None) -> Value:
+        return fused.norm(_float(x), norm.weight, norm.bias, norm.eps, norm.kind, act)
+
+    def linear(self, x: Value, linear: DeviceLinear, residual: Value | None = None) -> Value:
+        return run_linear(x, linear, None if residual is None else _float(residual), self._invariant)
+
+    def activation(self, x: Value, kind: Literal["silu_mul", "gelu_tanh"], act: ActivationQuant | None) -> Value:
+        return fused.activation(_float(x), kind, act)
+
+    def rope_and_cache(self, qkv: Value, attention: DeviceAttention) -> Value:
+        return rope_and_cache(_float(qkv), attention, self._cache, self._batch)
+
+    def attention(self, q: Value, spec: DeviceAttention, act: ActivationQuant | None, selected: bool = False) -> Value:
+        attended = attention(q, spec, self._cache, self._batch, act)
+        return self.select_rows(attended) if selected else attended
+
+    def select_rows(self, x: Value) -> Value:
+        rows = self._batch.logits_rows
+        if isinstance(x, torch.Tensor):
+            return x.index_select(0, rows)
+        codes = x.codes.view(torch.int8).index_select(0, rows).view(x.codes.dtype)  # torch selects no rows of FP8
+        return Quantized(codes, x.scale if x.scale.numel() == 1 else x.scale.index_select(0, rows))
+
+
+class _Inputs:
+    """A step's arrays in device memory, at addresses that a shape always has, by one copy from pinned memory."""
+
+    def __init__(self, limits: StepLimits, device: torch.device) -> None:
+        self._block_size = limits.block_size
+        context = max(SMALLEST_CONTEXT, triton.next_power_of_2(limits.max_model_len))
+        largest = _Shape(limits.max_tokens, limits.max_seqs, limits.max_logits_rows, context, 1, False)
+        size = self._layout(largest)[-1].stop
+        self._pinned = torch.empty(size, dtype=torch.int32, pin_memory=device.type == "cuda")
+        self._host = self._pinned.numpy()
+        self._device = torch.empty(size, dtype=torch.int32, device=device)
+        self._copied = torch.cuda.Event() if device.type == "cuda" else None
+
+    def load(self, batch: StepInput, shape: _Shape) -> DeviceBatch:
+        if self._copied is not None:
+            self._copied.synchronize()  # of the step before: the host runs at most that far ahead
+        layout, seqs = self._layout(shape), batch.seq_lens.size
+        arrays = (batch.token_ids, batch.positions, batch.slot_mapping, batch.query_start_loc, batch.seq_lens,
+                  batch.logits_rows)
+        padding = (0, 0, -1, batch.token_ids.size, 0, 0)
+        for part, array, value in zip(layout, arrays, padding, strict=False):
+            host = self._host[part]
+            host[: array.size] = array
+            host[array.size :] = value
+        tables = self._host[layout[-1]].reshape(shape.seqs, -1)
+        width = min(tables.shape[1], batch.block_tables.shape[1])
+        tables[:seqs, :width] = batch.block_tables[:, :width]
+        tables[:seqs, width:] = 0
+        tables[seqs:] = 0
+        end = layout[-1].stop
+        self._device[:end].copy_(self._pinned[:end], non_blocking=True)
+        if self._copied is not None:
+            self._copied.record()
+        token_ids, positions, slots, starts, lengths, rows, block_tables = (self._device[part] for part in layout)
+        return DeviceBatch(token_ids, positions, slots, starts, lengths, block_tables.view(shape.seqs, -1), rows,
+                           shape.query, shape.context)
+
+    def _layout(self, shape: _Shape) -> list[slice]:
+        """Where token_ids, positions, slot_mapping, query_start_loc, seq_lens, logits_rows and block_tables lie."""
+        sizes = (shape.tokens, shape.tokens, shape.tokens, shape.seqs + 1, shape.seqs, shape.rows,
+                 shape.seqs * -(-shape.context // self._block_size))
+        parts, start = [], 0
+        for size in sizes:
+            parts.append(slice(start, start + size))
+            start += -(-size // ALIGNED) * ALIGNED
+        return parts
+
+
+class _Timer:
+    """Seconds that the device spends inside `with`, read once it is past them."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._total = 0.0
+        self._open: Any = 0.0
+        self._pending: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
+
+    def __enter__(self) -> None:
+        if self._cuda:
+            self.seconds()
+            self._open = torch.cuda.Event(enable_timing=True)
+            self._open.record()
+        else:
+            self._open = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        if self._cuda:
+            end = torch.cuda.Event(enable_timing=True)
+            end.record()
+            self._pending.append((self._open, end))
+        else:
+            self._total += time.perf_counter() - self._open
+
+    def seconds(self) -> float:
+        while self._pending and self._pending[0][1].query():
+            start, end = self._pending.popleft()
+            self._total += start.elapsed_time(end) / 1000
+        return self._total
+
+
+class _Survey:
+    """Ops that compute nothing and count the linears, before and after the rows of logits are taken."""
+
+    def __init__(self) -> None:
+        self._multiply_adds = [0, 0]
+        self._bytes = 0
+        self._at = 0
+
+    def work(self, tokens: int, rows: int) -> Work:
+        return Work(tokens * self._multiply_adds[0] + rows * self._multiply_adds[1], self._bytes)
+
+    def linear(self, x: None, linear: DeviceLinear, residual: None = None) -> None:
+        for part in (linear, *(linear.low_rank or ())):
+            self._multiply_adds[self._at] += part.n * part.k
+        self._bytes += linear.nbytes
+
+    def select_rows(self, x: None) -> None:
+        self._at = 1
+
+    def embed(self, table: Any) -> None: ...
+
+    def norm(self, x: None, norm: Any, act: Any) -> None: ...
+
+    def activation(self, x: None, kind: Any, act: Any) -> None: ...
+
+    def rope_and_cache(self, qkv: None, attention: Any) -> None: ...
+
+    def attention(self, q: None, attention: Any, act: Any, selected: bool = False) -> None: ...
+
+
+def _float(x: Value) -> torch.Tensor:
+    assert isinstance(x, torch.Tensor)
+    return x
+
+
+def _seconds(call: Callable[[], Any], repeats: int = 10) -> float:
+    """Of the fastest call, on the device."""
+    times = []
+    for _ in range(repeats + 2):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1000)
+    return float(min(times[2:]))

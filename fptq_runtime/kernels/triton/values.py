@@ -1,0 +1,41 @@
+"""What passes between the ops of the Triton backend."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A linear's input: x[m, k] = codes[m, k] · scale[m], or · scale[0] where it is static."""
+
+    codes: torch.Tensor  # int8 or float8_e4m3fn [M, K], contiguous
+    scale: torch.Tensor  # float32 [M] or [1]
+
+
+@dataclass(frozen=True)
+class DeviceBatch:
+    """StepInput on the device; int32 throughout.
+
+    Rows beyond those of the step are padding: their slot is -1 and no sequence holds them; sequences beyond those of
+    the step have no rows and length 0. max_query_len and max_seq_len bound every sequence's rows and length, on the
+    host.
+    """
+
+    token_ids: torch.Tensor  # [M]
+    positions: torch.Tensor  # [M]
+    slot_mapping: torch.Tensor  # [M]
+    query_start_loc: torch.Tensor  # [S + 1]
+    seq_lens: torch.Tensor  # [S]
+    block_tables: torch.Tensor  # [S, max blocks]
+    logits_rows: torch.Tensor  # [R]
+    max_query_len: int
+    max_seq_len: int
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, on the CPU."""
+    return os.environ.get("TRITON_INTERPRET") == "1"

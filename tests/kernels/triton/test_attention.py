@@ -1,0 +1,343 @@
+"""The paged cache and attention against double precision, and the bits of a row however it is computed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import triton
+
+from fptq_runtime.artifact import numerics
+from fptq_runtime.config import KVCacheDtype, RopeConfig
+from fptq_runtime.kernels.base import ActivationQuant, AttentionSpec, Norm, StepInput, StepLimits
+from fptq_runtime.kernels.reference import ReferenceBackend, ReferenceCache, ReferenceOps, round_kv
+from fptq_runtime.kernels.triton import attention as kernels
+from fptq_runtime.kernels.triton import fused
+from fptq_runtime.kernels.triton.attention import DeviceAttention, DeviceCache, Tiling
+from fptq_runtime.kernels.triton.values import DeviceBatch, Quantized
+from fptq_runtime.models.layers import alibi_slopes, rope_tables
+from tests.kernels.small import Batcher
+
+CPU = torch.device("cpu")
+ACTS = (ActivationQuant(), ActivationQuant(0.02), ActivationQuant(None, "float"))
+KV_DTYPES: list[KVCacheDtype] = ["int8", "bf16", "float32"]
+
+
+def make_spec(heads: int, kv_heads: int, dim: int, window: int | None = None, alibi: bool = False,
+              rope: bool = False, qk_norm: bool = False, layer: int = 0) -> AttentionSpec:
+    def norm(seed: int) -> Norm | None:
+        return Norm("rms", np.random.default_rng(seed).random(dim, np.float32), None, 1e-6) if qk_norm else None
+
+    return AttentionSpec(layer, heads, kv_heads, dim, dim**-0.5, window,
+                         rope_tables(RopeConfig(10000.0), dim, 2048) if rope else None,
+                         alibi_slopes(heads) if alibi else None, norm(1), norm(2))
+
+
+def make_limits(spec: AttentionSpec, kv_dtype: KVCacheDtype, block_size: int, num_blocks: int,
+                layers: int = 1) -> StepLimits:
+    return StepLimits(2048, 16, 2048, 2048, num_blocks, block_size, kv_dtype, layers, spec.num_kv_heads, spec.head_dim)
+
+
+def random_qkv(spec: AttentionSpec, rows: int, seed: int) -> torch.Tensor:
+    width = (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim
+    return torch.randn((rows, width), generator=torch.Generator().manual_seed(seed))
+
+
+def to_device(step: StepInput, padded_rows: int = 0, padded_sequences: int = 0) -> DeviceBatch:
+    """With padding as a bucket has it, and host bounds above what is needed."""
+    def padded(values: Any, count: int, with_value: int) -> torch.Tensor:
+        return torch.from_numpy(np.concatenate([values, np.full(count, with_value, np.int32)]).astype(np.int32))
+
+    rows = len(step.token_ids)
+    tables = np.zeros((len(step.seq_lens) + padded_sequences, step.block_tables.shape[1] + 1), np.int32)
+    tables[: len(step.seq_lens), :-1] = step.block_tables
+    longest = int(np.diff(step.query_start_loc).max())
+    return DeviceBatch(
+        padded(step.token_ids, padded_rows, 0), padded(step.positions, padded_rows, 0),
+        padded(step.slot_mapping, padded_rows, -1), padded(step.query_start_loc, padded_sequences, rows),
+        padded(step.seq_lens, padded_sequences, 0), torch.from_numpy(tables), torch.from_numpy(step.logits_rows),
+        longest if longest == 1 else longest + 3, int(step.seq_lens.max()) + 70)
+
+
+def spoiled(cache: DeviceCache) -> DeviceCache:
+    """As if it had been used: NaN wherever a float may lie."""
+    for tensor in (cache.keys, cache.values, cache.key_scales, cache.value_scales):
+        tensor.fill_(torch.nan if tensor.is_floating_point() else 93)
+    return cache
+
+
+def dense(value: torch.Tensor | Quantized) -> torch.Tensor:
+    return value if isinstance(value, torch.Tensor) else (
+        value.codes.float().unflatten(-1, (value.scale.shape[-1], -1)) * value.scale[..., None]).flatten(-2)
+
+
+def cached(cache: DeviceCache, layer: int, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values [T, kv heads, dim] as floats."""
+    block, offset = slots // cache.block_size, slots % cache.block_size
+    keys = cache.keys[layer][block, :, offset].float()
+    if cache.dtype != "int8":
+        return keys, cache.values[layer][block, :, offset].float()
+    values = cache.values[layer][block, :, :, offset].float()
+    return (keys * cache.key_scales[layer][block, :, offset, None],
+            values * cache.value_scales[layer][block, :, offset, None])
+
+
+def exact(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor, spec: AttentionSpec,
+          kv_dtype: KVCacheDtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention in double of q [Q, heads, dim], and how far each result may be off. keys, values [T, kv heads, dim].
+
+    An int8 cache rounds p · value scale to steps of 1 / 32512 of the largest of a chunk, and p to 2^-21.
+    """
+    repeats = spec.num_heads // spec.num_kv_heads
+    k, v = (x.double().repeat_interleave(repeats, 1) for x in (keys, values))
+    scores = torch.einsum("qhd,thd->hqt", q.double(), k) * spec.softmax_scale
+    at = torch.arange(k.shape[0])
+    if spec.alibi_slopes is not None:
+        scores += torch.from_numpy(spec.alibi_slopes).double()[:, None, None] * at
+    hidden = at > positions[:, None]
+    if spec.sliding_window is not None:
+        hidden |= at <= positions[:, None] - spec.sliding_window
+    p = scores.masked_fill(hidden, -torch.inf).softmax(-1)
+    out = torch.einsum("hqt,thd->qhd", p, v)
+    off = {"float32": 1e-5, "bf16": 1e-4, "int8": 2e-6}[kv_dtype] * v.abs().amax() + torch.zeros_like(out)
+    chunk = kernels.chunk_keys(kv_dtype, spec.head_dim)
+    if kv_dtype == "int8":
+        value_scale = numerics.token_scale(values).double().repeat_interleave(repeats, 1)[..., 0].T[:, None]
+        weight = p * value_scale
+        for first in range(0, k.shape[0], chunk):
+            part = slice(first, first + chunk)
+            step = weight[:, :, part].amax(-1) / 32512  # [h, Q]
+            codes = (v[part] / value_scale[:, 0, part].T[..., None]).abs()
+            seen = (p[:, :, part] > 0).double()
+            off += 0.51 * step.T[..., None] * torch.einsum("hqt,thd->qhd", seen, codes)
+    return out, off + chunk * 2.0**-21 * out.abs()
+
+
+def check_step(spec: AttentionSpec, device_attention: DeviceAttention, cache: DeviceCache, reference: ReferenceCache,
+               step: StepInput, qkv: torch.Tensor, padded: int = 0, acts: Sequence[ActivationQuant] = ()) -> None:
+    """One layer of one step against the reference: q and the cache to the bit where float order allows."""
+    rows = len(step.token_ids)
+    batch = to_device(step, padded, min(padded, 2))
+    filled = torch.cat([qkv, torch.full((padded, qkv.shape[1]), 7.0)])
+    q = kernels.rope_and_cache(filled, device_attention, cache, batch)
+    expected_q = ReferenceOps(step, reference).rope_and_cache(qkv, ReferenceBackend().prepare(spec))
+    rounded = expected_q.unflatten(-1, (spec.num_heads, -1))
+    rounded = round_kv(rounded, "int8") if cache.dtype == "int8" else rounded
+    tolerance = 0.0 if spec.q_norm is None else 2e-2 if cache.dtype == "int8" else 1e-6  # a code may tip
+    torch.testing.assert_close(dense(q)[:rows].unflatten(-1, (spec.num_heads, -1)), rounded, rtol=0, atol=tolerance)
+    slots = torch.from_numpy(step.slot_mapping).long()
+    keys, values = cached(cache, spec.layer, slots)
+    torch.testing.assert_close(values, reference.values[spec.layer, slots], rtol=0, atol=0)
+    torch.testing.assert_close(keys, reference.keys[spec.layer, slots], rtol=0, atol=4 * tolerance)
+
+    got = kernels.attention(q, device_attention, cache, batch, None)
+    assert isinstance(got, torch.Tensor)
+    assert not got[rows:].any()
+    for s, length in enumerate(step.seq_lens.tolist()):
+        first, last = step.query_start_loc[s : s + 2].tolist()
+        positions = torch.arange(length)
+        at = torch.from_numpy(step.block_tables[s]).long()[positions // cache.block_size] * cache.block_size
+        keys, values = cached(cache, spec.layer, at + positions % cache.block_size)
+        own = dense(q)[first:last].unflatten(-1, (spec.num_heads, -1))
+        expected, off = exact(own, keys, values, positions[length - (last - first) :], spec, cache.dtype)
+        error = (got[first:last].unflatten(-1, (spec.num_heads, -1)) - expected).abs()
+        assert (error <= off).all(), (error - off).max()
+    for act in acts:
+        value = kernels.attention(q, device_attention, cache, batch, act)
+        codes = fused.quantize(got, act)
+        assert isinstance(value, Quantized) and isinstance(codes, Quantized)
+        torch.testing.assert_close(value.codes.float(), codes.codes.float(), rtol=0, atol=0)
+        torch.testing.assert_close(value.scale, codes.scale, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
+@pytest.mark.parametrize("seed", range(3))
+def test_random_steps(seed: int, kv_dtype: KVCacheDtype) -> None:
+    """Steps that mix prompts and single tokens, with padding, in two layers of a cache full of stale NaN."""
+    rng = np.random.default_rng([seed, len(kv_dtype)])
+    kv_heads = int(rng.integers(1, 3))
+    heads = kv_heads * int(rng.choice([1, 2, 3, 4]))
+    dim = int(rng.choice([8, 20, 32, 64]))
+    specs = [make_spec(heads, kv_heads, dim, [None, 37][seed % 2], seed == 2, seed != 2, seed == 1, layer)
+             for layer in range(2)]
+    limits = make_limits(specs[0], kv_dtype, [16, 32, 128][seed], [40, 20, 6][seed], layers=2)
+    cache, reference = spoiled(DeviceCache(limits, CPU)), ReferenceCache(limits)
+    batcher = Batcher(limits, rng)
+    sequences = [batcher.sequence(range(n)) for n in (150, 40, 20)]
+    shared: dict[int, Any] = {}
+    attentions = [kernels.prepare_attention(spec, CPU, shared) for spec in specs]
+    for number, counts in enumerate([(70, 33, 0), (1, 1, 1), (20, 1, 7), (1, 0, 0)]):
+        step = batcher.step([(s, count) for s, count in zip(sequences, counts, strict=True) if count])
+        for spec, prepared in zip(specs, attentions, strict=True):
+            qkv = random_qkv(spec, len(step.token_ids), 10 * number + spec.layer)
+            check_step(spec, prepared, cache, reference, step, qkv, int(rng.integers(0, 4)),
+                       ACTS if number % 2 else ())
+
+
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
+@pytest.mark.parametrize(("heads", "kv_heads", "dim", "block_size"), [
+    (7, 1, 80, 64), (18, 1, 96, 16), (50, 1, 8, 32), (2, 2, 256, 16), (8, 2, 128, 128),
+])
+def test_shapes(heads: int, kv_heads: int, dim: int, block_size: int, kv_dtype: KVCacheDtype) -> None:
+    spec = make_spec(heads, kv_heads, dim, rope=True)
+    limits = make_limits(spec, kv_dtype, block_size, 256 // block_size)
+    cache, reference = spoiled(DeviceCache(limits, CPU)), ReferenceCache(limits)
+    batcher = Batcher(limits, np.random.default_rng(dim))
+    sequence = batcher.sequence(range(45))
+    prepared = kernels.prepare_attention(spec, CPU)
+    for count in (44, 1):
+        check_step(spec, prepared, cache, reference, batcher.step([(sequence, count)]), random_qkv(spec, count, count))
+
+
+def run(spec: AttentionSpec, kv_dtype: KVCacheDtype, qkv: torch.Tensor, steps: list[int], block_size: int,
+        tiling: Tiling | None = None, others: int = 0, first_step: int = 0) -> torch.Tensor:
+    """Outputs from `first_step` on of one sequence computed `steps` tokens at a time, beside others that get one token
+    each step."""
+    limits = make_limits(spec, kv_dtype, block_size, 4096 // block_size)
+    cache, prepared = spoiled(DeviceCache(limits, CPU)), kernels.prepare_attention(spec, CPU)
+    batcher = Batcher(limits, np.random.default_rng(block_size))
+    sequence, beside = batcher.sequence(range(qkv.shape[0])), [batcher.sequence(range(64)) for _ in range(others)]
+    out, done = [], 0
+    for number, count in enumerate(steps):
+        batch = to_device(batcher.step([*((other, 1) for other in beside), (sequence, count)]), others)
+        rows = torch.cat([random_qkv(spec, others, done), qkv[done : done + count], random_qkv(spec, others, done)])
+        q = kernels.rope_and_cache(rows, prepared, cache, batch)
+        done += count
+        if number >= first_step:
+            value = kernels.attention(q, prepared, cache, batch, None, tiling)
+            assert isinstance(value, torch.Tensor)
+            out.append(value[others : others + count])
+    return torch.cat(out)
+
+
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
+@pytest.mark.parametrize("window", [None, 170])
+def test_bits_depend_on_neither_steps_nor_batch_nor_blocks(window: int | None, kv_dtype: KVCacheDtype) -> None:
+    """More than one segment of keys: a whole prompt, chunks and single tokens, alone and beside others."""
+    spec = make_spec(4, 1, 16, window, rope=True)
+    length = kernels.SEGMENT * kernels.chunk_keys(kv_dtype, 16) + 41
+    qkv = random_qkv(spec, length, 3)
+    cache = DeviceCache(make_limits(spec, kv_dtype, 16, 1), CPU)
+    tiling = kernels.choose_tiling(kernels.prepare_attention(spec, CPU), cache, length, 1, length, length)
+    whole = run(spec, kv_dtype, qkv, [length], 32, replace(tiling, split=False))
+    parts = run(spec, kv_dtype, qkv, [length - 43, 38, 1, 1, 3], 16, others=1)
+    torch.testing.assert_close(parts, whole, rtol=0, atol=0)
+
+
+def test_bits_of_an_int8_cache_do_not_depend_on_tiles() -> None:
+    spec = make_spec(4, 1, 16, alibi=True)
+    length = 2 * kernels.SEGMENT * 128 + 9
+    qkv = random_qkv(spec, length, 4)
+    expected = run(spec, "int8", qkv, [length - 8, 8], 128, first_step=1)
+    for tiling in (Tiling(16, 4, True, 4, 3), Tiling(32, 2, False, 4, 2), Tiling(64, 1, True, 4, 2)):
+        got = run(spec, "int8", qkv, [length - 8, 8], 64, tiling, first_step=1)
+        torch.testing.assert_close(got, expected, rtol=0, atol=0)
+
+
+def test_a_single_token_step_splits_and_a_prompt_does_not() -> None:
+    """So that the tests of bits compare the two."""
+    spec = make_spec(32, 8, 128)
+    cache, prepared = DeviceCache(make_limits(spec, "int8", 16, 1), CPU), kernels.prepare_attention(spec, CPU)
+    assert kernels.choose_tiling(prepared, cache, 1, 1, 1, 32768).split
+    assert kernels.choose_tiling(prepared, cache, 16, 16, 1, 8192).split
+    assert not kernels.choose_tiling(prepared, cache, 2048, 1, 2048, 8192).split
+    assert not kernels.choose_tiling(prepared, cache, 1, 1, 1, 512).split
+
+
+def test_int8_scores_are_exact() -> None:
+    """One unit of q · K is worth e^(1/8) of weight here, so an integer that is off by one shows."""
+    rng = np.random.default_rng(0)
+    q, k = rng.integers(-2, 3, (2, 200, 64)).astype(np.float32)
+    q[:, 0], q[:, 1], k[:, 0], k[:, 1] = 127.5, 0, 0, -127.5    # scales of 1
+    v = rng.standard_normal((200, 64)).astype(np.float32)
+    spec = replace(make_spec(1, 1, 64, 5), softmax_scale=0.125)
+    qkv = torch.from_numpy(np.concatenate([q, k, v], axis=1))
+    got = run(spec, "int8", qkv, [200], 32)
+    rounded = [round_kv(torch.from_numpy(x)[:, None], "int8") for x in (q, k, v)]
+    expected, off = exact(*rounded, torch.arange(200), spec, "int8")
+    assert ((got[:, None] - expected).abs() <= off).all()
+    assert off.max() < 1e-3 * (np.exp(0.125) - 1) * expected.abs().max()
+
+
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
+def test_slot_minus_one_writes_nothing(kv_dtype: KVCacheDtype) -> None:
+    spec = make_spec(2, 1, 8)
+    cache = DeviceCache(make_limits(spec, kv_dtype, 16, 2), CPU)
+    minus = torch.full((3,), -1, dtype=torch.int32)
+    zeros = torch.zeros(3, dtype=torch.int32)
+    batch = DeviceBatch(zeros, zeros, minus, zeros[:2], zeros[:1], zeros[:1, None], zeros[:1], 1, 1)
+    prepared = kernels.prepare_attention(spec, CPU)
+    q = kernels.rope_and_cache(random_qkv(spec, 3, 0), prepared, cache, batch)
+    assert not any(x.any() for x in (cache.keys, cache.values, cache.key_scales, cache.value_scales))
+    out = kernels.attention(q, prepared, cache, batch, None)
+    assert isinstance(out, torch.Tensor)
+    assert not out.any()
+
+
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
+def test_a_nan_stays_in_its_own_sequence(kv_dtype: KVCacheDtype) -> None:
+    spec = make_spec(2, 1, 16)
+    limits = make_limits(spec, kv_dtype, 16, 8)
+    cache, prepared = DeviceCache(limits, CPU), kernels.prepare_attention(spec, CPU)
+    batcher = Batcher(limits, np.random.default_rng(0))
+    batch = to_device(batcher.step([(batcher.sequence(range(20)), 20), (batcher.sequence(range(20)), 20)]))
+    qkv = random_qkv(spec, 40, 0)
+    qkv[5] = torch.nan
+    value = kernels.attention(kernels.rope_and_cache(qkv, prepared, cache, batch), prepared, cache, batch, None)
+    assert isinstance(value, torch.Tensor)
+    assert value[5:20].isnan().all()
+    assert not value[20:].isnan().any()
+
+
+def test_layers_share_tables() -> None:
+    rope = rope_tables(RopeConfig(10000.0), 16, 64)
+    shared: dict[int, Any] = {}
+    first, second = (kernels.prepare_attention(replace(make_spec(2, 1, 16, layer=layer), rope=rope), CPU, shared)
+                     for layer in range(2))
+    assert first.rope is not None and second.rope is not None
+    assert first.rope[0] is second.rope[0]
+
+
+def test_what_is_refused() -> None:
+    spec = make_spec(2, 1, 16)
+    with pytest.raises(ValueError, match="power of two"):
+        DeviceCache(make_limits(spec, "int8", 24, 2), CPU)
+    with pytest.raises(ValueError, match="odd"):
+        kernels.prepare_attention(replace(spec, head_dim=15), CPU)
+
+
+def test_bytes() -> None:
+    assert kernels.cache_bytes_per_token("int8", 32, 8, 128) == 32 * 8 * 2 * 132
+    assert kernels.cache_bytes_per_token("bf16", 2, 1, 64) == 2 * 2 * 128
+    prepared = kernels.prepare_attention(make_spec(4, 2, 16, window=10), CPU)
+    assert kernels.attention_bytes(prepared, "int8", [1, 3], [100, 5]) == (10 + 5) * 2 * 2 * 20 + 4 * 4 * (20 + 64)
+    assert kernels.rope_and_cache_bytes(prepared, "float32", 2) == 2 * (4 * 8 * 16 + 4 * 64 + 2 * 2 * 64)
+
+
+@pytest.mark.skipif(not (Path(triton.__file__).parent / "backends/nvidia/bin/ptxas").exists(),
+                    reason="this Triton has no ptxas")
+@pytest.mark.parametrize("capability", [90, 89, 80])
+def test_compiles_for_gpus(capability: int) -> None:
+    """A Llama-3-8B's launches: integer tensor cores, 16-byte copies that run ahead, nothing spilled."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    root = Path(__file__).parents[3]
+    environment["PYTHONPATH"] = os.pathsep.join([str(root), *filter(None, [environment.get("PYTHONPATH")])])
+    done = subprocess.run([sys.executable, "-m", "tests.kernels.triton.offline", str(capability)], env=environment,
+                          cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert {name: found["spilled"] for name, found in report.items() if found["spilled"]} == {}
+    for name in ("attention decode", "attention prefill"):
+        kind = "wgmma" if capability == 90 and name == "attention prefill" else "mma"
+        assert report[name][kind]
+        assert all(".s8.s8" in instruction for instruction in report[name][kind])
+        assert report[name]["copies"]["0x10"]
