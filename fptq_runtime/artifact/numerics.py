@@ -15,7 +15,8 @@ import torch.nn.functional as F
 
 from fptq_runtime.artifact.scheme import NumberType
 
-ScaleRule = Literal["float", "m1", "m2"]
+ScaleRule = Literal["float", "m1", "m2", "two-level"]
+LEVELS = 15  # times an int4 code fits int8
 
 _SMALLEST_SCALE = torch.finfo(torch.float32).eps  # of an all-zero group, so that nothing divides by zero
 _SMALLEST_RANGE = 2.0**-120  # under a power of two: keeps bfloat16 scales normal
@@ -59,6 +60,17 @@ def power_of_two_scale(amax: torch.Tensor, num_bits: int, type: NumberType, rule
     return (unit * power).float()
 
 
+def two_level_scale(amax: torch.Tensor, num_bits: int) -> torch.Tensor:
+    """Integers from 1 to LEVELS times a unit of the row, so that codes times integers fit int8 and a product over all
+    of K is one sum of integers (QServe's second level, arXiv 2405.04532). Never below what amax [N, G] asks for; exact
+    in bfloat16, for the unit has four significant bits."""
+    low, high = code_range(num_bits, "int")
+    wanted = amax.double().clamp_min(_SMALLEST_RANGE) / ((high - low) / 2)
+    mantissa, exponent = torch.frexp(wanted.amax(-1, keepdim=True) / LEVELS)
+    unit = torch.ldexp((mantissa * 16).ceil() / 16, exponent)
+    return ((wanted / unit).ceil().clamp_max(LEVELS) * unit).float()
+
+
 def quantize(x: torch.Tensor, scale: torch.Tensor, num_bits: int, type: NumberType = "int") -> torch.Tensor:
     """The nearest codes to x / scale within the grid, half to even (floats: to the even mantissa). scale broadcasts
     against x."""
@@ -90,9 +102,14 @@ def quantize_weight(
     grouped = weight.float().reshape(n, k // group, group)
     amax = grouped.abs().amax(-1)
     amax = amax if clip is None else amax * clip
-    scale = (
-        absmax_scale(amax, num_bits, type) if scales == "float" else power_of_two_scale(amax, num_bits, type, scales)
-    ).to(scale_dtype)
+    match scales:
+        case "float":
+            scale = absmax_scale(amax, num_bits, type)
+        case "two-level":
+            scale = two_level_scale(amax, num_bits)
+        case _:
+            scale = power_of_two_scale(amax, num_bits, type, scales)
+    scale = scale.to(scale_dtype)
     scale = torch.where(scale == 0, torch.full_like(scale, _SMALLEST_SCALE), scale)  # too small for its type
     codes = quantize(grouped, scale.float().unsqueeze(-1), num_bits, type)
     return codes.reshape(n, k), scale

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from fptq_runtime.artifact.numerics import (
+    LEVELS,
     dequantize,
     fake_quantize,
     pack_codes,
@@ -22,6 +23,7 @@ from fptq_runtime.artifact.numerics import (
     quantize,
     quantize_weight,
     token_scale,
+    two_level_scale,
     unpack_codes,
 )
 
@@ -116,6 +118,23 @@ def test_powers_of_two(amax: np.ndarray, rule: Literal["m1", "m2"]) -> None:
             assert is_power_of_two(scale / unit)
         if rule == "m2" and max(ranges) > tiny:
             assert max(ranges) > 6 * unit * Fraction(127, 128)
+
+
+@settings(max_examples=300)
+@given(amax=arrays(np.float32, (2, 3), elements=RANGES))
+def test_two_levels(amax: np.ndarray) -> None:
+    """No group saturates, none has a scale more than a unit too large, and the unit is as fine as four bits make it."""
+    scales = two_level_scale(torch.from_numpy(amax), 4)
+    assert torch.equal(scales.bfloat16().float(), scales), "stored exactly"
+    rounding = 1 + Fraction(1, 1 << 50)
+    for row, ranges in zip(scales.tolist(), amax.tolist(), strict=True):
+        wanted = [max(Fraction(x), Fraction(2) ** -120) / Fraction(15, 2) for x in ranges]
+        finest = max(wanted) / LEVELS
+        for scale, least in zip(map(Fraction, row), wanted, strict=True):
+            assert least <= scale * rounding
+            assert scale <= (least + finest * Fraction(9, 8)) * rounding
+        units = [Fraction(row[0]) / i for i in range(1, LEVELS + 1)]
+        assert any(all((Fraction(scale) / unit) in range(1, LEVELS + 1) for scale in row) for unit in units)
 
 
 def is_power_of_two(x: Fraction) -> bool:

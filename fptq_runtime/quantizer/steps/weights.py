@@ -41,7 +41,8 @@ class Weights(Step):
     together.
     grid: "float" rounds to FP4 E2M1 where it says 4 bits, and to FP8 E4M3 per channel where it says 8.
     scales: of 4 bits on the float grid, rounded up to powers of two, so that a GPU casts FP4 to FP8 by adding to the
-    exponent: "m1" each by itself, "m2" to the row's largest scale times 2^-k (ZeroQuant-FP, arXiv 2307.09782).
+    exponent: "m1" each by itself, "m2" to the row's largest scale times 2^-k (ZeroQuant-FP, arXiv 2307.09782). Of 4-bit
+    integers "two-level": rounded up to an integer times a unit of the row, for faster prompts on a GPU.
     lorc: rank of what is added to 4-bit weights, in bfloat16: the best approximation of what rounding took away
     (LoRC, ibid.); linears that read one input share it.
     """
@@ -63,8 +64,9 @@ class Weights(Step):
         four = 4 in (self.num_bits, self.head_bits)
         if self.grid == "float" and self.num_bits == 16:
             raise ValueError("grid goes with num_bits 4 or 8, not 16")
-        if self.scales != "float" and not (self.grid == "float" and four):
-            raise ValueError(f"scales {self.scales!r} goes with 4 bits and grid 'float'")
+        grid = "int" if self.scales == "two-level" else "float"
+        if self.scales != "float" and not (self.grid == grid and four):
+            raise ValueError(f"scales {self.scales!r} goes with 4 bits and grid {grid!r}")
         if self.lorc and not four:
             raise ValueError("lorc corrects 4-bit weights, and this step makes none")
         return self

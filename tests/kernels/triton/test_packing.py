@@ -54,6 +54,14 @@ def test_every_code_and_scale_is_where_it_should_be(grid, n, shape, seed):
     assert torch.equal(dequantized(packed, torch.float32), dequantize(codes, scale))
 
 
+def test_the_quantizers_two_levels_are_found():
+    weight = torch.randn(70, 384, generator=torch.Generator().manual_seed(0))
+    codes, scale = quantize_weight(weight, 4, 128, None, torch.bfloat16, scales="two-level")
+    packed = pack_weight("layer", QuantizedWeight(pack_codes(codes, 4), scale, 4, 128), CPU)
+    assert packed.arithmetic == "two-level"
+    assert torch.equal(dequantized(packed, torch.float32), dequantize(codes, scale))
+
+
 def test_two_levels_are_found_exactly_where_they_are():
     generator = torch.Generator().manual_seed(0)
     unit = (torch.rand(70, 1, generator=generator) + 0.01).bfloat16().float()

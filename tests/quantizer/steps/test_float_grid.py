@@ -215,6 +215,7 @@ def test_weights_and_inputs_are_on_their_grids(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("settings", "message"), [
     ({"scales": "m1"}, "scales 'm1' goes with 4 bits and grid 'float'"),
     ({"scales": "m2", "grid": "float", "num_bits": 8}, "scales 'm2' goes with 4 bits"),
+    ({"scales": "two-level", "grid": "float"}, "scales 'two-level' goes with 4 bits and grid 'int'"),
     ({"grid": "float", "num_bits": 16}, "grid goes with num_bits 4 or 8"),
     ({"lorc": 8, "num_bits": 8}, "lorc corrects 4-bit weights"),
     ({"lorc": -1}, "lorc"),
