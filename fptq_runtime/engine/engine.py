@@ -18,7 +18,7 @@ from fptq_runtime.engine.request import FinishReason, Request, RequestStatus, Sa
 from fptq_runtime.engine.sampler import SampleBatch, SampleResult, Sampling
 from fptq_runtime.engine.scheduler import ScheduledRequest, Scheduler, SchedulerOutput
 from fptq_runtime.engine.stats import FinishedStats, StepStats
-from fptq_runtime.kernels.base import Backend, Executor, Logits
+from fptq_runtime.kernels.base import Backend, DeviceLostError, Executor, Logits
 from fptq_runtime.models.decoder import Decoder
 from fptq_runtime.models.tokenizer import Tokenizer
 
@@ -175,7 +175,7 @@ class Engine:
 
     def step(self) -> tuple[list[RequestOutput], StepStats]:
         """Compute one batch. What one sequence breaks finishes that sequence with FinishReason.ERROR; what the
-        executor breaks, those that were in the batch.
+        executor breaks, those that were in the batch. Raises DeviceLostError, after which no step can succeed.
 
         An asynchronous backend gets the next batch as soon as this one's tokens are known, and computes it while their
         text is made and the outputs are delivered. A sequence that its text then ends is dropped from that batch.
@@ -245,6 +245,8 @@ class Engine:
             return _Batch(plan, None)
         try:
             return _Batch(plan, self._executor.step(build_step_input(plan, self.config.block_size), reuse=True))
+        except DeviceLostError:
+            raise
         except Exception:
             logger.exception("a step failed; its %d sequences end with an error", len(plan.scheduled))
             return _Batch(plan, None)
@@ -254,6 +256,8 @@ class Engine:
             return None
         try:
             return self._sample(batch.plan, batch.logits)
+        except DeviceLostError:
+            raise
         except Exception:
             logger.exception("a step failed; its %d sequences end with an error", len(batch.plan.scheduled))
             return None

@@ -251,6 +251,10 @@ class Ops(Protocol[V]):
         ...
 
 
+class DeviceLostError(RuntimeError):
+    """The device computes nothing for this process any more; a new one may have more luck."""
+
+
 class Executor(Protocol):
     """A model bound to a backend, a KV cache and the limits it was compiled for."""
 

@@ -13,6 +13,7 @@ from fptq_runtime.engine.engine import QueueFullError, RequestError
 from fptq_runtime.engine.output import RequestOutput
 from fptq_runtime.engine.request import FinishReason, SamplingParams
 from fptq_runtime.engine.stats import StepStats
+from fptq_runtime.kernels.base import DeviceLostError
 from tests.engine.fake import gist, make_engine, solo, tokens
 
 GREEDY = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
@@ -134,6 +135,18 @@ async def test_a_failed_step_hangs_nobody() -> None:
         assert (await collect(engine.add_request("a", [1], GREEDY)))[-1].finish_reason is FinishReason.ERROR
         assert tokens(await collect(engine.add_request("b", [1], GREEDY))) == tokens(solo([1], GREEDY)[0])
         assert engine.error is None
+
+
+@in_loop
+async def test_a_lost_device_ends_the_engine() -> None:
+    """So that /livez fails and the process is started anew, instead of failing request after request."""
+    async with running() as engine:
+        def lose(batch: Any) -> None:
+            raise DeviceLostError("the GPU no longer answers")
+
+        executor(engine).before = lose
+        assert (await collect(engine.add_request("a", [1], GREEDY)))[-1].finish_reason is FinishReason.ERROR
+        assert isinstance(engine.error, DeviceLostError)
 
 
 @in_loop

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,6 +20,7 @@ from fptq_runtime.kernels.base import (
     ActivationQuant,
     Array,
     AttentionSpec,
+    DeviceLostError,
     Embedding,
     Linear,
     Norm,
@@ -88,7 +90,7 @@ class TritonBackend:
             raise MemoryError(str(error)) from None
 
     def sample(self, logits: torch.Tensor, batch: SampleInput) -> SampleOutput:
-        with torch.inference_mode():
+        with torch.inference_mode(), _device_watched(self.device):
             return sample(logits, batch)
 
     def free_memory(self) -> int | None:
@@ -166,7 +168,7 @@ class TritonExecutor:
     def step(self, batch: StepInput, reuse: bool = False) -> torch.Tensor:
         """Returns once the step is queued. Raises ValueError where it exceeds the limits."""
         shape, rows = self._shape(batch), batch.logits_rows.size
-        with torch.inference_mode():
+        with torch.inference_mode(), _device_watched(self._device):
             inputs = self._inputs.load(batch, shape)
             with self._timer:
                 if not shape.graph:
@@ -214,6 +216,20 @@ class TritonExecutor:
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             self._logits[: shape.rows].copy_(self._run(inputs))
         self._graphs[shape] = graph
+
+
+@contextmanager
+def _device_watched(device: torch.device) -> Iterator[None]:
+    """Raises DeviceLostError where what failed makes everything after it fail: most errors of a kernel do."""
+    try:
+        yield
+    except Exception as error:
+        if device.type == "cuda":
+            try:
+                torch.cuda.synchronize(device)
+            except Exception:
+                raise DeviceLostError(f"the GPU no longer answers: {error}") from error
+        raise
 
 
 def bucket(seqs: int) -> int:
