@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import pytest
 
-os.environ["TRITON_INTERPRET"] = "1"  # read where a kernel is defined, so before any is imported
 pytest.importorskip("triton", reason="triton is not installed")
 
 import triton.language as tl
