@@ -25,7 +25,8 @@ from ml_dtypes import bfloat16
 from safetensors.numpy import save_file
 
 from fptq_runtime.config import ModelConfig
-from fptq_runtime.shapes import DEMO, SHAPES
+from fptq_runtime.locate import DEMO_MODEL
+from fptq_runtime.shapes import SHAPES
 
 CONTEXT = 4096
 
@@ -70,7 +71,7 @@ def write_checkpoint(config: ModelConfig, path: Path) -> None:
         "tie_word_embeddings": False, "bos_token_id": 0, "eos_token_id": 1,
     }))
     for file in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copyfile(DEMO / file, path / file)
+        shutil.copyfile(DEMO_MODEL / file, path / file)
     (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
 

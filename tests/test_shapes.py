@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.shape_artifact import write_shape_artifact
 from fptq_runtime.artifact.io import verify
 from fptq_runtime.engine.llm import LLM
 from fptq_runtime.engine.request import SamplingParams
 from fptq_runtime.kernels.select import select_backend
-from fptq_runtime.shapes import SHAPES, write_shape_artifact
+from fptq_runtime.shapes import SHAPES
 
 
 @pytest.mark.parametrize("head_bits", [4, 8])

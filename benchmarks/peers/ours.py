@@ -54,7 +54,7 @@ def make_artifact(work_dir: Path, shape: str) -> Path:
     with made_once(path) as out:
         if out is not None:
             run([sys.executable, "-c", "import sys; from pathlib import Path; "
-                 "from fptq_runtime.shapes import write_shape_artifact; "
+                 "from benchmarks.shape_artifact import write_shape_artifact; "
                  "from fptq_runtime.kernels.select import select_backend; "
                  "write_shape_artifact(sys.argv[1], Path(sys.argv[2]), select_backend(), 4)", shape, out])
     return path

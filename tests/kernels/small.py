@@ -26,7 +26,6 @@ from fptq_runtime.kernels.base import (
 from fptq_runtime.kernels.reference import to_numpy, to_torch
 from fptq_runtime.models.decoder import Block, Decoder, Head, Stem, prepare_block
 from fptq_runtime.models.layers import alibi_slopes, rope_tables
-from fptq_runtime.quantizer.steps.weights import low_rank_factors
 
 VOCAB = 97
 
@@ -76,7 +75,8 @@ def make_decoder(options: Options, backend: Backend, seed: int = 0) -> Decoder:
         bias = random(n, scale=0.1) if options.bias else None
         low_rank = None
         if options.rank:
-            down, up = low_rank_factors(torch.randn((n, k), generator=generator) * k**-0.5, options.rank)
+            down = torch.randint(-127, 128, (options.rank, k), generator=generator).bfloat16() / 128
+            up = (0.3 * k**-0.5 * torch.randn((n, options.rank), generator=generator)).bfloat16()
             low_rank = to_numpy(down), to_numpy(up)
         if options.act == "float":
             return Linear(name, weight, bias, None, low_rank)
