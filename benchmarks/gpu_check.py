@@ -605,6 +605,7 @@ def baseline(check: Check) -> Iterator[Row]:
     import torch
     import torch.nn.functional as F
 
+    from fptq_runtime.kernels.triton.device import fastest
     from fptq_runtime.shapes import SHAPES
 
     check.models.clear()
@@ -644,7 +645,7 @@ def baseline(check: Check) -> Iterator[Row]:
         del cache
     x = torch.randn((1, PREFILL, hidden), **options)
     with torch.inference_mode():
-        took = _fastest(partial(forward, x, None), 3)
+        took = fastest(partial(forward, x, None), 3)
     yield {"case": f"prefill {PREFILL}", "batch": 1, "ms": 1e3 * took}
 
 
@@ -657,12 +658,13 @@ def _prefill(check: Check, profile: str) -> Iterator[Row]:
     import numpy as np
 
     from fptq_runtime.kernels.base import StepInput
+    from fptq_runtime.kernels.triton.device import fastest
 
     _, executor = _executor(check, profile)
     rows = np.arange(PREFILL, dtype=np.int32)
     step = StepInput(rows % 1000, rows, rows, np.array([0, PREFILL], np.int32), np.array([PREFILL], np.int32),
                      np.arange(PREFILL // 32, dtype=np.int32)[None], rows[-1:])
-    took = _fastest(partial(executor.step, step), 3)
+    took = fastest(partial(executor.step, step), 3)
     yield {"profile": profile, "tokens": PREFILL, "ms": 1e3 * took, "tokens/s": PREFILL / took,
            "TOPS": 2e-12 * executor.work(PREFILL, 1).multiply_adds / took}
 
@@ -689,9 +691,9 @@ def overhead(check: Check) -> Iterator[Row]:
 def compiled(check: Check) -> Iterator[Row]:
     """The kernels that the large parts before have launched: tensor-core instructions, registers, spills. A linear with
     int8 inputs must be on the tensor cores, on Hopper through wgmma, and spill nothing."""
-    import torch
+    from fptq_runtime.kernels.triton.device import capability
 
-    hopper = torch.cuda.get_device_capability() >= (9, 0)
+    hopper = capability(check.backend.device) >= 90
     for name, kernel in _kernels():
         for cache in kernel.device_caches.values():
             for binary in cache[0].values():
@@ -715,12 +717,13 @@ def _kernels() -> list[tuple[str, Any]]:
 def sweep(check: Check) -> Iterator[Row]:
     """The fastest tiles of each linear beside those of the table; what wins clearly belongs into choice.RULES."""
     from fptq_runtime.kernels.triton import choice
+    from fptq_runtime.kernels.triton.device import capability
     from fptq_runtime.kernels.triton.linear import kind, random_case, run_choice
 
-    device, capability = check.backend.device, _capability()
+    device = check.backend.device
     for case in sorted(choice.linear_cases(rows=(1, 32, 128, 2048)), key=lambda case: (case.m, case.name)):
         layer, x = random_case(case, device)
-        choices = list(choice.sweep(kind(layer, x), case.m, case.n, case.k, capability))
+        choices = list(choice.sweep(kind(layer, x), case.m, case.n, case.k, capability(device)))
         check.warm([partial(run_choice, x, layer, None, each) for each in choices])
         copies = [random_case(case, device) for _ in range(1 if case.m > 256 else 6)]
         times = {}
@@ -740,16 +743,11 @@ def _text(choice: Any) -> str:
     return f"{choice.method} {tile.rows}×{tile.cols} w{tile.warps} s{tile.stages} u{tile.unroll}"
 
 
-def _capability() -> int:
-    import torch
-
-    major, minor = torch.cuda.get_device_capability()
-    return 10 * major + minor
-
-
 def _graphed(calls: Sequence[Callable[[], Any]], repeats: int = 5) -> float:
     """Seconds of one call, from the fastest of several replays of a graph of all."""
     import torch
+
+    from fptq_runtime.kernels.triton.device import fastest
 
     with torch.inference_mode():
         for call in calls:
@@ -759,23 +757,9 @@ def _graphed(calls: Sequence[Callable[[], Any]], repeats: int = 5) -> float:
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             for call in calls:
                 call()
-        took = _fastest(graph.replay, repeats) / len(calls)
+        took = fastest(graph.replay, repeats) / len(calls)
     del graph
     return took
-
-
-def _fastest(call: Callable[[], Any], repeats: int) -> float:
-    import torch
-
-    times = []
-    for _ in range(repeats + 1):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / 1000)
-    return float(min(times[1:]))
 
 
 @dataclass(frozen=True)

@@ -78,12 +78,12 @@ class _Draws:
 
 @dataclass(frozen=True)
 class _Gain:
-    """What a step drew for one sequence, if anything. ends: whatever its text says."""
+    """What a step drew for one sequence, if anything. end: why it ends whatever its text says, and the stop id."""
 
     sequence: _Sequence
     token_id: int | None
     logprobs: tuple[TokenLogprobs, ...]
-    ends: bool
+    end: tuple[FinishReason, int | None] | None
 
 
 @dataclass
@@ -306,12 +306,9 @@ class Engine:
         for item, token_id, logprobs in zip(items, drawn, chosen, strict=True):
             request = item.request
             if request.status is not RequestStatus.FINISHED:
-                if token_id is None:
-                    ends = request.params.max_tokens == 0 and request.num_computed_tokens == request.num_tokens
-                else:
-                    ends = self._end(request, token_id) is not None
-                gains.append(_Gain(self._live[request.key], token_id, logprobs, ends))
-                if ends:
+                why = self._end(request, token_id)
+                gains.append(_Gain(self._live[request.key], token_id, logprobs, why))
+                if why is not None:
                     self._scheduler.finish(request)
         return gains
 
@@ -345,14 +342,18 @@ class Engine:
         sequence, token_id = gain.sequence, gain.token_id
         if token_id is not None:
             self._note_token(step, sequence.request, now)
-            text, reason, stop_reason = self._read(sequence, token_id)
+            text, reason, stop_reason = self._read(sequence, token_id, gain.end)
             self._emit(step, sequence, (token_id,), text, gain.logprobs, reason, stop_reason)
-        elif gain.ends:
-            self._emit(step, sequence, finish_reason=FinishReason.LENGTH)
+        elif gain.end is not None:
+            self._emit(step, sequence, finish_reason=gain.end[0])
 
-    def _end(self, request: Request, token_id: int) -> tuple[FinishReason, int | None] | None:
-        """Why a sequence ends with its last token, whatever the text says, and the stop id."""
+    def _end(self, request: Request, token_id: int | None) -> tuple[FinishReason, int | None] | None:
+        """Why a sequence ends with the token that was drawn, or without one, whatever the text says; and the stop
+        id."""
         params = request.params
+        if token_id is None:
+            scored = params.max_tokens == 0 and request.num_computed_tokens == request.num_tokens
+            return (FinishReason.LENGTH, None) if scored else None
         if token_id in self._eos_token_ids and not params.ignore_eos:
             return FinishReason.STOP, None
         if token_id in params.stop_token_ids:
@@ -361,10 +362,12 @@ class Engine:
             return FinishReason.LENGTH, None
         return None
 
-    def _read(self, sequence: _Sequence, token_id: int) -> tuple[str, FinishReason | None, str | int | None]:
-        """The text that a drawn token makes certain, and whether and why the sequence ends with it."""
+    def _read(self, sequence: _Sequence, token_id: int, end: tuple[FinishReason, int | None] | None
+              ) -> tuple[str, FinishReason | None, str | int | None]:
+        """The text that a drawn token makes certain, and whether and why the sequence ends with it; `end`, unless the
+        text says otherwise."""
         request, params = sequence.request, sequence.request.params
-        reason, stop_id = self._end(request, token_id) or (None, None)
+        reason, stop_id = end or (None, None)
         if reason is FinishReason.STOP:
             return sequence.text.flush(), reason, stop_id
         stoppable = params.min_tokens == 0 or request.num_output_tokens > params.min_tokens

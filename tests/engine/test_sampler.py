@@ -283,22 +283,28 @@ REQUESTS = st.builds(lambda output, seed, params: request(tuple(output), seed, *
        size=st.sampled_from([10, 97, 512, 513, 5000, 20011]), seed=st.integers(0, 1 << 20))
 def test_native_draws_what_the_reference_draws(native: Implementation, requests: list[Request], shape: str, size: int,
                                                seed: int) -> None:
-    """Where both could, that is: at a boundary of the cumulative distribution or of a cut rounding decides."""
+    assert_draws_as_the_reference(native, requests, shape, size, seed, absolute=2e-5, relative=1e-6)
+
+
+def assert_draws_as_the_reference(implementation: Implementation, requests: list[Request], shape: str, size: int,
+                                  seed: int, absolute: float, relative: float) -> None:
+    """Where both could, that is: at a boundary of the cumulative distribution or of a cut rounding decides. Log-
+    probabilities within these."""
     rng = np.random.default_rng(seed)
     logits = np.stack([SHAPES[shape](rng, size) for _ in requests]).astype(np.float32)
     logits[:, 0] = np.where(np.isfinite(logits).any(axis=1), logits[:, 0], 0)
     batch = batch_of(requests, eos=(2, 5))
-    got, reference = native(logits.copy(), batch), sample_reference(logits, batch)
+    got, reference = implementation(logits.copy(), batch), sample_reference(logits, batch)
     for d, each in enumerate(requests):
         if got.token_ids[d] != reference.token_ids[d]:
             assert got.token_ids[d] in nearby(logits, batch, d)
             continue
         if (top := each.params.logprobs) is not None:
-            assert got.logprobs[d] == pytest.approx(reference.logprobs[d], abs=2e-5, rel=1e-6)
+            assert got.logprobs[d] == pytest.approx(reference.logprobs[d], abs=absolute, rel=relative)
             top = min(top, size)
             assert got.top_ids[d, :top].tolist() == reference.top_ids[d, :top].tolist()
-            np.testing.assert_allclose(got.top_logprobs[d, :top], reference.top_logprobs[d, :top], atol=2e-5,
-                                       rtol=1e-6)
+            np.testing.assert_allclose(got.top_logprobs[d, :top], reference.top_logprobs[d, :top], atol=absolute,
+                                       rtol=relative)
 
 
 def nearby(logits: np.ndarray, batch: SampleInput, d: int) -> set[int]:

@@ -25,6 +25,7 @@ import triton.language as tl
 
 from fptq_runtime.config import KVCacheDtype
 from fptq_runtime.kernels.base import ActivationQuant, Array, AttentionSpec, Norm, StepLimits
+from fptq_runtime.kernels.triton.device import capability
 from fptq_runtime.kernels.triton.fused import (
     DYNAMIC,
     FLOAT,
@@ -170,7 +171,7 @@ def choose_tiling(attention: DeviceAttention, cache: DeviceCache, rows: int, seq
     elif max_query_len * min(group, 16) <= 16:
         tile, warps, stages = 16, 4, 5
     else:
-        wgmma = _has_wgmma(cache.keys.device)
+        wgmma = capability(cache.keys.device) >= 90  # whose tiles are of 64 rows
         tile, warps, stages = 64 if wgmma and not wide else 32, 8 if wgmma or wide else 4, 2
     heads = _divisor(group, tile if cache.dtype != "int8" else 64)
     tile = max(tile, triton.next_power_of_2(heads))
@@ -254,11 +255,6 @@ def rope_and_cache_bytes(attention: DeviceAttention, kv_dtype: KVCacheDtype, row
     read = 4 * heads * spec.head_dim
     return rows * (read + spec.num_heads * q_bytes
                    + cache_bytes_per_token(kv_dtype, 1, spec.num_kv_heads, spec.head_dim))
-
-
-def _has_wgmma(device: torch.device) -> bool:
-    """Its tiles are of 64 rows."""
-    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def _divisor(group: int, most: int) -> int:

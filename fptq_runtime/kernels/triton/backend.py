@@ -40,6 +40,7 @@ from fptq_runtime.kernels.triton.attention import (
     prepare_attention,
     rope_and_cache,
 )
+from fptq_runtime.kernels.triton.device import fastest
 from fptq_runtime.kernels.triton.fused import DeviceNorm
 from fptq_runtime.kernels.triton.linear import DeviceLinear, describe, pack_linear, run_linear
 from fptq_runtime.kernels.triton.sampling import sample
@@ -107,8 +108,8 @@ class TritonBackend:
         a, b = (torch.randint(-127, 128, (size, size), dtype=torch.int8, device=self.device) for _ in range(2))
         source = torch.empty(1 << 28, dtype=torch.float32, device=self.device)
         target = torch.empty_like(source)
-        product = _seconds(lambda: torch._int_mm(a, b.t()))
-        copy = _seconds(lambda: target.copy_(source))
+        product = fastest(lambda: torch._int_mm(a, b.t()))
+        copy = fastest(lambda: target.copy_(source))
         return Roofs(2e-9 * size**3 / product, 2e-9 * source.nbytes / copy)
 
     def describe(self) -> dict[str, str]:
@@ -385,16 +386,3 @@ class _Survey:
 def _float(x: Value) -> torch.Tensor:
     assert isinstance(x, torch.Tensor)
     return x
-
-
-def _seconds(call: Callable[[], Any], repeats: int = 10) -> float:
-    """Of the fastest call, on the device."""
-    times = []
-    for _ in range(repeats + 2):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / 1000)
-    return float(min(times[2:]))

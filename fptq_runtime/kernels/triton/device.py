@@ -1,8 +1,10 @@
-"""Whether this machine has a GPU that the Triton backend can run on."""
+"""The GPU: whether the Triton backend can run on it, what it can, and time as it passes there."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 
@@ -22,8 +24,29 @@ def problem() -> str | None:
     if not torch.cuda.is_available():
         return ("torch sees no GPU; see whether nvidia-smi lists one, CUDA_VISIBLE_DEVICES hides it, or the container "
                 "was started without --gpus all")
-    capability = torch.cuda.get_device_capability()
-    if capability < LOWEST_CAPABILITY:
-        return (f"{torch.cuda.get_device_name()} has compute capability {capability[0]}.{capability[1]}, and 8.0 "
+    found = torch.cuda.get_device_capability()
+    if found < LOWEST_CAPABILITY:
+        return (f"{torch.cuda.get_device_name()} has compute capability {found[0]}.{found[1]}, and 8.0 "
                 "(Ampere) is needed; use --device cpu")
     return None
+
+
+def capability(device: torch.device) -> int:
+    """10 · major + minor; the interpreter takes Hopper's choices."""
+    if device.type != "cuda":
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def fastest(call: Callable[[], Any], repeats: int = 10) -> float:
+    """Seconds of the fastest of so many calls, on the device, after two that are not counted."""
+    times = []
+    for _ in range(repeats + 2):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1000)
+    return float(min(times[2:]))

@@ -22,6 +22,7 @@ import triton.language as tl
 from fptq_runtime.kernels.base import ActivationQuant, Array, Linear, QuantizedWeight
 from fptq_runtime.kernels.reference import to_torch
 from fptq_runtime.kernels.triton.choice import Case, Choice, Dot, Kind, Tile, choose, segments
+from fptq_runtime.kernels.triton.device import capability
 from fptq_runtime.kernels.triton.packing import TILE, Arithmetic, PackedWeight, pack_weight
 from fptq_runtime.kernels.triton.values import Quantized, interpreted
 
@@ -76,7 +77,7 @@ def run_linear(x: torch.Tensor | Quantized, linear: DeviceLinear, residual: torc
 
     invariant: a row has the same bits whatever M and the other rows. Else large M may go through cuBLAS.
     """
-    choice = choose(kind(linear, x), _rows(x), linear.n, linear.k, _capability(_tensor(x).device), invariant)
+    choice = choose(kind(linear, x), _rows(x), linear.n, linear.k, capability(_tensor(x).device), invariant)
     return run_choice(x, linear, residual, choice, invariant)
 
 
@@ -168,14 +169,6 @@ def _rows(x: torch.Tensor | Quantized) -> int:
     return _tensor(x).shape[0]
 
 
-def _capability(device: torch.device) -> int:
-    """10 · major + minor; the interpreter takes Hopper's choices."""
-    if device.type != "cuda":
-        return 90
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
-
-
 def _dot(linear: DeviceLinear, device: torch.device) -> Dot:
     """What is multiplied. FP8 where the device has it and both are floats of at most 8 bits; whatever else is not
     int8 is exact in bfloat16 (x of a weight-only layer: rounded to it)."""
@@ -185,7 +178,7 @@ def _dot(linear: DeviceLinear, device: torch.device) -> Dot:
     if act is not None and act.type == "int" and weight.codes in ("int4", "int8"):
         return "int8"
     floats = act is not None and act.type == "float" and weight.codes in ("fp4", "fp8")
-    return "fp8" if floats and _capability(device) >= 89 and not interpreted() else "bfloat16"
+    return "fp8" if floats and capability(device) >= 89 and not interpreted() else "bfloat16"
 
 
 def _operand(x: torch.Tensor | Quantized, linear: DeviceLinear) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -107,7 +107,7 @@ def main(capability: int) -> dict[str, Any]:
     """A Llama-3-8B's launches by name."""
     rope, attend, merge = (record(attention, f"_{name}_kernel") for name in ("rope_and_cache", "attention", "merge"))
     norm, activation = record(fused, "_norm_kernel"), record(fused, "_activation_kernel")
-    attention._has_wgmma = lambda device: capability >= 90
+    attention.capability = lambda device: capability
     device_attention, cache = llama()
     for step in (batch(1, 1, 1, 32768), batch(1, 2048, 2048, 8192)):
         q = attention.rope_and_cache(torch.zeros(step.token_ids.shape[0], 48 * 128), device_attention, cache, step)

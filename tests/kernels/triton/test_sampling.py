@@ -16,7 +16,15 @@ from fptq_runtime.kernels.sampling import sample_reference
 from fptq_runtime.kernels.triton.sampling import NUCLEUS
 from fptq_runtime.kernels.triton.sampling import sample as sample_on_device
 from tests.engine import test_sampler as sampler
-from tests.engine.test_sampler import REQUESTS, SHAPES, Implementation, batch_of, nearby, request, row
+from tests.engine.test_sampler import (
+    REQUESTS,
+    SHAPES,
+    Implementation,
+    assert_draws_as_the_reference,
+    batch_of,
+    request,
+    row,
+)
 
 test_greedy_and_ties = sampler.test_greedy_takes_the_lowest_id_on_ties_and_no_notice_of_the_seed
 test_a_vanishing_temperature_is_greedy = sampler.test_a_vanishing_temperature_is_greedy
@@ -39,21 +47,7 @@ def implementation() -> Implementation:
 @given(requests=st.lists(REQUESTS, min_size=1, max_size=4), shape=st.sampled_from(sorted(SHAPES)),
        size=st.sampled_from([10, 97, 2048, 2049, 5000]), seed=st.integers(0, 1 << 20))
 def test_it_draws_what_the_reference_draws(requests: list[Request], shape: str, size: int, seed: int) -> None:
-    """Where both could, that is: at a boundary of the cumulative distribution or of a cut rounding decides."""
-    rng = np.random.default_rng(seed)
-    logits = np.stack([SHAPES[shape](rng, size) for _ in requests]).astype(np.float32)
-    logits[:, 0] = np.where(np.isfinite(logits).any(axis=1), logits[:, 0], 0)
-    batch = batch_of(requests, eos=(2, 5))
-    got, reference = sample(logits.copy(), batch), sample_reference(logits, batch)
-    for d, each in enumerate(requests):
-        if got.token_ids[d] != reference.token_ids[d]:
-            assert got.token_ids[d] in nearby(logits, batch, d)
-            continue
-        if (top := each.params.logprobs) is not None:
-            assert got.logprobs[d] == pytest.approx(reference.logprobs[d], abs=1e-12, rel=1e-12)
-            top = min(top, size)
-            assert got.top_ids[d, :top].tolist() == reference.top_ids[d, :top].tolist()
-            np.testing.assert_allclose(got.top_logprobs[d, :top], reference.top_logprobs[d, :top], 1e-12, 1e-12)
+    assert_draws_as_the_reference(sample, requests, shape, size, seed, absolute=1e-12, relative=1e-12)
 
 
 def test_uniform_is_numpys_philox() -> None:
