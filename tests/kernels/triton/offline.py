@@ -24,7 +24,7 @@ from fptq_runtime.kernels.triton import attention, fused
 from fptq_runtime.kernels.triton.values import DeviceBatch
 
 _TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int8: "*i8",
-          torch.int32: "*i32", torch.float8_e4m3fn: "*fp8e4nv"}
+          torch.uint8: "*u8", torch.int32: "*i32", torch.float8_e4m3fn: "*fp8e4nv"}
 _OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 _TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
@@ -44,7 +44,8 @@ class Recorder:
 
 
 def compiled(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any], capability: int) -> dict[str, Any]:
-    """A launch's tensor-core and asynchronous instructions, and what its program takes."""
+    """A launch, specialized as Triton's own launcher does: its tensor-core and asynchronous instructions, and what its
+    program takes."""
     options = {name: kwargs[name] for name in _OPTIONS if name in kwargs}
     values = dict(zip(kernel.arg_names, args, strict=False))
     values |= {name: value for name, value in kwargs.items() if name not in _OPTIONS}
@@ -53,14 +54,15 @@ def compiled(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any], capabil
     attributes: dict[tuple[int], list[list[Any]]] = {}
     for index, parameter in enumerate(kernel.params):
         value = values[parameter.name]
-        if parameter.is_constexpr or (isinstance(value, int) and value == 1):
+        specialized = isinstance(value, int) and not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (specialized and value == 1):
             signature[parameter.name], constants[parameter.name] = "constexpr", value
         elif isinstance(value, torch.Tensor):
             signature[parameter.name] = _TYPES[value.dtype]
             attributes[(index,)] = [["tt.divisibility", 16]]
         else:
             signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
-            if isinstance(value, int) and value % 16 == 0:
+            if specialized and value % 16 == 0:
                 attributes[(index,)] = [["tt.divisibility", 16]]
     binary = triton.compile(ASTSource(kernel, signature, constants, attributes),
                             target=GPUTarget("cuda", capability, 32), options=options)
@@ -77,7 +79,8 @@ def compiled(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any], capabil
         "wgmma": sorted(set(re.findall(r"wgmma\.mma_async[\w.]+", ptx))),
         "mma": sorted(set(re.findall(r"\bmma\.sync[\w.]+", ptx))),
         "copies": {size: ptx.count(f", {size}, ") for size in ("0x4", "0x8", "0x10")} if "cp.async" in ptx else {},
-            }
+        "wide_loads": len(re.findall(r"cp\.async\.cg\.shared\.global [^;]*, 0x10,", ptx)),
+    }
 
 
 def record(module: Any, name: str) -> Recorder:

@@ -8,27 +8,17 @@ where input is int8, fp8 or float, and group 0 is a scale a row; two-level is wr
 from __future__ import annotations
 
 import json
-import re
-import subprocess
 import sys
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 from fptq_runtime.kernels.base import ActivationQuant
 from fptq_runtime.kernels.triton import linear
 from fptq_runtime.kernels.triton.choice import Tile
 from fptq_runtime.kernels.triton.packing import PackedWeight
 from fptq_runtime.kernels.triton.values import Quantized
-
-TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-_POINTERS = {torch.int8: "*i8", torch.uint8: "*u8", torch.int32: "*i32", torch.float32: "*fp32",
-             torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float8_e4m3fn: "*fp8e4nv"}
+from tests.kernels.triton.offline import compiled
 
 
 def compile_launches(capability: int, case: str) -> list[dict[str, Any]]:
@@ -36,7 +26,9 @@ def compile_launches(capability: int, case: str) -> list[dict[str, Any]]:
     found = []
 
     def launch(kernel: Any, grid: tuple[int, int], tile: Tile, *args: Any, **constants: Any) -> None:
-        found.append(_compile(kernel, capability, tile, args, constants))
+        options = {"num_warps": tile.warps, "num_stages": tile.stages}
+        found.append({"kernel": kernel.fn.__name__, "tile": str(tile),
+                      **compiled(kernel, args, constants | options, capability)})
 
     linear.capability = lambda device: capability  # type: ignore[assignment]
     linear._launch_kernel = launch
@@ -66,35 +58,6 @@ def _layer(kind: str, codes: str, group: str, m: str, n: str, k: str,
     return (x if act is None else Quantized(x, torch.empty(rows)),
             linear.DeviceLinear("layer", weight, torch.empty(outputs) if residual else None, act),
             torch.empty((rows, outputs)) if residual else None)
-
-
-def _compile(kernel: Any, capability: int, tile: Tile, args: tuple[Any, ...],
-             constants: dict[str, Any]) -> dict[str, Any]:
-    signature, fixed, attributes = {}, dict(constants), {}
-    for i, (name, value) in enumerate(zip(kernel.arg_names, args, strict=False)):
-        if isinstance(value, torch.Tensor):
-            signature[name] = _POINTERS[value.dtype]
-            attributes[i,] = [["tt.divisibility", 16]]
-        elif value is None or (value == 1 and not kernel.params[i].do_not_specialize):
-            signature[name], fixed[name] = "constexpr", value
-        else:
-            signature[name] = "i32"
-            if value % 16 == 0 and not kernel.params[i].do_not_specialize:
-                attributes[i,] = [["tt.divisibility", 16]]
-    signature |= dict.fromkeys(constants, "constexpr")
-    compiled = triton.compile(ASTSource(kernel, signature, fixed, attributes),
-                              target=GPUTarget("cuda", capability, 32),
-                              options={"num_warps": tile.warps, "num_stages": tile.stages})
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        usage = subprocess.run([TOOLS / "cuobjdump", "--dump-resource-usage", file.name], capture_output=True,
-                               text=True, check=True).stdout
-    numbers = {name.lower(): int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-    return {"kernel": kernel.fn.__name__, "tile": str(tile), "wgmma": compiled.asm["ptx"].count("wgmma.mma_async"),
-            "mma": compiled.asm["ptx"].count("mma.sync"), "wide_loads": len(re.findall(
-                r"cp\.async\.cg\.shared\.global [^;]*, 0x10,", compiled.asm["ptx"])),
-            "shared": compiled.metadata.shared, **numbers}
 
 
 if __name__ == "__main__":

@@ -269,8 +269,8 @@ def test_the_tables_tiles_compile_without_spills_and_to_wgmma_on_hopper(capabili
     assert list(compiled) == cases
     for case, found in compiled.items():
         for kernel in found:
-            assert kernel["stack"] == 0 and kernel["local"] == 0, (case, kernel)
+            assert kernel["spilled"] == 0, (case, kernel)
             if kernel["kernel"] == "_linear_kernel":
-                assert kernel["wgmma" if capability == 90 else "mma"] > 0, (case, kernel)
+                assert kernel["wgmma" if capability == 90 else "mma"], (case, kernel)
                 assert kernel["wide_loads"] > 0, (case, kernel)
                 assert kernel["shared"] <= (227 if capability == 90 else 99) * 1024, (case, kernel)
