@@ -66,8 +66,7 @@ static inline float quantize_head(const float* x, int n, int8_t* codes) {
     const IntVec a = bits(load_lanes(x + i, lanes)) & 0x7fffffff;
     tops = a > tops ? a : tops;
   });
-  int32_t top = 0;
-  for (int i = 0; i < kLanes; ++i) top = tops[i] > top ? tops[i] : top;
+  const int32_t top = max(tops);
   float scale;
   __builtin_memcpy(&scale, &top, sizeof scale);
   scale /= 127.5f;
@@ -148,39 +147,38 @@ class Prefetch {
   void start(const KvCache& cache, const AttentionTile* tile, int base) {
     const int pieces = pieces_ ? pieces_ : 32;
     pieces_ = 0;
-    blocks_ = left_ = rate_ = 0;
+    lines_ = rate_ = 0;
     if (!tile) return;
     const int last = tile->position + tile->tokens - 1, end = last < base + kKvChunk ? last + 1 : base + kKvChunk;
-    cache_ = &cache;
+    head_ = cache.k(0, tile->kv_head);
+    block_bytes_ = cache.block_bytes;
+    run_ = cache.head_bytes() / 64 * 64;
     block_ = tile->block_table + base / cache.block_size;
-    blocks_ = ceil_div(end - base, cache.block_size);
-    head_ = tile->kv_head;
-    block_lines_ = static_cast<int>(cache.head_bytes() / 64);
-    rate_ = ceil_div(blocks_ * block_lines_, pieces);
+    at_ = end_ = nullptr;
+    lines_ = ceil_div(end - base, cache.block_size) * static_cast<int>(run_ / 64);
+    rate_ = ceil_div(lines_, pieces);
   }
 
-  void some() {
+  [[gnu::always_inline]] void some() {
     ++pieces_;
-    for (int n = rate_; n > 0;) {
-      if (left_ == 0) {
-        if (blocks_ == 0) return;
-        --blocks_;
-        at_ = cache_->k(*block_++, head_);
-        left_ = block_lines_;
-      }
-      const int count = n < left_ ? n : left_;
-      for (int i = 0; i < count; ++i) __builtin_prefetch(at_ + 64 * i, 0, 2);  // into L2: it has more misses in flight than L1
-      at_ += 64 * count;
-      left_ -= count;
-      n -= count;
+    const int count = rate_ < lines_ ? rate_ : lines_;
+    lines_ -= count;
+    for (int n = count; n > 0; --n, at_ += 64) {
+      if (at_ == end_) at_ = head_ + *block_++ * block_bytes_, end_ = at_ + run_;
+      __builtin_prefetch(at_, 0, 2);  // into L2: it has more misses in flight than L1
     }
   }
 
  private:
-  const KvCache* cache_ = nullptr;
+  const char *head_ = nullptr, *at_ = nullptr, *end_ = nullptr;   // the head in block 0; the next line, its run's end
+  size_t block_bytes_ = 0, run_ = 0;
   const int32_t* block_ = nullptr;
-  const char* at_ = nullptr;
-  int blocks_ = 0, left_ = 0, head_ = 0, block_lines_ = 0, rate_ = 0, pieces_ = 0;
+  int lines_ = 0, rate_ = 0, pieces_ = 0;
+};
+
+// For a tile whose chunks others have just read.
+struct NoPrefetch {
+  void some() {}
 };
 
 // A tile's rows, and their softmax over the chunks merged so far.
@@ -207,8 +205,9 @@ struct RowBlock {
   alignas(64) float out[kRowBlock][kMaxHeadDim];
 };
 
+template <class P>
 static inline void int_scores(const KvCache& cache, const Chunk& chunk, const TileRows& rows, RowBlock& b,
-                              Prefetch& prefetch) {
+                              P& prefetch) {
   const int steps = ceil_div(cache.head_dim, 4);
   tiles<kDotLines>(chunk.last - chunk.first, [&](auto lines, int line) {
     const int block = chunk.first + line;
@@ -228,7 +227,8 @@ static inline void int_scores(const KvCache& cache, const Chunk& chunk, const Ti
   });
 }
 
-static inline void int_values(const KvCache& cache, const Chunk& chunk, RowBlock& b, Prefetch& prefetch) {
+template <class P>
+static inline void int_values(const KvCache& cache, const Chunk& chunk, RowBlock& b, P& prefetch) {
   const int padded = cache.padded_dim();
   tiles<kDotLines>(padded / 16, [&](auto lines, int line) {
     tiles<kDotRows>(b.n * kPlanes, [&](auto n, int i) {
@@ -319,9 +319,9 @@ static inline void float_values(const KvCache& cache, const Chunk& chunk, RowBlo
 
 // Turns scores into probabilities, times the value scale and quantized if Int8; sets max and sum. Each pass goes over
 // all rows, so that one row's reduction waits beside another's arithmetic.
-template <bool Int8>
+template <bool Int8, class P>
 static inline void softmax(const AttentionView& a, const Chunk& chunk, const TileRows& rows, RowBlock& b,
-                           Prefetch& prefetch) {
+                           P& prefetch) {
   IntVec lane;
   for (int i = 0; i < kLanes; ++i) lane[i] = i;
   int lows[kRowBlock], highs[kRowBlock];  // the keys that a row sees
@@ -467,6 +467,22 @@ static inline void write_row(const float* values, float sum, int dim, float* out
   each_vector(dim, [&](int d, int lanes) { store_lanes(out + d, load(values + d) / splat(sum), lanes); });
 }
 
+// A row block through a chunk.
+template <class P>
+static inline void attend(const AttentionView& a, const KvCache& cache, const Chunk& chunk, const TileRows& rows,
+                          RowBlock& b, P& prefetch) {
+  if (cache.type == KvType::kInt8) {
+    int_scores(cache, chunk, rows, b, prefetch);
+    softmax<true>(a, chunk, rows, b, prefetch);
+    int_values(cache, chunk, b, prefetch);
+  } else {
+    const bool bf16 = cache.type == KvType::kBfloat16;
+    bf16 ? float_scores<uint16_t>(cache, chunk, rows, b) : float_scores<float>(cache, chunk, rows, b);
+    softmax<false>(a, chunk, rows, b, prefetch);
+    bf16 ? float_values<uint16_t>(cache, chunk, b) : float_values<float>(cache, chunk, b);
+  }
+}
+
 // `next` is the tile that this thread will probably take next, or null.
 static void attention_tile(const AttentionView& a, const KvCache& cache, const AttentionTile& tile,
                            const AttentionTile* next) {
@@ -495,25 +511,17 @@ static void attention_tile(const AttentionView& a, const KvCache& cache, const A
 
   RowBlock b;
   Prefetch prefetch;
+  NoPrefetch none;
+  const bool many = count > kPrefetchRows;
   for (int c = 0; c < tile.chunks; ++c) {
     const Chunk chunk = find_chunk(a, cache, tile, tile.first_chunk + c);
     const int blocks = ceil_div(count, int8 ? kIntRowBlock : kRowBlock);
-    if (count > kPrefetchRows) prefetch.start(cache, nullptr, 0);
-    else if (c + 1 < tile.chunks) prefetch.start(cache, &tile, (tile.first_chunk + c + 1) * kKvChunk);
+    if (c + 1 < tile.chunks) prefetch.start(cache, &tile, (tile.first_chunk + c + 1) * kKvChunk);
     else prefetch.start(cache, next, next ? next->first_chunk * kKvChunk : 0);
     for (int block = 0; block < blocks; ++block) {
       b.r = count * block / blocks;
       b.n = count * (block + 1) / blocks - b.r;
-      if (int8) {
-        int_scores(cache, chunk, rows, b, prefetch);
-        softmax<true>(a, chunk, rows, b, prefetch);
-        int_values(cache, chunk, b, prefetch);
-      } else {
-        const bool bf16 = cache.type == KvType::kBfloat16;
-        bf16 ? float_scores<uint16_t>(cache, chunk, rows, b) : float_scores<float>(cache, chunk, rows, b);
-        softmax<false>(a, chunk, rows, b, prefetch);
-        bf16 ? float_values<uint16_t>(cache, chunk, b) : float_values<float>(cache, chunk, b);
-      }
+      many ? attend(a, cache, chunk, rows, b, none) : attend(a, cache, chunk, rows, b, prefetch);
       for (int i = 0; i < b.n; ++i) {
         const int r = b.r + i;
         if (tile.partials) {

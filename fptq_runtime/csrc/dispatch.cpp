@@ -41,20 +41,24 @@ Cpu detect() {
   return cpu;
 }
 
-std::vector<const Kernels*> available() {
-  const Cpu cpu = detect();
-  std::vector<const Kernels*> list;
+// Found out once: under a hypervisor each cpuid takes microseconds.
+const std::vector<const Kernels*>& available() {
+  static const std::vector<const Kernels*> list = [] {
+    const Cpu cpu = detect();
+    std::vector<const Kernels*> list;
 #if defined(FPTQ_HAS_AVX512VNNI)
-  if (cpu.avx512vnni) list.push_back(&avx512vnni::kernels);
+    if (cpu.avx512vnni) list.push_back(&avx512vnni::kernels);
 #endif
 #if defined(FPTQ_HAS_AVXVNNI)
-  if (cpu.avxvnni) list.push_back(&avxvnni::kernels);
+    if (cpu.avxvnni) list.push_back(&avxvnni::kernels);
 #endif
 #if defined(FPTQ_HAS_AVX2)
-  if (cpu.avx2) list.push_back(&avx2::kernels);
+    if (cpu.avx2) list.push_back(&avx2::kernels);
 #endif
-  (void)cpu;
-  list.push_back(&generic::kernels);
+    (void)cpu;
+    list.push_back(&generic::kernels);
+    return list;
+  }();
   return list;
 }
 
@@ -67,7 +71,7 @@ std::vector<std::string> available_isas() {
 }
 
 const Kernels& kernels_for(const std::string& isa) {
-  const auto list = available();
+  const auto& list = available();
   if (isa.empty()) return *list.front();
   std::string names;
   for (const Kernels* kernels : list) {

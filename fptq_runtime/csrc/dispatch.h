@@ -24,10 +24,9 @@ struct Kernels {
   MultiplyFn multiply;
   QuantizeRowFn quantize_row;
   QuantizePartFn quantize_part;
-  MaxBitsFn max_bits;
   void (*widen_row)(const void* x, FloatType type, int n, float* out);
   void (*norm_row)(const NormView& norm, const float* x, float* out);
-  void (*silu_mul_row)(const float* x, int n, float* out);   // x [2n]: silu(x[:n]) · x[n:]
+  int32_t (*silu_mul_row)(const float* gate, const float* up, int n, float* out);   // returns the bits of max|out|
   void (*gelu_tanh_row)(const float* x, int n, float* out);
   void (*rope_and_cache_row)(const AttentionView&, const KvCache&, int position, int slot, const float* qkv, float* q);
   void (*attention_tile)(const AttentionView&, const KvCache&, const AttentionTile&, const AttentionTile* next);

@@ -35,12 +35,14 @@ struct FloatTile {
   float* f;         // [R][64]
 };
 
-// Bytes of weights that every tile of a chunk reads before the next ones, from L1; as measured.
+// Bytes of weights that every tile of a chunk reads before the next ones: of a few tiles the next block arrives in L1
+// meanwhile, of many a larger one takes fewer turns. As measured.
 #if defined(__AVX512VNNI__)
-constexpr int kBlockBytes = 16384;
+constexpr int kBlockBytes = 32768;
 #else
 constexpr int kBlockBytes = 8192;
 #endif
+constexpr int kFewTiles = 2, kFewTilesBlockBytes = 8192;
 constexpr int kMaxGroups = kBlockBytes * 2 / kPanelCols / kSumGroup;   // in a block
 constexpr int kAhead = 4096;        // bytes between a weight's prefetch and its use, where a block is walked over once
 
@@ -142,12 +144,10 @@ const float* widen_scales(const PackedWeight& w, ptrdiff_t first, int count, flo
 template <int Bits>
 void gemm_int(const Activations& x, const PackedWeight& w, const Epilogue& e, int m0, int m1, int p0, int p1) {
   constexpr ptrdiff_t kStepBytes = kPanelCols * 4 * Bits / 8;
-  constexpr int kBlockSteps = kBlockBytes / kStepBytes;
   const int steps = (w.k + kSumGroup - 1) / kSumGroup * (kSumGroup / 4);
   const int group_steps = w.group_size / 4;
   const int groups = (steps + group_steps - 1) / group_steps;
   const int whole_groups = steps / group_steps;   // the last group may be cut short by K
-  const int block = group_steps < kBlockSteps ? kBlockSteps / group_steps : 1;
   alignas(64) float f[kChunkRows * kPanelCols], wide[kMaxGroups * kPanelCols];
 
   for (int p = p0; p < p1; ++p) {
@@ -155,13 +155,17 @@ void gemm_int(const Activations& x, const PackedWeight& w, const Epilogue& e, in
     for (int c0 = m0, c1; c0 < m1; c0 = c1) {
       c1 = c0 + kChunkRows < m1 ? panel_begin(panel_of(c0 + kChunkRows, x.rows), x.rows) : m1;
       const int tiles = panel_of(c1 - 1, x.rows) - panel_of(c0, x.rows) + 1;
+      const int walks = tiles * passes(Bits, smaller(c1 - c0, kTileRows));
+      const bool few = walks > 1 && tiles <= kFewTiles;
+      const int block_steps = (few ? kFewTilesBlockBytes : kBlockBytes) / kStepBytes;
+      int block = group_steps < block_steps ? block_steps / group_steps : 1;
+      if (few) while (groups % block) --block;
       std::memset(f, 0, static_cast<size_t>(c1 - c0) * kPanelCols * sizeof(float));
       for (int g = 0, count; g < groups; g += count) {
         count = g < whole_groups ? smaller(block, whole_groups - g) : 1;
         const int s = g * group_steps, each = smaller(group_steps, steps - s);
         const float* scales = widen_scales(w, static_cast<ptrdiff_t>(p) * groups + g, count, wide);
         // The walks over a block share out the prefetching of the next one.
-        const int walks = tiles * passes(Bits, smaller(c1 - c0, kTileRows));
         const ptrdiff_t ahead_step = (kStepBytes + walks - 1) / walks;
         const uint8_t* ahead = panel + s * kStepBytes + (walks == 1 ? kAhead : count * each * kStepBytes);
         for (int m = c0, rows; m < c1; m += rows, ahead += walks / tiles * count * each * ahead_step) {
@@ -265,30 +269,38 @@ int32_t max_bits(const float* x, int n) {
 
 // Codes half to even. A NaN or infinity in a dynamic row makes its scale, and so its outputs, NaN or infinite: the other
 // rows are safe.
-void quantize_part(const float* x, int m, float scale, int k0, int k1, Activations& out) {
+void quantize_part(const float* x, ptrdiff_t ldx, int m0, int m1, const float* scales, int k0, int n,
+                   Activations& out) {
   const int blocks = (out.k + kSumGroup - 1) / kSumGroup;
-  const int panel = panel_of(m, out.rows), begin = panel_begin(panel, out.rows);
-  const int height = panel_begin(panel + 1, out.rows) - begin;
-  int8_t* codes = out.codes + begin * static_cast<ptrdiff_t>(blocks) * kSumGroup + (m - begin) * 4;
-  int32_t* sums = out.sums + panel * static_cast<ptrdiff_t>(blocks) * kSumRows + m - begin;
-  if (k0 == 0) out.scales[m] = scale;
-  for (int k = k0; k < k1; k += kSumGroup) {
-    const float* block = x + k;
-    float padded[kSumGroup];
-    if (k1 - k < kSumGroup) {
-      std::memset(padded, 0, sizeof padded);
-      std::memcpy(padded, block, (k1 - k) * sizeof(float));
-      block = padded;
+  for (int m = m0, end; m < m1; m = end) {
+    const int panel = panel_of(m, out.rows), begin = panel_begin(panel, out.rows);
+    const int height = panel_begin(panel + 1, out.rows) - begin;
+    end = smaller(begin + height, m1);
+    int8_t* codes = out.codes + begin * static_cast<ptrdiff_t>(blocks) * kSumGroup + static_cast<ptrdiff_t>(k0) * height;
+    int32_t* sums = out.sums + (panel * static_cast<ptrdiff_t>(blocks) + k0 / kSumGroup) * kSumRows;
+    for (int row = m; row < end; ++row, x += ldx) {
+      const float scale = scales[row - m0];
+      if (k0 == 0) out.scales[row] = scale;
+      for (int i = 0; i < n; i += kSumGroup) {
+        const float* block = x + i;
+        float padded[kSumGroup];
+        if (n - i < kSumGroup) {
+          std::memset(padded, 0, sizeof padded);
+          std::memcpy(padded, block, (n - i) * sizeof(float));
+          block = padded;
+        }
+        int8_t q[kSumGroup];
+        sums[i / kSumGroup * kSumRows + row - begin] = quantize_block(block, scale, q);
+        int8_t* to = codes + static_cast<ptrdiff_t>(i) * height + (row - begin) * 4;
+        for (int j = 0; j < kSumGroup; j += 4, to += 4 * height) std::memcpy(to, q + j, 4);
+      }
     }
-    int8_t q[kSumGroup];
-    sums[k / kSumGroup * kSumRows] = quantize_block(block, scale, q);
-    for (int i = 0; i < kSumGroup; i += 4) std::memcpy(codes + (k + i) * height, q + i, 4);
   }
 }
 
 void quantize_row(const float* x, int m, float static_scale, Activations& out) {
   const float scale = static_scale > 0 ? static_scale : activation_scale(max_bits(x, out.k));
-  quantize_part(x, m, scale, 0, out.k, out);
+  quantize_part(x, 0, m, m + 1, &scale, 0, out.k, out);
 }
 
 }  // namespace

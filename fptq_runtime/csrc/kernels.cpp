@@ -13,11 +13,11 @@ namespace FPTQ_NS {
 
 extern const Kernels kernels;
 const Kernels kernels = {
-    FPTQ_STRING(FPTQ_NS), kGemmInt4Name,      kGemmInt8Name,  kGemmFloatName, gemm_int4,
-    gemm_int8,            gemm_float,         gemm_weight_only, multiply,     quantize_row,
-    quantize_part,        max_bits,           widen_row,      norm_row,       silu_mul_row,
-    gelu_tanh_row,        rope_and_cache_row, attention_tile, merge_partials, scan_row,
-    weigh_block,          select_at_least,
+    FPTQ_STRING(FPTQ_NS), kGemmInt4Name,      kGemmInt8Name,    kGemmFloatName,     gemm_int4,
+    gemm_int8,            gemm_float,         gemm_weight_only, multiply,           quantize_row,
+    quantize_part,        widen_row,          norm_row,         silu_mul_row,       gelu_tanh_row,
+    rope_and_cache_row,   attention_tile,     merge_partials,   scan_row,           weigh_block,
+    select_at_least,
 };
 
 }  // namespace FPTQ_NS

@@ -75,13 +75,13 @@ using WeightOnlyGemmFn = void (*)(const float* x, const PackedWeight&, const Epi
 using MultiplyFn = int64_t (*)(int64_t rounds);
 // Quantizes row m of x (K floats) into `out`. static_scale > 0: that scale; 0: dynamic, max|x| / 127.5.
 using QuantizeRowFn = void (*)(const float* x, int m, float static_scale, Activations& out);
-// The same for columns k0..k1 of the row, k0 a multiple of kSumGroup and k1 as well or K: in two passes, so that each
-// part of a row can be quantized where it was computed. `scale` is what activation_scale makes of the whole row's max.
-using QuantizePartFn = void (*)(const float* x, int m, float scale, int k0, int k1, Activations& out);
-// The bits of max|x|: integers order as floats do, with NaN above infinity.
-using MaxBitsFn = int32_t (*)(const float* x, int n);
+// Quantizes columns k0..k0+n of rows m0..m1, x [m1 - m0][ldx], where the rows' maxima are known: scales[m - m0] is what
+// activation_scale makes of one. k0 is a multiple of kSumGroup, and n as well or what is left of K.
+using QuantizePartFn = void (*)(const float* x, ptrdiff_t ldx, int m0, int m1, const float* scales, int k0, int n,
+                                Activations& out);
 
-// compressed-tensors' symmetric int8: max|x| / 127.5, float32 epsilon where that is 0.
+// compressed-tensors' symmetric int8: max|x| / 127.5, float32 epsilon where that is 0. max_bits are the bits of max|x|:
+// integers order as floats do, with NaN above infinity.
 static inline float activation_scale(int32_t max_bits) {
   float scale;
   __builtin_memcpy(&scale, &max_bits, 4);

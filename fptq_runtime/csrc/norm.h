@@ -67,12 +67,16 @@ static void norm_row(const NormView& norm, const float* x, float* out) {
   });
 }
 
-// silu(gate) · up = gate / (1 + e^-gate) · up, x = [gate | up].
-static void silu_mul_row(const float* x, int n, float* out) {
+// silu(gate) · up = gate / (1 + e^-gate) · up. Returns the bits of the largest magnitude.
+static int32_t silu_mul_row(const float* gate, const float* up, int n, float* out) {
+  IntVec top = {};
   each_vector(n, [&](int i, int lanes) {
-    const Vec gate = load_lanes(x + i, lanes), up = load_lanes(x + n + i, lanes);
-    store_lanes(out + i, gate / (splat(1.0f) + exp(-gate)) * up, lanes);
+    const Vec x = load_lanes(gate + i, lanes), y = x / (splat(1.0f) + exp(-x)) * load_lanes(up + i, lanes);
+    const IntVec magnitude = bits(y) & 0x7fffffff;
+    top = magnitude > top ? magnitude : top;
+    store_lanes(out + i, y, lanes);
   });
+  return max(top);
 }
 
 // 0.5 x (1 + tanh u) = x / (1 + e^-2u), u = sqrt(2/π) (x + 0.044715 x³).

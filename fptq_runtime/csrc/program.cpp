@@ -191,20 +191,23 @@ int Program::activation(int x, const std::string& kind, Act act) {
   if (gated && act && width % kPanelCols == 0 && !ops_.empty() && ops_.back().write == x && ops_.back().gateable)
     return gate(x, width, *act);
   const int out = define("activation", width, selected, act, {x}, -1);
-  const auto apply = gated ? kernels_.silu_mul_row : kernels_.gelu_tanh_row;
+  const auto apply = [=, this_ = this](const float* row, float* y) {
+    if (gated) this_->kernels_.silu_mul_row(row, row + width, width, y);
+    else this_->kernels_.gelu_tanh_row(row, width, y);
+  };
   record([=, this_ = this](const StepView& step) {
     const float* in = this_->floats(x, step);
     if (!act) {
       float* y = this_->floats(out, step);
       this_->each_row(out, step, [&](int row, int) {
-        apply(in + static_cast<size_t>(row) * in_width, width, y + static_cast<size_t>(row) * width);
+        apply(in + static_cast<size_t>(row) * in_width, y + static_cast<size_t>(row) * width);
       });
       return;
     }
     Activations y = this_->activations(out, step);
     this_->each_row(out, step, [&](int row, int thread) {
       float* scratch = this_->scratch_[thread].data();
-      apply(in + static_cast<size_t>(row) * in_width, width, scratch);
+      apply(in + static_cast<size_t>(row) * in_width, scratch);
       this_->kernels_.quantize_row(scratch, row, *act, y);
     });
   });
@@ -212,7 +215,8 @@ int Program::activation(int x, const std::string& kind, Act act) {
 }
 
 // Turns the linear that was recorded last into silu(gate) · up of its output, quantized: each task multiplies a few
-// panels of gate and the same of up, and what it made of them stays in its cache until the row's maximum is known.
+// panels of gate and the same of up, and what it made of them waits for the row's maximum as [panels][rows][64], so that
+// a task writes and reads it in one stream.
 int Program::gate(int x, int width, float act) {
   const auto linear = ops_.back().gateable;
   const int in = ops_.back().reads.front();
@@ -221,13 +225,12 @@ int Program::gate(int x, int width, float act) {
   values_[x] = {width, selected, {}};   // silu(gate) · up in float
   ops_.push_back({linear_kind(*linear), {in}, x, -1, nullptr});
   values_[in].last_use = static_cast<int>(ops_.size()) - 1;
-  const int out = define("quantize", width, selected, act, {x}, -1);
+  const int out = define("quantize", width, selected, act, {x}, -1), panels = width / kPanelCols;
   Op& op = ops_[ops_.size() - 2];
   op.run = [=, this_ = this](const StepView& step) {
     const int m = this_->rows(x, step);
     float* y = this_->floats(x, step);
     const float* bias = linear->bias.empty() ? nullptr : linear->bias.data();
-    const int panels = width / kPanelCols;
     const Cut cut = this_->cut(m, panels, linear->n(), linear->k());
     this_->max_bits_.assign(static_cast<size_t>(m) * cut.groups, 0);
     this_->each_tile(cut, m, panels, [&](int m0, int m1, int p0, int p1, int group, int thread) {
@@ -240,27 +243,32 @@ int Program::gate(int x, int width, float act) {
         this_->multiply(*linear, in, epilogue, step, m0, m1, p, p + count);
         epilogue.column += width - columns;
         this_->multiply(*linear, in, epilogue, step, m0, m1, panels + p, panels + p + count);
-        for (int row = m0; row < m1; ++row) {
-          float* part = y + static_cast<size_t>(row) * width + p * kPanelCols;
-          this_->kernels_.silu_mul_row(scratch + static_cast<size_t>(row - m0) * 2 * columns, columns, part);
-          int32_t& max_bits = this_->max_bits_[static_cast<size_t>(row) * cut.groups + group];
-          max_bits = std::max(max_bits, this_->kernels_.max_bits(part, columns));
+        for (int i = 0; i < count; ++i) {
+          const float* from = scratch + i * kPanelCols;
+          float* to = y + (static_cast<size_t>(p + i) * m + m0) * kPanelCols;
+          int32_t* max_bits = &this_->max_bits_[static_cast<size_t>(group) * m + m0];
+          for (int row = m0; row < m1; ++row, from += 2 * columns, to += kPanelCols, ++max_bits)
+            *max_bits = std::max(*max_bits, this_->kernels_.silu_mul_row(from, from + columns, kPanelCols, to));
         }
       }
     });
   };
   record([=, this_ = this](const StepView& step) {
-    const int m = this_->rows(x, step), panels = width / kPanelCols;
+    const int m = this_->rows(x, step);
     const float* in = this_->floats(x, step);
     Activations y = this_->activations(out, step);
     const Cut cut = this_->cut(m, panels, linear->n(), linear->k());
-    this_->each_tile(cut, m, panels, [&](int m0, int m1, int p0, int p1, int, int) {
+    this_->each_tile(cut, m, panels, [&](int m0, int m1, int p0, int p1, int, int thread) {
+      float* scales = this_->scratch_[thread].data();
       for (int row = m0; row < m1; ++row) {
-        const int32_t* max_bits = &this_->max_bits_[static_cast<size_t>(row) * cut.groups];
-        const float scale = act > 0 ? act : activation_scale(*std::max_element(max_bits, max_bits + cut.groups));
-        this_->kernels_.quantize_part(in + static_cast<size_t>(row) * width, row, scale, p0 * kPanelCols,
-                                      p1 * kPanelCols, y);
+        int32_t max_bits = 0;
+        for (int group = 0; group < cut.groups; ++group)
+          max_bits = std::max(max_bits, this_->max_bits_[static_cast<size_t>(group) * m + row]);
+        scales[row - m0] = act > 0 ? act : activation_scale(max_bits);
       }
+      for (int p = p0; p < p1; ++p)
+        this_->kernels_.quantize_part(in + (static_cast<size_t>(p) * m + m0) * kPanelCols, kPanelCols, m0, m1, scales,
+                                      p * kPanelCols, kPanelCols, y);
     });
   });
   return out;

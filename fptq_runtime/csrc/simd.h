@@ -146,6 +146,10 @@ static inline int32_t sum(IntVec v) {
   return fold(v, [](auto a, auto b) { return a + b; });
 }
 
+static inline int32_t max(IntVec v) {
+  return fold(v, [](auto a, auto b) { return a > b ? a : b; });
+}
+
 static inline IntVec bits(Vec v) { return reinterpret_cast<IntVec>(v); }
 
 // The lowest byte of each lane.
