@@ -173,8 +173,10 @@ def _linears(check: Check, generator: Any) -> Iterator[Row]:
             error = float((got.cpu().double() - expected).abs().max() / expected.abs().max())
             single = got[:1].clone() if single is None else single
             same = bool(torch.equal(got[:1], single))
+            # Hopper adds up what it multiplies in FP8 with about 14 bits.
+            tolerance = 2e-3 if layer.act is None or layer.act.type == "float" else 1e-5
             yield {"op": "linear", "case": f"{name}, M={m}", "max error": error, "invariant": same,
-                   "ok": error < (1e-5 if layer.act else 2e-3) and same}
+                   "ok": error < tolerance and same}
 
 
 def _samples(check: Check) -> Iterator[Row]:
@@ -764,7 +766,8 @@ def _graphed(calls: Sequence[Callable[[], Any]], repeats: int = 5) -> float:
 
 @dataclass(frozen=True)
 class Part:
-    """seconds: where it is cut short, if the budget is `BUDGET`. parity: a row that is not ok, or an error, fails."""
+    """seconds: what it takes at most, if the budget is `BUDGET`. parity: a row that is not ok, or an error, fails, and
+    nothing is left out; other parts are cut short there."""
 
     run: Callable[[Check], Iterator[Row]]
     seconds: float
@@ -858,7 +861,7 @@ def run(check: Check, report: Report, parts: Sequence[Part], scale: float) -> bo
                 if part.parity and not row.get("ok", True):
                     entry["ok"] = False
                 report.write()
-                if entry["seconds"] > limit:
+                if entry["seconds"] > limit and not part.parity:
                     entry["cut short"] = f"after {limit:.0f} s"
                     break
         except Exception as error:
