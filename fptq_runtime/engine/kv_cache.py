@@ -12,6 +12,8 @@ MAX_LOGITS_BYTES = 64 << 20
 # What a GPU holds beside weights, cache and a step's values: CUDA's context, graphs, parts of split sums.
 _DEVICE_OVERHEAD = 768 << 20
 
+_LOGIT_BYTES = 32  # of a logit, its copy and its sort key on the way to a token
+
 _ELEMENT_BYTES = {"float32": 4, "bf16": 2, "int8": 1}
 _SCALE_BYTES = {"float32": 0, "bf16": 0, "int8": 4}  # a token and head
 
@@ -76,7 +78,7 @@ def device_cache_memory(free_before: int, free_now: int, utilization: float, mod
     widest = 4 * model.hidden_size + (model.num_heads + 2 * model.num_kv_heads) * model.head_dim \
         + 3 * model.intermediate_size
     rows = config.max_num_seqs + _prompt_logits(model, config.max_num_batched_tokens)
-    workspace = _DEVICE_OVERHEAD + 8 * config.max_num_batched_tokens * widest + 12 * rows * model.vocab_size
+    workspace = _DEVICE_OVERHEAD + 8 * config.max_num_batched_tokens * widest + _LOGIT_BYTES * rows * model.vocab_size
     memory = int(free_before * utilization) - (free_before - free_now) - workspace
     if memory <= 0:
         raise ValueError(

@@ -18,7 +18,7 @@ from fptq_runtime.config import Activations, EngineConfig, ModelConfig
 from fptq_runtime.engine.engine import Engine, QueueFullError
 from fptq_runtime.engine.kv_cache import cache_tokens, device_cache_memory, format_bytes, step_limits
 from fptq_runtime.engine.output import RequestOutput, TokenLogprobs
-from fptq_runtime.engine.request import FinishReason, SamplingParams
+from fptq_runtime.engine.request import MAX_N, FinishReason, SamplingParams
 from fptq_runtime.kernels.select import select_backend
 from fptq_runtime.models.golden import check_golden
 from fptq_runtime.models.loader import Checkpoint, eos_token_ids, load_model
@@ -149,12 +149,20 @@ def load_engine(path: str | Path, *, backend: str = "auto", device: str = "auto"
 
 
 def _warm_up(engine: Engine) -> None:
-    """A GPU's kernels are compiled when first launched: of a prompt and of decoding, before anyone waits for them."""
-    length = max(1, min(engine.config.max_num_batched_tokens, engine.config.max_model_len - 2))
-    params = SamplingParams(max_tokens=min(2, engine.config.max_model_len - length), ignore_eos=True)
-    engine.add_request("warm-up", [0] * length, params)
-    while engine.has_unfinished_requests:
-        engine.step()
+    """A GPU's kernels are compiled when first launched, and which they are depends on a step's size: prompts and
+    batches of every power of two, each of which then decodes, before anyone waits for them."""
+    config, vocab_size = engine.config, engine.model_config.vocab_size
+    longest = max(1, min(config.max_num_batched_tokens, config.max_model_len - 2))
+    sizes = [1 << i for i in range(max(longest, MAX_N).bit_length())]
+    prompts = [*(size for size in sizes if size < longest), longest]
+    sent = [([number % vocab_size] * length, 1) for number, length in enumerate(prompts)]  # none has another's prefix
+    sent += [([0], size) for size in sizes if 1 < size <= min(config.max_num_seqs, MAX_N)]
+    for token_ids, n in sent:
+        params = SamplingParams(n=n, max_tokens=min(2, config.max_model_len - len(token_ids)), ignore_eos=True,
+                                top_p=0.9, logprobs=1)
+        engine.add_request("warm-up", token_ids, params)
+        while engine.has_unfinished_requests:
+            engine.step()
 
 
 def _release_freed_memory() -> None:

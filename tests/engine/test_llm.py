@@ -15,9 +15,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import fptq_runtime
 from fptq_runtime.engine.engine import RequestError
 from fptq_runtime.engine.kv_cache import device_cache_memory
-from fptq_runtime.engine.llm import LLM, load_engine
+from fptq_runtime.engine.llm import LLM, _warm_up, load_engine
 from fptq_runtime.engine.request import FinishReason, SamplingParams
 from fptq_runtime.kernels.reference import ReferenceBackend
+from tests.engine.fake import make_engine
 
 DEMO = Path(fptq_runtime.__file__).parent / "demo"
 PROMPTS = ["Once upon a time", "The old man looked at the sea and", "“Where is the king?” she asked."]
@@ -155,6 +156,15 @@ def test_on_a_gpu_the_cache_takes_what_is_free(monkeypatch: pytest.MonkeyPatch) 
         load_engine(DEMO, backend="reference", gpu_memory_utilization=0.5)
     with pytest.raises(ValueError, match="at most 1, not 2"):
         load_engine(DEMO, backend="reference", gpu_memory_utilization=2)
+
+
+def test_a_warm_up_meets_steps_of_every_size() -> None:
+    engine = make_engine(max_model_len=64, max_num_batched_tokens=48, max_num_seqs=9)
+    _warm_up(engine)
+    batches = engine.backend.executor.batches  # type: ignore[attr-defined]
+    assert {len(batch.token_ids) for batch in batches} == {1, 2, 4, 8, 16, 32, 48}
+    assert {len(batch.seq_lens) for batch in batches} == {1, 2, 4, 8}
+    engine.check_integrity()
 
 
 def test_the_end_of_sequence_is_generation_configs(tmp_path: Path) -> None:

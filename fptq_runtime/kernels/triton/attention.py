@@ -30,10 +30,12 @@ from fptq_runtime.kernels.triton.fused import (
     DYNAMIC,
     FLOAT,
     ROUND,
+    ROUND_BITS,
     codes_of,
     floats,
     is_fp8,
     mode_of,
+    octets,
     quantize,
     result,
     token_scale,
@@ -42,12 +44,12 @@ from fptq_runtime.kernels.triton.values import DeviceBatch, Quantized, interpret
 
 SEGMENT = 4  # chunks; with 128 keys each, 32 k tokens are 64 parts to join
 P_STEPS = tl.constexpr(2097152.0)  # 2^21, so that p · 2^21 + 1.5 · 2^23 keeps the integer in its mantissa
-ROUND_BITS = tl.constexpr(0x4B400000)  # 1.5 · 2^23 as bits
 VALUE_STEPS = tl.constexpr(32512.0)  # 127 · 256: the high byte of a rounded weight stays within int8
 TINY = tl.constexpr(2.0**-80)  # below, sums may have lost parts; the result is 0
 
 _PARTS_BYTES = 128 << 20  # the most memory for one call's parts
 _FEW_TILES = 264  # two programs for each of an H100's processors
+_FEW_SEQUENCES = 64  # up to so many share a compilation
 
 _TYPES: dict[KVCacheDtype, torch.dtype] = {"int8": torch.int8, "bf16": torch.bfloat16, "float32": torch.float32}
 
@@ -76,7 +78,7 @@ class DeviceCache:
         values = (*pages, dim, size) if limits.kv_dtype == "int8" else (*pages, size, dim)
         self.keys = torch.zeros((*pages, size, dim), dtype=_TYPES[limits.kv_dtype], device=device)
         self.values = torch.zeros(values, dtype=_TYPES[limits.kv_dtype], device=device)
-        scales = (*pages, size) if limits.kv_dtype == "int8" else (limits.num_layers, 1, 1, 1)
+        scales = (*pages, size) if limits.kv_dtype == "int8" else (limits.num_layers, 4)  # unread, aligned alike
         self.key_scales = torch.zeros(scales, dtype=torch.float32, device=device)
         self.value_scales = torch.zeros(scales, dtype=torch.float32, device=device)
 
@@ -210,9 +212,10 @@ def attention(q: torch.Tensor | Quantized, attention: DeviceAttention, cache: De
         spec.softmax_scale * math.log2(math.e), sequences, batch.block_tables.stride(0),
         HEADS=heads, KV_HEADS=spec.num_kv_heads, TILE_HEADS=tiling.heads, DIM=dim,
         WIDTH=max(triton.next_power_of_2(dim), 32), BLOCK_SIZE=cache.block_size, CHUNK=chunk, SEGMENT=SEGMENT,
-        ROWS=tiling.rows, SEQUENCES=triton.next_power_of_2(sequences), WINDOW=spec.sliding_window or 0,
-        ALIBI=attention.slopes is not None, KV=cache.dtype, ONE_TILE=one_tile, SPLIT=tiling.split,
-        AS_FLOAT=interpreted(), STAGES=tiling.stages, num_warps=tiling.warps, enable_fp_fusion=False)
+        ROWS=tiling.rows, SEQUENCES=1 if one_tile else max(triton.next_power_of_2(sequences), _FEW_SEQUENCES),
+        WINDOW=spec.sliding_window or 0, ALIBI=attention.slopes is not None, KV=cache.dtype, ONE_TILE=one_tile,
+        SPLIT=tiling.split, AS_FLOAT=interpreted(), STAGES=tiling.stages, num_warps=tiling.warps,
+        enable_fp_fusion=False)
     if not tiling.split:
         return quantize(out, act)
     return _merged(out, sums, spec, batch, SEGMENT * chunk, act)
@@ -227,7 +230,7 @@ def _merged(parts: torch.Tensor, sums: torch.Tensor, spec: AttentionSpec, batch:
     now = act if whole_row or (act is not None and act.scale is not None) else None
     out, scale = result(rows, heads * dim, now, parts.device)
     _merge_kernel[(rows, heads // tile)](
-        parts, sums, batch.positions, batch.slot_mapping, out, scale, segments, HEADS=heads, TILE=tile,
+        parts, sums, batch.positions, batch.slot_mapping, octets(out), scale, segments, HEADS=heads, TILE=tile,
         PADDED=triton.next_power_of_2(tile), DIM=dim, WIDTH=triton.next_power_of_2(dim),
         SEGMENTS=triton.next_power_of_2(segments), SEGMENT_KEYS=segment, WINDOW=spec.sliding_window or 0,
         MODE=mode_of(now), FP8=is_fp8(now), num_warps=8 if whole_row else 2,
@@ -312,7 +315,7 @@ def _store_halves(first, second, target, scales, mask, real, STRIDE: tl.constexp
         tl.store(target + DIM // 2 * STRIDE, second, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _rope_and_cache_kernel(
     qkv, positions, slots, cos, sin, q_weight, k_weight, q_eps, k_eps, q_out, q_scale, keys, key_scales, values,
     value_scales, rows, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr,
@@ -449,7 +452,7 @@ def _segment_sums(
     return m, mass, o
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["sequences", "table_stride"])
 def _attention_kernel(
     q, q_scale, keys, key_scales, values, value_scales, block_tables, query_start_loc, seq_lens, slopes, out, sums,
     scale, sequences, table_stride, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, TILE_HEADS: tl.constexpr,
@@ -546,7 +549,7 @@ def _result(o, mass):
     return tl.where(tl.abs(o) < TINY, 0.0, tl.div_rn(o * P_STEPS, tl.zeros_like(o) + mass[:, None]))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["segments"])
 def _merge_kernel(
     parts, sums, positions, slots, out, scale, segments, HEADS: tl.constexpr, TILE: tl.constexpr, PADDED: tl.constexpr,
     DIM: tl.constexpr, WIDTH: tl.constexpr, SEGMENTS: tl.constexpr, SEGMENT_KEYS: tl.constexpr, WINDOW: tl.constexpr,

@@ -40,7 +40,7 @@ from fptq_runtime.kernels.triton.attention import (
     prepare_attention,
     rope_and_cache,
 )
-from fptq_runtime.kernels.triton.device import fastest
+from fptq_runtime.kernels.triton.device import fastest, is_gpu
 from fptq_runtime.kernels.triton.fused import DeviceNorm
 from fptq_runtime.kernels.triton.linear import DeviceLinear, describe, pack_linear, run_linear
 from fptq_runtime.kernels.triton.sampling import sample
@@ -53,15 +53,15 @@ ALIGNED = 32  # each array of a step begins at a multiple of so many int32
 
 
 class TritonBackend:
-    """device: "cuda", or "cuda:1". batch_invariant: a row's bits depend on nothing but the row; without it large
-    matrix products may go the fastest way. Raises ValueError, one line, where memory runs out."""
+    """batch_invariant: a row's bits depend on nothing but the row; without it large matrix products may go the fastest
+    way. Raises ValueError, one line, where memory runs out."""
 
     name = "triton"
 
-    def __init__(self, device: str = "cuda", batch_invariant: bool = True) -> None:
-        self.device = torch.device("cpu" if interpreted() else device)
+    def __init__(self, batch_invariant: bool = True) -> None:
+        self.device = torch.device("cpu" if interpreted() else "cuda")
         self.batch_invariant = batch_invariant
-        self.asynchronous = self.device.type == "cuda"
+        self.asynchronous = is_gpu(self.device)
         self._linears: dict[str, str] = {}  # the kernel of each kind that was prepared
         self._tables: dict[int, tuple[Array, torch.Tensor]] = {}  # that layers share
 
@@ -95,14 +95,14 @@ class TritonBackend:
             return sample(logits, batch)
 
     def free_memory(self) -> int | None:
-        if self.device.type != "cuda":
+        if not is_gpu(self.device):
             return None
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(self.device)[0]
 
     def roofs(self) -> Roofs | None:
         """cuBLAS's int8 product, and all the bytes that a copy moves."""
-        if self.device.type != "cuda":
+        if not is_gpu(self.device):
             return None
         size = 8192
         a, b = (torch.randint(-127, 128, (size, size), dtype=torch.int8, device=self.device) for _ in range(2))
@@ -114,7 +114,7 @@ class TritonBackend:
 
     def describe(self) -> dict[str, str]:
         where = "Triton's interpreter"
-        if self.device.type == "cuda":
+        if is_gpu(self.device):
             major, minor = torch.cuda.get_device_capability(self.device)
             where = f"{torch.cuda.get_device_name(self.device)}, sm_{major}{minor}"
         return {
@@ -197,7 +197,7 @@ class TritonExecutor:
         return logits
 
     def _replay(self, shape: _Shape, inputs: DeviceBatch) -> torch.Tensor:
-        if self._device.type != "cuda":
+        if not is_gpu(self._device):
             return self._run(inputs)
         if shape not in self._graphs:
             self._capture(shape, inputs)
@@ -225,7 +225,7 @@ def _device_watched(device: torch.device) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if device.type == "cuda":
+        if is_gpu(device):
             try:
                 torch.cuda.synchronize(device)
             except Exception:
@@ -281,10 +281,10 @@ class _Inputs:
         context = max(SMALLEST_CONTEXT, triton.next_power_of_2(limits.max_model_len))
         largest = _Shape(limits.max_tokens, limits.max_seqs, limits.max_logits_rows, context, 1, False)
         size = self._layout(largest)[-1].stop
-        self._pinned = torch.empty(size, dtype=torch.int32, pin_memory=device.type == "cuda")
+        self._pinned = torch.empty(size, dtype=torch.int32, pin_memory=is_gpu(device))
         self._host = self._pinned.numpy()
         self._device = torch.empty(size, dtype=torch.int32, device=device)
-        self._copied = torch.cuda.Event() if device.type == "cuda" else None
+        self._copied = torch.cuda.Event() if is_gpu(device) else None
 
     def load(self, batch: StepInput, shape: _Shape) -> DeviceBatch:
         if self._copied is not None:
@@ -325,13 +325,13 @@ class _Timer:
     """Seconds that the device spends inside `with`, read once it is past them."""
 
     def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
+        self._queued = is_gpu(device)
         self._total = 0.0
         self._open: Any = 0.0
         self._pending: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
 
     def __enter__(self) -> None:
-        if self._cuda:
+        if self._queued:
             self.seconds()
             self._open = torch.cuda.Event(enable_timing=True)
             self._open.record()
@@ -339,7 +339,7 @@ class _Timer:
             self._open = time.perf_counter()
 
     def __exit__(self, *_: object) -> None:
-        if self._cuda:
+        if self._queued:
             end = torch.cuda.Event(enable_timing=True)
             end.record()
             self._pending.append((self._open, end))

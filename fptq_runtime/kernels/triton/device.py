@@ -31,6 +31,11 @@ def problem() -> str | None:
     return None
 
 
+def is_gpu(device: torch.device) -> bool:
+    """Whether work is queued there, and captured; the interpreter does it at once."""
+    return device.type == "cuda"
+
+
 def capability(device: torch.device) -> int:
     """10 · major + minor; the interpreter takes Hopper's choices."""
     if device.type != "cuda":

@@ -20,7 +20,7 @@ from fptq_runtime.kernels.triton.values import Quantized
 
 SMALLEST_SCALE = tl.constexpr(torch.finfo(torch.float32).eps)  # of an all-zero row
 ROUND = tl.constexpr(12582912.0)  # 1.5 · 2^23: what is added to |x| < 2^22 leaves x's nearest integer, half to even
-SUBNORMAL = tl.constexpr(24576.0)  # 1.5 · 2^14: the same for multiples of 2^-9, E4M3's step below 2^-6
+ROUND_BITS = tl.constexpr(0x4B400000)
 
 # What a kernel makes of its row.
 FLOAT, STATIC, DYNAMIC = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
@@ -68,7 +68,7 @@ def norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: 
     out, scale = result(rows, width, act, x.device)
     if rows:
         _norm_kernel[(rows,)](
-            x, weight, weight if bias is None else bias, out, scale, eps, width, LAYER=kind == "layer",
+            x, weight, weight if bias is None else bias, octets(out), scale, eps, width, LAYER=kind == "layer",
             BIAS=bias is not None, MODE=mode_of(act), FP8=is_fp8(act), BLOCK=triton.next_power_of_2(width),
             num_warps=_warps(width), enable_fp_fusion=False)
     return out if act is None else Quantized(out, scale)
@@ -102,8 +102,8 @@ def _elementwise(x: torch.Tensor, rows: int, width: int, kind: int,
     out, scale = result(rows, width, act, x.device)
     if rows:
         _activation_kernel[(rows,)](
-            x, out, scale, width, KIND=kind, MODE=mode_of(act), FP8=is_fp8(act), BLOCK=triton.next_power_of_2(width),
-            num_warps=_warps(width), enable_fp_fusion=False)
+            x, octets(out), scale, width, KIND=kind, MODE=mode_of(act), FP8=is_fp8(act),
+            BLOCK=triton.next_power_of_2(width), num_warps=_warps(width), enable_fp_fusion=False)
     return out if act is None else Quantized(out, scale)
 
 
@@ -115,6 +115,11 @@ def result(rows: int, width: int, act: ActivationQuant | None,
     if act is not None and act.scale is not None:
         return out, torch.full((1,), act.scale, dtype=torch.float32, device=device)
     return out, torch.empty(0 if act is None else rows, dtype=torch.float32, device=device)
+
+
+def octets(out: torch.Tensor) -> torch.Tensor:
+    """As kernels write it: FP8 by its bits, for Ampere has no such type."""
+    return out.view(torch.uint8) if out.dtype == torch.float8_e4m3fn else out
 
 
 def mode_of(act: ActivationQuant | None) -> int:
@@ -141,21 +146,23 @@ def token_scale(x, axis: tl.constexpr, FP8: tl.constexpr):
 
 @triton.jit
 def codes_of(x, scale, FP8: tl.constexpr):
-    """x / scale on the 8-bit grid; shapes are equal."""
+    """x / scale on the 8-bit grid, int8 or the bits of E4M3; shapes are equal."""
     scaled = tl.div_rn(x, scale)
     if FP8:
-        codes = _rounded_e4m3(tl.clamp(scaled, -448.0, 448.0)).to(tl.float8e4nv)
+        codes = _e4m3_bits(tl.clamp(scaled, -448.0, 448.0))
     else:
         codes = ((tl.clamp(scaled, -128.0, 127.0) + ROUND) - ROUND).to(tl.int8)
     return codes
 
 
 @triton.jit
-def _rounded_e4m3(x):
-    """To E4M3's grid, half to even, so that the cast is exact: the interpreter's truncates. x within ±448."""
+def _e4m3_bits(x):
+    """Half to even. x within ±448. uint8"""
     bits = x.to(tl.int32, bitcast=True)
-    normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000).to(tl.float32, bitcast=True)  # 3 bits of mantissa
-    return tl.where(tl.abs(x) < 0.015625, (x + SUBNORMAL) - SUBNORMAL, normal)
+    magnitude = bits & 0x7FFFFFFF
+    normal = ((magnitude + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - (120 << 3)  # 3 bits of mantissa, a bias of 7
+    subnormal = (tl.abs(x) * 512.0 + ROUND).to(tl.int32, bitcast=True) - ROUND_BITS  # steps of 2^-9 below 2^-6
+    return (tl.where(magnitude < 0x3C800000, subnormal, normal) | ((bits >> 24) & 0x80)).to(tl.uint8)
 
 
 @triton.jit

@@ -292,15 +292,16 @@ def _launch(x: torch.Tensor, weight: _Weight, epilogue: _Epilogue, choice: Choic
         count, length = 1, triton.cdiv(weight.k, block)
     taken = 1 if split else count
     whole = weight.k == count * length * block and length % tile.unroll == 0
+    own = _Epilogue(None, None, None) if split else epilogue  # the reduction's is not compiled in here as well
     _launch_kernel(
         _linear_kernel, (programs, count if split else 1), tile,
-        x, weight.values, weight.scale, weight.multiplier, epilogue.x_scale, epilogue.bias, epilogue.residual, out,
+        x, weight.values, weight.scale, weight.multiplier, own.x_scale, own.bias, own.residual, out,
         m, n, weight.k, weight.rows, weight.tile_stride, weight.row_stride, weight.block_stride,
         weight.groups,
         CODES=weight.codes, ARITHMETIC=weight.arithmetic, WIDTH=weight.width,
         SLICES=1 if weight.arithmetic == "row" else weight.group_size // weight.width,
-        SCALED=weight.scale is not None, X_SCALE=epilogue.scaling, BIAS=epilogue.bias is not None,
-        RESIDUAL=epilogue.residual is not None, SEGMENTS=taken, LENGTH=length, SPLIT=split, MASKED=not whole,
+        SCALED=weight.scale is not None, X_SCALE=own.scaling, BIAS=own.bias is not None,
+        RESIDUAL=own.residual is not None, SEGMENTS=taken, LENGTH=length, SPLIT=split, MASKED=not whole,
         ASM=not interpreted(), ROWS=tile.rows, COLS=tile.cols, UNROLL=tile.unroll,
     )
     if not split:

@@ -47,7 +47,7 @@ def endless(check: Check) -> Iterator[Row]:
 @pytest.mark.parametrize(("parts", "passes"), [
     ([Part(right, 1, parity=True)], True),
     ([Part(right, 1, parity=True), Part(broken, 1), Part(endless, 0.01)], True),
-    ([Part(wrong, 1, parity=True), Part(right, 1, parity=True)], False),
+    ([Part(wrong, 0, parity=True), Part(right, 1, parity=True)], False),
     ([Part(broken, 1, parity=True), Part(right, 1, parity=True)], False),
 ])
 def test_a_part_that_fails_loses_no_other(tmp_path: Path, parts: list[Part], passes: bool) -> None:

@@ -1,0 +1,127 @@
+"""A GPU that computes as late as it may, in the interpreter's place: what is queued runs, in order, when somebody waits
+for it or computes with tensors. What the host overwrites too early then shows in the results."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fptq_runtime.kernels.triton import backend
+from fptq_runtime.kernels.triton.values import DeviceBatch
+
+Work = Callable[[], Any]
+
+
+class LateDevice(TorchDispatchMode):
+    """Steps, replays, clones and copies that do not block are queued; every other operation but a view waits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.queued = self.done = 0
+        self._queue: deque[Work] = deque()
+        self._graph: list[Work] | None = None  # that is captured
+        self._at_once = False
+
+    def submit(self, work: Work) -> None:
+        if self._graph is not None:
+            self._graph.append(work)
+        else:
+            self.queued += 1
+            self._queue.append(work)
+
+    def wait(self, until: int | None = None) -> None:
+        with self.at_once():
+            while self.done < (self.queued if until is None else until):
+                self._queue.popleft()()
+                self.done += 1
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        before, self._at_once = self._at_once, True
+        try:
+            with torch.inference_mode():
+                yield
+        finally:
+            self._at_once = before
+
+    @contextmanager
+    def capture(self, graph: Graph, **_: Any) -> Iterator[None]:
+        self._graph = graph.work
+        try:
+            yield
+        finally:
+            self._graph = None
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = {name: value for name, value in (kwargs or {}).items() if name != "pin_memory"}
+        if not self._at_once and not func.is_view:
+            if func is torch.ops.aten.copy_.default and (self._graph is not None or args[2:] == (True,)):
+                self.submit(lambda: func(*args))
+                return args[0]
+            if func is torch.ops.aten.clone.default:
+                copy = torch.full_like(args[0], torch.nan)
+                self.submit(lambda: copy.copy_(args[0]))
+                return copy
+            assert self._graph is None, f"{func} while a graph is captured"
+            self.wait()
+        return func(*args, **kwargs)
+
+
+class Graph:
+    def __init__(self, device: LateDevice) -> None:
+        self.work: list[Work] = []
+        self._device = device
+
+    def replay(self) -> None:
+        for work in self.work:
+            self._device.submit(work)
+
+
+class Event:
+    def __init__(self, device: LateDevice) -> None:
+        self._device = device
+        self._at = 0
+
+    def record(self) -> None:
+        self._at = self._device.queued
+
+    def synchronize(self) -> None:
+        self._device.wait(self._at)
+
+    def query(self) -> bool:
+        return self._device.done >= self._at
+
+    def elapsed_time(self, end: Event) -> float:
+        return 0.0
+
+
+class Stream:
+    def __init__(self, device: LateDevice) -> None:
+        self.synchronize = device.wait
+
+
+@contextmanager
+def late_device(monkeypatch: pytest.MonkeyPatch, vocab: int) -> Iterator[LateDevice]:
+    """The Triton backend on such a device, for models with that vocabulary."""
+    device, run = LateDevice(), backend.TritonExecutor._run
+
+    def late_run(executor: backend.TritonExecutor, inputs: DeviceBatch) -> torch.Tensor:
+        with device.at_once():
+            logits = torch.full((inputs.logits_rows.shape[0], vocab), torch.nan)
+        device.submit(lambda: logits.copy_(run(executor, inputs)))
+        return logits
+
+    monkeypatch.setattr(backend, "is_gpu", lambda _: True)
+    monkeypatch.setattr(backend.TritonExecutor, "_run", late_run)
+    for name, fake in {"Event": lambda **_: Event(device), "CUDAGraph": lambda: Graph(device), "graph": device.capture,
+                       "graph_pool_handle": lambda: None, "current_stream": lambda _: Stream(device),
+                       "synchronize": lambda _: device.wait()}.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    with device:
+        yield device
