@@ -253,30 +253,47 @@ def quantize(model: str, out: Path, recipe: str, revision: str | None, max_loss:
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True)
 @click.option("--served-model-name", help="The model id that clients send (the artifact's name).")
 @engine_options
-@click.option("--api-key", "api_keys", multiple=True, envvar="FPTQ_API_KEY",
-              help="Clients must send it as a bearer token; may be given more than once.")
+@click.option("--max-waiting-requests", type=click.IntRange(1), default=256, show_default=True,
+              help="Past so many in the queue a request is refused with 429.")
+@click.option("--max-waiting-tokens", type=click.IntRange(1), default=1 << 20, show_default=True,
+              help="Past so many prompt tokens in the queue a request is refused with 429.")
+@click.option("--api-key", "api_keys", multiple=True, help="Clients must send it as a bearer token; may be given more "
+              "than once. Without it, FPTQ_API_KEY is the key where it is set.")
 @click.option("--public-metrics", is_flag=True, help="/metrics asks for no key.")
 @click.option("--drain-timeout", type=click.FloatRange(0), default=30.0, show_default=True,
               help="Seconds that running requests get after SIGTERM.")
 def serve(artifact: str, host: str, port: int, served_model_name: str | None, api_keys: tuple[str, ...],
           public_metrics: bool, drain_timeout: float, **options: Any) -> None:
     """Serve ARTIFACT over HTTP."""
-    if os.environ.get("FPTQ_API_KEY") == "" and not api_keys:
-        raise click.UsageError("FPTQ_API_KEY is set but empty; give it a key, or unset it to serve without one")
-    from fptq_runtime.locate import DEMO, find_artifact
+    if served_model_name is not None and not served_model_name.strip():
+        raise click.UsageError("--served-model-name is empty; give clients a name, or leave it out")
+    from fptq_runtime.locate import DEMO, find_artifact, find_model
 
-    path = find_artifact(artifact)
-    from fptq_runtime.artifact.io import is_artifact
-    from fptq_runtime.models.loader import Checkpoint
+    find_model(artifact)
     from server.config import ServerConfig
-    from server.main import serve
+    from server.main import bind, serve
 
-    if not is_artifact(path) and not Checkpoint(path).quantized:
-        raise ValueError(f"{artifact} is not quantized; make an artifact with `fptq quantize {artifact} OUT` first")
-    name = served_model_name or (DEMO if artifact == DEMO else None)
-    config = ServerConfig(host=host, port=port, api_keys=api_keys, public_metrics=public_metrics,
-                          drain_timeout=drain_timeout)
-    serve(path, config, model_id=name, **options)
+    config = ServerConfig(host=host, port=port, api_keys=api_keys or _api_key_of_environment(),
+                          public_metrics=public_metrics, drain_timeout=drain_timeout)
+    with bind(host, port) as listener:  # before the model is fetched or made, which can take minutes
+        path = find_artifact(artifact)
+        from fptq_runtime.artifact.io import is_artifact
+        from fptq_runtime.models.loader import Checkpoint
+
+        if not is_artifact(path) and not Checkpoint(path).quantized:
+            raise ValueError(f"{artifact} is not quantized; make an artifact with `fptq quantize {artifact} OUT` first")
+        name = served_model_name or (DEMO if artifact == DEMO else None)
+        serve(path, config, model_id=name, listener=listener, **options)
+
+
+def _api_key_of_environment() -> tuple[str, ...]:
+    """FPTQ_API_KEY as one key, whatever spaces are in it; those around it, as a file's last newline, are not its."""
+    key = os.environ.get("FPTQ_API_KEY")
+    if key is None:
+        return ()
+    if not key.strip():
+        raise click.UsageError("FPTQ_API_KEY is set but empty; give it a key, or unset it to serve without one")
+    return (key.strip(),)
 
 
 @cli.command("eval")
