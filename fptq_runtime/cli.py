@@ -485,11 +485,12 @@ def generate(artifact: str, prompt: str, max_tokens: int, temperature: float, to
               "with fptq).")
 @click.option("--text-tokens", type=click.IntRange(2), default=16384, show_default=True,
               help="Read only the first tokens of it.")
+@click.option("--overwrite", is_flag=True, help="Replace an artifact or an earlier export at OUT.")
 @backend_options
 @answers
-def export(artifact: str, out: Path, target: str, text: Path | None, text_tokens: int, backend: str, device: str,
-           threads: int) -> Answer:
-    """Write ARTIFACT into the new directory OUT for another runtime, every quantized input dynamic per token."""
+def export(artifact: str, out: Path, target: str, text: Path | None, text_tokens: int, overwrite: bool, backend: str,
+           device: str, threads: int) -> Answer:
+    """Write ARTIFACT into the directory OUT for another runtime, every quantized input dynamic per token."""
     from fptq_runtime.locate import find_artifact
 
     path = find_artifact(artifact)
@@ -500,7 +501,7 @@ def export(artifact: str, out: Path, target: str, text: Path | None, text_tokens
 
     kernels = select_backend(backend, threads, Checkpoint(path).linear_schemes, device)
     measured_on = packaged_text("heldout") if text is None else read_text(text)
-    result = export(path, out, measured_on, kernels, text_tokens, progress=True)
+    result = export(path, out, measured_on, kernels, text_tokens, overwrite, progress=True)
     change = result.perplexity_after / result.perplexity_before - 1
     return {"target": target, **asdict(result)}, (
         f"perplexity {result.perplexity_before:.3f} before, {result.perplexity_after:.3f} after ({change:+.2%}) on "

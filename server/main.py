@@ -40,7 +40,8 @@ def serve(path: Path | str, config: ServerConfig, *, model_id: str | None = None
     second signal ends them at once.
 
     model_id: the name clients use, the directory's unless given. listener: what `bind` gave, where the caller did that
-    itself. backend and engine_options are load_engine's. Raises ValueError, one line, where the address, the model or an option cannot be used.
+    itself. backend and engine_options are load_engine's. Raises ValueError, one line, where the address, the model or
+    an option cannot be used.
     """
     path = Path(path)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
