@@ -77,7 +77,10 @@ class Size(click.ParamType[int]):
         match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", value.strip())
         if match is None or match[2].upper() not in _UNITS:
             self.fail(f"{value!r} is not a size like 512MiB or 2GiB", param, ctx)
-        return int(float(match[1]) * _UNITS[match[2].upper()])
+        size = int(float(match[1]) * _UNITS[match[2].upper()])
+        if size < 1:
+            self.fail(f"{value!r} is less than a byte", param, ctx)
+        return size
 
 
 class ExistingFile(click.ParamType[Path]):
@@ -92,7 +95,9 @@ class ExistingFile(click.ParamType[Path]):
         path = Path(value).expanduser()
         if value in self.words:
             return value
-        if not path.exists() or path.is_dir():  # a pipe will do
+        if path.is_dir():
+            self.fail(f"{value} is a directory, not a file", param, ctx)
+        if not path.exists():  # a pipe will do
             from fptq_runtime.locate import did_you_mean
 
             words = "".join(f" or {word}" for word in self.words)
@@ -106,11 +111,33 @@ class RecipeName(click.ParamType[str]):
     name = "recipe"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        if not Path(value).is_file():
-            from fptq_runtime.quantizer.recipe import PRESETS
+        path = Path(value).expanduser()
+        if path.is_file():
+            return str(path)
+        from fptq_runtime.quantizer.recipe import PRESETS
 
-            ExistingFile(*(preset.name for preset in PRESETS)).convert(value, param, ctx)
+        presets = [preset.name for preset in PRESETS]
+        if value not in presets:
+            from fptq_runtime.locate import did_you_mean
+
+            meant = did_you_mean(path, *presets) or f"; the presets are {', '.join(presets)}"
+            self.fail(f"{value} is neither a preset nor a file{meant}", param, ctx)
         return str(value)
+
+
+class Threads(click.IntRange):
+    """0, or at most the machine's logical CPUs: beyond them each step waits for threads that do not run."""
+
+    name = "threads"
+
+    def __init__(self) -> None:
+        super().__init__(min=0)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        threads, cpus = super().convert(value, param, ctx), os.cpu_count() or 1
+        if threads > cpus:
+            self.fail(f"{threads} is more than this machine's {cpus} CPUs", param, ctx)
+        return threads
 
 
 class Percent(click.ParamType[float]):
@@ -188,13 +215,32 @@ def backend_options(command: _Function) -> _Function:
                      show_default=True, help="native: C++; reference: torch, slow; auto: native where it was built."),
         click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True,
                      help="auto: an NVIDIA GPU where torch and Triton can use one."),
-        click.option("--threads", type=click.IntRange(0), default=0, help="0: what machine and quota allow."),
+        click.option("--threads", type=Threads(), default=0, help="0: what machine and quota allow; at most as many "
+                     "as it has CPUs."),
     ]):
         command = option(command)
     return command
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+class Command(click.Command):
+    """Its errors name options as they are typed: --max-model-len, not max_model_len."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except ValueError as error:
+            text = str(error)
+            if error.args == (text,):
+                names = {str(option.name): option.opts[0] for option in self.params if "_" in str(option.name)}
+                error.args = (re.sub(r"(?<![\w/.-])\w+(?![\w/-])", lambda m: names.get(m[0], m[0]), text),)
+            raise
+
+
+class Commands(click.Group):
+    command_class = Command
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(fptq_runtime.__version__, prog_name="fptq", message="%(prog)s %(version)s")
 def cli() -> None:
     """Quantize a language model to W4A8 and serve it.

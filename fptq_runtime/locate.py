@@ -68,7 +68,7 @@ def did_you_mean(path: Path, *others: str) -> str:
     while not parent.is_dir():
         path, parent = parent, parent.parent
     neighbours = [entry.name for entry in parent.iterdir()]
-    close = difflib.get_close_matches(path.name, [*others, *neighbours], n=1)
+    close = difflib.get_close_matches(path.name, [*others, *neighbours], n=1, cutoff=0.5)  # fqtp is fptq
     return f"; did you mean {close[0] if close[0] in others else parent / close[0]}?" if close else ""
 
 

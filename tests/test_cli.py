@@ -206,11 +206,35 @@ def test_what_serve_cannot_do_is_said_before_a_model_is_fetched(monkeypatch: pyt
             assert message in capsys.readouterr().err
 
 
+def test_errors_name_options_as_they_are_typed(served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                               capsys: pytest.CaptureFixture[str]) -> None:
+    def refuse(path: Path, config: object, **options: object) -> None:
+        raise ValueError("/max_num_seqs/x: max_model_len 9 exceeds 8; lower max_model_len, max_tokens or kv_cache_dtype")
+
+    monkeypatch.setattr("server.main.serve", refuse)
+    for arguments, message in {
+        (): "/max_num_seqs/x: --max-model-len 9 exceeds 8; lower --max-model-len, max_tokens or --kv-cache-dtype\n",
+        ("--drain-timeout", "nan"): "--drain-timeout must be 0 or more seconds, not nan\n",
+        ("--kv-cache-memory", "0"): "'--kv-cache-memory': '0' is less than a byte (see",
+        ("--kv-cache-memory", "0.1"): "'--kv-cache-memory': '0.1' is less than a byte (see",
+    }.items():
+        assert run("serve", "demo", "--port", "0", *arguments) != 0
+        assert message in capsys.readouterr().err
+
+
 def test_the_queues_limits(served: Served) -> None:
     assert run("serve", "demo", "--port", "0") == 0
     assert run("serve", "demo", "--port", "0", "--max-waiting-requests", "3", "--max-waiting-tokens", "9") == 0
     limits = [(options["max_waiting_requests"], options["max_waiting_tokens"]) for _, options in served]
     assert limits == [(EngineConfig.max_waiting_requests, EngineConfig.max_waiting_tokens), (3, 9)]
+
+
+def test_more_threads_than_cpus(served: Served, capsys: pytest.CaptureFixture[str]) -> None:
+    cpus = os.cpu_count() or 1
+    assert run("serve", "demo", "--port", "0", "--threads", str(cpus + 1)) == 2
+    assert f"'--threads': {cpus + 1} is more than this machine's {cpus} CPUs" in capsys.readouterr().err
+    assert run("serve", "demo", "--port", "0", "--threads", str(cpus)) == 0
+    assert len(served) == 1
 
 
 def test_bench_of_nothing_or_of_both(capsys: pytest.CaptureFixture[str]) -> None:
@@ -245,7 +269,9 @@ def test_quantize_options_are_the_functions_arguments(tmp_path: Path, monkeypatc
 @pytest.mark.parametrize(("arguments", "named"), [
     (["--num-samples", "0"], "--num-samples"), (["--sample-length", "1"], "--sample-length"),
     (["--lengths", "absent.csv"], "absent.csv"), (["--text", "absent.txt"], "absent.txt"),
-    (["--calibration", "slef"], "did you mean self"), (["--text-tokens", "x"], "--text-tokens"),
+    (["--calibration", "slef"], "did you mean self"), (["--calibration", "/"], "/ is a directory, not a file ("),
+    (["--recipe", "fqtp"], "fqtp is neither a preset nor a file; did you mean fptq? ("),
+    (["--recipe", "xyz"], "the presets are fptq-best, fptq,"), (["--recipe", "/"], "neither a preset nor a file"), (["--text-tokens", "x"], "--text-tokens"),
 ])
 def test_wrong_calibration_options(arguments: list[str], named: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("quantize", "demo", "out", *arguments) == 2
