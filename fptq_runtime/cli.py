@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import glob
 import json
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
@@ -281,16 +282,35 @@ def quantize(model: str, out: Path, recipe: str, revision: str | None, max_loss:
     from fptq_runtime.quantizer.pipeline import quantize
     from fptq_runtime.quantizer.report import summarize
 
-    if max_loss is None and extra_bytes is None:
-        manifest = quantize(source, out, recipe, progress=True, **options)
-        return manifest.model_dump(mode="json"), summarize(manifest)
-    from fptq_runtime.analysis.budget import Budget, quantize_within
-    from fptq_runtime.quantizer.recipe import load_recipe
+    with _tells_what_is_left(out):
+        if max_loss is None and extra_bytes is None:
+            manifest = quantize(source, out, recipe, progress=True, **options)
+            return manifest.model_dump(mode="json"), summarize(manifest)
+        from fptq_runtime.analysis.budget import Budget, quantize_within
+        from fptq_runtime.quantizer.recipe import load_recipe
 
-    budget = Budget(max_loss, extra_bytes)
-    manifest, spent = quantize_within(source, out, load_recipe(recipe), budget, progress=True, **options)
+        budget = Budget(max_loss, extra_bytes)
+        manifest, spent = quantize_within(source, out, load_recipe(recipe), budget, progress=True, **options)
     return {**manifest.model_dump(mode="json"), "budget": asdict(spent)}, (
         f"{spent.summary(budget)}\n\n{summarize(manifest)}")
+
+
+@contextlib.contextmanager
+def _tells_what_is_left(out: Path) -> Iterator[None]:
+    """After Ctrl-C, whether OUT or anything beside it that carries its name was written."""
+    def found() -> dict[tuple[str, int, int], str]:
+        at = out.resolve()
+        paths = [path for path in (at, *at.parent.glob(f".{glob.escape(at.name)}.*")) if path.exists()]
+        return {(path.name, path.stat().st_ino, path.stat().st_mtime_ns): path.name for path in paths}
+
+    before = found()
+    try:
+        yield
+    except KeyboardInterrupt:
+        written = [name for key, name in found().items() if key not in before]
+        error = click.ClickException(f"interrupted; {' and '.join(written) or 'nothing'} was written")
+        error.exit_code = 130
+        raise error from None
 
 
 @cli.command()

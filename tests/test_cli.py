@@ -64,6 +64,27 @@ def test_interrupt_is_quiet(failing: dict[str, BaseException], capsys: pytest.Ca
     assert capsys.readouterr().err.strip() == ""
 
 
+@pytest.mark.parametrize(("written", "line"), [
+    ((), "interrupted; nothing was written"), (("out",), "interrupted; out was written"),
+    ((".out.state",), "interrupted; .out.state was written"),
+])
+def test_an_interrupted_quantize_says_what_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                   capsys: pytest.CaptureFixture[str], written: tuple[str, ...],
+                                                   line: str) -> None:
+    from fptq_runtime.quantizer import pipeline
+
+    def quantize(*arguments: object, **options: object) -> None:
+        (tmp_path / ".out.partial-1-x").rmdir()
+        for name in written:
+            (tmp_path / name).mkdir()
+        raise KeyboardInterrupt
+
+    (tmp_path / ".out.partial-1-x").mkdir()
+    monkeypatch.setattr(pipeline, "quantize", quantize)
+    assert run("quantize", "demo", str(tmp_path / "out")) == 130
+    assert capsys.readouterr().err == f"fptq: {line}\n"
+
+
 def test_wrong_usage_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("serve", "demo", "--port", "99999") == 2
     out, err = capsys.readouterr()
@@ -209,11 +230,11 @@ def test_what_serve_cannot_do_is_said_before_a_model_is_fetched(monkeypatch: pyt
 def test_errors_name_options_as_they_are_typed(served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                                capsys: pytest.CaptureFixture[str]) -> None:
     def refuse(path: Path, config: object, **options: object) -> None:
-        raise ValueError("/max_num_seqs/x: max_model_len 9 exceeds 8; lower max_model_len, max_tokens or kv_cache_dtype")
+        raise ValueError("/max_num_seqs/x: max_model_len 9 exceeds 8: lower it, max_tokens or kv_cache_dtype")
 
     monkeypatch.setattr("server.main.serve", refuse)
     for arguments, message in {
-        (): "/max_num_seqs/x: --max-model-len 9 exceeds 8; lower --max-model-len, max_tokens or --kv-cache-dtype\n",
+        (): "/max_num_seqs/x: --max-model-len 9 exceeds 8: lower it, max_tokens or --kv-cache-dtype\n",
         ("--drain-timeout", "nan"): "--drain-timeout must be 0 or more seconds, not nan\n",
         ("--kv-cache-memory", "0"): "'--kv-cache-memory': '0' is less than a byte (see",
         ("--kv-cache-memory", "0.1"): "'--kv-cache-memory': '0.1' is less than a byte (see",
@@ -271,7 +292,8 @@ def test_quantize_options_are_the_functions_arguments(tmp_path: Path, monkeypatc
     (["--lengths", "absent.csv"], "absent.csv"), (["--text", "absent.txt"], "absent.txt"),
     (["--calibration", "slef"], "did you mean self"), (["--calibration", "/"], "/ is a directory, not a file ("),
     (["--recipe", "fqtp"], "fqtp is neither a preset nor a file; did you mean fptq? ("),
-    (["--recipe", "xyz"], "the presets are fptq-best, fptq,"), (["--recipe", "/"], "neither a preset nor a file"), (["--text-tokens", "x"], "--text-tokens"),
+    (["--recipe", "xyz"], "the presets are fptq-best, fptq,"), (["--recipe", "/"], "neither a preset nor a file"),
+    (["--text-tokens", "x"], "--text-tokens"),
 ])
 def test_wrong_calibration_options(arguments: list[str], named: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("quantize", "demo", "out", *arguments) == 2

@@ -9,6 +9,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -26,6 +27,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from fptq_runtime.artifact.scheme import NumberType
+
+logger = logging.getLogger(__name__)
 
 MANIFEST = "fptq.json"
 EXPORT = "fptq-export.json"  # in place of it, in a directory for another runtime
@@ -211,10 +214,12 @@ def check_files(path: Path) -> Manifest:
     expected = json.dumps({"digest": manifest.digest, "files": state})
     try:
         if stamp.read_text() == expected:
+            logger.info("%s: %d files unchanged since their hashes were checked", path, len(manifest.files))
             return manifest
     except OSError:
         pass
     verify(path)
+    logger.info("%s: hashes of %d files checked", path, len(manifest.files))
     try:
         stamp.parent.mkdir(parents=True, exist_ok=True)
         _write_file(stamp.with_suffix(f".{os.getpid()}"), expected).replace(stamp)
