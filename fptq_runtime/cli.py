@@ -112,18 +112,19 @@ class RecipeName(click.ParamType[str]):
     name = "recipe"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        path = Path(value).expanduser()
-        if path.is_file():
-            return str(path)
         from fptq_runtime.quantizer.recipe import PRESETS
 
-        presets = [preset.name for preset in PRESETS]
-        if value not in presets:
+        path, presets = Path(value).expanduser(), [preset.name for preset in PRESETS]
+        if value in presets:
+            return str(value)
+        if path.is_dir():
+            self.fail(f"{value} is a directory, not a file", param, ctx)
+        if not path.exists():
             from fptq_runtime.locate import did_you_mean
 
             meant = did_you_mean(path, *presets) or f"; the presets are {', '.join(presets)}"
             self.fail(f"{value} is neither a preset nor a file{meant}", param, ctx)
-        return str(value)
+        return str(path)
 
 
 class Threads(click.IntRange):
