@@ -377,51 +377,18 @@ def _api_key_of_environment() -> tuple[str, ...]:
 @activation_option
 @backend_options
 @answers
-def evaluate(model: str, text: Path | None, max_tokens: int | None, choices: Path | None, last_word: Path | None,
-             tasks: tuple[str, ...], limit: int | None, kv_cache_dtype: Any, activations: Any, backend: str,
-             device: str, threads: int) -> Answer:
+def evaluate(model: str, text: Path | None, choices: Path | None, last_word: Path | None, tasks: tuple[str, ...],
+             **options: Any) -> Answer:
     """Perplexity of MODEL, in float or quantized, on a text, and its accuracy in tasks."""
     if not (text or choices or last_word or tasks):
         raise click.UsageError("give what to evaluate on: --text, --choices, --last-word or --task")
     from fptq_runtime.locate import find_artifact
 
     path = find_artifact(model)
-    data: dict[str, Any] = {}
-    lines = []
-    if text is not None:
-        from fptq_runtime.kernels.select import select_backend
-        from fptq_runtime.models.loader import Checkpoint
-        from fptq_runtime.quantizer.calibrate import read_text
-        from fptq_runtime.quantizer.evaluate import evaluate
+    from fptq_runtime.evaluate import evaluate
 
-        kernels = select_backend(backend, threads, Checkpoint(path, activations).linear_schemes, device)
-        result = evaluate(path, read_text(text), kernels, max_tokens=max_tokens, kv_dtype=kv_cache_dtype,
-                          activations=activations, progress=True)
-        data |= asdict(result)
-        lines.append(f"perplexity {result.perplexity:.4f} on {result.text}: {result.tokens} tokens, windows of "
-                     f"{result.window}")
-    if choices or last_word or tasks:
-        from fptq_runtime import tasks as task
-        from fptq_runtime.engine.llm import LLM
-
-        llm = LLM(path, backend=backend, device=device, threads=threads, kv_cache_dtype=kv_cache_dtype,
-                  activations=activations)
-        scorer = task.Scorer(llm, progress=True)
-        if choices is not None:
-            chosen = task.choices(scorer, choices)
-            data["choices"] = asdict(chosen)
-            lines.append(f"accuracy {chosen.accuracy:.2%}, length-normalized {chosen.accuracy_normalized:.2%} on "
-                         f"{chosen.file}: {chosen.questions} questions")
-        if last_word is not None:
-            words = task.last_words(scorer, last_word)
-            data["last_word"] = asdict(words)
-            lines.append(f"last-word accuracy {words.accuracy:.2%}, perplexity {words.perplexity:.4f} on {words.file}: "
-                         f"{words.texts} texts")
-        if tasks:
-            data["tasks"] = task.lm_eval_tasks(scorer, tasks, limit)
-            lines += [f"{name}: {', '.join(f'{key} {value:.4f}' for key, value in metrics.items())}"
-                      for name, metrics in data["tasks"].items()]
-    return data, "\n".join(lines)
+    result = evaluate(path, text, choices, last_word, tasks, progress=True, **options)
+    return result.to_json(), result.summary()
 
 
 @cli.command()
@@ -635,57 +602,19 @@ def verify(artifact: str, backend: str, device: str, threads: int) -> Answer:
 @activation_option
 @backend_options
 @answers
-def bench(artifact: str | None, shape: str | None, head_bits: str, phases: tuple[Any, ...], batches: tuple[int, ...],
-          contexts: tuple[int, ...], steps: int, seconds: float, activations: Any, backend: str, device: str,
-          **options: Any) -> Answer:
+def bench(artifact: str | None, shape: str | None, head_bits: str, activations: Any, **options: Any) -> Answer:
     """Prefill and decode tokens per second of ARTIFACT or a --shape, by batch size and context, and what part of this
     machine's roofs that is."""
     if (artifact is None) == (shape is None):
         raise click.UsageError("give either an ARTIFACT or --shape")
     if shape is not None and activations != "checkpoint":
         raise click.UsageError("--activations is for an ARTIFACT; a --shape has int8 activations")
-    from fptq_runtime import bench
+    from fptq_runtime.bench import bench
+    from fptq_runtime.locate import find_artifact
 
-    if shape is not None:
-        from fptq_runtime.shapes import SHAPES
-
-        model = SHAPES[shape]
-        rows = bench.rows(batches, contexts, model, steps, options["max_num_batched_tokens"])
-        config = bench.bench_config(model, rows, steps, **options)
-        engine = bench.shape_engine(shape, int(head_bits), backend, config, device)
-    else:
-        from fptq_runtime.engine.llm import load_engine
-        from fptq_runtime.locate import find_artifact
-        from fptq_runtime.models.loader import Checkpoint
-
-        path = find_artifact(str(artifact))
-        model = Checkpoint(path).model_config
-        rows = bench.rows(batches, contexts, model, steps, options["max_num_batched_tokens"])
-        config = bench.bench_config(model, rows, steps, **options)
-        engine = load_engine(path, backend=backend, device=device, activations=activations, **asdict(config))
-    bench.measure(engine, bench.Row(1, rows[0].context), steps=1, seconds=0)  # warms up
-    measured, roofs = [], engine.backend.roofs()
-    with click.progressbar(rows, label="measuring", file=sys.stderr) as remaining:
-        for row in remaining:
-            measured += bench.measure(engine, row, phases or bench.PHASES, steps=steps, seconds=seconds)
-            roofs = bench.higher(roofs, engine.backend.roofs())
-    results = [part.against(roofs) for part in measured]
-    name = artifact or f"{shape}, random weights, {head_bits}-bit head"
-    kernels = engine.backend.describe()
-    machine = bench.machine()
-    lines = [name, machine, *(f"{kind}: {kernel}" for kind, kernel in kernels.items())]
-    if roofs is not None:
-        lines.append(f"roofs: {roofs.gops:.0f} GOPS int8, {roofs.read_gb_per_s:.1f} GB/s read")
-    lines.append(f"{'phase':>7} {'batch':>5} {'context':>7} {'tokens/s':>9} {'ms/step':>8} {'of the roof':>16} "
-                 f"{'outside kernels':>15}")
-    for r in results:
-        roof = "" if r.percent_of_roof is None else f"{r.percent_of_roof:.0f} % ({r.bound})"
-        lines.append(f"{r.phase:>7} {r.batch:5} {r.context:7} {r.tokens_per_s:9.1f} {r.step_ms:8.2f} {roof:>16} "
-                     f"{r.percent_outside_kernels:13.1f} %")
-    return {
-        "model": name, "machine": machine, "version": fptq_runtime.__version__, "kernels": kernels,
-        "roofs": None if roofs is None else asdict(roofs), "results": [asdict(result) for result in results],
-    }, "\n".join(lines)
+    model = shape or find_artifact(str(artifact))
+    result = bench(model, name=artifact, head_bits=int(head_bits), activations=activations, progress=True, **options)
+    return result.to_json(), result.table()
 
 
 if __name__ == "__main__":
