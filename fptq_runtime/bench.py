@@ -6,17 +6,22 @@ import platform
 import random
 import statistics
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
-from fptq_runtime.config import EngineConfig, KVCacheDtype, ModelConfig
+from tqdm import tqdm
+
+from fptq_runtime import __version__
+from fptq_runtime.config import Activations, EngineConfig, KVCacheDtype, ModelConfig
 from fptq_runtime.engine.engine import Engine
 from fptq_runtime.engine.kv_cache import token_bytes
+from fptq_runtime.engine.llm import load_engine
 from fptq_runtime.engine.request import SamplingParams
 from fptq_runtime.kernels.base import Roofs
 from fptq_runtime.kernels.select import select_backend
+from fptq_runtime.models.loader import Checkpoint
 from fptq_runtime.models.tokenizer import Tokenizer
 from fptq_runtime.shapes import SHAPES, random_decoder
 
@@ -90,6 +95,33 @@ class Steps:
         )
 
 
+@dataclass(frozen=True)
+class Bench:
+    """roofs: the best that was measured, None where the backend has none. kernels: what `Backend.describe` says."""
+
+    model: str
+    machine: str
+    kernels: Mapping[str, str]
+    roofs: Roofs | None
+    results: tuple[Measurement, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "version": __version__}
+
+    def table(self) -> str:
+        """What was measured on what, and a line for each result."""
+        lines = [self.model, self.machine, *(f"{kind}: {kernel}" for kind, kernel in self.kernels.items())]
+        if self.roofs is not None:
+            lines.append(f"roofs: {self.roofs.gops:.0f} GOPS int8, {self.roofs.read_gb_per_s:.1f} GB/s read")
+        lines.append(f"{'phase':>7} {'batch':>5} {'context':>7} {'tokens/s':>9} {'ms/step':>8} {'of the roof':>16} "
+                     f"{'outside kernels':>15}")
+        for r in self.results:
+            roof = "" if r.percent_of_roof is None else f"{r.percent_of_roof:.0f} % ({r.bound})"
+            lines.append(f"{r.phase:>7} {r.batch:5} {r.context:7} {r.tokens_per_s:9.1f} {r.step_ms:8.2f} {roof:>16} "
+                         f"{r.percent_outside_kernels:13.1f} %")
+        return "\n".join(lines)
+
+
 def higher(before: Roofs | None, after: Roofs | None) -> Roofs | None:
     """A roof is what the machine reached at best: what else it does only ever lowers the measurement."""
     if before is None or after is None:
@@ -147,6 +179,32 @@ def measure(engine: Engine, row: Row, phases: Sequence[Phase] = PHASES, *, steps
         runs.append(_run(engine, row, steps if "decode" in phases else 0, seed=len(runs)))
     return [sorted((run[phase] for run in runs), key=lambda one: one.tokens / one.total_seconds)[len(runs) // 2]
             for phase in phases]
+
+
+def bench(
+    model: Path | str, *, name: str | None = None, head_bits: int = 4, phases: Sequence[Phase] = (),
+    batches: Sequence[int] = (), contexts: Sequence[int] = (), steps: int = 24, seconds: float = 3.0,
+    max_num_batched_tokens: int = 512, kv_cache_dtype: KVCacheDtype = "int8", activations: Activations = "checkpoint",
+    backend: str = "auto", device: str = "auto", threads: int = 0, progress: bool = False,
+) -> Bench:
+    """`measure` every row of `rows`. model: an artifact's path; or a name in `SHAPES`, for random weights and a head of
+    head_bits. phases: both unless given. Raises ValueError, one line."""
+    shape = Checkpoint(model).model_config if isinstance(model, Path) else SHAPES[model]
+    chosen = rows(batches, contexts, shape, steps, max_num_batched_tokens)
+    config = bench_config(shape, chosen, steps, max_num_batched_tokens=max_num_batched_tokens,
+                          kv_cache_dtype=kv_cache_dtype, threads=threads)
+    if isinstance(model, Path):
+        engine = load_engine(model, backend=backend, device=device, activations=activations, **asdict(config))
+        name = name or model.name
+    else:
+        engine = shape_engine(model, head_bits, backend, config, device)
+        name = name or f"{model}, random weights, {head_bits}-bit head"
+    measure(engine, Row(1, chosen[0].context), steps=1, seconds=0)  # warms up
+    measured, roofs = [], engine.backend.roofs()
+    for row in tqdm(chosen, desc="measuring", unit="row", disable=not progress):
+        measured += measure(engine, row, phases or PHASES, steps=steps, seconds=seconds)
+        roofs = higher(roofs, engine.backend.roofs())
+    return Bench(name, machine(), engine.backend.describe(), roofs, tuple(part.against(roofs) for part in measured))
 
 
 def machine() -> str:

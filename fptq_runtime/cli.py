@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import glob
 import json
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
@@ -77,7 +78,10 @@ class Size(click.ParamType[int]):
         match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", value.strip())
         if match is None or match[2].upper() not in _UNITS:
             self.fail(f"{value!r} is not a size like 512MiB or 2GiB", param, ctx)
-        return int(float(match[1]) * _UNITS[match[2].upper()])
+        size = int(float(match[1]) * _UNITS[match[2].upper()])
+        if size < 1:
+            self.fail(f"{value!r} is less than a byte", param, ctx)
+        return size
 
 
 class ExistingFile(click.ParamType[Path]):
@@ -92,7 +96,9 @@ class ExistingFile(click.ParamType[Path]):
         path = Path(value).expanduser()
         if value in self.words:
             return value
-        if not path.exists() or path.is_dir():  # a pipe will do
+        if path.is_dir():
+            self.fail(f"{value} is a directory, not a file", param, ctx)
+        if not path.exists():  # a pipe will do
             from fptq_runtime.locate import did_you_mean
 
             words = "".join(f" or {word}" for word in self.words)
@@ -106,11 +112,34 @@ class RecipeName(click.ParamType[str]):
     name = "recipe"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        if not Path(value).is_file():
-            from fptq_runtime.quantizer.recipe import PRESETS
+        from fptq_runtime.quantizer.recipe import PRESETS
 
-            ExistingFile(*(preset.name for preset in PRESETS)).convert(value, param, ctx)
-        return str(value)
+        path, presets = Path(value).expanduser(), [preset.name for preset in PRESETS]
+        if value in presets:
+            return str(value)
+        if path.is_dir():
+            self.fail(f"{value} is a directory, not a file", param, ctx)
+        if not path.exists():
+            from fptq_runtime.locate import did_you_mean
+
+            meant = did_you_mean(path, *presets) or f"; the presets are {', '.join(presets)}"
+            self.fail(f"{value} is neither a preset nor a file{meant}", param, ctx)
+        return str(path)
+
+
+class Threads(click.IntRange):
+    """0, or at most the machine's logical CPUs: beyond them each step waits for threads that do not run."""
+
+    name = "threads"
+
+    def __init__(self) -> None:
+        super().__init__(min=0)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        threads, cpus = super().convert(value, param, ctx), os.cpu_count() or 1
+        if threads > cpus:
+            self.fail(f"{threads} is more than this machine's {cpus} CPUs", param, ctx)
+        return threads
 
 
 class Percent(click.ParamType[float]):
@@ -188,13 +217,32 @@ def backend_options(command: _Function) -> _Function:
                      show_default=True, help="native: C++; reference: torch, slow; auto: native where it was built."),
         click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True,
                      help="auto: an NVIDIA GPU where torch and Triton can use one."),
-        click.option("--threads", type=click.IntRange(0), default=0, help="0: what machine and quota allow."),
+        click.option("--threads", type=Threads(), default=0, help="0: what machine and quota allow; at most as many "
+                     "as it has CPUs."),
     ]):
         command = option(command)
     return command
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+class Command(click.Command):
+    """Its errors name options as they are typed: --max-model-len, not max_model_len."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except ValueError as error:
+            text = str(error)
+            if error.args == (text,):
+                names = {str(option.name): option.opts[0] for option in self.params if "_" in str(option.name)}
+                error.args = (re.sub(r"(?<![\w/.-])\w+(?![\w/-])", lambda m: names.get(m[0], m[0]), text),)
+            raise
+
+
+class Commands(click.Group):
+    command_class = Command
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(fptq_runtime.__version__, prog_name="fptq", message="%(prog)s %(version)s")
 def cli() -> None:
     """Quantize a language model to W4A8 and serve it.
@@ -235,16 +283,35 @@ def quantize(model: str, out: Path, recipe: str, revision: str | None, max_loss:
     from fptq_runtime.quantizer.pipeline import quantize
     from fptq_runtime.quantizer.report import summarize
 
-    if max_loss is None and extra_bytes is None:
-        manifest = quantize(source, out, recipe, progress=True, **options)
-        return manifest.model_dump(mode="json"), summarize(manifest)
-    from fptq_runtime.analysis.budget import Budget, quantize_within
-    from fptq_runtime.quantizer.recipe import load_recipe
+    with _tells_what_is_left(out):
+        if max_loss is None and extra_bytes is None:
+            manifest = quantize(source, out, recipe, progress=True, **options)
+            return manifest.model_dump(mode="json"), summarize(manifest)
+        from fptq_runtime.analysis.budget import Budget, quantize_within
+        from fptq_runtime.quantizer.recipe import load_recipe
 
-    budget = Budget(max_loss, extra_bytes)
-    manifest, spent = quantize_within(source, out, load_recipe(recipe), budget, progress=True, **options)
+        budget = Budget(max_loss, extra_bytes)
+        manifest, spent = quantize_within(source, out, load_recipe(recipe), budget, progress=True, **options)
     return {**manifest.model_dump(mode="json"), "budget": asdict(spent)}, (
         f"{spent.summary(budget)}\n\n{summarize(manifest)}")
+
+
+@contextlib.contextmanager
+def _tells_what_is_left(out: Path) -> Iterator[None]:
+    """After Ctrl-C, whether OUT or anything beside it that carries its name was written."""
+    def found() -> dict[tuple[str, int, int], str]:
+        at = out.resolve()
+        paths = [path for path in (at, *at.parent.glob(f".{glob.escape(at.name)}.*")) if path.exists()]
+        return {(path.name, path.stat().st_ino, path.stat().st_mtime_ns): path.name for path in paths}
+
+    before = found()
+    try:
+        yield
+    except KeyboardInterrupt:
+        written = [name for key, name in found().items() if key not in before]
+        error = click.ClickException(f"interrupted; {' and '.join(written) or 'nothing'} was written")
+        error.exit_code = 130
+        raise error from None
 
 
 @cli.command()
@@ -253,30 +320,47 @@ def quantize(model: str, out: Path, recipe: str, revision: str | None, max_loss:
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True)
 @click.option("--served-model-name", help="The model id that clients send (the artifact's name).")
 @engine_options
-@click.option("--api-key", "api_keys", multiple=True, envvar="FPTQ_API_KEY",
-              help="Clients must send it as a bearer token; may be given more than once.")
+@click.option("--max-waiting-requests", type=click.IntRange(1), default=256, show_default=True,
+              help="Past so many in the queue a request is refused with 429.")
+@click.option("--max-waiting-tokens", type=click.IntRange(1), default=1 << 20, show_default=True,
+              help="Past so many prompt tokens in the queue a request is refused with 429.")
+@click.option("--api-key", "api_keys", multiple=True, help="Clients must send it as a bearer token; may be given more "
+              "than once. Without it, FPTQ_API_KEY is the key where it is set.")
 @click.option("--public-metrics", is_flag=True, help="/metrics asks for no key.")
 @click.option("--drain-timeout", type=click.FloatRange(0), default=30.0, show_default=True,
               help="Seconds that running requests get after SIGTERM.")
 def serve(artifact: str, host: str, port: int, served_model_name: str | None, api_keys: tuple[str, ...],
           public_metrics: bool, drain_timeout: float, **options: Any) -> None:
     """Serve ARTIFACT over HTTP."""
-    if os.environ.get("FPTQ_API_KEY") == "" and not api_keys:
-        raise click.UsageError("FPTQ_API_KEY is set but empty; give it a key, or unset it to serve without one")
-    from fptq_runtime.locate import DEMO, find_artifact
+    if served_model_name is not None and not served_model_name.strip():
+        raise click.UsageError("--served-model-name is empty; give clients a name, or leave it out")
+    from fptq_runtime.locate import DEMO, find_artifact, find_model
 
-    path = find_artifact(artifact)
-    from fptq_runtime.artifact.io import is_artifact
-    from fptq_runtime.models.loader import Checkpoint
+    find_model(artifact)
     from server.config import ServerConfig
-    from server.main import serve
+    from server.main import bind, serve
 
-    if not is_artifact(path) and not Checkpoint(path).quantized:
-        raise ValueError(f"{artifact} is not quantized; make an artifact with `fptq quantize {artifact} OUT` first")
-    name = served_model_name or (DEMO if artifact == DEMO else None)
-    config = ServerConfig(host=host, port=port, api_keys=api_keys, public_metrics=public_metrics,
-                          drain_timeout=drain_timeout)
-    serve(path, config, model_id=name, **options)
+    config = ServerConfig(host=host, port=port, api_keys=api_keys or _api_key_of_environment(),
+                          public_metrics=public_metrics, drain_timeout=drain_timeout)
+    with bind(host, port) as listener:  # before the model is fetched or made, which can take minutes
+        path = find_artifact(artifact)
+        from fptq_runtime.artifact.io import is_artifact
+        from fptq_runtime.models.loader import Checkpoint
+
+        if not is_artifact(path) and not Checkpoint(path).quantized:
+            raise ValueError(f"{artifact} is not quantized; make an artifact with `fptq quantize {artifact} OUT` first")
+        name = served_model_name or (DEMO if artifact == DEMO else None)
+        serve(path, config, model_id=name, listener=listener, **options)
+
+
+def _api_key_of_environment() -> tuple[str, ...]:
+    """FPTQ_API_KEY as one key, whatever spaces are in it; those around it, as a file's last newline, are not its."""
+    key = os.environ.get("FPTQ_API_KEY")
+    if key is None:
+        return ()
+    if not key.strip():
+        raise click.UsageError("FPTQ_API_KEY is set but empty; give it a key, or unset it to serve without one")
+    return (key.strip(),)
 
 
 @cli.command("eval")
@@ -293,51 +377,18 @@ def serve(artifact: str, host: str, port: int, served_model_name: str | None, ap
 @activation_option
 @backend_options
 @answers
-def evaluate(model: str, text: Path | None, max_tokens: int | None, choices: Path | None, last_word: Path | None,
-             tasks: tuple[str, ...], limit: int | None, kv_cache_dtype: Any, activations: Any, backend: str,
-             device: str, threads: int) -> Answer:
+def evaluate(model: str, text: Path | None, choices: Path | None, last_word: Path | None, tasks: tuple[str, ...],
+             **options: Any) -> Answer:
     """Perplexity of MODEL, in float or quantized, on a text, and its accuracy in tasks."""
     if not (text or choices or last_word or tasks):
         raise click.UsageError("give what to evaluate on: --text, --choices, --last-word or --task")
     from fptq_runtime.locate import find_artifact
 
     path = find_artifact(model)
-    data: dict[str, Any] = {}
-    lines = []
-    if text is not None:
-        from fptq_runtime.kernels.select import select_backend
-        from fptq_runtime.models.loader import Checkpoint
-        from fptq_runtime.quantizer.calibrate import read_text
-        from fptq_runtime.quantizer.evaluate import evaluate
+    from fptq_runtime.evaluate import evaluate
 
-        kernels = select_backend(backend, threads, Checkpoint(path, activations).linear_schemes, device)
-        result = evaluate(path, read_text(text), kernels, max_tokens=max_tokens, kv_dtype=kv_cache_dtype,
-                          activations=activations, progress=True)
-        data |= asdict(result)
-        lines.append(f"perplexity {result.perplexity:.4f} on {result.text}: {result.tokens} tokens, windows of "
-                     f"{result.window}")
-    if choices or last_word or tasks:
-        from fptq_runtime import tasks as task
-        from fptq_runtime.engine.llm import LLM
-
-        llm = LLM(path, backend=backend, device=device, threads=threads, kv_cache_dtype=kv_cache_dtype,
-                  activations=activations)
-        scorer = task.Scorer(llm, progress=True)
-        if choices is not None:
-            chosen = task.choices(scorer, choices)
-            data["choices"] = asdict(chosen)
-            lines.append(f"accuracy {chosen.accuracy:.2%}, length-normalized {chosen.accuracy_normalized:.2%} on "
-                         f"{chosen.file}: {chosen.questions} questions")
-        if last_word is not None:
-            words = task.last_words(scorer, last_word)
-            data["last_word"] = asdict(words)
-            lines.append(f"last-word accuracy {words.accuracy:.2%}, perplexity {words.perplexity:.4f} on {words.file}: "
-                         f"{words.texts} texts")
-        if tasks:
-            data["tasks"] = task.lm_eval_tasks(scorer, tasks, limit)
-            lines += [f"{name}: {', '.join(f'{key} {value:.4f}' for key, value in metrics.items())}"
-                      for name, metrics in data["tasks"].items()]
-    return data, "\n".join(lines)
+    result = evaluate(path, text, choices, last_word, tasks, progress=True, **options)
+    return result.to_json(), result.summary()
 
 
 @cli.command()
@@ -468,11 +519,12 @@ def generate(artifact: str, prompt: str, max_tokens: int, temperature: float, to
               "with fptq).")
 @click.option("--text-tokens", type=click.IntRange(2), default=16384, show_default=True,
               help="Read only the first tokens of it.")
+@click.option("--overwrite", is_flag=True, help="Replace an artifact or an earlier export at OUT.")
 @backend_options
 @answers
-def export(artifact: str, out: Path, target: str, text: Path | None, text_tokens: int, backend: str, device: str,
-           threads: int) -> Answer:
-    """Write ARTIFACT into the new directory OUT for another runtime, every quantized input dynamic per token."""
+def export(artifact: str, out: Path, target: str, text: Path | None, text_tokens: int, overwrite: bool, backend: str,
+           device: str, threads: int) -> Answer:
+    """Write ARTIFACT into the directory OUT for another runtime, every quantized input dynamic per token."""
     from fptq_runtime.locate import find_artifact
 
     path = find_artifact(artifact)
@@ -483,7 +535,7 @@ def export(artifact: str, out: Path, target: str, text: Path | None, text_tokens
 
     kernels = select_backend(backend, threads, Checkpoint(path).linear_schemes, device)
     measured_on = packaged_text("heldout") if text is None else read_text(text)
-    result = export(path, out, measured_on, kernels, text_tokens, progress=True)
+    result = export(path, out, measured_on, kernels, text_tokens, overwrite, progress=True)
     change = result.perplexity_after / result.perplexity_before - 1
     return {"target": target, **asdict(result)}, (
         f"perplexity {result.perplexity_before:.3f} before, {result.perplexity_after:.3f} after ({change:+.2%}) on "
@@ -550,57 +602,19 @@ def verify(artifact: str, backend: str, device: str, threads: int) -> Answer:
 @activation_option
 @backend_options
 @answers
-def bench(artifact: str | None, shape: str | None, head_bits: str, phases: tuple[Any, ...], batches: tuple[int, ...],
-          contexts: tuple[int, ...], steps: int, seconds: float, activations: Any, backend: str, device: str,
-          **options: Any) -> Answer:
+def bench(artifact: str | None, shape: str | None, head_bits: str, activations: Any, **options: Any) -> Answer:
     """Prefill and decode tokens per second of ARTIFACT or a --shape, by batch size and context, and what part of this
     machine's roofs that is."""
     if (artifact is None) == (shape is None):
         raise click.UsageError("give either an ARTIFACT or --shape")
     if shape is not None and activations != "checkpoint":
         raise click.UsageError("--activations is for an ARTIFACT; a --shape has int8 activations")
-    from fptq_runtime import bench
+    from fptq_runtime.bench import bench
+    from fptq_runtime.locate import find_artifact
 
-    if shape is not None:
-        from fptq_runtime.shapes import SHAPES
-
-        model = SHAPES[shape]
-        rows = bench.rows(batches, contexts, model, steps, options["max_num_batched_tokens"])
-        config = bench.bench_config(model, rows, steps, **options)
-        engine = bench.shape_engine(shape, int(head_bits), backend, config, device)
-    else:
-        from fptq_runtime.engine.llm import load_engine
-        from fptq_runtime.locate import find_artifact
-        from fptq_runtime.models.loader import Checkpoint
-
-        path = find_artifact(str(artifact))
-        model = Checkpoint(path).model_config
-        rows = bench.rows(batches, contexts, model, steps, options["max_num_batched_tokens"])
-        config = bench.bench_config(model, rows, steps, **options)
-        engine = load_engine(path, backend=backend, device=device, activations=activations, **asdict(config))
-    bench.measure(engine, bench.Row(1, rows[0].context), steps=1, seconds=0)  # warms up
-    measured, roofs = [], engine.backend.roofs()
-    with click.progressbar(rows, label="measuring", file=sys.stderr) as remaining:
-        for row in remaining:
-            measured += bench.measure(engine, row, phases or bench.PHASES, steps=steps, seconds=seconds)
-            roofs = bench.higher(roofs, engine.backend.roofs())
-    results = [part.against(roofs) for part in measured]
-    name = artifact or f"{shape}, random weights, {head_bits}-bit head"
-    kernels = engine.backend.describe()
-    machine = bench.machine()
-    lines = [name, machine, *(f"{kind}: {kernel}" for kind, kernel in kernels.items())]
-    if roofs is not None:
-        lines.append(f"roofs: {roofs.gops:.0f} GOPS int8, {roofs.read_gb_per_s:.1f} GB/s read")
-    lines.append(f"{'phase':>7} {'batch':>5} {'context':>7} {'tokens/s':>9} {'ms/step':>8} {'of the roof':>16} "
-                 f"{'outside kernels':>15}")
-    for r in results:
-        roof = "" if r.percent_of_roof is None else f"{r.percent_of_roof:.0f} % ({r.bound})"
-        lines.append(f"{r.phase:>7} {r.batch:5} {r.context:7} {r.tokens_per_s:9.1f} {r.step_ms:8.2f} {roof:>16} "
-                     f"{r.percent_outside_kernels:13.1f} %")
-    return {
-        "model": name, "machine": machine, "version": fptq_runtime.__version__, "kernels": kernels,
-        "roofs": None if roofs is None else asdict(roofs), "results": [asdict(result) for result in results],
-    }, "\n".join(lines)
+    model = shape or find_artifact(str(artifact))
+    result = bench(model, name=artifact, head_bits=int(head_bits), activations=activations, progress=True, **options)
+    return result.to_json(), result.table()
 
 
 if __name__ == "__main__":

@@ -67,8 +67,9 @@ def did_you_mean(path: Path, *others: str) -> str:
     parent = path.parent
     while not parent.is_dir():
         path, parent = parent, parent.parent
-    neighbours = [entry.name for entry in parent.iterdir()]
-    close = difflib.get_close_matches(path.name, [*others, *neighbours], n=1)
+    names = [*others, *(entry.name for entry in parent.iterdir())]
+    swapped = [name for name in names if sorted(name) == sorted(path.name)]  # fqtp, to which qat is closer than fptq
+    close = swapped or difflib.get_close_matches(path.name, names, n=1)
     return f"; did you mean {close[0] if close[0] in others else parent / close[0]}?" if close else ""
 
 

@@ -34,17 +34,18 @@ class AddressError(ValueError):
     """The host and port cannot be served on."""
 
 
-def serve(path: Path | str, config: ServerConfig, *, model_id: str | None = None, backend: str = "auto",
-          **engine_options: Any) -> None:
+def serve(path: Path | str, config: ServerConfig, *, model_id: str | None = None,
+          listener: socket.socket | None = None, backend: str = "auto", **engine_options: Any) -> None:
     """Serve a model directory until SIGTERM or SIGINT: then requests that run get config.drain_timeout seconds, and a
     second signal ends them at once.
 
-    model_id: the name clients use, the directory's unless given. backend and engine_options are load_engine's.
-    Raises ValueError, one line, where the address, the model or an option cannot be used.
+    model_id: the name clients use, the directory's unless given. listener: what `bind` gave, where the caller did that
+    itself. backend and engine_options are load_engine's. Raises ValueError, one line, where the address, the model or
+    an option cannot be used.
     """
     path = Path(path)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
-    with bind(config.host, config.port) as listener:  # before the model loads, which can take minutes
+    with listener or bind(config.host, config.port) as listener:  # before the model loads, which can take minutes
         log.info("loading %s", path)
         # What the endpoints import takes a good part of the time that a small model loads in.
         threading.Thread(target=import_module, args=("server.app",), daemon=True).start()

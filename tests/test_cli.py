@@ -5,9 +5,11 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
@@ -16,6 +18,7 @@ from hypothesis import strategies as st
 
 import fptq_runtime
 from fptq_runtime import cli, locate
+from fptq_runtime.config import EngineConfig
 
 
 def run(*arguments: str) -> int:
@@ -59,6 +62,27 @@ def test_interrupt_is_quiet(failing: dict[str, BaseException], capsys: pytest.Ca
     failing["error"] = KeyboardInterrupt()
     assert run("fail") == 130
     assert capsys.readouterr().err.strip() == ""
+
+
+@pytest.mark.parametrize(("written", "line"), [
+    ((), "interrupted; nothing was written"), (("out",), "interrupted; out was written"),
+    ((".out.state",), "interrupted; .out.state was written"),
+])
+def test_an_interrupted_quantize_says_what_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                   capsys: pytest.CaptureFixture[str], written: tuple[str, ...],
+                                                   line: str) -> None:
+    from fptq_runtime.quantizer import pipeline
+
+    def quantize(*arguments: object, **options: object) -> None:
+        (tmp_path / ".out.partial-1-x").rmdir()
+        for name in written:
+            (tmp_path / name).mkdir()
+        raise KeyboardInterrupt
+
+    (tmp_path / ".out.partial-1-x").mkdir()
+    monkeypatch.setattr(pipeline, "quantize", quantize)
+    assert run("quantize", "demo", str(tmp_path / "out")) == 130
+    assert capsys.readouterr().err == f"fptq: {line}\n"
 
 
 def test_wrong_usage_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -150,10 +174,88 @@ def test_find_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         locate.find_model("demo", "main")
 
 
-def test_an_empty_key_is_no_key(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setenv("FPTQ_API_KEY", "")
-    assert run("serve", "demo") == 2
+Served = list[tuple[Any, dict[str, Any]]]
+
+
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> Served:
+    """What `fptq serve demo --port 0` would serve, by its ServerConfig and options; nothing is loaded."""
+    calls: Served = []
+    monkeypatch.setattr("server.main.serve", lambda path, config, **options: calls.append((config, options)))
+    monkeypatch.setattr(locate, "find_artifact", lambda name: Path(name))
+    monkeypatch.setattr("fptq_runtime.artifact.io.is_artifact", lambda path: True)
+    monkeypatch.delenv("FPTQ_API_KEY", raising=False)
+    return calls
+
+
+@pytest.mark.parametrize("key", ["", " ", "\n", " \t\n"])
+def test_an_empty_key_is_no_key(served: Served, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+                                key: str) -> None:
+    monkeypatch.setenv("FPTQ_API_KEY", key)
+    assert run("serve", "demo", "--port", "0") == 2
     assert "FPTQ_API_KEY is set but empty" in capsys.readouterr().err
+    monkeypatch.delenv("FPTQ_API_KEY")
+    assert run("serve", "demo", "--port", "0", "--api-key", key) == 1
+    assert "api key" in capsys.readouterr().err
+    assert not served
+
+
+def test_the_environments_key_is_one(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run("serve", "demo", "--port", "0") == 0
+    for value in ("my secret", " my secret\n"):
+        monkeypatch.setenv("FPTQ_API_KEY", value)
+        assert run("serve", "demo", "--port", "0") == 0
+    assert run("serve", "demo", "--port", "0", "--api-key", "a", "--api-key", "b c") == 0
+    assert [config.api_keys for config, _ in served] == [(), ("my secret",), ("my secret",), ("a", "b c")]
+
+
+def test_what_serve_cannot_do_is_said_before_a_model_is_fetched(monkeypatch: pytest.MonkeyPatch,
+                                                               capsys: pytest.CaptureFixture[str]) -> None:
+    def fetch(name: str) -> Path:
+        raise AssertionError(f"{name} was fetched")
+
+    monkeypatch.setattr(locate, "find_artifact", fetch)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        for arguments, message in {
+            ("--port", str(taken.getsockname()[1])): "already in use",
+            ("--host", "203.0.113.1"): "not an address of this machine",
+            ("--api-key", "é"): "api key",
+            ("--drain-timeout", "inf"): "must be 0 or more seconds",
+            ("--served-model-name=",): "--served-model-name is empty",
+        }.items():
+            assert run("serve", "demo", *arguments) != 0
+            assert message in capsys.readouterr().err
+
+
+def test_errors_name_options_as_they_are_typed(served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                               capsys: pytest.CaptureFixture[str]) -> None:
+    def refuse(path: Path, config: object, **options: object) -> None:
+        raise ValueError("/max_num_seqs/x: max_model_len 9 exceeds 8: lower it, max_tokens or kv_cache_dtype")
+
+    monkeypatch.setattr("server.main.serve", refuse)
+    for arguments, message in {
+        (): "/max_num_seqs/x: --max-model-len 9 exceeds 8: lower it, max_tokens or --kv-cache-dtype\n",
+        ("--drain-timeout", "nan"): "--drain-timeout must be 0 or more seconds, not nan\n",
+        ("--kv-cache-memory", "0"): "'--kv-cache-memory': '0' is less than a byte (see",
+        ("--kv-cache-memory", "0.1"): "'--kv-cache-memory': '0.1' is less than a byte (see",
+    }.items():
+        assert run("serve", "demo", "--port", "0", *arguments) != 0
+        assert message in capsys.readouterr().err
+
+
+def test_the_queues_limits(served: Served) -> None:
+    assert run("serve", "demo", "--port", "0") == 0
+    assert run("serve", "demo", "--port", "0", "--max-waiting-requests", "3", "--max-waiting-tokens", "9") == 0
+    limits = [(options["max_waiting_requests"], options["max_waiting_tokens"]) for _, options in served]
+    assert limits == [(EngineConfig.max_waiting_requests, EngineConfig.max_waiting_tokens), (3, 9)]
+
+
+def test_more_threads_than_cpus(served: Served, capsys: pytest.CaptureFixture[str]) -> None:
+    cpus = os.cpu_count() or 1
+    assert run("serve", "demo", "--port", "0", "--threads", str(cpus + 1)) == 2
+    assert f"'--threads': {cpus + 1} is more than this machine's {cpus} CPUs" in capsys.readouterr().err
+    assert run("serve", "demo", "--port", "0", "--threads", str(cpus)) == 0
+    assert len(served) == 1
 
 
 def test_bench_of_nothing_or_of_both(capsys: pytest.CaptureFixture[str]) -> None:
@@ -188,7 +290,10 @@ def test_quantize_options_are_the_functions_arguments(tmp_path: Path, monkeypatc
 @pytest.mark.parametrize(("arguments", "named"), [
     (["--num-samples", "0"], "--num-samples"), (["--sample-length", "1"], "--sample-length"),
     (["--lengths", "absent.csv"], "absent.csv"), (["--text", "absent.txt"], "absent.txt"),
-    (["--calibration", "slef"], "did you mean self"), (["--text-tokens", "x"], "--text-tokens"),
+    (["--calibration", "slef"], "did you mean self"), (["--calibration", "/"], "/ is a directory, not a file ("),
+    (["--recipe", "fqtp"], "fqtp is neither a preset nor a file; did you mean fptq? ("),
+    (["--recipe", "xyz"], "the presets are fptq-best, fptq,"), (["--recipe", "/"], "/ is a directory, not a file ("),
+    (["--text-tokens", "x"], "--text-tokens"),
 ])
 def test_wrong_calibration_options(arguments: list[str], named: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("quantize", "demo", "out", *arguments) == 2

@@ -106,7 +106,7 @@ def analyze(
     missing = [unit for unit in study.plan(studies) if unit.key not in journal.results]
     with tqdm(total=sum(unit.passes for unit in missing), desc="analyzing", unit="pass",
               disable=not (progress and missing), bar_format="{l_bar}{bar}| {elapsed}, about {remaining} left") as bar:
-        study.run(missing, bar)
+        study.run(missing, bar, quick={*studies} <= {*QUICK})
     results = journal.results
     return {
         "model": name or source.name, "version": __version__, "recipe": recipe.model_dump(mode="json"),
@@ -182,8 +182,9 @@ class _Study:
             *(unit for study in by_study if study in studies for unit in by_study[study]),
         ]
 
-    def run(self, units: Sequence[Unit], bar: tqdm[Any]) -> None:
-        """Measure what the journal does not have. A unit's passes are counted when it is through."""
+    def run(self, units: Sequence[Unit], bar: tqdm[Any], quick: bool) -> None:
+        """Measure what the journal does not have. A unit's passes are counted when it is through. quick: there is
+        nothing that takes less time to point to."""
         if not units and "manifest" in self._journal.results:
             return
         own = self._walk_passes(self._options["num_samples"]) + self._layers
@@ -204,8 +205,8 @@ class _Study:
             done += unit.passes
             if unit.key == "inputs" and bar.total:
                 seconds = (time.monotonic() - started) / done * (sum(unit.passes for unit in units) - done)
-                bar.write(f"about {_minutes(seconds)} for {len(units)} measurements; results are kept as they come, "
-                          "--quick measures fewer", file=sys.stderr)
+                bar.write(f"about {_minutes(seconds)} for {len(units)} measurements; results are kept as they come"
+                          + ("" if quick else ", --quick measures fewer"), file=sys.stderr)
 
     def _walk_passes(self, samples: int) -> float:
         """The quantizer's walk in passes over the measured text: observing, searching and running on, roughly."""

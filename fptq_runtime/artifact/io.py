@@ -9,6 +9,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -27,7 +28,10 @@ from safetensors.numpy import save_file
 
 from fptq_runtime.artifact.scheme import NumberType
 
+logger = logging.getLogger(__name__)
+
 MANIFEST = "fptq.json"
+EXPORT = "fptq-export.json"  # in place of it, in a directory for another runtime
 _NO_DIGEST = "0" * 64
 _MANIFEST_LIMIT = 256 << 20  # bytes of fptq.json that are read at all
 
@@ -149,6 +153,11 @@ def is_artifact(path: Path) -> bool:
     return (path / MANIFEST).is_file()
 
 
+def _is_ours(path: Path) -> bool:
+    """fptq wrote it, so that --overwrite may replace it."""
+    return is_artifact(path) or (path / EXPORT).is_file()
+
+
 def read_manifest(path: Path) -> Manifest:
     """fptq.json of an artifact, its digest checked. Raises ArtifactError."""
     file = path / MANIFEST
@@ -205,10 +214,12 @@ def check_files(path: Path) -> Manifest:
     expected = json.dumps({"digest": manifest.digest, "files": state})
     try:
         if stamp.read_text() == expected:
+            logger.info("%s: %d files unchanged since their hashes were checked", path, len(manifest.files))
             return manifest
     except OSError:
         pass
     verify(path)
+    logger.info("%s: hashes of %d files checked", path, len(manifest.files))
     try:
         stamp.parent.mkdir(parents=True, exist_ok=True)
         _write_file(stamp.with_suffix(f".{os.getpid()}"), expected).replace(stamp)
@@ -235,8 +246,8 @@ class ArtifactWriter:
     """Builds an artifact in a hidden sibling of `out` and renames it into place on `commit`.
 
     Leaving the `with` block without a commit removes everything. Tensors are written in shards of at most shard_bytes,
-    each as soon as it is full. Raises ArtifactError where `out` exists, unless it is empty or an artifact that
-    `overwrite` allows to replace.
+    each as soon as it is full. Raises ArtifactError where `out` exists, unless it is empty or an artifact or export
+    that `overwrite` allows to replace.
     """
 
     def __init__(self, out: Path, overwrite: bool = False, shard_bytes: int = 4 << 30) -> None:
@@ -249,7 +260,7 @@ class ArtifactWriter:
         if self._out.is_mount():
             raise ArtifactError(f"{out} is a mount point, which cannot be replaced; choose a directory in it")
         if self._out.exists() and not (self._out.is_dir() and not any(self._out.iterdir())):
-            if not is_artifact(self._out):
+            if not _is_ours(self._out):
                 raise ArtifactError(f"{out} exists and is not an fptq artifact; choose another output directory")
             if not overwrite:
                 raise ArtifactError(f"{out} exists; choose another output directory or pass --overwrite")
@@ -332,8 +343,10 @@ class ArtifactWriter:
         _write_file(self.directory / MANIFEST, unsigned.to_json())
         self._move()
 
-    def publish(self) -> int:
-        """`commit` for a directory that is not to be an artifact: without fptq.json. Returns its bytes."""
+    def publish(self, about: Mapping[str, Any]) -> int:
+        """`commit` for a directory that is not to be an artifact: fptq-export.json, which says what it is about, stands
+        in for fptq.json. Returns its bytes."""
+        self.add_file(EXPORT, json.dumps(about, indent=1) + "\n")
         with self._writing():
             files = sorted(file for file in self.directory.iterdir() if file.name != MANIFEST)
             for file in files:
@@ -345,7 +358,7 @@ class ArtifactWriter:
 
     def _move(self) -> None:
         _sync(self.directory)
-        if is_artifact(self._out):
+        if _is_ours(self._out):
             # A directory cannot be renamed over a full one, so the old artifact steps aside first.
             old = Path(tempfile.mkdtemp(prefix=f".{self._out.name}.old-", dir=self._out.parent))
             self._out.rename(old / "artifact")

@@ -63,8 +63,8 @@ class CpuBackend:
             raise ValueError(f"FPTQ_ISA: {error}" if isa is None else str(error)) from None
         available = available_threads()
         if threads > available:
-            logging.getLogger(__name__).warning("%d threads on %d cores: those beyond the cores slow every step down",
-                                                threads, available)
+            logging.getLogger(__name__).warning("%d threads on %d cores (what mask and quota leave): those beyond slow "
+                                                "every step down", threads, available)
         self._pool = _native.ThreadPool(threads or available)
         self._sampler = _native.Sampler(self._pool, self._isa)
         self._linears: dict[str, str] = {}  # the kernel of each kind that was prepared

@@ -37,6 +37,8 @@ def select_backend(name: str = "auto", threads: int = 0, schemes: Mapping[str, L
         if device == "cuda":
             raise ValueError(f"cannot run on the GPU: {why_not}")
         logger.warning("running on the CPU: %s", why_not)
+    if threads > (os.cpu_count() or 1):
+        raise ValueError(f"threads must be at most {os.cpu_count() or 1}, this machine's CPUs, not {threads}")
     if name != "reference":
         without = without_kernel(schemes or {})
         try:

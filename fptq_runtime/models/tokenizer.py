@@ -113,10 +113,6 @@ class Tokenizer:
         token_id: int | None = None if token is None else self._backend.token_to_id(token)
         return token_id
 
-    @property
-    def has_chat_template(self) -> bool:
-        return bool(self._chat_template)
-
     def info(self) -> dict[str, Any]:
         """The special tokens by their role, and the chat template."""
         return {**self._special_tokens, "chat_template": self._chat_template, "vocab_size": self.vocab_size}

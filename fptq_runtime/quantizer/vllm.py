@@ -11,11 +11,13 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from ml_dtypes import bfloat16
 
-from fptq_runtime.artifact.io import ArtifactWriter, check_files, is_artifact
+from fptq_runtime import __version__
+from fptq_runtime.artifact.io import ArtifactError, ArtifactWriter, check_files, is_artifact
 from fptq_runtime.artifact.scheme import LayerScheme
 from fptq_runtime.kernels.base import ActivationQuant, Array, Backend, Embedding, Linear, Norm, QuantizedWeight
 from fptq_runtime.models.formats import dequantize, unpack
@@ -41,9 +43,11 @@ class Export:
 
 
 def export(path: Path, out: Path, text: Text, backend: Backend, text_tokens: int | None = None,
-           progress: bool = False) -> Export:
-    """Write the quantized model at `path` to the new directory `out`, whole or not at all. Raises ValueError, one line,
-    where vLLM could not run a layer."""
+           overwrite: bool = False, progress: bool = False) -> Export:
+    """Write the quantized model at `path` to the directory `out`, whole or not at all; overwrite: in place of an
+    artifact or an earlier export there. Raises ValueError, one line, where vLLM could not run a layer."""
+    if out.resolve() == path.resolve():
+        raise ArtifactError(f"{out} is what is exported; choose another output directory")
     if is_artifact(path):
         check_files(path)
     checkpoint = Checkpoint(path)
@@ -53,7 +57,7 @@ def export(path: Path, out: Path, text: Text, backend: Backend, text_tokens: int
     schemes: dict[str, LayerScheme] = {}
     ignored: list[str] = []
     static = 0
-    with ArtifactWriter(out) as writer:
+    with ArtifactWriter(out, overwrite) as writer:
         for name, module in _modules(checkpoint):
             if isinstance(module, Linear):
                 static += module.act is not None and module.act.scale is not None
@@ -72,8 +76,12 @@ def export(path: Path, out: Path, text: Text, backend: Backend, text_tokens: int
         copy_companions(path, writer)
         before, after = (perplexity(load_model(Checkpoint(model), backend), backend, windows, progress=progress)
                          for model in (path, writer.directory))
-        size = writer.publish()
-    return Export(before[0], after[0], text.name, text.sha256, before[1], static, size)
+        measured: dict[str, Any] = {
+            "perplexity_before": before[0], "perplexity_after": after[0], "text": text.name,
+            "text_sha256": text.sha256, "tokens": before[1], "static_inputs": static,
+        }
+        size = writer.publish({"target": "vllm", "fptq_version": __version__, **measured})
+    return Export(**measured, bytes=size)
 
 
 def _modules(checkpoint: Checkpoint) -> Iterator[tuple[str, Linear | Norm | Embedding]]:

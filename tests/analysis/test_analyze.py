@@ -158,7 +158,9 @@ def test_the_command(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     with pytest.raises(SystemExit) as exit_code:
         cli.main([*arguments, "--json"])
     assert exit_code.value.code == 0
-    answer = json.loads(capsys.readouterr().out)
+    out, err = capsys.readouterr()
+    assert "results are kept as they come\n" in err
+    answer = json.loads(out)
     assert answer == json.loads((tmp_path / "r" / "analysis.json").read_text())
     assert {"outcome", "verdict", "reasons", "keep", "next_recipe", "qat"} <= set(answer["recommendation"])
     assert (tmp_path / "r" / "index.html").read_text().startswith("<!doctype html>")

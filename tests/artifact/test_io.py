@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import resource
 from collections.abc import Iterator
@@ -242,7 +243,8 @@ def test_an_artifact_that_cannot_be_replaced_stays(tmp_path: Path, monkeypatch: 
     assert [file.name for file in tmp_path.iterdir()] == ["out"]
 
 
-def test_full_hashes_once_then_size_and_mtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_hashes_once_then_size_and_mtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                              caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     out = tmp_path / "out"
     manifest = write(out)
@@ -254,7 +256,11 @@ def test_full_hashes_once_then_size_and_mtime(tmp_path: Path, monkeypatch: pytes
         return hash_file(path)
 
     monkeypatch.setattr(io, "hash_file", counted)
-    assert check_files(out) == check_files(out) == manifest
+    with caplog.at_level(logging.INFO):
+        assert check_files(out) == check_files(out) == manifest
+    files = len(manifest.files)
+    assert caplog.messages == [f"{out}: hashes of {files} files checked",
+                               f"{out}: {files} files unchanged since their hashes were checked"]
     assert sorted(hashed) == sorted(manifest.files)
     weights = out / "model.safetensors"
     changed = bytearray(weights.read_bytes())

@@ -129,10 +129,10 @@ def test_commands_run_every_artifact(artifacts: dict[str, Path], capsys: pytest.
         bench = json.loads(fptq("bench", path, "--batch", 1, "--context", 8, "--steps", 2, "--seconds", 0, "--json",
                                 *native, *option))
         assert ("linear int4" in bench["kernels"]) == bool(option)
-        fptq("serve", path, *option)
+        fptq("serve", path, "--port", 0, *option)
         assert served.pop()[1]["activations"] == ("int8" if option else "checkpoint")
         if not option:
             assert "match their hashes" in fptq("verify", path, *native)
     with pytest.raises(SystemExit):
-        cli.main(["serve", str(artifacts["float"])])
+        cli.main(["serve", str(artifacts["float"]), "--port", "0"])
     assert "is not quantized; make an artifact with `fptq quantize" in capsys.readouterr().err and not served

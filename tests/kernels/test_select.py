@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from types import SimpleNamespace
 
@@ -24,6 +25,13 @@ def test_reference_stands_in_where_it_is_not(monkeypatch: pytest.MonkeyPatch, ca
     with pytest.raises(ValueError, match="pip install") as caught:
         select_backend("native")
     assert "\n" not in str(caught.value)
+
+
+def test_more_threads_than_cpus_are_refused() -> None:
+    cpus = os.cpu_count() or 1
+    for name in ("auto", "native", "reference"):
+        with pytest.raises(ValueError, match=f"threads must be at most {cpus}, this machine's CPUs, not {cpus + 1}"):
+            select_backend(name, threads=cpus + 1)
 
 
 def test_reference_and_unknown_names() -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors.torch import load_file
 
+from fptq_runtime.artifact.io import ArtifactError
 from fptq_runtime.kernels.reference import ReferenceBackend
 from fptq_runtime.models.loader import Checkpoint, CheckpointError
 from fptq_runtime.models.tokenizer import Tokenizer
@@ -81,6 +83,23 @@ def test_refusals_leave_nothing(tmp_path: Path, heldout: Text) -> None:
     with pytest.raises(CheckpointError, match="not quantized"):
         export(tmp_path / "source", tmp_path / "out", heldout, ReferenceBackend(), 100)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["artifact", "source"]
+
+
+def test_what_an_export_may_replace(tmp_path: Path, heldout: Text) -> None:
+    """An artifact or an earlier export, when told to; never the artifact that it is made from, nor what is not ours."""
+    source = artifact(tmp_path)
+    for out in (shutil.copytree(source, tmp_path / "old"), tmp_path / "old"):
+        with pytest.raises(ArtifactError, match="--overwrite"):
+            export(source, out, heldout, ReferenceBackend(), 100)
+        result = export(source, out, heldout, ReferenceBackend(), 100, overwrite=True)
+        about = json.loads((out / "fptq-export.json").read_text())
+        assert (about["target"], about["perplexity_after"]) == ("vllm", result.perplexity_after)
+        assert not (out / "fptq.json").exists() and len(Checkpoint(out).linear_schemes)
+    with pytest.raises(ArtifactError, match="is what is exported"):
+        export(source, tmp_path / "old" / ".." / "artifact", heldout, ReferenceBackend(), 100, overwrite=True)
+    with pytest.raises(ArtifactError, match="not an fptq artifact"):
+        export(source, tmp_path / "source", heldout, ReferenceBackend(), 100, overwrite=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["artifact", "old", "source"]
 
 
 def test_an_imported_checkpoint_can_be_exported(tmp_path: Path, heldout: Text) -> None:
