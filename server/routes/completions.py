@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import uuid
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +17,7 @@ from server.errors import ERROR_RESPONSES, APIError
 from server.generation import Generation, openai_reason
 from server.logprobs import LogprobsRenderer, TextPosition, TokenTexts
 from server.protocol import CompletionChoice, CompletionLogprobs, CompletionRequest, CompletionResponse, Usage
+from server.record import record_of
 from server.sse import STREAM_RESPONSE, EventStream, TextTemplate, run_while_connected
 from server.validation import (
     check_length,
@@ -127,7 +127,7 @@ def completions_router(engine: AsyncEngine, tokenizer: Tokenizer, texts: TokenTe
         params = sampling_params(body, max_tokens=max_tokens, logprobs=body.logprobs,
                                  prompt_logprobs=body.logprobs if body.echo else None)
         include_usage, continuous_usage = stream_usage(body)
-        generation = Generation(engine, f"cmpl-{uuid.uuid4().hex}", prompts, params)
+        generation = Generation(engine, record_of(request.scope), "cmpl", prompts, params)
         reply = Reply(
             id=generation.id,
             model=model.id,

@@ -99,13 +99,18 @@ def test_preemption_happens_and_changes_nothing() -> None:
     params = [greedy(max_tokens=60, logprobs=1), greedy(max_tokens=60, prompt_logprobs=1)] * 2
     for i, prompt in enumerate(prompts):
         engine.add_request(str(i), prompt, params[i])
-    preemptions, events = 0, {}
+    preemptions, prompt_tokens, recomputed, computed, events = 0, 0, 0, 0, {}
     while engine.has_unfinished_requests:
         outputs, stats = engine.step()
         preemptions += stats.preemptions
+        prompt_tokens += stats.prompt_tokens
+        recomputed += stats.recomputed_tokens
+        computed += stats.batch_tokens
         for output in outputs:
             events.setdefault(output.request_id, []).append(output)
     assert preemptions > 0
+    assert prompt_tokens == sum(map(len, prompts)), "what is computed again is not counted again"
+    assert computed - recomputed == sum(len(prompt) + 60 - 1 for prompt in prompts)
     for i, prompt in enumerate(prompts):
         assert gist(events[str(i)]) == gist(one(prompt, params[i]))
 

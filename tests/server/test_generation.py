@@ -23,11 +23,11 @@ def test_full_queue(run_server: Callable[..., Any]) -> None:
                 tasks = []
                 for count in (1, 2):
                     tasks.append(asyncio.create_task(client.post("/v1/completions", json=body)))
-                    while served.engine.num_running + served.engine.num_waiting != count:
+                    while served.engine.engine.num_running + served.engine.engine.num_waiting != count:
                         await asyncio.sleep(0.01)
                     response = await client.post("/v1/completions", json=body | {"prompt": ["a", "b"]})
                     assert response.status_code == 429
-                    while served.engine.num_running + served.engine.num_waiting != count:
+                    while served.engine.engine.num_running + served.engine.engine.num_waiting != count:
                         await asyncio.sleep(0.01)
                 for path, more in (("/v1/completions", {}), ("/v1/completions", {"stream": True}),
                                    ("/generate_stream", None)):
@@ -41,7 +41,7 @@ def test_full_queue(run_server: Callable[..., Any]) -> None:
                 await asyncio.gather(*tasks, return_exceptions=True)
 
         asyncio.run(run())
-        wait_until(lambda: served.engine.num_running + served.engine.num_waiting == 0)
+        wait_until(lambda: served.engine.engine.num_running + served.engine.engine.num_waiting == 0)
         assert metric(served, "fptq_requests_rejected_total", reason="queue_full") == 5
         response = served.http.post("/v1/completions", json={"prompt": ["a", "b", "c"], "max_tokens": 1})
         assert response.status_code == 400  # to come back later would not help
@@ -72,5 +72,5 @@ def test_prompts_are_taken_together(served: Served) -> None:
     body = {"prompt": [[5], [99999]], "max_tokens": 50, "ignore_eos": True}
     response = served.http.post("/v1/completions", json=body)
     assert response.status_code == 400
-    wait_until(lambda: served.engine.num_running + served.engine.num_waiting == 0)
+    wait_until(lambda: served.engine.engine.num_running + served.engine.engine.num_waiting == 0)
     assert metric(served, "fptq_generated_tokens_total") - before < 50

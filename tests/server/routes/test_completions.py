@@ -161,6 +161,7 @@ def test_tokens_as_ids_are_unique(served: Served) -> None:
     ({"stream": True, "echo": True, "logprobs": 1, "n": 2}, "echo", "n above 1"),
     ({"logit_bias": {"99999": 1}}, "logit_bias", "99999"),
     ({"include_stop_str_in_output": True}, "include_stop_str_in_output", "not supported"),
+    ({"min_tokens": 17}, "min_tokens", "max_tokens, which was not given, is 16"),
     ({"frobnicate": 1}, "frobnicate", "unknown field frobnicate"),
 ], ids=str)
 def test_refusals(served: Served, body: dict[str, Any], param: str, named: str) -> None:
