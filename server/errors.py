@@ -93,14 +93,13 @@ class ErrorHandlers:
         """What the framework itself refuses: no such path, wrong method, unreadable body."""
         assert isinstance(error, HTTPException)
         match error.__cause__:  # of a body that could not be read
-            case APIError() as cause:
-                return self.api_error(request, cause)
-            case ClientDisconnect() as cause:
-                raise cause
-            case UnicodeDecodeError() as cause:
-                byte = cause.object[cause.start]
+            case APIError() as refusal:
+                return self.api_error(request, refusal)
+            case ClientDisconnect() as gone:
+                raise gone
+            case UnicodeDecodeError(object=body, start=start):
                 return self.api_error(request, APIError(
-                    400, f"the request body is not valid UTF-8: byte 0x{byte:02x} at offset {cause.start}",
+                    400, f"the request body is not valid UTF-8: byte 0x{body[start]:02x} at offset {start}",
                     code="invalid_json"))
         messages = {
             400: "the request body cannot be read as JSON",

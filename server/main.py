@@ -139,7 +139,7 @@ class BoundedProtocol(HttpToolsProtocol):
     _in_message = False
     _deadline: asyncio.TimerHandle | None = None
 
-    def connection_made(self, transport: asyncio.Transport) -> None:
+    def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         self._close_in(self.limits.head_timeout)
 
