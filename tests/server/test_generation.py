@@ -10,6 +10,7 @@ import httpx
 import openai
 import pytest
 
+from fptq_runtime.engine.async_engine import EngineDeadError
 from fptq_runtime.engine.engine import QueueFullError
 from tests.server.conftest import Served, metric, wait_until
 
@@ -74,3 +75,15 @@ def test_prompts_are_taken_together(served: Served) -> None:
     assert response.status_code == 400
     wait_until(lambda: served.engine.engine.num_running + served.engine.engine.num_waiting == 0)
     assert metric(served, "fptq_generated_tokens_total") - before < 50
+
+
+def test_a_dead_engine_is_not_counted_as_draining(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    def dead(*_: Any) -> None:
+        raise EngineDeadError
+
+    monkeypatch.setattr(served.engine, "add_request", dead)
+    before = {reason: metric(served, "fptq_requests_rejected_total", reason=reason)
+              for reason in ("engine_stopped", "draining")}
+    assert served.http.post("/v1/completions", json={"prompt": "x"}).status_code == 503
+    after = {reason: metric(served, "fptq_requests_rejected_total", reason=reason) for reason in before}
+    assert after == {"engine_stopped": before["engine_stopped"] + 1, "draining": before["draining"]}
