@@ -18,7 +18,7 @@ from server.config import ModelCard, ServerConfig
 from server.errors import APIError, ErrorHandlers
 from server.logprobs import TokenTexts
 from server.metrics import Metrics
-from server.middleware import RequestContext, SizeLimits
+from server.middleware import RequestContext, RequestLimits
 from server.routes.chat import chat_router
 from server.routes.completions import completions_router
 from server.routes.generate import generate_router
@@ -58,8 +58,8 @@ def create_app(engine: AsyncEngine, tokenizer: Tokenizer, config: ServerConfig, 
 
     public = PUBLIC_PATHS | {"/metrics"} if config.public_metrics else PUBLIC_PATHS
     # The last one added is the outermost.
-    app.add_middleware(SizeLimits, max_header_bytes=config.max_header_bytes, max_body_bytes=config.max_body_bytes,
-                       metrics=metrics)
-    app.add_middleware(RequireKey, keys=config.api_keys, public_paths=public, metrics=metrics)
-    app.add_middleware(RequestContext, metrics=metrics)
+    app.add_middleware(RequestLimits, max_header_bytes=config.max_header_bytes, max_body_bytes=config.max_body_bytes,
+                       body_timeout=config.body_timeout, errors=handlers)
+    app.add_middleware(RequireKey, keys=config.api_keys, public_paths=public, errors=handlers)
+    app.add_middleware(RequestContext, errors=handlers, metrics=metrics)
     return app

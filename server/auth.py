@@ -9,8 +9,7 @@ from collections.abc import Sequence
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from server.errors import APIError
-from server.metrics import Metrics
+from server.errors import APIError, ErrorHandlers
 
 PUBLIC_PATHS = frozenset({"/livez", "/readyz", "/health"})
 
@@ -18,20 +17,20 @@ PUBLIC_PATHS = frozenset({"/livez", "/readyz", "/health"})
 class RequireKey:
     """ASGI middleware. With no keys the server is open."""
 
-    def __init__(self, app: ASGIApp, keys: Sequence[str], public_paths: frozenset[str], metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, keys: Sequence[str], public_paths: frozenset[str],
+                 errors: ErrorHandlers) -> None:
         self._app = app
         self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
         self._public_paths = public_paths
-        self._metrics = metrics
+        self._errors = errors
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and self._digests and scope["path"] not in self._public_paths:
             scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
             if scheme.lower() != "bearer" or not self._accepts(key.strip()):
                 error = APIError(401, "a valid API key is required, as Authorization: Bearer <key>",
-                                 code="invalid_api_key")
-                self._metrics.record_rejection(error.reason)
-                await error.response()(scope, receive, send)
+                                 reason="unauthorized", code="invalid_api_key")
+                await self._errors.refuse(scope, error)(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 

@@ -13,6 +13,8 @@ class ServerConfig:
     api_keys: any one of them opens every endpoint; with none the server is open.
     public_metrics: /metrics answers without a key.
     stall_timeout: /livez fails when the engine has work and finished no step for this long.
+    head_timeout: from a connection's or a request's first byte to the end of its headers.
+    body_timeout: without a byte of a body.
     """
 
     host: str = "127.0.0.1"
@@ -22,6 +24,8 @@ class ServerConfig:
     drain_timeout: float = 30.0
     stall_timeout: float = 120.0
     keep_alive_interval: float = 15.0
+    head_timeout: float = 20.0
+    body_timeout: float = 30.0
     max_body_bytes: int = 16 << 20
     max_header_bytes: int = 64 << 10
     max_prompts: int = 1024
@@ -33,7 +37,8 @@ class ServerConfig:
             raise ValueError("an api key must be printable ASCII, not empty, and without spaces around it")
         if not 0 <= self.drain_timeout < float("inf"):
             raise ValueError(f"drain_timeout must be 0 or more seconds, not {self.drain_timeout}")
-        for name in ("stall_timeout", "keep_alive_interval", "max_body_bytes", "max_header_bytes", "max_prompts"):
+        for name in ("stall_timeout", "keep_alive_interval", "head_timeout", "body_timeout", "max_body_bytes",
+                     "max_header_bytes", "max_prompts"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be more than 0, not {getattr(self, name)}")
 

@@ -8,43 +8,41 @@ from typing import Any
 
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
+from starlette.types import Scope
 
 from fptq_runtime.engine.request import SamplingParams
 from server.metrics import Metrics
 from server.protocol import ErrorInfo, ErrorResponse
+from server.record import record_of
 
 MAX_MESSAGE = 400  # characters; a message may quote what the client sent
 
 TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorResponse}, "5XX": {"model": ErrorResponse}}
-REJECTION_REASONS = {401: "unauthorized", 413: "too_large", 429: "queue_full", 431: "too_large", 503: "draining"}
 
 
 class APIError(Exception):
-    """A request that gets `status` and one line for an answer. retry_after: seconds."""
+    """A request that gets `status` and one line for an answer. reason: the label under which it is counted, one of
+    metrics.REJECTIONS. retry_after: seconds."""
 
-    def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None,
-                 retry_after: float | None = None) -> None:
+    def __init__(self, status: int, message: str, *, reason: str = "invalid", param: str | None = None,
+                 code: str | None = None, retry_after: float | None = None) -> None:
         super().__init__(message)
         self.status = status
-        self.message = message
-        self.param = param
+        self.message = _printable(message)
+        self.reason = reason
+        self.param = None if param is None else _printable(param)
         self.code = code
         self.retry_after = retry_after
-
-    @property
-    def reason(self) -> str:
-        """The label under which the refusal is counted."""
-        return "failed" if self.status == 500 else REJECTION_REASONS.get(self.status, "invalid")
 
     def body(self) -> str:
         default = "invalid_request_error" if self.status < 500 else "server_error"
         return ErrorResponse(error=ErrorInfo(
-            message=_printable(self.message),
+            message=self.message,
             type=TYPES.get(self.status, default),
-            param=None if self.param is None else _printable(self.param),
+            param=self.param,
             code=self.code,
         )).model_dump_json()
 
@@ -56,6 +54,8 @@ class APIError(Exception):
             headers["retry-after-ms"] = str(max(1, math.ceil(self.retry_after * 1000)))
         if self.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
+        if self.status == 408:  # what is left of the request may still come
+            headers["Connection"] = "close"
         return Response(self.body(), self.status, headers, media_type="application/json")
 
 
@@ -67,15 +67,20 @@ def bad_parameter(error: ValueError) -> APIError:
 
 
 class ErrorHandlers:
-    """FastAPI's exception handlers; each refusal is counted."""
+    """FastAPI's exception handlers."""
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
 
-    def api_error(self, _: Request, error: Exception) -> Response:
-        assert isinstance(error, APIError)
+    def refuse(self, scope: Scope, error: APIError) -> Response:
+        """The answer; it is counted, and noted for the log."""
         self._metrics.record_rejection(error.reason)
+        record_of(scope).error = error
         return error.response()
+
+    def api_error(self, request: Request, error: Exception) -> Response:
+        assert isinstance(error, APIError)
+        return self.refuse(request.scope, error)
 
     def validation_error(self, request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
@@ -87,6 +92,15 @@ class ErrorHandlers:
     def http_exception(self, request: Request, error: Exception) -> Response:
         """What the framework itself refuses: no such path, wrong method, unreadable body."""
         assert isinstance(error, HTTPException)
+        match error.__cause__:  # of a body that could not be read
+            case APIError() as refusal:
+                return self.api_error(request, refusal)
+            case ClientDisconnect() as gone:
+                raise gone
+            case UnicodeDecodeError(object=body, start=start):
+                return self.api_error(request, APIError(
+                    400, f"the request body is not valid UTF-8: byte 0x{body[start]:02x} at offset {start}",
+                    code="invalid_json"))
         messages = {
             400: "the request body cannot be read as JSON",
             404: f"there is no endpoint {request.url.path}",
@@ -103,7 +117,8 @@ def describe_validation_error(error: Mapping[str, Any]) -> APIError:
     param = ".".join(where) or None
     match error["type"]:
         case "json_invalid":
-            return APIError(400, f"the request body is not valid JSON: {error['ctx']['error']}", code="invalid_json")
+            return APIError(400, f"the request body is not valid JSON: {error['ctx']['error']} at character "
+                                 f"{error['loc'][1]}", code="invalid_json")
         case "extra_forbidden":
             return APIError(400, f"unknown field {param}", param=param, code="unknown_field")
         case "not_supported":
@@ -121,6 +136,7 @@ def describe_validation_error(error: Mapping[str, Any]) -> APIError:
 
 
 def _printable(text: str) -> str:
-    """One line that UTF-8 can carry, whatever the client put in it."""
-    line = " ".join(text.encode("utf-8", "backslashreplace").decode().split())
-    return line if len(line) <= MAX_MESSAGE else f"{line[:MAX_MESSAGE]}…"
+    """One line that UTF-8 can carry and a terminal shows, whatever the client put in it."""
+    line = " ".join(text.split())
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line[:MAX_MESSAGE])
+    return shown if len(line) <= MAX_MESSAGE else f"{shown}…"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -14,6 +15,9 @@ from fptq_runtime.engine.output import RequestOutput, TokenLogprobs
 from fptq_runtime.engine.request import FinishReason, SamplingParams
 from server.errors import APIError, bad_parameter
 from server.protocol import PromptTokensDetails, Usage
+from server.record import RequestRecord
+
+SERIAL = itertools.count()  # the engine's ids are unique; those of clients need not be
 
 
 def openai_reason(reason: FinishReason | None) -> Literal["stop", "length"] | None:
@@ -37,25 +41,27 @@ class Generation:
     """The sequences behind one HTTP request: sequence j of prompt i is choice i · n + j. Leaving `with` aborts
     what has not finished."""
 
-    def __init__(self, engine: AsyncEngine, request_id: str, prompts: list[list[int]], params: SamplingParams) -> None:
-        """Raises APIError where the engine refuses a prompt; then none of them runs."""
+    def __init__(self, engine: AsyncEngine, record: RequestRecord, kind: str, prompts: list[list[int]],
+                 params: SamplingParams) -> None:
+        """kind: what the id begins with. Raises APIError where the engine refuses a prompt; then none of them runs."""
         capacity = engine.engine.config.max_unfinished_seqs
         if len(prompts) * params.n > capacity:  # no later try would do better, as 429 says
             raise APIError(400, f"{len(prompts)} prompts with n {params.n} are {len(prompts) * params.n} sequences; "
                                 f"this server takes at most {capacity} at a time", param="prompt")
-        self.id = request_id
+        self.id = f"{kind}-{record.id}"
+        self._record = record
         self.prompts = prompts
         self.n = params.n
         self.prompt_logprobs: list[tuple[TokenLogprobs | None, ...] | None] = [None] * len(prompts)
-        self._completion_tokens = 0
         self._cached_tokens = [0] * len(prompts)
         self._streams: list[RequestStream] = []
         try:
-            for i, prompt in enumerate(prompts):
-                self._streams.append(engine.add_request(f"{request_id}-{i}", prompt, params))
+            for prompt in prompts:
+                self._streams.append(engine.add_request(f"{self.id}-{next(SERIAL)}", prompt, params))
         except Exception as error:
             self.abort()
             raise _refusal(error) from None
+        record.prompt_tokens = sum(map(len, prompts))
 
     def __enter__(self) -> Generation:
         return self
@@ -73,8 +79,8 @@ class Generation:
         prompt_tokens = sum(map(len, self.prompts))
         return Usage(
             prompt_tokens=prompt_tokens,
-            completion_tokens=self._completion_tokens,
-            total_tokens=prompt_tokens + self._completion_tokens,
+            completion_tokens=self._record.completion_tokens,
+            total_tokens=prompt_tokens + self._record.completion_tokens,
             prompt_tokens_details=PromptTokensDetails(cached_tokens=sum(self._cached_tokens)),
         )
 
@@ -121,15 +127,17 @@ class Generation:
         return choices
 
     def _account(self, i: int, output: RequestOutput) -> tuple[int, RequestOutput]:
+        if output.finish_reason is not None:
+            self._record.finish_reasons.add(output.finish_reason.value)
         if output.finish_reason is FinishReason.ERROR:
-            raise APIError(500, "the engine failed on this request", code="engine_error")
+            raise APIError(500, "the engine failed on this request", reason="failed", code="engine_error")
         if output.finish_reason is FinishReason.ABORT:
-            raise APIError(503, "the server stopped this request before its end", code="aborted")
+            raise APIError(503, "the server stopped this request before its end", reason="aborted", code="aborted")
         if output.prompt_logprobs is not None:
             self.prompt_logprobs[i] = output.prompt_logprobs
         if output.index == 0:
             self._cached_tokens[i] = output.num_cached_tokens
-        self._completion_tokens += len(output.token_ids)
+        self._record.completion_tokens += len(output.token_ids)
         return i * self.n + output.index, output
 
 
@@ -139,9 +147,11 @@ def _refusal(error: Exception) -> Exception:
         case RequestError():
             return bad_parameter(error)
         case QueueFullError(reason="draining"):
-            return APIError(503, "the server is shutting down", code="draining", retry_after=error.retry_after)
+            return APIError(503, "the server is shutting down", reason="draining", code="draining",
+                            retry_after=error.retry_after)
         case QueueFullError():
-            return APIError(429, "the queue is full; try again later", code="queue_full", retry_after=error.retry_after)
+            return APIError(429, "the queue is full; try again later", reason="queue_full", code="queue_full",
+                            retry_after=error.retry_after)
         case EngineDeadError():
-            return APIError(503, "the engine has stopped", code="engine_stopped")
+            return APIError(503, "the engine has stopped", reason="engine_stopped", code="engine_stopped")
     return error

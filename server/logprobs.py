@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import codecs
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -10,14 +11,15 @@ from fptq_runtime.engine.output import TokenLogprobs
 from fptq_runtime.models.tokenizer import Tokenizer
 from server.protocol import ChatLogprobs, CompletionLogprobs, TokenLogprob, TopLogprob
 
-REPLACEMENT = "\ufffd"  # what decoding makes of bytes that are no whole character
+CONTEXT = 8  # last tokens of a prompt that shape the text after it
 
 
 class TokenText(NamedTuple):
-    """One token on its own. partial: it is a part of a character, and text is the vocabulary's spelling of it."""
+    """One token on its own, in the middle of a text. name: OpenAI's, which spells a part of a character in bytes."""
 
+    raw: bytes
     text: str
-    partial: bool
+    name: str
     special: bool
 
 
@@ -27,37 +29,67 @@ class TokenTexts:
         self.look_up = lru_cache(maxsize=1 << 18)(self._look_up)
 
     def _look_up(self, token_id: int) -> TokenText:
-        """The text is as it reads in the middle of a text: decoders strip the space before a first token, so the token
-        is decoded after itself."""
-        once = self._tokenizer.decode([token_id], skip_special_tokens=False)
-        text = self._tokenizer.decode([token_id, token_id], skip_special_tokens=False)[len(once):]
-        partial = REPLACEMENT in text
-        special = bool(once) and not self._tokenizer.decode([token_id], skip_special_tokens=True)
-        return TokenText(self._tokenizer.token(token_id) if partial else text, partial, special)
+        raw = self._tokenizer.token_bytes(token_id)
+        special = bool(raw) and self._tokenizer.is_special(token_id)
+        try:
+            text = name = raw.decode()
+        except UnicodeDecodeError:
+            text, name = raw.decode(errors="replace"), "bytes:" + raw.decode(errors="backslashreplace")
+        return TokenText(raw, text, name, special)
+
+    def first(self, token_id: int) -> bytes:
+        """What a token adds where no text precedes it: some decoders strip its space."""
+        raw = self.look_up(token_id).raw
+        return raw[1:] if raw[:1] == b" " and not self._tokenizer.decode([token_id], False).startswith(" ") else raw
+
+
+class TextPosition:
+    """Where the next token of a text begins, in characters. A token that leaves a character open does not move it.
+
+    skip_special: the text leaves special tokens out. context: token ids before the text.
+    """
+
+    def __init__(self, texts: TokenTexts, skip_special: bool, context: Sequence[int] = ()) -> None:
+        self._texts = texts
+        self._skip_special = skip_special
+        self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+        self._begun = False
+        self.offset = 0
+        for token_id in context[-CONTEXT:]:
+            self.advance(token_id)
+        self.offset = 0
+
+    def advance(self, token_id: int) -> None:
+        token = self._texts.look_up(token_id)
+        if token.special and self._skip_special:
+            return
+        raw = token.raw if self._begun else self._texts.first(token_id)
+        self._begun = True
+        self.offset += len(self._decode(raw))
 
 
 class LogprobsRenderer:
-    """as_ids: tokens are named `token_id:N`, which no two tokens share. skip_special: the completion's text leaves
-    special tokens out, so they take no room in text_offset."""
+    """as_ids: tokens are named `token_id:N`, which no two tokens share."""
 
     def __init__(self, texts: TokenTexts, as_ids: bool, skip_special: bool) -> None:
         self._texts = texts
         self._as_ids = as_ids
         self._skip_special = skip_special
 
-    def completion(self, entries: Iterable[tuple[int, TokenLogprobs | None]], offset: int
-                   ) -> tuple[CompletionLogprobs, int]:
-        """entries: token id and what is known of it. offset: characters of text before the first entry. Returns the
-        offset after the last one too."""
+    def position(self, context: Sequence[int] = ()) -> TextPosition:
+        return TextPosition(self._texts, self._skip_special, context)
+
+    def completion(self, entries: Iterable[tuple[int, TokenLogprobs | None]], position: TextPosition
+                   ) -> CompletionLogprobs:
+        """entries: token id and what is known of it. position: of the first of them; it is moved past the last."""
         result = CompletionLogprobs(tokens=[], token_logprobs=[], top_logprobs=[], text_offset=[])
         for token_id, entry in entries:
             result.tokens.append(self._name(token_id))
             result.token_logprobs.append(None if entry is None else entry.logprob)
             result.top_logprobs.append(None if entry is None else self._top(entry))
-            result.text_offset.append(offset)
-            token = self._texts.look_up(token_id)
-            offset += 0 if token.special and self._skip_special else len(token.text)
-        return result, offset
+            result.text_offset.append(position.offset)
+            position.advance(token_id)
+        return result
 
     def chat(self, entries: Iterable[TokenLogprobs]) -> ChatLogprobs:
         return ChatLogprobs(content=[
@@ -74,9 +106,8 @@ class LogprobsRenderer:
             top.setdefault(self._name(token_id), logprob)
         return top
 
-    def _bytes(self, token_id: int) -> list[int] | None:
-        token = self._texts.look_up(token_id)
-        return None if token.partial else list(token.text.encode())
+    def _bytes(self, token_id: int) -> list[int]:
+        return list(self._texts.look_up(token_id).raw)
 
     def _name(self, token_id: int) -> str:
-        return f"token_id:{token_id}" if self._as_ids else self._texts.look_up(token_id).text
+        return f"token_id:{token_id}" if self._as_ids else self._texts.look_up(token_id).name

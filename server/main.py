@@ -5,16 +5,21 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
+import resource
+import signal
 import socket
 import sys
 import threading
 import time
+from contextlib import suppress
 from dataclasses import asdict
+from http import HTTPStatus
 from importlib import import_module
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import httptools
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
@@ -24,6 +29,10 @@ from fptq_runtime.engine.engine import Engine
 from fptq_runtime.engine.kv_cache import format_bytes
 from fptq_runtime.engine.llm import load_engine
 from server.config import ModelCard, ServerConfig
+from server.record import peer
+
+if TYPE_CHECKING:
+    from server.metrics import Metrics
 
 log = logging.getLogger("fptq.server")
 
@@ -58,7 +67,8 @@ def serve(path: Path | str, config: ServerConfig, *, model_id: str | None = None
         async_engine = AsyncEngine(engine, metrics.record_step)
         log.info("%s", describe(model, config))
         app = create_app(async_engine, engine.tokenizer, config, model, metrics)
-        Server(app, async_engine, config).run([listener])
+        raise_open_files()
+        Server(app, async_engine, config, metrics).run([listener])
 
 
 def model_card(model_id: str, engine: Engine) -> ModelCard:
@@ -90,6 +100,13 @@ def describe(model: ModelCard, config: ServerConfig) -> str:
             f"{'API key required' if config.api_keys else 'no API key'}")
 
 
+def raise_open_files() -> None:
+    """A connection takes a file descriptor; the soft limit is often 1024, far below the hard one."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(OSError, ValueError):  # where unlimited is more than the system takes
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
 def bind(host: str, port: int) -> socket.socket:
     """A socket that owns the address and does not listen yet. Raises AddressError."""
     try:
@@ -111,36 +128,99 @@ def bind(host: str, port: int) -> socket.socket:
     return listener
 
 
-class BoundedHeadProtocol(HttpToolsProtocol):
-    """httptools collects headers without a limit; a connection that sends more than `max_head_bytes` before they end is
-    closed."""
+class BoundedProtocol(HttpToolsProtocol):
+    """Closes connections that uvicorn would keep for ever: headers longer than `max_head_bytes`, or that have not ended
+    `head_timeout` seconds after the connection or their first byte; a body that has not ended `body_timeout` after its
+    answer. A body that stops coming before its answer is RequestLimits'."""
 
-    max_head_bytes = 0
+    limits: ServerConfig
+    metrics: Metrics
     _head_bytes = 0
     _in_head = True
+    _in_message = False
+    _deadline: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._close_in(self.limits.head_timeout)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._keep()
+        super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        super().data_received(data)
+        self._unset_keepalive_if_required()
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade:
+            pass  # none is offered; the request is answered as it is
+        except httptools.HttpParserError as error:
+            self._refuse(400, f"not an HTTP request: {error}")
+            return
         if self._in_head:
             self._head_bytes += len(data)
-            if self._head_bytes > self.max_head_bytes and not self.transport.is_closing():
-                self.send_400_response("The request's headers are too long.")
+            if self._head_bytes > 2 * self.limits.max_header_bytes:
+                self._refuse(431, "the request's headers are too long")
+        elif self._deadline is None and not self._in_message and self.cycle.response_complete:
+            self._close_in(self.limits.head_timeout)  # line ends between requests stop uvicorn's own timer
 
     def on_message_begin(self) -> None:
-        self._in_head, self._head_bytes = True, 0
+        self._in_head, self._in_message, self._head_bytes = True, True, 0
+        self._close_in(self.limits.head_timeout)
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:
         self._in_head = False
+        self._keep()
         super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        self._in_message = False
+        self._keep()
+        super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self._in_message and not self._in_head:
+            self._close_in(self.limits.body_timeout)
+
+    def _close_in(self, seconds: float) -> None:
+        self._keep()
+        self._deadline = self.loop.call_later(seconds, self._too_late, seconds)
+
+    def _keep(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+
+    def _too_late(self, seconds: float) -> None:
+        self._deadline = None
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._close_in(seconds)  # an answer is under way, and the next request waits for it
+        elif self._in_message and self._in_head:
+            self._refuse(408, f"the request's headers did not end within {seconds:g} s")
+        else:
+            self.transport.close()
+
+    def _refuse(self, status: int, message: str) -> None:
+        """Answer what never became a request, and close."""
+        if self.transport.is_closing():
+            return
+        log.warning("%s %d %s", peer(self.client), status, message)
+        self.metrics.record_response("", status)
+        body = message.encode("ascii", "backslashreplace")
+        self.transport.write(b"HTTP/1.1 %d %s\r\ncontent-type: text/plain\r\ncontent-length: %d\r\n"
+                             b"connection: close\r\n\r\n%s"
+                             % (status, HTTPStatus(status).phrase.encode(), len(body), body))
+        self.transport.close()
 
 
 class Server(uvicorn.Server):
     """uvicorn, with a drain between the signal and the exit: the port stays open and answers 503, so that a load
     balancer sees /readyz fail while running requests end."""
 
-    def __init__(self, app: Any, engine: AsyncEngine, config: ServerConfig) -> None:
-        protocol = type("Protocol", (BoundedHeadProtocol,), {"max_head_bytes": 2 * config.max_header_bytes})
+    def __init__(self, app: Any, engine: AsyncEngine, config: ServerConfig, metrics: Metrics) -> None:
+        protocol = type("Protocol", (BoundedProtocol,), {"limits": config, "metrics": metrics})
         super().__init__(uvicorn.Config(
             app,
             http=protocol,
@@ -154,27 +234,33 @@ class Server(uvicorn.Server):
         ))
         self._engine = engine
         self._drain_timeout = config.drain_timeout
+        self._documented = not config.api_keys  # a browser has no key to send
         self._drains: list[asyncio.Task[None]] = []
+        self._signal: signal.Signals | None = None
+        self._aborted = 0
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
         await super().serve(sockets)
+        if self._signal is not None:
+            log.info("stopped (%s, %d aborted)", self._signal.name, self._aborted)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         for listener in sockets or ():
             host, port = listener.getsockname()[:2]
-            log.info("serving on http://%s:%d (OpenAI API under /v1, documentation at /docs)",
-                     f"[{host}]" if ":" in host else host, port)
+            log.info("serving on http://%s (OpenAI API under /v1%s)", peer((host, port)),
+                     ", documentation at /docs" if self._documented else "")
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        self._loop.call_soon_threadsafe(self._begin_exit)
+        self._loop.call_soon_threadsafe(self._begin_exit, signal.Signals(sig))
 
-    def _begin_exit(self) -> None:
+    def _begin_exit(self, sig: signal.Signals) -> None:
+        self._signal = sig
         timeout = 0.0 if self._engine.draining else self._drain_timeout
         log.info("stopping: %s", f"running requests have {timeout:g} s to end" if timeout else "requests are aborted")
         self._drains.append(self._loop.create_task(self._drain(timeout)))
 
     async def _drain(self, timeout: float) -> None:
-        await self._engine.drain(timeout)
+        self._aborted += await self._engine.drain(timeout)
         self.should_exit = True

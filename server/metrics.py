@@ -21,7 +21,9 @@ from server.config import ModelCard
 SECONDS = (0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 0.75, 1, 2.5,
            5, 10, 30, 60, 120)
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
-REJECTIONS = ("queue_full", "draining", "invalid", "unauthorized", "too_large", "failed")
+LONG_SECONDS = (*SECONDS, 300, 600, 1800)
+REJECTIONS = ("queue_full", "draining", "aborted", "engine_stopped", "invalid", "unauthorized", "too_large", "timeout",
+              "failed")
 STATUS_CLASSES = ("2xx", "3xx", "4xx", "5xx")
 OTHER_ROUTES = "other"
 
@@ -49,17 +51,21 @@ class Metrics:
         self._queue = histogram("fptq_queue_seconds", "Arrival to first scheduled.")
         self._first_token = histogram("fptq_time_to_first_token_seconds", "Arrival to first token.")
         self._inter_token = histogram("fptq_inter_token_seconds", "Time between two tokens of a sequence.")
-        self._end_to_end = histogram("fptq_end_to_end_seconds", "Arrival to last token.")
+        self._end_to_end = histogram("fptq_end_to_end_seconds", "Arrival to the end, whatever the reason.",
+                                     LONG_SECONDS)
         self._step = histogram("fptq_step_seconds", "Duration of one engine step.")
         self._batch = histogram("fptq_batch_tokens", "Tokens computed in one engine step.", TOKENS)
         self._running = gauge("fptq_requests_running", "Sequences that take part in engine steps.")
         self._waiting = gauge("fptq_requests_waiting", "Sequences in the queue.")
         self._kv_usage = gauge("fptq_kv_cache_usage_ratio", "Share of the KV cache's blocks in use.")
-        self._prompt = counter("fptq_prompt_tokens", "Prompt tokens computed or found in the prefix cache.")
+        self._prompt = counter("fptq_prompt_tokens",
+                               "Prompt tokens of each sequence, computed or found in the prefix cache.")
+        self._recomputed = counter("fptq_recomputed_tokens", "Tokens computed again after a preemption.")
         self._generated = counter("fptq_generated_tokens", "Tokens generated.")
         self._finished = counter("fptq_requests_finished", "Sequences finished, by reason.", "reason",
                                  (reason.value for reason in FinishReason))
-        self._rejected = counter("fptq_requests_rejected", "HTTP requests refused, by reason.", "reason", REJECTIONS)
+        self._rejected = counter("fptq_requests_rejected", "HTTP requests refused or given up, by reason.", "reason",
+                                 REJECTIONS)
         self._preemptions = counter("fptq_preemptions", "Sequences sent back to the queue for want of KV blocks.")
         self._prefix_query = counter("fptq_prefix_cache_query_tokens", "Prompt tokens looked up in the prefix cache.")
         self._prefix_hit = counter("fptq_prefix_cache_hit_tokens", "Prompt tokens found in the prefix cache.")
@@ -88,6 +94,7 @@ class Metrics:
             self._batch.observe(stats.batch_tokens)
             self._step.observe(stats.step_seconds)
         self._prompt.inc(stats.prompt_tokens + stats.prefix_hit_tokens)
+        self._recomputed.inc(stats.recomputed_tokens)
         self._generated.inc(stats.generated_tokens)
         self._preemptions.inc(stats.preemptions)
         self._prefix_query.inc(stats.prefix_query_tokens)

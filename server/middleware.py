@@ -1,4 +1,4 @@
-"""What surrounds every request: its id, its log line, its size limits, and the answer where code failed."""
+"""What surrounds every request: its id, its log line, its limits, and the answer where code failed."""
 
 from __future__ import annotations
 
@@ -6,16 +6,15 @@ import asyncio
 import logging
 import re
 import time
-import uuid
 
 from starlette.datastructures import Headers
-from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.auth import PUBLIC_PATHS
-from server.errors import APIError
+from server.errors import APIError, ErrorHandlers
 from server.metrics import Metrics
+from server.record import peer, record_of
 
 access_log = logging.getLogger("fptq.access")
 log = logging.getLogger("fptq.server")
@@ -27,17 +26,19 @@ PROBES = PUBLIC_PATHS | {"/metrics"}
 class RequestContext:
     """Outermost. Takes the client's X-Request-Id or makes one, and sends it back."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, errors: ErrorHandlers, metrics: Metrics) -> None:
         self._app = app
+        self._errors = errors
         self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        record = record_of(scope)
         request_id = Headers(scope=scope).get("x-request-id", "")
-        if not CLIENT_REQUEST_ID.fullmatch(request_id):
-            request_id = uuid.uuid4().hex
+        if CLIENT_REQUEST_ID.fullmatch(request_id):
+            record.id = request_id
         status = 499  # as nginx has it: the client left before an answer
         start = time.monotonic()
 
@@ -45,70 +46,93 @@ class RequestContext:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message = {**message, "headers": [*message["headers"], (b"x-request-id", request_id.encode())]}
+                message = {**message, "headers": [*message["headers"], (b"x-request-id", record.id.encode())]}
             await send(message)
+
+        async def answer(error: APIError) -> None:
+            await self._errors.refuse(scope, error)(scope, receive, send_with_id)
 
         try:
             await self._app(scope, receive, send_with_id)
         except ClientDisconnect:
-            pass
+            record.client_gone = True
         except asyncio.CancelledError:  # by uvicorn at exit, where a client stalls; it would log a traceback
             if status == 499:
-                await APIError(503, "the server is shutting down", code="draining").response()(scope, receive,
-                                                                                              send_with_id)
+                await answer(APIError(503, "the server is shutting down", reason="draining", code="draining"))
         except Exception:
-            log.exception("request %s failed", request_id)
+            log.exception("request %s failed", record.id)
             if status != 499:
                 raise
-            error = APIError(500, f"internal error; the server's log has it as request {request_id}", code="internal")
-            self._metrics.record_rejection(error.reason)
-            await error.response()(scope, receive, send_with_id)
+            await answer(APIError(500, f"internal error; the server's log has it as request {record.id}",
+                                  reason="failed", code="internal"))
         finally:
-            self._metrics.record_response(getattr(scope.get("route"), "path_format", ""), status)
+            route = getattr(scope.get("route"), "path_format", scope["path"])
+            self._metrics.record_response(route, status)
             if scope["path"] not in PROBES or status >= 400:
-                seconds = time.monotonic() - start
-                access_log.info("%s %s %d %.3fs %s", scope["method"], scope["path"].encode("unicode_escape").decode(),
-                                status, seconds, request_id)
+                self._log(scope, status, time.monotonic() - start)
+
+    @staticmethod
+    def _log(scope: Scope, status: int, seconds: float) -> None:
+        record = record_of(scope)
+        path = scope["path"].encode("unicode_escape").decode()
+        line = f"{peer(scope.get('client'))} {scope['method']} {path} {status} {seconds:.3f}s {record.id} {record}"
+        access_log.info("%s", line.rstrip())
 
 
-class SizeLimits:
-    """Refuses long headers, and bodies past the limit whether or not they announce their length."""
+class RequestLimits:
+    """Refuses long headers, bodies past the limit whether or not they announce their length, bodies that stop coming,
+    and those that are compressed."""
 
-    def __init__(self, app: ASGIApp, max_header_bytes: int, max_body_bytes: int, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, max_header_bytes: int, max_body_bytes: int, body_timeout: float,
+                 errors: ErrorHandlers) -> None:
         self._app = app
         self._max_header_bytes = max_header_bytes
         self._max_body_bytes = max_body_bytes
-        self._metrics = metrics
+        self._body_timeout = body_timeout
+        self._errors = errors
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         header_bytes = sum(len(name) + len(value) for name, value in scope["headers"])
-        length = Headers(scope=scope).get("content-length", "0")
+        headers = Headers(scope=scope)
+        length = headers.get("content-length", "0")
+        encoding = headers.get("content-encoding", "identity")
         if header_bytes > self._max_header_bytes:
-            error = APIError(431, f"the headers have {header_bytes} bytes; at most {self._max_header_bytes} are read")
+            error = APIError(431, f"the headers have {header_bytes} bytes; at most {self._max_header_bytes} are read",
+                             reason="too_large")
         elif length.isdecimal() and int(length) > self._max_body_bytes:
-            error = APIError(413, self._too_large)
+            error = self._too_large()
+        elif encoding.lower() != "identity":
+            error = APIError(415, f"Content-Encoding {encoding} is not supported; send the body as it is",
+                             code="not_supported")
         else:
             await self._app(scope, self._limited(receive), send)
             return
-        self._metrics.record_rejection(error.reason)
-        await error.response()(scope, receive, send)
+        await self._errors.refuse(scope, error)(scope, receive, send)
 
-    @property
-    def _too_large(self) -> str:
-        return f"the request body is too large; at most {self._max_body_bytes} bytes are read"
+    def _too_large(self) -> APIError:
+        return APIError(413, f"the request body is too large; at most {self._max_body_bytes} bytes are read",
+                        reason="too_large")
 
     def _limited(self, receive: Receive) -> Receive:
         received = 0
+        complete = False
 
         async def limited() -> Message:
-            nonlocal received
-            message = await receive()
+            nonlocal received, complete
+            if complete:
+                return await receive()
+            try:
+                message = await asyncio.wait_for(receive(), self._body_timeout)
+            except asyncio.TimeoutError:
+                raise APIError(408, f"nothing more of the request body came within {self._body_timeout:g} s",
+                               reason="timeout", code="timeout") from None
+            complete = not message.get("more_body", False)
             received += len(message.get("body", b""))
             if received > self._max_body_bytes:
-                raise HTTPException(413, self._too_large)
+                raise self._too_large()
             return message
 
         return limited

@@ -14,6 +14,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from server.errors import APIError
+from server.record import RequestRecord, record_of
 
 log = logging.getLogger("fptq.server")
 
@@ -72,11 +73,11 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await run_while_connected(receive, self._send_all(send))
+            await run_while_connected(receive, self._send_all(record_of(scope), send))
         finally:
             self._close()
 
-    async def _send_all(self, send: Send) -> None:
+    async def _send_all(self, record: RequestRecord, send: Send) -> None:
         loop = asyncio.get_running_loop()
         last_sent = loop.time()
 
@@ -91,6 +92,10 @@ class EventStream(Response):
                 if loop.time() - last_sent >= self._keep_alive:
                     await write(": keep-alive\n\n")
 
+        async def fail(error: APIError) -> None:
+            record.error = error
+            await write(f"data: {error.body()}\n\n")
+
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         heartbeat = asyncio.create_task(keep_alive())
         try:
@@ -100,10 +105,10 @@ class EventStream(Response):
             if self._done is not None:
                 await write(f"data: {self._done}\n\n")
         except APIError as error:
-            await write(f"data: {error.body()}\n\n")
+            await fail(error)
         except Exception:
-            log.exception("a stream failed")
-            await write(f"data: {APIError(500, 'internal error', code='internal').body()}\n\n")
+            log.exception("request %s failed in its stream", record.id)
+            await fail(APIError(500, "internal error", reason="failed", code="internal"))
         finally:
             heartbeat.cancel()
         await write("", more_body=False)

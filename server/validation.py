@@ -94,8 +94,11 @@ def max_tokens_of(body: SamplingBody) -> int | None:
     return old if new is None else new
 
 
-def sampling_params(body: SamplingBody, **fields: Any) -> SamplingParams:
+def sampling_params(body: SamplingBody, max_tokens: int, **fields: Any) -> SamplingParams:
     """The engine's parameters; `fields` are those that each endpoint reads in its own way."""
+    if max_tokens_of(body) is None and (body.min_tokens or 0) > max_tokens:
+        raise APIError(400, f"min_tokens is {body.min_tokens}; max_tokens, which was not given, is {max_tokens}",
+                       param="min_tokens")
     for name in SAME_NAME:
         if (value := getattr(body, name)) is not None:
             fields[name] = value
@@ -107,7 +110,7 @@ def sampling_params(body: SamplingBody, **fields: Any) -> SamplingParams:
         fields["stop_token_ids"] = tuple(body.stop_token_ids)
     if body.logit_bias is not None:
         fields["logit_bias"] = {int(token): bias for token, bias in body.logit_bias.items()}
-    return make_params(seed=fold_seed(body.seed), **fields)
+    return make_params(max_tokens=max_tokens, seed=fold_seed(body.seed), **fields)
 
 
 def fold_seed(seed: int | None) -> int | None:

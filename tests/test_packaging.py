@@ -101,6 +101,13 @@ def test_compose_mounts_files_that_exist() -> None:
     assert f":{port}" in compose["services"][host]["ports"][0]
 
 
+def test_compose_starts_one_server_and_scrapes_it() -> None:
+    services = yaml.safe_load((ROOT / "docker/compose.yaml").read_text())["services"]
+    assert (services["fptq"]["profiles"], services["fptq-gpu"]["profiles"]) == (["cpu"], ["gpu"])
+    assert services["fptq-gpu"]["networks"]["default"]["aliases"] == ["fptq"]
+    assert "COMPOSE_PROFILES=cpu\n" in (ROOT / "docker/.env").read_text()
+
+
 def test_constraints_pin_every_direct_dependency() -> None:
     """Read as text: tomllib is not in Python 3.10."""
     project = (ROOT / "pyproject.toml").read_text().partition("[tool.scikit-build]")[0]

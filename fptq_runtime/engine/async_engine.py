@@ -8,7 +8,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from types import TracebackType
 
 from fptq_runtime.engine.engine import Engine, QueueFullError
 from fptq_runtime.engine.output import RequestOutput
@@ -25,8 +24,8 @@ class EngineDeadError(RuntimeError):
 
 
 class RequestStream:
-    """One request's outputs, in order, until every sequence has a finish_reason. Leaving `async with` aborts what is
-    unfinished. Belongs to the event loop that added the request."""
+    """One request's outputs, in order, until every sequence has a finish_reason. Belongs to the event loop that added
+    the request."""
 
     def __init__(self, request_id: str, num_sequences: int, abort: Callable[[str], None]) -> None:
         self.request_id = request_id
@@ -63,13 +62,6 @@ class RequestStream:
             self._undelivered -= 1
         return output
 
-    async def __aenter__(self) -> RequestStream:
-        return self
-
-    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                        traceback: TracebackType | None) -> None:
-        self.abort()
-
 
 class AsyncEngine:
     """Runs engine.step() on its own thread while there is work, and sleeps otherwise.
@@ -91,14 +83,6 @@ class AsyncEngine:
         self._stopping = False
         self._last_progress = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="fptq-engine", daemon=True)
-
-    @property
-    def num_running(self) -> int:
-        return self.engine.num_running
-
-    @property
-    def num_waiting(self) -> int:
-        return self.engine.num_waiting
 
     @property
     def seconds_since_progress(self) -> float:
@@ -125,16 +109,17 @@ class AsyncEngine:
             self._work.notify()
         return stream
 
-    async def drain(self, timeout: float) -> bool:
-        """Refuse what is new and wait for what runs, at most `timeout` seconds; then abort the rest. True where
-        nothing had to be aborted."""
+    async def drain(self, timeout: float) -> int:
+        """Refuse what is new and wait for what runs, at most `timeout` seconds; then abort the rest. Returns how many
+        requests were aborted."""
         self.draining = True
         if await self._wait_idle(timeout):
-            return True
-        for stream in list(self._streams.values()):
+            return 0
+        unfinished = list(self._streams.values())
+        for stream in unfinished:
             stream.abort()
         await self._wait_idle(STOP_SECONDS)
-        return False
+        return len(unfinished)
 
     def stop(self) -> None:
         """End the thread after the step that runs; open streams end with FinishReason.ABORT."""

@@ -408,20 +408,11 @@ class Engine:
             self._unfinished[request.request_id] -= 1
             if self._unfinished[request.request_id] == 0:
                 del self._unfinished[request.request_id]
-        arrival, scheduled, first = request.arrival_time, request.scheduled_time, request.first_token_time
-        step.stats.finished.append(FinishedStats(
-            reason=finish_reason.value,
-            num_prompt_tokens=request.num_prompt_tokens,
-            num_output_tokens=request.num_output_tokens,
-            queue_seconds=None if scheduled is None else scheduled - arrival,
-            time_to_first_token=None if first is None else first - arrival,
-            end_to_end_seconds=time.monotonic() - arrival,
-        ))
+        step.stats.finished.append(FinishedStats(finish_reason.value, time.monotonic() - request.arrival_time))
 
     def _note_token(self, step: _Step, request: Request, now: float) -> None:
         step.stats.generated_tokens += 1
         if request.last_token_time is None:
-            request.first_token_time = now
             step.stats.time_to_first_token.append(now - request.arrival_time)
         else:
             step.stats.inter_token_seconds.append(now - request.last_token_time)
@@ -436,8 +427,12 @@ class Engine:
         stats.queue_seconds = [request.scheduled_time - request.arrival_time for request in plan.admitted
                                if request.scheduled_time is not None]
         stats.step_seconds = seconds
-        stats.prompt_tokens = sum(max(0, min(item.start + item.num_tokens, item.request.num_prompt_tokens) - item.start)
-                                  for item in plan.scheduled)
+        for item in plan.scheduled:
+            request, end = item.request, item.start + item.num_tokens
+            known = max(request.num_accounted_tokens, item.start)
+            stats.prompt_tokens += max(0, min(end, request.num_prompt_tokens) - known)
+            stats.recomputed_tokens += min(end, known) - item.start
+            request.num_accounted_tokens = max(end, known)
         stats.preemptions = len(plan.preempted)
         if self.config.enable_prefix_caching:
             stats.prefix_query_tokens = sum(request.num_prompt_tokens for request in plan.admitted)

@@ -106,13 +106,13 @@ class Request:
         self.num_prompt_tokens = len(prompt_token_ids)
         self.num_computed_tokens = 0
         self.num_cached_tokens = 0  # prompt tokens found in the prefix cache when first scheduled
+        self.num_accounted_tokens = 0  # found in the cache or computed at least once, as StepStats count them
         self.num_preemptions = 0
         self.block_table = array("i")  # copied into every step's input, hence not a list
         self.block_hashes: list[bytes] = []  # of the full blocks hashed so far
         self.status = RequestStatus.WAITING
         self.arrival_time = arrival_time
         self.scheduled_time: float | None = None
-        self.first_token_time: float | None = None
         self.last_token_time: float | None = None
 
     @classmethod

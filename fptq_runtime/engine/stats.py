@@ -7,13 +7,9 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class FinishedStats:
-    """Seconds on the monotonic clock. queue: arrival to first scheduled; None where that moment never came."""
+    """How a sequence ended. end_to_end_seconds: since its arrival."""
 
     reason: str
-    num_prompt_tokens: int
-    num_output_tokens: int
-    queue_seconds: float | None
-    time_to_first_token: float | None
     end_to_end_seconds: float
 
 
@@ -26,7 +22,8 @@ class StepStats:
     kv_usage: float = 0.0  # 0..1
     batch_tokens: int = 0
     step_seconds: float = 0.0
-    prompt_tokens: int = 0  # computed this step, cached ones excluded
+    prompt_tokens: int = 0  # computed this step for the first time, cached ones excluded
+    recomputed_tokens: int = 0  # of prompts and answers, whose keys and values a preemption threw away
     generated_tokens: int = 0
     preemptions: int = 0
     prefix_query_tokens: int = 0

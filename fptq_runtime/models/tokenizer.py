@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
@@ -16,6 +17,17 @@ from fptq_runtime.models.loader import CheckpointError, read_json
 
 REPLACEMENT = "\ufffd"  # what a decoder shows for bytes that make no character, or none yet
 MAX_CHARACTER_TOKENS = 4  # a character has at most four bytes, a token at least one
+BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")  # SentencePiece's, for what its vocabulary lacks
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """GPT-2's: printable bytes stand for themselves, the others in order for the code points from 256 on."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+BYTE_ALPHABET = _byte_alphabet()
 
 
 class ChatTemplateError(ValueError):
@@ -80,6 +92,10 @@ class Tokenizer:
             config = read_json(path / "tokenizer_config.json") if (path / "tokenizer_config.json").is_file() else {}
             self._special_tokens = _special_tokens(path, config)
             self._configure(config)
+            self._added = self._backend.get_added_tokens_decoder()
+            decoder = self._backend.decoder
+            self._byte_level = decoder is not None and decoder.decode(["Ġ"]) == " "
+            self._byte_fallback = decoder is not None and decoder.decode(["<0x41>"]) == "A"
             self._chat_template = _chat_template(path, config)
         except Exception as error:  # the library raises bare Exception for a malformed file
             raise CheckpointError(f"the tokenizer of {path} cannot be loaded: {_first_line(error)}") from None
@@ -131,6 +147,25 @@ class Tokenizer:
     def token(self, token_id: int) -> str:
         """The vocabulary's own spelling of a token."""
         return str(self._backend.id_to_token(token_id))
+
+    def is_special(self, token_id: int) -> bool:
+        """A text without special tokens leaves this one out."""
+        return token_id in self._added and bool(self._added[token_id].special)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What a token adds to the UTF-8 of a text, in its middle: maybe a part of a character, or nothing."""
+        spelling = self._backend.id_to_token(token_id)
+        if spelling is None:
+            return b""
+        if token_id in self._added:
+            return str(self._added[token_id].content).encode()
+        if self._byte_level and all(character in BYTE_ALPHABET for character in spelling):
+            return bytes(BYTE_ALPHABET[character] for character in spelling)
+        if self._byte_fallback and (byte := BYTE_TOKEN.fullmatch(spelling)):
+            return bytes.fromhex(byte[1])
+        # Decoders strip the space before a first token, so the token is decoded after itself.
+        once = self.decode([token_id], skip_special_tokens=False)
+        return self.decode([token_id, token_id], skip_special_tokens=False)[len(once):].encode()
 
     def stream(self, skip_special_tokens: bool = True, prompt_token_ids: Sequence[int] = ()) -> TokenStream:
         """The text of what follows the prompt. The prompt's last tokens decide whether it begins with a space."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import uuid
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 
@@ -28,6 +27,7 @@ from server.protocol import (
     ContentDelta,
     Usage,
 )
+from server.record import record_of
 from server.sse import STREAM_RESPONSE, EventStream, TextTemplate, run_while_connected
 from server.validation import chat_prompt, check_length, check_model, max_tokens_of, sampling_params, stream_usage
 
@@ -105,7 +105,7 @@ def chat_router(engine: AsyncEngine, tokenizer: Tokenizer, texts: TokenTexts, mo
         params = sampling_params(body, max_tokens=max_tokens,
                                  logprobs=(body.top_logprobs or 0) if body.logprobs else None)
         include_usage, continuous_usage = stream_usage(body)
-        generation = Generation(engine, f"chatcmpl-{uuid.uuid4().hex}", [prompt], params)
+        generation = Generation(engine, record_of(request.scope), "chatcmpl", [prompt], params)
         reply = Reply(
             id=generation.id,
             model=model.id,

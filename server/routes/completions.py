@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import uuid
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,8 +15,9 @@ from fptq_runtime.models.tokenizer import Tokenizer
 from server.config import ModelCard, ServerConfig
 from server.errors import ERROR_RESPONSES, APIError
 from server.generation import Generation, openai_reason
-from server.logprobs import LogprobsRenderer, TokenTexts
+from server.logprobs import LogprobsRenderer, TextPosition, TokenTexts
 from server.protocol import CompletionChoice, CompletionLogprobs, CompletionRequest, CompletionResponse, Usage
+from server.record import record_of
 from server.sse import STREAM_RESPONSE, EventStream, TextTemplate, run_while_connected
 from server.validation import (
     check_length,
@@ -42,7 +42,7 @@ class Reply:
     with_logprobs: bool
     echoes: list[str] | None
     created: int = field(default_factory=lambda: int(time.time()))
-    _offsets: dict[int, int] = field(default_factory=dict)  # characters of logprobs' text so far, by choice
+    _positions: dict[int, TextPosition] = field(default_factory=dict)  # where logprobs' next token begins, by choice
 
     async def whole(self) -> CompletionResponse:
         choices = []
@@ -98,8 +98,10 @@ class Reply:
     def _logprobs(self, index: int, entries: list[tuple[int, Any]]) -> CompletionLogprobs | None:
         if not self.with_logprobs:
             return None
-        logprobs, self._offsets[index] = self.renderer.completion(entries, self._offsets.get(index, 0))
-        return logprobs
+        if index not in self._positions:
+            context = self.generation.prompts[index // self.generation.n] if self.echoes is None else ()
+            self._positions[index] = self.renderer.position(context)
+        return self.renderer.completion(entries, self._positions[index])
 
     def _response(self, choices: list[CompletionChoice], usage: Usage | None) -> CompletionResponse:
         return CompletionResponse(id=self.id, created=self.created, model=self.model, choices=choices, usage=usage)
@@ -125,7 +127,7 @@ def completions_router(engine: AsyncEngine, tokenizer: Tokenizer, texts: TokenTe
         params = sampling_params(body, max_tokens=max_tokens, logprobs=body.logprobs,
                                  prompt_logprobs=body.logprobs if body.echo else None)
         include_usage, continuous_usage = stream_usage(body)
-        generation = Generation(engine, f"cmpl-{uuid.uuid4().hex}", prompts, params)
+        generation = Generation(engine, record_of(request.scope), "cmpl", prompts, params)
         reply = Reply(
             id=generation.id,
             model=model.id,

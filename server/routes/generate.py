@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -28,6 +27,7 @@ from server.protocol import (
     PrefillToken,
     StreamDetails,
 )
+from server.record import record_of
 from server.sse import STREAM_RESPONSE, EventStream, run_while_connected
 from server.validation import check_length, check_text, fold_seed, make_params, tokenizing
 
@@ -97,7 +97,7 @@ def generate_router(engine: AsyncEngine, tokenizer: Tokenizer, texts: TokenTexts
                     config: ServerConfig) -> APIRouter:
     router = APIRouter(tags=["TGI"], responses=ERROR_RESPONSES)
 
-    async def start(body: GenerateRequest) -> Reply:
+    async def start(body: GenerateRequest, request: Request) -> Reply:
         parameters = body.parameters or GenerateParameters()
         text = check_text(body.inputs, "inputs", model)
         prompt = await tokenizing(len(text), lambda: tokenizer.encode(text))
@@ -113,19 +113,19 @@ def generate_router(engine: AsyncEngine, tokenizer: Tokenizer, texts: TokenTexts
             prompt_logprobs=0 if parameters.decoder_input_details else None,
             **_sampling(parameters),
         )
-        generation = Generation(engine, f"gen-{uuid.uuid4().hex}", [prompt], params)
+        generation = Generation(engine, record_of(request.scope), "gen", [prompt], params)
         return Reply(generation, texts, body.inputs if parameters.return_full_text else "", parameters)
 
     @router.post("/generate", response_model=GenerateResponse)
     async def generate(body: GenerateRequest, request: Request) -> Response:
         """Continue `inputs`."""
-        reply = await start(body)
+        reply = await start(body, request)
         with reply.generation:
             whole = await run_while_connected(request.receive, reply.whole())
         return Response(whole.model_dump_json(), media_type="application/json")
 
     @router.post("/generate_stream", response_class=Response, responses=STREAM_RESPONSE)
-    async def generate_stream(body: GenerateRequest) -> Response:
+    async def generate_stream(body: GenerateRequest, request: Request) -> Response:
         """Continue `inputs`, one server-sent event a token; the last has generated_text and details."""
         parameters = body.parameters or GenerateParameters()
         if parameters.max_new_tokens == 0:
@@ -134,7 +134,7 @@ def generate_router(engine: AsyncEngine, tokenizer: Tokenizer, texts: TokenTexts
         if parameters.decoder_input_details:
             raise APIError(400, "decoder_input_details is not supported in a stream; use /generate",
                            param="parameters.decoder_input_details", code="not_supported")
-        reply = await start(body)
+        reply = await start(body, request)
         return EventStream(reply.events(), reply.generation.abort, config.keep_alive_interval)
 
     return router

@@ -55,7 +55,7 @@ async def test_32_streams_each_equal_to_its_solo_run() -> None:
         for i, events in enumerate(await asyncio.gather(*map(collect, streams))):
             assert gist(events) == gist(solo(prompts[i], params[i])[0])
         assert engine.seconds_since_progress == 0
-        assert engine.num_running == engine.num_waiting == 0
+        assert engine.engine.num_running == engine.engine.num_waiting == 0
 
 
 @in_loop
@@ -83,30 +83,30 @@ async def test_bad_and_excess_requests_are_refused_at_once() -> None:
 
 
 @in_loop
-async def test_leaving_the_block_aborts() -> None:
+async def test_abort() -> None:
     async with running(max_model_len=100_000, num_blocks=7000) as engine:
-        async with engine.add_request("a", [1], ENDLESS) as stream:
-            async for output in stream:
-                if output.num_output_tokens == 3:
-                    break
+        stream = engine.add_request("a", [1], ENDLESS)
+        async for output in stream:
+            if output.num_output_tokens == 3:
+                break
+        stream.abort()
         assert (await collect(stream))[-1].finish_reason is FinishReason.ABORT
         assert not engine.engine.has_unfinished_requests
-        async with engine.add_request("b", [1], GREEDY) as stream:
-            assert len(await collect(stream)) == 12
+        assert len(await collect(engine.add_request("b", [1], GREEDY))) == 12
 
 
 @in_loop
 async def test_drain_waits_refuses_and_then_aborts() -> None:
     async with running() as engine:
         stream = engine.add_request("a", [1], GREEDY)
-        assert await engine.drain(30)
+        assert await engine.drain(30) == 0
         with pytest.raises(QueueFullError) as refused:
             engine.add_request("b", [1], GREEDY)
         assert refused.value.reason == "draining"
         assert (await collect(stream))[-1].finish_reason is FinishReason.LENGTH
     async with running(max_model_len=100_000, num_blocks=7000) as engine:
         streams = [engine.add_request(str(i), [1], ENDLESS) for i in range(3)]
-        assert not await engine.drain(0.05)
+        assert await engine.drain(0.05) == 3
         for stream in streams:
             assert (await collect(stream))[-1].finish_reason is FinishReason.ABORT
 

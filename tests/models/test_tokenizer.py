@@ -162,6 +162,14 @@ def test_ids_and_texts(ours: Tokenizer, theirs: PreTrainedTokenizerFast, text: s
     assert [ours.token(i) for i in ids] == theirs.convert_ids_to_tokens(ids)
 
 
+@given(text=TEXTS)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_bytes_of_tokens_make_the_text(ours: Tokenizer, text: str) -> None:
+    ids = ours.encode(text, add_special_tokens=False)
+    made = b"".join(map(ours.token_bytes, ids)).decode()
+    assert made.removeprefix(" ") == ours.decode(ids, skip_special_tokens=False).removeprefix(" ")
+
+
 def test_special_tokens(ours: Tokenizer, theirs: PreTrainedTokenizerFast) -> None:
     assert ours.vocab_size == len(theirs)
     assert ours.bos_token_id == theirs.bos_token_id

@@ -76,7 +76,7 @@ def run_server(decoder: tuple[Decoder, Backend], tokenizer: Tokenizer) -> Callab
         metrics = Metrics(__version__, card)
         async_engine = AsyncEngine(engine, metrics.record_step)
         app = create_app(async_engine, tokenizer, config, card, metrics)
-        server = Server(app, async_engine, config)
+        server = Server(app, async_engine, config, metrics)
         listener = bind(config.host, 0)
         port = listener.getsockname()[1]
         thread = threading.Thread(target=server.run, args=([listener],), daemon=True)

@@ -10,6 +10,7 @@ import httpx
 import openai
 import pytest
 
+from fptq_runtime.engine.async_engine import EngineDeadError
 from fptq_runtime.engine.engine import QueueFullError
 from tests.server.conftest import Served, metric, wait_until
 
@@ -23,11 +24,11 @@ def test_full_queue(run_server: Callable[..., Any]) -> None:
                 tasks = []
                 for count in (1, 2):
                     tasks.append(asyncio.create_task(client.post("/v1/completions", json=body)))
-                    while served.engine.num_running + served.engine.num_waiting != count:
+                    while served.engine.engine.num_running + served.engine.engine.num_waiting != count:
                         await asyncio.sleep(0.01)
                     response = await client.post("/v1/completions", json=body | {"prompt": ["a", "b"]})
                     assert response.status_code == 429
-                    while served.engine.num_running + served.engine.num_waiting != count:
+                    while served.engine.engine.num_running + served.engine.engine.num_waiting != count:
                         await asyncio.sleep(0.01)
                 for path, more in (("/v1/completions", {}), ("/v1/completions", {"stream": True}),
                                    ("/generate_stream", None)):
@@ -41,7 +42,7 @@ def test_full_queue(run_server: Callable[..., Any]) -> None:
                 await asyncio.gather(*tasks, return_exceptions=True)
 
         asyncio.run(run())
-        wait_until(lambda: served.engine.num_running + served.engine.num_waiting == 0)
+        wait_until(lambda: served.engine.engine.num_running + served.engine.engine.num_waiting == 0)
         assert metric(served, "fptq_requests_rejected_total", reason="queue_full") == 5
         response = served.http.post("/v1/completions", json={"prompt": ["a", "b", "c"], "max_tokens": 1})
         assert response.status_code == 400  # to come back later would not help
@@ -72,5 +73,17 @@ def test_prompts_are_taken_together(served: Served) -> None:
     body = {"prompt": [[5], [99999]], "max_tokens": 50, "ignore_eos": True}
     response = served.http.post("/v1/completions", json=body)
     assert response.status_code == 400
-    wait_until(lambda: served.engine.num_running + served.engine.num_waiting == 0)
+    wait_until(lambda: served.engine.engine.num_running + served.engine.engine.num_waiting == 0)
     assert metric(served, "fptq_generated_tokens_total") - before < 50
+
+
+def test_a_dead_engine_is_not_counted_as_draining(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    def dead(*_: Any) -> None:
+        raise EngineDeadError
+
+    monkeypatch.setattr(served.engine, "add_request", dead)
+    before = {reason: metric(served, "fptq_requests_rejected_total", reason=reason)
+              for reason in ("engine_stopped", "draining")}
+    assert served.http.post("/v1/completions", json={"prompt": "x"}).status_code == 503
+    after = {reason: metric(served, "fptq_requests_rejected_total", reason=reason) for reason in before}
+    assert after == {"engine_stopped": before["engine_stopped"] + 1, "draining": before["draining"]}

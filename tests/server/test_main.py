@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import signal
 import socket
 import subprocess
@@ -16,8 +17,8 @@ import httpx
 import pytest
 
 from server.config import ModelCard, ServerConfig
-from server.main import AddressError, bind, describe
-from tests.server.conftest import events, wait_until
+from server.main import AddressError, bind, describe, raise_open_files
+from tests.server.conftest import Served, events, metric, wait_until
 
 
 def test_port_in_use() -> None:
@@ -60,6 +61,69 @@ def test_headers_without_an_end(run_server: Callable[..., Any]) -> None:
                 connection.sendall(b"x" * 100_000_000)
         assert served.http.post("/tokenize", json={"prompt": "x" * 60_000}).status_code == 200
         assert served.http.get("/livez").status_code == 200
+
+
+@pytest.mark.parametrize(("sent", "answer"), [
+    (b"", b""), (b"GET /livez HTTP/1.1\r\nHost", b"HTTP/1.1 408 "), (b"\r\n", b""),
+    (b"POST /nowhere HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\nx", b"HTTP/1.1 404 "),
+    (b"no HTTP\r\n\r\n", b"HTTP/1.1 400 "),
+], ids=repr)
+def test_connections_that_finish_no_request_are_closed(run_server: Callable[..., Any], sent: bytes, answer: bytes
+                                                       ) -> None:
+    with run_server(ServerConfig(head_timeout=0.3, body_timeout=0.3)) as served, \
+            socket.create_connection(("127.0.0.1", served.port), 30) as connection:
+        connection.sendall(sent)
+        received = b"".join(iter(lambda: connection.recv(4096), b""))
+        assert received[:len(answer) or None] == answer
+
+
+def test_line_ends_between_requests_keep_no_connection(run_server: Callable[..., Any]) -> None:
+    with run_server(ServerConfig(head_timeout=0.3)) as served, \
+            socket.create_connection(("127.0.0.1", served.port), 30) as connection:
+        connection.sendall(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert connection.recv(4096).startswith(b"HTTP/1.1 200 ")
+        connection.sendall(b"\r\n")
+        assert connection.recv(4096) == b""
+
+
+def test_an_answer_outlives_the_heads_deadline(run_server: Callable[..., Any]) -> None:
+    """The beginning of a second request, sent meanwhile, does not cut it."""
+    with run_server(ServerConfig(head_timeout=0.05)) as served:
+        body = b'{"prompt": "x", "max_tokens": 300, "ignore_eos": true, "stream": true}'
+        with socket.create_connection(("127.0.0.1", served.port), 30) as connection:
+            connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+                               b"Content-Length: %d\r\n\r\n%sGET /" % (len(body), body))
+            received = b"".join(iter(lambda: connection.recv(65536), b""))
+        assert b"data: [DONE]" in received
+
+
+def test_what_is_no_http_names_its_peer(served: Served, caplog: pytest.LogCaptureFixture) -> None:
+    before = metric(served, "fptq_http_responses_total", route="other", status="4xx")
+    with socket.create_connection(("127.0.0.1", served.port), 30) as connection:
+        port = connection.getsockname()[1]
+        connection.sendall(b"\x16\x03\x01")  # TLS
+        assert connection.recv(4096).startswith(b"HTTP/1.1 400 ")
+    assert f"127.0.0.1:{port} 400 not an HTTP request" in caplog.text
+    assert metric(served, "fptq_http_responses_total", route="other", status="4xx") == before + 1
+
+
+def test_open_files() -> None:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(256, before[1]), before[1]))
+        raise_open_files()
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (before[1], before[1])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+@pytest.mark.parametrize("keys", [(), ("secret",)])
+def test_documentation_is_offered_where_it_opens(run_server: Callable[..., Any], caplog: pytest.LogCaptureFixture,
+                                                 keys: tuple[str, ...]) -> None:
+    caplog.set_level("INFO", "fptq.server")
+    with run_server(ServerConfig(api_keys=keys)):
+        assert "OpenAI API under /v1" in caplog.text
+        assert ("/docs" in caplog.text) is (not keys)
 
 
 def test_a_native_server_needs_neither_torch_nor_transformers(model_path: Path) -> None:
@@ -149,3 +213,7 @@ def test_the_rest_is_aborted(model_path: Path, drain_timeout: float, signals: in
         for future in streams:
             chunks = future.result()
             assert chunks[-1].get("error", {}).get("code") == "aborted" or len(chunks) == 1000
+        assert process.stderr is not None
+        last = process.stderr.read().splitlines()[-1]
+        aborted = sum("error" in future.result()[-1] for future in streams)
+        assert last.endswith(f"INFO stopped ({'SIGTERM' if signals == 1 else 'SIGINT'}, {aborted} aborted)")

@@ -42,9 +42,9 @@ def test_every_series_exists_before_the_first_event() -> None:
     before = samples(metrics.exposition().decode()).keys()
     metrics.record_step(StepStats(
         num_running=3, num_waiting=2, kv_usage=0.5, batch_tokens=7, step_seconds=0.01, prompt_tokens=4,
-        generated_tokens=3, preemptions=1, prefix_query_tokens=10, prefix_hit_tokens=6, queue_seconds=[0.001],
-        time_to_first_token=[0.02], inter_token_seconds=[0.01, 0.02],
-        finished=[FinishedStats(reason, 5, 6, 0.1, 0.2, 0.3) for reason in ("stop", "length", "abort", "error")]))
+        recomputed_tokens=2, generated_tokens=3, preemptions=1, prefix_query_tokens=10, prefix_hit_tokens=6,
+        queue_seconds=[0.001], time_to_first_token=[0.02], inter_token_seconds=[0.01, 0.02],
+        finished=[FinishedStats(reason, 0.3) for reason in ("stop", "length", "abort", "error")]))
     for status in (200, 404, 499, 503):
         metrics.record_response("/v1/completions", status)
         metrics.record_response("/a/path/that/someone/made/up", status)
@@ -57,7 +57,7 @@ def test_a_step_is_recorded() -> None:
     metrics.record_step(StepStats(num_running=3, num_waiting=2, kv_usage=0.5, batch_tokens=7, prompt_tokens=4,
                                   prefix_query_tokens=10, prefix_hit_tokens=6, generated_tokens=3, preemptions=1,
                                   queue_seconds=[0.0005], time_to_first_token=[0.02], inter_token_seconds=[0.01, 0.02],
-                                  finished=[FinishedStats("stop", 5, 6, 0.1, 0.2, 0.3)]))
+                                  finished=[FinishedStats("stop", 0.3)]))
     assert value(metrics, "fptq_requests_running") == 3
     assert value(metrics, "fptq_requests_waiting") == 2
     assert value(metrics, "fptq_kv_cache_usage_ratio") == 0.5
@@ -71,6 +71,7 @@ def test_a_step_is_recorded() -> None:
     assert value(metrics, "fptq_time_to_first_token_seconds_sum") == 0.02
     assert value(metrics, "fptq_inter_token_seconds_count") == 2
     assert value(metrics, "fptq_end_to_end_seconds_sum") == 0.3
+    assert value(metrics, "fptq_end_to_end_seconds_bucket", le="1800.0") == 1
     assert value(metrics, "fptq_batch_tokens_sum") == 7
     assert value(metrics, "fptq_build_info", version=__version__) == 1
     assert value(metrics, "fptq_model_info", model="demo", max_model_len="1024", architecture="LlamaForCausalLM") == 1

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import re
+import socket
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 from starlette.types import Message, Receive, Scope, Send
 
 from server.config import ModelCard, ServerConfig
+from server.errors import ErrorHandlers
 from server.metrics import Metrics
 from server.middleware import RequestContext
-from tests.server.conftest import Served, metric
+from tests.server.conftest import Served, metric, wait_until
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +91,107 @@ def test_what_uvicorn_cancels_at_exit_leaves_no_traceback(started: bool) -> None
         return {"type": "http.disconnect"}
 
     metrics = Metrics("0", ModelCard("m", 0, 8, 8))
-    asyncio.run(RequestContext(stalled, metrics)({"type": "http", "method": "POST", "path": "/", "headers": []},
-                                                 receive, send))
+    context = RequestContext(stalled, ErrorHandlers(metrics), metrics)
+    asyncio.run(context({"type": "http", "method": "POST", "path": "/", "headers": []}, receive, send))
     assert [message["status"] for message in sent if "status" in message] == [200 if started else 503]
+
+
+def access_line(caplog: pytest.LogCaptureFixture, request_id: str) -> str:
+    """The line of one request, once it is there: it is written after the answer is sent."""
+    lines: list[str] = []
+
+    def logged() -> bool:
+        lines[:] = [record.getMessage() for record in caplog.records if record.name == "fptq.access"
+                    and f" {request_id}" in record.getMessage()]
+        return bool(lines)
+
+    wait_until(logged)
+    [line] = lines
+    return line
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_log_says_whose_request_and_what_came_of_it(served: Served, caplog: pytest.LogCaptureFixture, stream: bool
+                                                        ) -> None:
+    caplog.set_level("INFO", "fptq.access")
+    body = {"prompt": [5, 6, 7], "max_tokens": 4, "ignore_eos": True, "n": 2, "stream": stream}
+    response = served.http.post("/v1/completions", json=body, headers={"X-Request-Id": f"whose-{stream}"})
+    assert f'"cmpl-whose-{stream}"' in response.text
+    line = access_line(caplog, f"whose-{stream}")
+    assert re.fullmatch(rf"127\.0\.0\.1:\d+ POST /v1/completions 200 \d+\.\d{{3}}s whose-{stream} "
+                        r"prompt=3 out=8 finish=length", line), line
+
+
+def test_one_request_id_twice_at_once(served: Served) -> None:
+    """Ids are the client's to choose."""
+    body = {"prompt": "x", "max_tokens": 60, "ignore_eos": True}
+    with ThreadPoolExecutor(3) as pool:
+        answers = list(pool.map(lambda _: served.http.post("/v1/completions", json=body,
+                                                           headers={"X-Request-Id": "same"}), range(3)))
+    assert [answer.status_code for answer in answers] == [200] * 3
+
+
+def test_the_log_says_why_a_request_was_refused(served: Served, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "fptq.access")
+    served.http.post("/v1/completions", json={"prompt": "x", "a\n\x1b[31m": 1}, headers={"X-Request-Id": "why"})
+    line = access_line(caplog, "why")
+    assert " 400 " in line
+    assert line.endswith("code=unknown_field param=a \\x1b[31m unknown field a \\x1b[31m")
+
+
+@pytest.mark.parametrize(("content", "headers", "status", "message"), [
+    (b'{"prompt": x}', {}, 400, "the request body is not valid JSON: Expecting value at character 11"),
+    (b'{"prompt": "\xff"}', {}, 400, "the request body is not valid UTF-8: byte 0xff at offset 12"),
+    (b"\x1f\x8b", {"Content-Encoding": "gzip"}, 415, "Content-Encoding gzip is not supported; send the body as it is"),
+])
+def test_unreadable_bodies_are_named(served: Served, content: bytes, headers: dict[str, str], status: int, message: str
+                                     ) -> None:
+    response = served.http.post("/v1/completions", content=content,
+                                headers={"Content-Type": "application/json"} | headers)
+    assert response.status_code == status
+    assert response.json()["error"]["message"] == message
+
+
+def begin_post(port: int, request_id: str) -> socket.socket:
+    """A request with half of its body."""
+    connection = socket.create_connection(("127.0.0.1", port), 30)
+    connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+                       b"X-Request-Id: %s\r\nContent-Length: 100\r\n\r\n{" % request_id.encode())
+    return connection
+
+
+def test_a_client_that_leaves_within_its_body(served: Served, caplog: pytest.LogCaptureFixture) -> None:
+    """It made no mistake that a refusal would count."""
+    caplog.set_level("INFO", "fptq.access")
+    before = metric(served, "fptq_requests_rejected_total", reason="invalid")
+    with begin_post(served.port, "mid-body"):
+        time.sleep(0.1)
+    line = access_line(caplog, "mid-body")
+    assert " 499 " in line
+    assert line.endswith("client gone")
+    assert metric(served, "fptq_requests_rejected_total", reason="invalid") == before
+
+
+def test_a_client_that_leaves_its_stream(served: Served, monkeypatch: pytest.MonkeyPatch,
+                                         caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "fptq.access")
+    body = {"prompt": "x", "max_tokens": 1000, "ignore_eos": True, "stream": True}
+    with served.http.stream("POST", "/v1/completions", json=body, headers={"X-Request-Id": "leaves"}) as response:
+        next(response.iter_lines())
+    assert re.search(r" 200 .* leaves prompt=\d+ out=\d+ finish=none client gone$", access_line(caplog, "leaves"))
+
+
+def test_a_body_that_stops_coming(run_server: Callable[..., Any]) -> None:
+    with run_server(ServerConfig(body_timeout=0.2)) as served, begin_post(served.port, "stops") as connection:
+        answer = b"".join(iter(lambda: connection.recv(4096), b""))
+        assert answer.startswith(b"HTTP/1.1 408 ")
+        assert b'"code":"timeout"' in answer
+        assert metric(served, "fptq_requests_rejected_total", reason="timeout") == 1
+        assert metric(served, "fptq_http_responses_total", route="/v1/completions", status="4xx") == 1
+
+
+def test_responses_are_counted_by_route_where_middleware_refuses(small: Served) -> None:
+    name, labels = "fptq_http_responses_total", {"route": "/tokenize", "status": "4xx"}
+    before = metric(small, name, **labels)
+    assert small.http.post("/tokenize", content=b" " * 1001).status_code == 413
+    wait_until(lambda: metric(small, name, **labels) == before + 1)

@@ -37,13 +37,13 @@ def test_a_client_that_leaves_stops_the_engine(served: Served, monkeypatch: pyte
     async def leave() -> None:
         async with httpx.AsyncClient(base_url=served.url, timeout=60) as client:
             request = asyncio.create_task(client.post(path, json=body))
-            while served.engine.num_running == 0:
+            while served.engine.engine.num_running == 0:
                 await asyncio.sleep(0.01)
             request.cancel()
             await asyncio.gather(request, return_exceptions=True)
 
     asyncio.run(leave())
-    wait_until(lambda: served.engine.num_running == 0)
+    wait_until(lambda: served.engine.engine.num_running == 0)
     wait_until(lambda: metric(served, "fptq_requests_finished_total", reason="abort") > before)
 
 

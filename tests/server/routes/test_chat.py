@@ -10,7 +10,7 @@ import openai
 import pytest
 
 from fptq_runtime.models.tokenizer import ChatTemplateError, Tokenizer
-from tests.server.conftest import Served
+from tests.server.conftest import EOS, Served
 
 MESSAGES: list[Any] = [{"role": "system", "content": "You tell tales."}, {"role": "user", "content": "Of a king."}]
 OPTIONS: dict[str, Any] = {"model": "demo", "messages": MESSAGES, "max_tokens": 10, "temperature": 0}
@@ -70,6 +70,17 @@ def test_logprobs(client: openai.OpenAI) -> None:
         values = [top.logprob for top in entry.top_logprobs]
         assert values == sorted(values, reverse=True)
         assert (entry.top_logprobs[0].token, entry.top_logprobs[0].logprob) == (entry.token, entry.logprob)
+
+
+def test_logprobs_have_the_bytes_of_every_token(client: openai.OpenAI, tokenizer: Tokenizer) -> None:
+    """Of a part of a character and of a special token too."""
+    part = tokenizer.encode("🙂")[1]
+    for token_id, name, raw in ((part, "bytes:\\xf0", b"\xf0"), (EOS, "</s>", b"</s>")):
+        answer = client.chat.completions.create(**OPTIONS | {"max_tokens": 1, "logit_bias": {str(token_id): 100}},
+                                                logprobs=True)
+        [entry] = answer.choices[0].logprobs.content or [] if answer.choices[0].logprobs else []
+        assert entry.bytes == list(tokenizer.token_bytes(token_id))
+        assert (entry.token, bytes(entry.bytes or [])) == (name, raw)
 
 
 def test_text_parts(client: openai.OpenAI) -> None:

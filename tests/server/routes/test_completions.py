@@ -106,6 +106,34 @@ def test_lm_eval_scoring_request(served: Served, tokenizer: Tokenizer) -> None:
             assert choice["text"].startswith(token, start)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_logprobs_of_characters_in_parts(served: Served, tokenizer: Tokenizer, stream: bool) -> None:
+    """A token that is not whole UTF-8 is named by its bytes; offsets are those of the text."""
+    prompt = "é🙂 a漢"
+    ids = tokenizer.encode(prompt)
+    raw = [tokenizer.token_bytes(token_id) for token_id in ids]
+    parts = [part for part in raw if part.decode(errors="replace").encode() != part]
+    assert len(parts) >= 4, "the text is meant to be cut within its characters"
+    body = {"prompt": prompt, "max_tokens": 1, "echo": True, "logprobs": 0, "stream": stream}
+    response = served.http.post("/v1/completions", json=body)
+    choices = [chunk["choices"][0] for chunk in (events(response.text) if stream else [response.json()])]
+    logprobs = [entry for choice in choices for entry in zip(choice["logprobs"]["tokens"],
+                                                             choice["logprobs"]["text_offset"], strict=True)]
+    written = b""
+    for (name, offset), part in zip(logprobs, raw, strict=False):
+        assert offset == len(written.decode(errors="ignore"))
+        assert name == (part.decode() if part not in parts else "bytes:" + "".join(f"\\x{b:02x}" for b in part))
+        written += b"" if name == "<s>" else part
+    assert logprobs[len(ids)][1] == len(prompt)
+
+
+def test_text_offsets_where_the_prompt_ends_within_a_character(served: Served, tokenizer: Tokenizer) -> None:
+    *cut, last = tokenizer.encode("a🙂")
+    choice = complete(served, prompt=cut, max_tokens=2, logit_bias={str(last): 100}, logprobs=0)["choices"][0]
+    assert choice["text"].startswith("🙂")
+    assert choice["logprobs"]["text_offset"] == [0, 1]
+
+
 def test_generated_logprobs_do_not_depend_on_echo(served: Served) -> None:
     plain = complete(served, logprobs=3)["choices"][0]["logprobs"]
     echoed = complete(served, logprobs=3, echo=True)["choices"][0]["logprobs"]
@@ -133,6 +161,7 @@ def test_tokens_as_ids_are_unique(served: Served) -> None:
     ({"stream": True, "echo": True, "logprobs": 1, "n": 2}, "echo", "n above 1"),
     ({"logit_bias": {"99999": 1}}, "logit_bias", "99999"),
     ({"include_stop_str_in_output": True}, "include_stop_str_in_output", "not supported"),
+    ({"min_tokens": 17}, "min_tokens", "max_tokens, which was not given, is 16"),
     ({"frobnicate": 1}, "frobnicate", "unknown field frobnicate"),
 ], ids=str)
 def test_refusals(served: Served, body: dict[str, Any], param: str, named: str) -> None:

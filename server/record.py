@@ -1,0 +1,54 @@
+"""What one request's line in the access log says, gathered on the request's way."""
+
+from __future__ import annotations
+
+import uuid
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from starlette.types import Scope
+
+if TYPE_CHECKING:
+    from server.errors import APIError
+
+SCOPE_KEY = "fptq.record"
+
+
+@dataclass
+class RequestRecord:
+    """id: the client's X-Request-Id or a random one; a generation's own id ends with it. prompt_tokens: None where
+    nothing was generated. finish_reasons: of the sequences that ended."""
+
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    prompt_tokens: int | None = None
+    completion_tokens: int = 0
+    finish_reasons: set[str] = field(default_factory=set)
+    error: APIError | None = None
+    client_gone: bool = False
+
+    def __str__(self) -> str:
+        parts = []
+        if self.prompt_tokens is not None:
+            reasons = ",".join(sorted(self.finish_reasons)) or "none"
+            parts.append(f"prompt={self.prompt_tokens} out={self.completion_tokens} finish={reasons}")
+        if self.client_gone:
+            parts.append("client gone")
+        if self.error is not None:
+            labels = [f"{name}={value}" for name, value in (("code", self.error.code), ("param", self.error.param))
+                      if value is not None]
+            parts.append(" ".join([*labels, self.error.message]))
+        return " ".join(parts)
+
+
+def record_of(scope: Scope) -> RequestRecord:
+    """Of the request that an ASGI scope or a Request's scope belongs to."""
+    record: RequestRecord = scope.setdefault(SCOPE_KEY, RequestRecord())
+    return record
+
+
+def peer(client: tuple[str, int] | None) -> str:
+    """Address and port as the log has them; - where there is none."""
+    if client is None:
+        return "-"
+    host, port = client
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
