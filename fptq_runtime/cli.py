@@ -296,6 +296,10 @@ def quantize(model: str, out: Path, recipe: str, revision: str | None, max_loss:
         f"{spent.summary(budget)}\n\n{summarize(manifest)}")
 
 
+class Interrupted(click.ClickException):
+    exit_code = 130  # as a shell has it after Ctrl-C
+
+
 @contextlib.contextmanager
 def _tells_what_is_left(out: Path) -> Iterator[None]:
     """After Ctrl-C, whether OUT or anything beside it that carries its name was written."""
@@ -309,9 +313,7 @@ def _tells_what_is_left(out: Path) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         written = [name for key, name in found().items() if key not in before]
-        error = click.ClickException(f"interrupted; {' and '.join(written) or 'nothing'} was written")
-        error.exit_code = 130
-        raise error from None
+        raise Interrupted(f"interrupted; {' and '.join(written) or 'nothing'} was written") from None
 
 
 @cli.command()

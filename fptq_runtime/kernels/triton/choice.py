@@ -161,11 +161,6 @@ class Case:
         """Read and written at least: the weight, x and its scales, float32 y."""
         return self.weight_bytes + self.m * (self.k + 4) + 4 * self.m * self.n
 
-    @property
-    def bfloat16_bytes(self) -> int:
-        """Of the same product in bfloat16."""
-        return 2 * (self.n * self.k + self.m * self.k + self.m * self.n)
-
 
 LLAMA_3_8B = (  # name, N, K
     ("qkv", 6144, 4096), ("o", 4096, 4096), ("up", 28672, 4096), ("down", 4096, 14336), ("lm_head", 128256, 4096),
