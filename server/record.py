@@ -42,7 +42,9 @@ class RequestRecord:
 
 def record_of(scope: Scope) -> RequestRecord:
     """Of the request that an ASGI scope or a Request's scope belongs to."""
-    record: RequestRecord = scope.setdefault(SCOPE_KEY, RequestRecord())
+    if SCOPE_KEY not in scope:
+        scope[SCOPE_KEY] = RequestRecord()
+    record: RequestRecord = scope[SCOPE_KEY]
     return record
 
 

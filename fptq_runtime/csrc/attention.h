@@ -61,11 +61,8 @@ static inline void rotate(const float* cos, const float* sin, int n, float* x) {
 // scale = max|x| / 127.5 (float32 epsilon where that is 0), codes half to even: as activations are quantized. Writes
 // zeros up to a multiple of 16; a NaN makes the scale NaN.
 static inline float quantize_head(const float* x, int n, int8_t* codes) {
-  IntVec tops = {};  // floats without their sign order as integers, NaN above all
-  each_vector(n, [&](int i, int lanes) {
-    const IntVec a = bits(load_lanes(x + i, lanes)) & 0x7fffffff;
-    tops = a > tops ? a : tops;
-  });
+  IntVec tops = {};
+  each_vector(n, [&](int i, int lanes) { tops = max_bits(tops, load_lanes(x + i, lanes)); });
   const int32_t top = max(tops);
   float scale;
   __builtin_memcpy(&scale, &top, sizeof scale);

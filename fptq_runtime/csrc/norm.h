@@ -72,8 +72,7 @@ static int32_t silu_mul_row(const float* gate, const float* up, int n, float* ou
   IntVec top = {};
   each_vector(n, [&](int i, int lanes) {
     const Vec x = load_lanes(gate + i, lanes), y = x / (splat(1.0f) + exp(-x)) * load_lanes(up + i, lanes);
-    const IntVec magnitude = bits(y) & 0x7fffffff;
-    top = magnitude > top ? magnitude : top;
+    top = max_bits(top, y);
     store_lanes(out + i, y, lanes);
   });
   return max(top);

@@ -225,7 +225,8 @@ int Program::gate(int x, int width, float act) {
   values_[x] = {width, selected, {}};   // silu(gate) · up in float
   ops_.push_back({linear_kind(*linear), {in}, x, -1, nullptr});
   values_[in].last_use = static_cast<int>(ops_.size()) - 1;
-  const int out = define("quantize", width, selected, act, {x}, -1), panels = width / kPanelCols;
+  const int out = define("quantize", width, selected, act, {x}, -1);
+  const int panels = width / kPanelCols;
   Op& op = ops_[ops_.size() - 2];
   op.run = [=, this_ = this](const StepView& step) {
     const int m = this_->rows(x, step);

@@ -152,6 +152,12 @@ static inline int32_t max(IntVec v) {
 
 static inline IntVec bits(Vec v) { return reinterpret_cast<IntVec>(v); }
 
+// The bits of the larger magnitude, lane by lane: without their sign floats order as integers do, NaN above all.
+static inline IntVec max_bits(IntVec top, Vec v) {
+  const IntVec magnitude = bits(v) & 0x7fffffff;
+  return magnitude > top ? magnitude : top;
+}
+
 // The lowest byte of each lane.
 static inline void store_bytes(void* p, IntVec v) {
 #if defined(__AVX512F__)
