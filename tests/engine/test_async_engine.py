@@ -72,11 +72,14 @@ async def test_bad_and_excess_requests_are_refused_at_once() -> None:
     async with running(max_num_seqs=1, max_waiting_requests=1) as engine:
         with pytest.raises(RequestError):
             engine.add_request("bad", [], GREEDY)
+        held = threading.Event()
+        executor(engine).before = lambda batch: held.wait(10)
         first, second = (engine.add_request(name, [1], ENDLESS) for name in "ab")
         with pytest.raises(QueueFullError):
             engine.add_request("c", [1], GREEDY)
         first.abort()
         second.abort()
+        held.set()
         for stream in (first, second):
             assert (await collect(stream))[-1].finish_reason is FinishReason.ABORT
         assert len(await collect(engine.add_request("c", [1], GREEDY))) == 12
@@ -152,8 +155,11 @@ async def test_a_lost_device_ends_the_engine() -> None:
 @in_loop
 async def test_a_dead_thread_ends_every_stream() -> None:
     async with running() as engine:
-        engine.engine._scheduler.schedule = lambda: 1 / 0  # type: ignore[assignment,method-assign,return-value]
+        added = threading.Event()
+        engine.engine._scheduler.schedule = (  # type: ignore[method-assign]
+            lambda: added.wait(10) and 1 / 0)  # type: ignore[assignment,return-value]
         streams = [engine.add_request(str(i), [1], SamplingParams(n=2)) for i in range(3)]
+        added.set()
         for stream in streams:
             assert {e.finish_reason for e in await collect(stream)} == {FinishReason.ERROR}
         assert isinstance(engine.error, ZeroDivisionError)
