@@ -66,8 +66,7 @@ class RequestContext:
             await answer(APIError(500, f"internal error; the server's log has it as request {record.id}",
                                   reason="failed", code="internal"))
         finally:
-            route = scope.get("route")  # None where the request was refused before
-            self._metrics.record_response(scope["path"] if route is None else route.path_format, status)
+            self._metrics.record_response(scope["path"], status)
             if scope["path"] not in PROBES or status >= 400:
                 self._log(scope, status, time.monotonic() - start)
 

@@ -190,8 +190,10 @@ def test_a_body_that_stops_coming(run_server: Callable[..., Any]) -> None:
         assert metric(served, "fptq_http_responses_total", route="/v1/completions", status="4xx") == 1
 
 
-def test_responses_are_counted_by_route_where_middleware_refuses(small: Served) -> None:
-    name, labels = "fptq_http_responses_total", {"route": "/tokenize", "status": "4xx"}
+@pytest.mark.parametrize(("path", "route"), [("/tokenize", "/tokenize"), ("/v1/models", "/v1/models"),
+                                             ("/v1/models/some/one", "/v1/models/{model_id}")])
+def test_responses_are_counted_by_route_where_middleware_refuses(small: Served, path: str, route: str) -> None:
+    name, labels = "fptq_http_responses_total", {"route": route, "status": "4xx"}
     before = metric(small, name, **labels)
-    assert small.http.post("/tokenize", content=b" " * 1001).status_code == 413
+    assert small.http.post(path, content=b" " * 1001).status_code == 413
     wait_until(lambda: metric(small, name, **labels) == before + 1)
