@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Literal
 
 KVCacheDtype = Literal["float32", "bf16", "int8"]
 # What linears with quantized weights read: what the checkpoint says, or int8 per token where it says float.
 Activations = Literal["checkpoint", "int8"]
+MAX_THREADS = os.cpu_count() or 1  # beyond the machine's logical CPUs each step waits for threads that do not run
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import AsyncGenerator
-from dataclasses import dataclass, field
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import dataclass, field, replace
 from types import TracebackType
-from typing import Literal
+from typing import Literal, TypeVar
+
+from pydantic import BaseModel
 
 from fptq_runtime.engine.async_engine import AsyncEngine, EngineDeadError, RequestStream
 from fptq_runtime.engine.engine import QueueFullError, RequestError
@@ -16,8 +18,11 @@ from fptq_runtime.engine.request import FinishReason, SamplingParams
 from server.errors import APIError, bad_parameter
 from server.protocol import PromptTokensDetails, Usage
 from server.record import RequestRecord
+from server.sse import TextTemplate
 
 SERIAL = itertools.count()  # the engine's ids are unique; those of clients need not be
+
+T = TypeVar("T")
 
 
 def openai_reason(reason: FinishReason | None) -> Literal["stop", "length"] | None:
@@ -125,6 +130,29 @@ class Generation:
             choice.finish_reason = output.finish_reason
             choice.stop_reason = output.stop_reason
         return choices
+
+    async def chunks(self, first: Callable[[int], T | None], part: Callable[[int, RequestOutput], T],
+                     chunk: Callable[[list[T], Usage | None], BaseModel], *, only_text: bool, include_usage: bool,
+                     continuous_usage: bool) -> AsyncGenerator[str, None]:
+        """A stream's chunks as JSON: of each choice what `first` has, if anything, then the `part` of every output; at
+        the end the usage. only_text: parts of a choice that goes on differ in their text alone."""
+        begun: set[int] = set()
+        templates: dict[int, TextTemplate] = {}
+        async for index, output in self.outputs():
+            usage = self.usage() if continuous_usage else None
+            if index not in begun:
+                begun.add(index)
+                if (opening := first(index)) is not None:
+                    yield chunk([opening], usage).model_dump_json()
+            if not only_text or continuous_usage or output.finish_reason is not None:
+                yield chunk([part(index, output)], usage).model_dump_json()
+                continue
+            if index not in templates:
+                blank = part(index, replace(output, text=TextTemplate.placeholder))
+                templates[index] = TextTemplate(chunk([blank], None).model_dump_json())
+            yield templates[index](output.text)
+        if include_usage:
+            yield chunk([], self.usage()).model_dump_json()
 
     def _account(self, i: int, output: RequestOutput) -> tuple[int, RequestOutput]:
         if output.finish_reason is not None:

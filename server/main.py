@@ -131,7 +131,7 @@ def bind(host: str, port: int) -> socket.socket:
 class BoundedProtocol(HttpToolsProtocol):
     """Closes connections that uvicorn would keep for ever: headers twice as long as are read, or that have not ended
     `head_timeout` seconds after the connection or their first byte; a body that has not ended `body_timeout` after its
-    answer. A body that stops coming before its answer is RequestLimits'."""
+    answer. A body that comes too slowly, before its answer, is RequestLimits'."""
 
     limits: ServerConfig
     metrics: Metrics

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 from prometheus_client import (
@@ -69,7 +70,7 @@ class Metrics:
         self._preemptions = counter("fptq_preemptions", "Sequences sent back to the queue for want of KV blocks.")
         self._prefix_query = counter("fptq_prefix_cache_query_tokens", "Prompt tokens looked up in the prefix cache.")
         self._prefix_hit = counter("fptq_prefix_cache_hit_tokens", "Prompt tokens found in the prefix cache.")
-        self._routes: frozenset[str] = frozenset()
+        self._routes: dict[str, re.Pattern[str]] = {}
         self._responses = Counter("fptq_http_responses", "HTTP responses, by route and class of status.",
                                   ("route", "status"), registry=registry)
         build = Gauge("fptq_build_info", "The server's version.", ("version",), registry=registry)
@@ -79,12 +80,12 @@ class Metrics:
         Gauge("fptq_model_info", "The served model.", names, registry=registry).labels(
             model.id, str(model.max_model_len), *(info[key] for key in sorted(info))).set(1)
 
-    def add_routes(self, paths: Iterable[str]) -> None:
-        """Responses of these are told apart; all others count under one label."""
-        self._routes = frozenset(paths)
-        for path in (*self._routes, OTHER_ROUTES):
+    def add_routes(self, templates: Iterable[str]) -> None:
+        """Responses of these, as /v1/models/{model_id}, are told apart; all others count under one label."""
+        self._routes = {template: re.compile(re.sub(r"\{\w+\}", ".*", template)) for template in templates}
+        for route in (*self._routes, OTHER_ROUTES):
             for status in STATUS_CLASSES:
-                self._responses.labels(path, status)
+                self._responses.labels(route, status)
 
     def record_step(self, stats: StepStats) -> None:
         self._running.set(stats.num_running)
@@ -110,8 +111,10 @@ class Metrics:
     def record_rejection(self, reason: str) -> None:
         self._rejected.labels(reason).inc()
 
-    def record_response(self, route: str, status: int) -> None:
-        self._responses.labels(route if route in self._routes else OTHER_ROUTES, f"{status // 100}xx").inc()
+    def record_response(self, path: str, status: int) -> None:
+        """path: the request's; "" where there was none."""
+        route = next((name for name, pattern in self._routes.items() if pattern.fullmatch(path)), OTHER_ROUTES)
+        self._responses.labels(route, f"{status // 100}xx").inc()
 
     def exposition(self) -> bytes:
         """The text format, version 0.0.4."""

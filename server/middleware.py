@@ -20,6 +20,7 @@ access_log = logging.getLogger("fptq.access")
 log = logging.getLogger("fptq.server")
 
 CLIENT_REQUEST_ID = re.compile(r"[!-~]{1,128}")
+BODY_RATE = 64 << 10  # bytes a second at which a long body may come
 PROBES = PUBLIC_PATHS | {"/metrics"}
 
 
@@ -66,8 +67,7 @@ class RequestContext:
             await answer(APIError(500, f"internal error; the server's log has it as request {record.id}",
                                   reason="failed", code="internal"))
         finally:
-            route = scope.get("route")  # None where the request was refused before
-            self._metrics.record_response(scope["path"] if route is None else route.path_format, status)
+            self._metrics.record_response(scope["path"], status)
             if scope["path"] not in PROBES or status >= 400:
                 self._log(scope, status, time.monotonic() - start)
 
@@ -80,8 +80,8 @@ class RequestContext:
 
 
 class RequestLimits:
-    """Refuses long headers, bodies past the limit whether or not they announce their length, bodies that stop coming,
-    and those that are compressed."""
+    """Refuses long headers, bodies past the limit whether or not they announce their length, bodies that take longer
+    than body_timeout and a second for each BODY_RATE bytes that came, and those that are compressed."""
 
     def __init__(self, app: ASGIApp, max_header_bytes: int, max_body_bytes: int, body_timeout: float,
                  errors: ErrorHandlers) -> None:
@@ -117,6 +117,8 @@ class RequestLimits:
                         reason="too_large")
 
     def _limited(self, receive: Receive) -> Receive:
+        loop = asyncio.get_running_loop()
+        start = loop.time()
         received = 0
         complete = False
 
@@ -124,10 +126,11 @@ class RequestLimits:
             nonlocal received, complete
             if complete:
                 return await receive()
+            seconds = self._body_timeout + received / BODY_RATE
             try:
-                message = await asyncio.wait_for(receive(), self._body_timeout)
+                message = await asyncio.wait_for(receive(), start + seconds - loop.time())
             except asyncio.TimeoutError:
-                raise APIError(408, f"nothing more of the request body came within {self._body_timeout:g} s",
+                raise APIError(408, f"after {seconds:.3g} s the request body has {received} bytes and no end",
                                reason="timeout", code="timeout") from None
             complete = not message.get("more_body", False)
             received += len(message.get("body", b""))

@@ -24,13 +24,13 @@ T = TypeVar("T")
 
 
 class TextTemplate:
-    """JSON that differs from chunk to chunk in one text alone: rendered once, with a placeholder."""
+    """JSON that differs from chunk to chunk in one text alone: rendered once, with the placeholder for it."""
 
-    _placeholder = "\0text\0"
+    placeholder = "\0text\0"
     _encode = json.JSONEncoder(ensure_ascii=False).encode
 
-    def __init__(self, render: Callable[[str], str]) -> None:
-        self._head, _, self._tail = render(self._placeholder).partition(self._encode(self._placeholder))
+    def __init__(self, rendered: str) -> None:
+        self._head, _, self._tail = rendered.partition(self._encode(self.placeholder))
 
     def __call__(self, text: str) -> str:
         return self._head + self._encode(text) + self._tail

@@ -177,7 +177,8 @@ def _fit(config: EngineConfig, model: ModelConfig) -> EngineConfig:
     if not 0 < tokens < config.max_model_len:
         return config
     logger.warning("the model's context of %d tokens is lowered to %d, what a KV cache of %s holds; raise "
-                   "kv_cache_memory for more", config.max_model_len, tokens, format_bytes(config.kv_cache_memory))
+                   "kv_cache_memory (--kv-cache-memory) for more", config.max_model_len, tokens,
+                   format_bytes(config.kv_cache_memory))
     return replace(config, max_model_len=tokens)
 
 

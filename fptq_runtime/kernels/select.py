@@ -8,6 +8,7 @@ import os
 from collections.abc import Mapping
 
 from fptq_runtime.artifact.scheme import LayerScheme
+from fptq_runtime.config import MAX_THREADS
 from fptq_runtime.kernels.base import Backend
 
 _BUILD_HINT = "build it with `pip install .` in the source tree (needs a C++17 compiler)"
@@ -37,8 +38,8 @@ def select_backend(name: str = "auto", threads: int = 0, schemes: Mapping[str, L
         if device == "cuda":
             raise ValueError(f"cannot run on the GPU: {why_not}")
         logger.warning("running on the CPU: %s", why_not)
-    if threads > (os.cpu_count() or 1):
-        raise ValueError(f"threads must be at most {os.cpu_count() or 1}, this machine's CPUs, not {threads}")
+    if threads > MAX_THREADS:
+        raise ValueError(f"threads must be at most {MAX_THREADS}, this machine's CPUs, not {threads}")
     if name != "reference":
         without = without_kernel(schemes or {})
         try:

@@ -10,7 +10,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from fptq_runtime.engine.async_engine import AsyncEngine
-from fptq_runtime.engine.output import TokenLogprobs
+from fptq_runtime.engine.output import RequestOutput, TokenLogprobs
 from fptq_runtime.models.tokenizer import Tokenizer
 from server.config import ModelCard, ServerConfig
 from server.errors import ERROR_RESPONSES, APIError
@@ -28,7 +28,7 @@ from server.protocol import (
     Usage,
 )
 from server.record import record_of
-from server.sse import STREAM_RESPONSE, EventStream, TextTemplate, run_while_connected
+from server.sse import STREAM_RESPONSE, EventStream, run_while_connected
 from server.validation import chat_prompt, check_length, check_model, max_tokens_of, sampling_params, stream_usage
 
 
@@ -52,33 +52,20 @@ class Reply:
         return ChatCompletionResponse(id=self.id, created=self.created, model=self.model, choices=choices,
                                       usage=self.generation.usage())
 
-    async def events(self, include_usage: bool, continuous_usage: bool) -> AsyncGenerator[str, None]:
-        def chunk(choices: list[ChatChunkChoice], usage: Usage | None) -> str:
-            return ChatCompletionChunk(id=self.id, created=self.created, model=self.model, choices=choices,
-                                       usage=usage).model_dump_json()
+    def events(self, include_usage: bool, continuous_usage: bool) -> AsyncGenerator[str, None]:
+        def role(index: int) -> ChatChunkChoice:
+            return ChatChunkChoice(index=index, delta=AssistantMessage(content=""), logprobs=None, finish_reason=None)
 
-        def plain(index: int) -> TextTemplate:
-            return TextTemplate(lambda text: chunk([ChatChunkChoice(index=index, delta=ContentDelta(content=text),
-                                                                    logprobs=None, finish_reason=None)], None))
+        def part(index: int, output: RequestOutput) -> ChatChunkChoice:
+            return ChatChunkChoice(index=index, delta=ContentDelta(content=output.text),
+                                   logprobs=self._logprobs(output.logprobs),
+                                   finish_reason=openai_reason(output.finish_reason))
 
-        templates: dict[int, TextTemplate] = {}
-        async for index, output in self.generation.outputs():
-            usage = self.generation.usage() if continuous_usage else None
-            if index not in templates:
-                templates[index] = plain(index)
-                yield chunk([ChatChunkChoice(index=index, delta=AssistantMessage(content=""), logprobs=None,
-                                             finish_reason=None)], usage)
-            if output.finish_reason is None and not self.with_logprobs and usage is None:
-                yield templates[index](output.text)
-                continue
-            yield chunk([ChatChunkChoice(
-                index=index,
-                delta=ContentDelta(content=output.text),
-                logprobs=self._logprobs(output.logprobs),
-                finish_reason=openai_reason(output.finish_reason),
-            )], usage)
-        if include_usage:
-            yield chunk([], self.generation.usage())
+        def chunk(choices: list[ChatChunkChoice], usage: Usage | None) -> ChatCompletionChunk:
+            return ChatCompletionChunk(id=self.id, created=self.created, model=self.model, choices=choices, usage=usage)
+
+        return self.generation.chunks(role, part, chunk, only_text=not self.with_logprobs, include_usage=include_usage,
+                                      continuous_usage=continuous_usage)
 
     def _logprobs(self, entries: tuple[TokenLogprobs, ...] | list[TokenLogprobs]) -> ChatLogprobs | None:
         return self.renderer.chat(entries) if self.with_logprobs else None

@@ -11,6 +11,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from fptq_runtime.engine.async_engine import AsyncEngine
+from fptq_runtime.engine.output import RequestOutput
 from fptq_runtime.models.tokenizer import Tokenizer
 from server.config import ModelCard, ServerConfig
 from server.errors import ERROR_RESPONSES, APIError
@@ -18,7 +19,7 @@ from server.generation import Generation, openai_reason
 from server.logprobs import LogprobsRenderer, TextPosition, TokenTexts
 from server.protocol import CompletionChoice, CompletionLogprobs, CompletionRequest, CompletionResponse, Usage
 from server.record import record_of
-from server.sse import STREAM_RESPONSE, EventStream, TextTemplate, run_while_connected
+from server.sse import STREAM_RESPONSE, EventStream, run_while_connected
 from server.validation import (
     check_length,
     check_model,
@@ -60,31 +61,14 @@ class Reply:
                                             finish_reason=openai_reason(choice.finish_reason)))
         return self._response(choices, self.generation.usage())
 
-    async def events(self, include_usage: bool, continuous_usage: bool) -> AsyncGenerator[str, None]:
-        def chunk(choice: CompletionChoice) -> str:
-            return self._response([choice], self.generation.usage() if continuous_usage else None).model_dump_json()
+    def events(self, include_usage: bool, continuous_usage: bool) -> AsyncGenerator[str, None]:
+        def part(index: int, output: RequestOutput) -> CompletionChoice:
+            return CompletionChoice(index=index, text=output.text,
+                                    logprobs=self._logprobs(index, [(e.token_id, e) for e in output.logprobs]),
+                                    finish_reason=openai_reason(output.finish_reason))
 
-        def plain(index: int) -> TextTemplate:
-            return TextTemplate(lambda text: chunk(CompletionChoice(index=index, text=text, logprobs=None,
-                                                                    finish_reason=None)))
-
-        templates: dict[int, TextTemplate] = {}
-        async for index, output in self.generation.outputs():
-            if index not in templates:
-                templates[index] = plain(index)
-                if (echo := self._echo(index)) is not None:
-                    yield chunk(echo)
-            if output.finish_reason is None and not self.with_logprobs and not continuous_usage:
-                yield templates[index](output.text)
-                continue
-            yield chunk(CompletionChoice(
-                index=index,
-                text=output.text,
-                logprobs=self._logprobs(index, [(entry.token_id, entry) for entry in output.logprobs]),
-                finish_reason=openai_reason(output.finish_reason),
-            ))
-        if include_usage:
-            yield self._response([], self.generation.usage()).model_dump_json()
+        return self.generation.chunks(self._echo, part, self._response, only_text=not self.with_logprobs,
+                                      include_usage=include_usage, continuous_usage=continuous_usage)
 
     def _echo(self, index: int) -> CompletionChoice | None:
         """The prompt as a choice. The engine has said its log-probabilities by the time a choice has an output."""

@@ -134,6 +134,7 @@ def test_the_context_is_what_the_cache_holds(caplog: pytest.LogCaptureFixture) -
         engine = load_engine(DEMO, backend="reference", kv_cache_memory=1 << 20)
     assert 0 < engine.config.max_model_len < 1024
     assert f"lowered to {engine.config.max_model_len}" in caplog.text
+    assert "raise kv_cache_memory (--kv-cache-memory)" in caplog.text
     with pytest.raises(ValueError, match="max_model_len 1024, which needs"):
         load_engine(DEMO, backend="reference", kv_cache_memory=1 << 20, max_model_len=1024)
     with pytest.raises(ValueError, match="raise kv_cache_memory"):

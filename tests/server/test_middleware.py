@@ -8,6 +8,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from starlette.types import Message, Receive, Scope, Send
 from server.config import ModelCard, ServerConfig
 from server.errors import ErrorHandlers
 from server.metrics import Metrics
-from server.middleware import RequestContext
+from server.middleware import BODY_RATE, RequestContext
 from tests.server.conftest import Served, metric, wait_until
 
 
@@ -190,8 +191,33 @@ def test_a_body_that_stops_coming(run_server: Callable[..., Any]) -> None:
         assert metric(served, "fptq_http_responses_total", route="/v1/completions", status="4xx") == 1
 
 
-def test_responses_are_counted_by_route_where_middleware_refuses(small: Served) -> None:
-    name, labels = "fptq_http_responses_total", {"route": "/tokenize", "status": "4xx"}
+def test_a_body_that_comes_byte_by_byte(run_server: Callable[..., Any]) -> None:
+    with run_server(ServerConfig(body_timeout=0.3)) as served, begin_post(served.port, "drips") as connection:
+        connection.settimeout(0.05)
+        answer = b""
+        for _ in range(90):  # 4.5 s
+            connection.sendall(b" ")
+            with suppress(TimeoutError):
+                answer = connection.recv(4096)
+                break
+        assert answer.startswith(b"HTTP/1.1 408 ")
+
+
+def test_a_long_body_has_more_time(run_server: Callable[..., Any]) -> None:
+    def body() -> Iterator[bytes]:
+        yield b" " * (4 * BODY_RATE)
+        time.sleep(1.2)
+        yield b'{"prompt": "x", "max_tokens": 1}'
+
+    with run_server(ServerConfig(body_timeout=1)) as served:
+        answer = served.http.post("/v1/completions", content=body(), headers={"Content-Type": "application/json"})
+        assert answer.status_code == 200
+
+
+@pytest.mark.parametrize(("path", "route"), [("/tokenize", "/tokenize"), ("/v1/models", "/v1/models"),
+                                             ("/v1/models/some/one", "/v1/models/{model_id}")])
+def test_responses_are_counted_by_route_where_middleware_refuses(small: Served, path: str, route: str) -> None:
+    name, labels = "fptq_http_responses_total", {"route": route, "status": "4xx"}
     before = metric(small, name, **labels)
-    assert small.http.post("/tokenize", content=b" " * 1001).status_code == 413
+    assert small.http.post(path, content=b" " * 1001).status_code == 413
     wait_until(lambda: metric(small, name, **labels) == before + 1)
