@@ -27,6 +27,7 @@ from fptq_runtime.quantizer.calibrate import Text, read_text
 from fptq_runtime.quantizer.evaluate import Perplexity, evaluate
 from fptq_runtime.quantizer.pipeline import quantize
 from fptq_runtime.quantizer.recipe import load_recipe
+from fptq_runtime.quantizer.samples import Calibration
 from tests.quantizer.models import transplant_outliers
 
 BASELINES = ("rtn", "rtn-dynamic")
@@ -99,7 +100,7 @@ class Table:
             with tempfile.TemporaryDirectory() as directory:
                 out, started = Path(directory) / "out", time.monotonic()
                 quantize(model, out, load_recipe(recipe), text_tokens=1024,
-                         calibration=self._options.calibration.get(name.removesuffix(TWIN)))
+                         calibration=Calibration(self._options.calibration.get(name.removesuffix(TWIN))))
                 seconds = time.monotonic() - started
                 self._quantized(name, load_recipe(recipe).name, out, text, original, losses, f"{seconds:.0f}")
         for (of, label), checkpoint in self._options.checkpoints.items():

@@ -12,12 +12,14 @@ if TYPE_CHECKING:
     from fptq_runtime.locate import load
     from fptq_runtime.quantizer.pipeline import quantize
     from fptq_runtime.quantizer.recipe import Recipe
+    from fptq_runtime.quantizer.samples import Calibration
 
 __version__ = "0.1.0"
 
-__all__ = ["LLM", "Recipe", "SamplingParams", "__version__", "load", "quantize"]
+__all__ = ["LLM", "Calibration", "Recipe", "SamplingParams", "__version__", "load", "quantize"]
 
 _MODULES = {
+    "Calibration": "fptq_runtime.quantizer.samples",
     "LLM": "fptq_runtime.engine.llm",
     "Recipe": "fptq_runtime.quantizer.recipe",
     "SamplingParams": "fptq_runtime.engine.request",

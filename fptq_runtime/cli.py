@@ -260,7 +260,8 @@ def cli() -> None:
 @click.option("--overwrite", is_flag=True, help="Replace an artifact at OUT.")
 @answers
 def quantize(model: str, out: Path, recipe: str, revision: str | None, max_loss: float | None,
-             extra_bytes: float | None, **options: Any) -> Answer:
+             extra_bytes: float | None, calibration: str | Path | None, num_samples: int, sample_length: int | None,
+             lengths: Path | None, seed: int, **options: Any) -> Answer:
     """Quantize MODEL into the new directory OUT."""
     from fptq_runtime.locate import find_model
 
@@ -268,7 +269,9 @@ def quantize(model: str, out: Path, recipe: str, revision: str | None, max_loss:
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch asks for huge pages, which large weights fault in fast
     from fptq_runtime.quantizer.pipeline import quantize
     from fptq_runtime.quantizer.report import summarize
+    from fptq_runtime.quantizer.samples import Calibration
 
+    options["calibration"] = Calibration(calibration, num_samples, sample_length, lengths, seed)
     with _tells_what_is_left(out):
         if max_loss is None and extra_bytes is None:
             manifest = quantize(source, out, recipe, progress=True, **options)
@@ -408,12 +411,12 @@ def compare(model: str, recipes: tuple[str, ...], calibration: str | Path | None
     from fptq_runtime import compare as comparing
     from fptq_runtime.quantizer.calibrate import packaged_text, read_text
     from fptq_runtime.quantizer.recipe import load_recipe
+    from fptq_runtime.quantizer.samples import Calibration
 
     result = comparing.compare(
         source, [load_recipe(name) for name in recipes], read_text(text) if text else packaged_text("heldout"),
-        backend, name=model, calibration=calibration, num_samples=num_samples,
-        max_tokens=max_tokens, accuracy=comparing.Tasks(tasks, limit, choices, last_word), seed=seed, threads=threads,
-        device=device, progress=True,
+        backend, name=model, calibration=Calibration(calibration, num_samples, seed=seed), max_tokens=max_tokens,
+        accuracy=comparing.Tasks(tasks, limit, choices, last_word), threads=threads, device=device, progress=True,
     )
     data, table = result.to_json(), comparing.markdown(result)
     if out is not None:
@@ -442,8 +445,8 @@ def compare(model: str, recipes: tuple[str, ...], calibration: str | Path | None
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--overwrite", is_flag=True, help="Replace another analysis at --out.")
 @answers
-def analyze(model: str, recipe: str, out: Path, text: Path | None, studies: tuple[str, ...], quick: bool,
-            sizes: tuple[int, ...], **options: Any) -> Answer:
+def analyze(model: str, recipe: str, out: Path, calibration: str | Path | None, num_samples: int, text: Path | None,
+            studies: tuple[str, ...], quick: bool, sizes: tuple[int, ...], seed: int, **options: Any) -> Answer:
     """Which layers of MODEL a recipe hurts, why, and what to do: a report that opens in a browser."""
     if quick and studies:
         raise click.UsageError("--quick and --only exclude each other")
@@ -455,9 +458,11 @@ def analyze(model: str, recipe: str, out: Path, text: Path | None, studies: tupl
     from fptq_runtime.analysis.page import page
     from fptq_runtime.quantizer.calibrate import packaged_text, read_text
     from fptq_runtime.quantizer.recipe import load_recipe
+    from fptq_runtime.quantizer.samples import Calibration
 
     data = analyzing.analyze(
         source, load_recipe(recipe), read_text(text) if text else packaged_text("heldout"), out, name=model,
+        calibration=Calibration(calibration, num_samples, seed=seed),
         studies=studies or (analyzing.QUICK if quick else analyzing.STUDIES), sizes=sizes or analyzing.SIZES,
         progress=True, **options,
     )

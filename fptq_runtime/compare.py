@@ -28,6 +28,7 @@ from fptq_runtime.quantizer.calibrate import Text, sum_nll
 from fptq_runtime.quantizer.evaluate import MAX_WINDOW, sum_kl, text_windows, window_logits
 from fptq_runtime.quantizer.pipeline import open_float, quantize
 from fptq_runtime.quantizer.recipe import Recipe
+from fptq_runtime.quantizer.samples import Calibration
 from fptq_runtime.quantizer.steps.base import QuantizationError
 
 PROMPT = 512  # tokens of the prompts that speed is measured with, where the model's positions allow it
@@ -113,8 +114,8 @@ class Tasks:
 
 def compare(
     model: str | Path, recipes: Sequence[Recipe], text: Text, backend: str = "auto", *, name: str | None = None,
-    calibration: str | Path | None = None, num_samples: int = 64, max_tokens: int | None = None,
-    accuracy: Tasks | None = None, seed: int = 0, threads: int = 0, device: str = "auto", progress: bool = False,
+    calibration: Calibration = Calibration(), max_tokens: int | None = None, accuracy: Tasks | None = None,
+    threads: int = 0, device: str = "auto", progress: bool = False,
 ) -> Comparison:
     """Quantize a float model by every recipe, each into a directory that is gone afterwards, and measure it on the
     kernels and with the int8 KV cache that serve it; the float model runs once, with a float32 cache.
@@ -138,8 +139,8 @@ def compare(
             out = Path(directory) / "artifact"
             started = time.monotonic()
             try:
-                quantize(str(model), out, recipe, calibration=calibration, num_samples=num_samples,
-                         text_tokens=OWN_TEXT_TOKENS, seed=seed, overwrite=True)
+                quantize(str(model), out, recipe, calibration=calibration, text_tokens=OWN_TEXT_TOKENS,
+                         overwrite=True)
                 seconds = time.monotonic() - started
                 measured, kl, top1 = work.quantized(out)
                 rows.append(Row(recipe.name, measured, kl, top1, seconds))
@@ -149,7 +150,7 @@ def compare(
     return Comparison(
         name or source.name, bench.machine(), text.name, text.sha256, sum(len(window) - 1 for window in windows),
         min(config.max_position_embeddings, MAX_WINDOW),
-        "fptq calibration.txt" if calibration is None else Path(calibration).name, original, tuple(rows),
+        "fptq calibration.txt" if calibration.source is None else Path(calibration.source).name, original, tuple(rows),
     )
 
 

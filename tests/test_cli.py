@@ -8,6 +8,7 @@ import os
 import socket
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -265,8 +266,10 @@ def test_bench_of_nothing_or_of_both(capsys: pytest.CaptureFixture[str]) -> None
 
 def test_quantize_options_are_the_functions_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                                       capsys: pytest.CaptureFixture[str]) -> None:
-    """Every option has the name and the default of an argument of `quantize`, and reaches it."""
+    """Every option has the name and the default of an argument of `quantize` or a field of its `Calibration`, and
+    reaches it."""
     from fptq_runtime.quantizer import pipeline
+    from fptq_runtime.quantizer.samples import Calibration
 
     given: dict[str, object] = {}
 
@@ -283,8 +286,9 @@ def test_quantize_options_are_the_functions_arguments(tmp_path: Path, monkeypatc
     file = str(tmp_path / "a")
     run("quantize", "demo", "out", "--calibration", "self", "--num-samples", "7", "--sample-length", "9", "--lengths",
         file, "--text", file, "--text-tokens", "11", "--seed", "3", "--overwrite")
-    assert given == {"calibration": "self", "num_samples": 7, "sample_length": 9, "lengths": Path(file),
-                     "text": Path(file), "text_tokens": 11, "seed": 3, "overwrite": True, "progress": True}
+    assert given == {"calibration": Calibration("self", num_samples=7, sample_length=9, lengths=Path(file), seed=3),
+                     "text": Path(file), "text_tokens": 11, "overwrite": True, "progress": True}
+    assert all(getattr(given["calibration"], field.name) != field.default for field in fields(Calibration))
 
 
 @pytest.mark.parametrize(("arguments", "named"), [

@@ -20,6 +20,7 @@ from fptq_runtime.quantizer.calibrate import Text
 from fptq_runtime.quantizer.evaluate import evaluate, sum_kl, text_windows
 from fptq_runtime.quantizer.pipeline import quantize
 from fptq_runtime.quantizer.recipe import load_recipe
+from fptq_runtime.quantizer.samples import Calibration
 from fptq_runtime.quantizer.steps.base import QuantizationError
 from tests.quantizer.models import save_model
 
@@ -53,7 +54,7 @@ def compared(model: Path) -> Comparison:
 
         patch.setattr(module, "quantize", refusing)
         recipes = [load_recipe(name) for name in ("rtn", "rtn-dynamic", "w8a8-dynamic", "bf16")]
-        return compare(model, recipes, TEXT, num_samples=4, max_tokens=300, threads=1)
+        return compare(model, recipes, TEXT, calibration=Calibration(num_samples=4), max_tokens=300, threads=1)
 
 
 def test_rows_say_what_evaluate_says(compared: Comparison, model: Path, tmp_path: Path) -> None:
@@ -62,7 +63,7 @@ def test_rows_say_what_evaluate_says(compared: Comparison, model: Path, tmp_path
     exact = evaluate(model, TEXT, backend, max_tokens=300, kv_dtype="float32")
     assert compared.original.perplexity == exact.perplexity
     assert compared.tokens == exact.tokens
-    manifest = quantize(model, tmp_path / "out", "rtn", num_samples=4, text_tokens=256)
+    manifest = quantize(model, tmp_path / "out", "rtn", calibration=Calibration(num_samples=4), text_tokens=256)
     direct = evaluate(tmp_path / "out", TEXT, backend, max_tokens=300, kv_dtype="int8")
     row = compared.rows[0]
     assert row.measured is not None and row.measured.perplexity == direct.perplexity
@@ -142,6 +143,6 @@ def test_wrong_recipes_are_usage(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_an_artifact_is_not_compared(model: Path, tmp_path: Path) -> None:
-    quantize(model, tmp_path / "out", "rtn", num_samples=2, text_tokens=64)
+    quantize(model, tmp_path / "out", "rtn", calibration=Calibration(num_samples=2), text_tokens=64)
     with pytest.raises(QuantizationError, match="float model"):
         compare(tmp_path / "out", [load_recipe("rtn")], TEXT)

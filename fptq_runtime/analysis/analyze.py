@@ -9,7 +9,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -29,6 +29,7 @@ from fptq_runtime.quantizer.evaluate import text_windows
 from fptq_runtime.quantizer.pipeline import open_float
 from fptq_runtime.quantizer.ranges import RangeMethod
 from fptq_runtime.quantizer.recipe import Recipe
+from fptq_runtime.quantizer.samples import Calibration
 
 STUDIES = ("one-only", "linears", "leave-one-out", "cumulative", "activations", "sizes", "ranges")
 QUICK = ("one-only", "activations")
@@ -78,9 +79,8 @@ class Journal:
 
 def analyze(
     model: str | Path, recipe: Recipe, text: Text, out: Path, *, name: str | None = None,
-    calibration: str | Path | None = None, num_samples: int = 64, max_tokens: int = 4096,
-    studies: Sequence[str] = STUDIES, sizes: Sequence[int] = SIZES, seed: int = 0, overwrite: bool = False,
-    progress: bool = False,
+    calibration: Calibration = Calibration(), max_tokens: int = 4096, studies: Sequence[str] = STUDIES,
+    sizes: Sequence[int] = SIZES, overwrite: bool = False, progress: bool = False,
 ) -> dict[str, Any]:
     """Measure the studies on the text's first max_tokens tokens and return all results, those of an interrupted run in
     out/analysis.jsonl included.
@@ -97,12 +97,11 @@ def analyze(
         "weights": [(file.name, file.stat().st_size, file.stat().st_mtime_ns)
                     for file in sorted(source.path.glob("*.safetensors"))],
         "recipe": hashlib.sha256(recipe.model_dump_json().encode()).hexdigest(), "text": text.sha256,
-        "tokens": max_tokens, "num_samples": num_samples, "seed": seed,
-        "calibration": hash_file(Path(calibration)) if isinstance(calibration, Path) else calibration,
+        "tokens": max_tokens, "calibration": {name: hash_file(value) if isinstance(value, Path) else value
+                                              for name, value in asdict(calibration).items()},
     }
     journal = Journal(out / JOURNAL, json.loads(json.dumps(subject)), overwrite)
-    options: dict[str, Any] = {"calibration": calibration, "num_samples": num_samples, "seed": seed}
-    study = _Study(str(model), checkpoint, recipe, windows, options, sizes, journal)
+    study = _Study(str(model), checkpoint, recipe, windows, calibration, sizes, journal)
     missing = [unit for unit in study.plan(studies) if unit.key not in journal.results]
     with tqdm(total=sum(unit.passes for unit in missing), desc="analyzing", unit="pass",
               disable=not (progress and missing), bar_format="{l_bar}{bar}| {elapsed}, about {remaining} left") as bar:
@@ -111,8 +110,9 @@ def analyze(
     return {
         "model": name or source.name, "version": __version__, "recipe": recipe.model_dump(mode="json"),
         "text": text.name, "text_sha256": text.sha256, "tokens": sum(len(window) - 1 for window in windows),
-        "calibration": results["manifest"]["provenance"]["calibration"]["name"], "num_samples": num_samples,
-        "seed": seed, "layers": layers, "studies": [each for each in STUDIES if _whole(results, each, layers, sizes)],
+        "calibration": results["manifest"]["provenance"]["calibration"]["name"],
+        "num_samples": calibration.num_samples, "seed": calibration.seed, "layers": layers,
+        "studies": [each for each in STUDIES if _whole(results, each, layers, sizes)],
         "float": results["float"], "quantized": results["all"],
         "parts": {"weights": results["weights"], "activations": results["inputs"]},
         "one_only": _by(results, "one-only", layers), "leave_one_out": _by(results, "leave-one-out", layers),
@@ -129,12 +129,12 @@ def analyze(
 
 class _Study:
     def __init__(self, model: str, checkpoint: Checkpoint, recipe: Recipe, windows: Sequence[Sequence[int]],
-                 options: Mapping[str, Any], sizes: Sequence[int], journal: Journal) -> None:
+                 calibration: Calibration, sizes: Sequence[int], journal: Journal) -> None:
         self._model = model
         self._checkpoint = checkpoint
         self._recipe = recipe
         self._windows = windows
-        self._options = options
+        self._calibration = calibration
         self._sizes = sizes
         self._journal = journal
         self._layers = checkpoint.model_config.num_layers
@@ -169,10 +169,9 @@ class _Study:
                 *(Unit(f"leave-one-out/{kind}", kind_passes(kind), calls(Probe.all_but_kind, kind)) for kind in KINDS),
                 *(Unit(f"leave-one-out/{layer}", passes(layer), calls(Probe.all_but, layer)) for layer in layers),
             ],
-            "ranges": [Unit(f"ranges/{method}", self._walk_passes(self._options["num_samples"]),
-                            self._again(_with_range(self._recipe, method), {}))
+            "ranges": [self._again(f"ranges/{method}", _with_range(self._recipe, method), self._calibration)
                        for method in get_args(RangeMethod) if _chooses_ranges(self._recipe)],
-            "sizes": [Unit(f"sizes/{size}", self._walk_passes(size), self._again(self._recipe, {"num_samples": size}))
+            "sizes": [self._again(f"sizes/{size}", self._recipe, replace(self._calibration, num_samples=size))
                       for size in self._sizes],
         }
         return [
@@ -187,10 +186,10 @@ class _Study:
         nothing that takes less time to point to."""
         if not units and "manifest" in self._journal.results:
             return
-        own = self._walk_passes(self._options["num_samples"]) + self._layers
+        own = self._walk_passes(self._calibration) + self._layers
         bar.total = own + sum(unit.passes for unit in units)
         bar.set_description("quantizing")
-        model, manifest = capture(self._model, self._recipe, **self._options)
+        model, manifest = capture(self._model, self._recipe, self._calibration)
         probe = Probe(model, self._windows)
         bar.update(own)
         self._journal.put("manifest", _summary(manifest))
@@ -208,22 +207,22 @@ class _Study:
                 bar.write(f"about {_minutes(seconds)} for {len(units)} measurements; results are kept as they come"
                           + ("" if quick else ", --quick measures fewer"), file=sys.stderr)
 
-    def _walk_passes(self, samples: int) -> float:
+    def _walk_passes(self, calibration: Calibration) -> float:
         """The quantizer's walk in passes over the measured text: observing, searching and running on, roughly."""
-        tokens = samples * min(512, self._checkpoint.model_config.max_position_embeddings)
+        tokens = calibration.num_samples * calibration.length(self._checkpoint.model_config.max_position_embeddings)
         return 4 * self._layers * tokens / sum(map(len, self._windows))
 
-    def _again(self, recipe: Recipe, options: Mapping[str, Any]) -> Callable[[Probe], dict[str, Any]]:
+    def _again(self, key: str, recipe: Recipe, calibration: Calibration) -> Unit:
         """The loss of a model quantized otherwise, on the same text; an error where it cannot be."""
         def measure(probe: Probe) -> dict[str, Any]:
             started = time.monotonic()
             try:
-                model, _ = capture(self._model, recipe, **{**self._options, **options})
+                model, _ = capture(self._model, recipe, calibration)
             except ValueError as error:
                 return {"error": " ".join(str(error).split())}
             seconds = time.monotonic() - started
             return {**asdict(Probe(model, self._windows, logits=probe.logits).all()), "seconds": seconds}
-        return measure
+        return Unit(key, self._walk_passes(calibration), measure)
 
     def _observe(self, layer: int) -> Callable[[Probe], list[dict[str, Any]]]:
         def measure(probe: Probe) -> list[dict[str, Any]]:

@@ -22,6 +22,7 @@ from fptq_runtime.quantizer.calibrate import BLOCK_KINDS, HiddenStates, Kind, pa
 from fptq_runtime.quantizer.evaluate import text_windows
 from fptq_runtime.quantizer.pipeline import open_float, quantize
 from fptq_runtime.quantizer.recipe import Recipe
+from fptq_runtime.quantizer.samples import Calibration
 from fptq_runtime.quantizer.steps.base import QuantizationError, matches
 
 RANKED_TOKENS = 4096  # of the text, that sensitivity is measured on
@@ -74,8 +75,8 @@ class _Upgrade:
 
 
 def quantize_within(
-    model: str | Path, out: str | Path, recipe: Recipe, budget: Budget, *, text: str | Path | None = None,
-    text_tokens: int = 16384, overwrite: bool = False, progress: bool = False, **calibration: Any,
+    model: str | Path, out: str | Path, recipe: Recipe, budget: Budget, *, calibration: Calibration = Calibration(),
+    text: str | Path | None = None, text_tokens: int = 16384, overwrite: bool = False, progress: bool = False,
 ) -> tuple[Manifest, Spent]:
     """`quantize`, with more bits where they gain most. Each linear's gain is the divergence that it makes when it
     alone is quantized; the most gain per byte is bought first, and the fewest purchases that meet max_loss on the text
@@ -93,7 +94,7 @@ def quantize_within(
     linears = len(BLOCK_KINDS) * checkpoint.model_config.num_layers
     with tqdm(total=linears + 2 + (2 * linears).bit_length(), desc="quantizing", unit="step", disable=not progress
               ) as bar:
-        captured, base = capture(model, recipe, **calibration)
+        captured, base = capture(model, recipe, calibration)
         modules = {record.name: record.modules[0] for record in base.layers}
         bar.set_description("ranking linears")
         upgrades = _plan(captured, ranked, recipe, modules, bar)
@@ -107,8 +108,8 @@ def quantize_within(
     del captured, search
     for attempt in range(ATTEMPTS):
         keep = _keep(upgrades[:count], modules)
-        manifest = quantize(model, out, _with_keep(recipe, keep), text=text, text_tokens=text_tokens,
-                            overwrite=overwrite or attempt > 0, progress=progress, **calibration)
+        manifest = quantize(model, out, _with_keep(recipe, keep), calibration=calibration, text=text,
+                            text_tokens=text_tokens, overwrite=overwrite or attempt > 0, progress=progress)
         quality = manifest.quality
         loss = quality.perplexity_after / quality.perplexity_before - 1
         met = budget.max_loss is None or loss <= budget.max_loss

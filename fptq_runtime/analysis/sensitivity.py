@@ -22,6 +22,7 @@ from fptq_runtime.quantizer.calibrate import BLOCK_KINDS, MINIBATCH_FLOATS, Hidd
 from fptq_runtime.quantizer.evaluate import sum_kl
 from fptq_runtime.quantizer.pipeline import quantize
 from fptq_runtime.quantizer.recipe import Recipe
+from fptq_runtime.quantizer.samples import Calibration
 from fptq_runtime.quantizer.steps.base import BlockWork, HeadWork, QuantizationError, Step
 
 OWN_TEXT_TOKENS = 64  # that `quantize` measures perplexity on, which is not asked for here
@@ -106,16 +107,17 @@ class _Watched(Recipe):
     steps: tuple[Any, ...]
 
 
-def capture(model: str | Path, recipe: Recipe, **options: Any) -> tuple[Captured, Manifest]:
-    """Quantize as `fptq quantize` does and keep the model in memory, with the manifest that it would have. options:
-    those of `quantize` that say how to calibrate. Raises ValueError, one line."""
+def capture(model: str | Path, recipe: Recipe, calibration: Calibration = Calibration()) -> tuple[Captured, Manifest]:
+    """Quantize as `fptq quantize` does and keep the model in memory, with the manifest that it would have. Raises
+    ValueError, one line."""
     if any(type(step).tune is not Step.tune for step in recipe.steps):
         raise QuantizationError(f"{recipe.name} trains all weights together, so that no layer has a part in its loss "
                                 "of its own; take the recipe that you would train for, as rtn-dynamic")
     step = _Capture()
     watched = _Watched.model_construct(name=recipe.name, steps=(*recipe.steps[:-1], step, recipe.steps[-1]))
     with tempfile.TemporaryDirectory(prefix="fptq-analyze-") as directory:
-        manifest = quantize(model, Path(directory) / "artifact", watched, text_tokens=OWN_TEXT_TOKENS, **options)
+        manifest = quantize(model, Path(directory) / "artifact", watched, calibration=calibration,
+                            text_tokens=OWN_TEXT_TOKENS)
     return step.seen, manifest
 
 

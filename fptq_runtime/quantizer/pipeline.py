@@ -30,7 +30,7 @@ from fptq_runtime.quantizer.calibrate import (
 from fptq_runtime.quantizer.evaluate import MAX_WINDOW, text_windows
 from fptq_runtime.quantizer.export import copy_companions, linear_scheme, module_tensors, quantization_config
 from fptq_runtime.quantizer.recipe import Recipe, RecipeError, load_recipe
-from fptq_runtime.quantizer.samples import calibration_set
+from fptq_runtime.quantizer.samples import Calibration, CalibrationSet
 from fptq_runtime.quantizer.source import Source, load_tokenizer, resolve_model
 from fptq_runtime.quantizer.steps.base import (
     HeadWork,
@@ -49,24 +49,17 @@ def quantize(
     out: str | Path,
     recipe: Recipe | str | Path = "fptq-best",
     *,
-    calibration: str | Path | None = None,
-    num_samples: int = 64,
-    sample_length: int | None = None,
-    lengths: str | Path | None = None,
+    calibration: Calibration = Calibration(),
     text: str | Path | None = None,
     text_tokens: int = 16384,
-    seed: int = 0,
     overwrite: bool = False,
     progress: bool = False,
 ) -> Manifest:
     """Quantize `model` (a directory, or a hub id as name or name@revision) into the artifact directory `out`.
 
-    calibration: a text file, "random" for vocabulary tokens, "self" for what the model writes, None for the packaged
-    text; num_samples windows of sample_length tokens (512, or the model's context) are drawn from it. lengths: a
-    request trace or histogram; the windows, of as many tokens in all, then have its lengths. text: what perplexity
-    is measured on before and after, its first text_tokens tokens; None is a packaged text that calibration never sees.
-    The same seed on the same machine gives the same bytes. Every error is a ValueError of one line; nothing is left at
-    `out` then.
+    text: what perplexity is measured on before and after, its first text_tokens tokens; None is a packaged text that
+    calibration never sees. The same arguments on the same machine give the same bytes. Every error is a ValueError of
+    one line; nothing is left at `out` then.
     """
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     source, checkpoint = open_float(model, "quantize the float model it was made from")
@@ -74,16 +67,12 @@ def quantize(
     tokenizer = load_tokenizer(source.path)
     measured_on = packaged_text("heldout") if text is None else read_text(text)
     measured = text_windows(measured_on, tokenizer, config.max_position_embeddings, text_tokens)
-    calibrated = calibration_set(checkpoint, tokenizer, calibration, num_samples, sample_length, lengths, seed)
+    calibrated = calibration.draw(checkpoint, tokenizer)
 
     with ArtifactWriter(Path(out), overwrite) as writer:
         run = _Run(checkpoint, recipe, writer, calibrated.windows, measured)
         state = Path(out).resolve().with_name(f".{Path(out).resolve().name}.state")
-        run.tune(TuneWork(
-            checkpoint, tokenizer, recipe.steps, calibrated.windows,
-            lambda count, size: calibration_set(checkpoint, tokenizer, calibration, count, size, None, seed).windows,
-            seed, state, progress,
-        ))
+        run.tune(TuneWork(checkpoint, tokenizer, recipe.steps, calibration, calibrated.windows, state, progress))
         with tqdm(total=config.num_layers + 1, desc=f"quantizing {source.name}", unit="block",
                   disable=not progress) as bar:
             for _ in run.walk():
@@ -92,23 +81,10 @@ def quantize(
         copy_companions(source.path, writer)
         if tokenizer.serialized != Tokenizer(writer.directory).serialized:
             writer.add_file("tokenizer.json", tokenizer.serialized)
-        provenance = Provenance(
-            source=source.name,
-            revision=source.revision,
-            architecture=config.architecture,
-            source_files={file.name: hash_file(file) for file in sorted(source.path.iterdir())
-                          if file.suffix in (".json", ".safetensors")},
-            calibration=calibrated.tokens,
-            num_samples=num_samples,
-            sample_length=calibrated.sample_length,
-            lengths=calibrated.lengths,
-            seed=seed,
-            fptq_version=__version__,
-        )
         before, after, scored = run.perplexity()
         manifest = writer.commit(Manifest(
             recipe=recipe.model_dump(mode="json"),
-            provenance=provenance,
+            provenance=_provenance(source, config.architecture, calibration, calibrated),
             layers=tuple(run.records),
             quality=Quality(
                 text=measured_on.record(scored),
@@ -314,6 +290,22 @@ def _record(target: Target) -> LayerRecord:
         rank=0 if linear.low_rank is None else linear.low_rank[0].shape[0],
         activation_error=target.activation_error,
         error=target.error,
+    )
+
+
+def _provenance(source: Source, architecture: str, calibration: Calibration, calibrated: CalibrationSet) -> Provenance:
+    return Provenance(
+        source=source.name,
+        revision=source.revision,
+        architecture=architecture,
+        source_files={file.name: hash_file(file) for file in sorted(source.path.iterdir())
+                      if file.suffix in (".json", ".safetensors")},
+        calibration=calibrated.tokens,
+        num_samples=calibration.num_samples,
+        sample_length=calibrated.sample_length,
+        lengths=calibrated.lengths,
+        seed=calibration.seed,
+        fptq_version=__version__,
     )
 
 

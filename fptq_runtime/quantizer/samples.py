@@ -43,40 +43,53 @@ class CalibrationSet:
     lengths: LengthsRecord | None = None
 
 
-def calibration_set(
-    checkpoint: Checkpoint, tokenizer: Tokenizer, calibration: str | Path | None = None, num_samples: int = 64,
-    sample_length: int | None = None, lengths: str | Path | None = None, seed: int = 0,
-) -> CalibrationSet:
-    """num_samples windows of sample_length tokens (512, or the model's context where that is less). With `lengths`, a
-    file that `read_lengths` takes, as many windows of its lengths as have num_samples · sample_length tokens.
+@dataclass(frozen=True)
+class Calibration:
+    """What calibration's windows are drawn from, how many, and how long.
 
-    calibration: a text file, "random" for vocabulary tokens, "self" for what the model writes, None for the packaged
-    text. A smaller num_samples gives the first windows of a larger one (with `lengths`, all but the last whole). Raises
-    CalibrationError.
+    source: a text file, "random" for vocabulary tokens, "self" for what the model writes, None for the packaged text.
+    num_samples: windows, at least one. sample_length: tokens of each, at least two; None is 512, or the model's context
+    where that is less. lengths: a request trace or a histogram, as `read_lengths` takes it; as many windows of its
+    lengths as have num_samples · sample_length tokens. seed: of every draw, `qat`'s included.
     """
-    config = checkpoint.model_config
-    context = config.max_position_embeddings
-    if num_samples < 1 or (sample_length is not None and sample_length < 2):
-        raise CalibrationError("calibration needs at least one sample of two tokens")
-    if sample_length is not None and sample_length > context:
-        raise CalibrationError(f"samples of {sample_length} tokens exceed the model's context of {context}")
-    length = min(DEFAULT_LENGTH, context) if sample_length is None else sample_length
-    drawn, recorded = [length] * num_samples, None
-    if lengths is not None:
-        histogram = read_lengths(lengths)
-        drawn = histogram.draw(num_samples * length, context, seed)
-        recorded = histogram.record(drawn, context)
-    if calibration in ("random", "self"):
-        if calibration == "random":
-            windows = random_windows(tokenizer, config.vocab_size, drawn, seed)
+
+    source: str | Path | None = None
+    num_samples: int = 64
+    sample_length: int | None = None
+    lengths: str | Path | None = None
+    seed: int = 0
+
+    def length(self, context: int) -> int:
+        """sample_length in a model of this context."""
+        return min(DEFAULT_LENGTH, context) if self.sample_length is None else self.sample_length
+
+    def draw(self, checkpoint: Checkpoint, tokenizer: Tokenizer) -> CalibrationSet:
+        """For this model. A smaller num_samples gives the first windows of a larger one (with `lengths`, all but the
+        last whole). Raises CalibrationError."""
+        config = checkpoint.model_config
+        context = config.max_position_embeddings
+        length = self.length(context)
+        if self.num_samples < 1 or length < 2:
+            raise CalibrationError("calibration needs at least one sample of two tokens")
+        if length > context:
+            raise CalibrationError(f"samples of {length} tokens exceed the model's context of {context}")
+        drawn, recorded = [length] * self.num_samples, None
+        if self.lengths is not None:
+            histogram = read_lengths(self.lengths)
+            drawn = histogram.draw(self.num_samples * length, context, self.seed)
+            recorded = histogram.record(drawn, context)
+        if self.source in ("random", "self"):
+            if self.source == "random":
+                windows = random_windows(tokenizer, config.vocab_size, drawn, self.seed)
+            else:
+                backend = select_backend()
+                windows = generate_windows(load_model(checkpoint, backend), backend, tokenizer, drawn, self.seed)
+            digest = hashlib.sha256(np.concatenate(windows).astype(np.int32).tobytes()).hexdigest()
+            tokens = TextRecord(name=self.source, sha256=digest, tokens=sum(drawn))
         else:
-            backend = select_backend()
-            windows = generate_windows(load_model(checkpoint, backend), backend, tokenizer, drawn, seed)
-        digest = hashlib.sha256(np.concatenate(windows).astype(np.int32).tobytes()).hexdigest()
-        return CalibrationSet(TextRecord(name=calibration, sha256=digest, tokens=sum(drawn)), windows, length,
-                              recorded)
-    text = packaged_text("calibration") if calibration is None else read_text(calibration)
-    return CalibrationSet(text.record(sum(drawn)), sample_windows(text, tokenizer, drawn, seed), length, recorded)
+            text = packaged_text("calibration") if self.source is None else read_text(self.source)
+            windows, tokens = sample_windows(text, tokenizer, drawn, self.seed), text.record(sum(drawn))
+        return CalibrationSet(tokens, windows, length, recorded)
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,11 @@ from fptq_runtime.analysis.page import page
 from fptq_runtime.analysis.sensitivity import Probe
 from fptq_runtime.quantizer.calibrate import Text
 from fptq_runtime.quantizer.recipe import load_recipe
+from fptq_runtime.quantizer.samples import Calibration
 from tests.quantizer.models import save_model
 
 TEXT = Text("fox", "The quick brown fox jumps over the lazy dog, and then some more. " * 9, "0" * 64)
-SMALL: dict[str, Any] = {"num_samples": 4, "max_tokens": 200, "sizes": (2, 3)}
+SMALL: dict[str, Any] = {"calibration": Calibration(num_samples=4), "max_tokens": 200, "sizes": (2, 3)}
 LAYERS = 2
 
 

@@ -13,12 +13,13 @@ from fptq_runtime.analysis.budget import Budget, quantize_within
 from fptq_runtime.artifact.io import read_manifest
 from fptq_runtime.quantizer.pipeline import quantize
 from fptq_runtime.quantizer.recipe import Recipe, load_recipe
+from fptq_runtime.quantizer.samples import Calibration
 from fptq_runtime.quantizer.steps.activations import Activations
 from fptq_runtime.quantizer.steps.base import QuantizationError
 from fptq_runtime.quantizer.steps.weights import Weights
 from tests.quantizer.models import save_model
 
-SMALL: dict[str, Any] = {"num_samples": 4, "text_tokens": 1500}
+SMALL: dict[str, Any] = {"calibration": Calibration(num_samples=4), "text_tokens": 1500}
 
 
 @pytest.fixture(scope="module")

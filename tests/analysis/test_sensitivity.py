@@ -15,6 +15,7 @@ from fptq_runtime.quantizer.calibrate import BLOCK_KINDS, Text
 from fptq_runtime.quantizer.evaluate import evaluate, sum_kl, text_windows, window_logits
 from fptq_runtime.quantizer.pipeline import quantize
 from fptq_runtime.quantizer.recipe import Recipe, load_recipe
+from fptq_runtime.quantizer.samples import Calibration
 from fptq_runtime.quantizer.steps.base import QuantizationError
 from fptq_runtime.quantizer.steps.fptq import Fptq
 from fptq_runtime.quantizer.steps.weights import Weights
@@ -34,7 +35,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def captured(model: Path) -> Captured:
-    return capture(model, RECIPE, num_samples=4)[0]
+    return capture(model, RECIPE, Calibration(num_samples=4))[0]
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +47,7 @@ def probe(model: Path, captured: Captured) -> Probe:
 
 def test_everything_quantized_is_the_artifact(model: Path, probe: Probe, tmp_path: Path) -> None:
     backend = ReferenceBackend()
-    quantize(model, tmp_path / "out", RECIPE, num_samples=4, text_tokens=64)
+    quantize(model, tmp_path / "out", RECIPE, calibration=Calibration(num_samples=4), text_tokens=64)
     whole = probe.all()
     assert probe.original == pytest.approx(
         evaluate(model, TEXT, backend, max_tokens=300, kv_dtype="float32").perplexity, rel=1e-4)
@@ -91,7 +92,7 @@ def test_parts_are_less_than_the_whole(probe: Probe) -> None:
 def test_float_mixes_are_exact_with_other_recipes(model: Path) -> None:
     """The transforms of a recipe leave the captured float model the function that it was."""
     windows = text_windows(TEXT, Tokenizer(model), 128, 100)
-    originals = {name: Probe(capture(model, load_recipe(name), num_samples=2)[0], windows).original
+    originals = {name: Probe(capture(model, load_recipe(name), Calibration(num_samples=2))[0], windows).original
                  for name in ("rtn", "cle", "ocs", "smoothquant", "awq", "gptq", "fptq-best")}
     assert max(originals.values()) == pytest.approx(min(originals.values()), rel=1e-4)
 

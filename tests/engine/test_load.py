@@ -24,13 +24,14 @@ from fptq_runtime.models.golden import prompt_logits
 from fptq_runtime.models.loader import Checkpoint, CheckpointError, load_model
 from fptq_runtime.quantizer.pipeline import quantize
 from fptq_runtime.quantizer.recipe import Recipe, load_recipe
+from fptq_runtime.quantizer.samples import Calibration
 from fptq_runtime.quantizer.steps.activations import Activations
 from fptq_runtime.quantizer.steps.weights import Weights
 from tests.quantizer.models import save_model
 
 pytest.importorskip("fptq_runtime._native", reason="the native extension is not built")
 
-SMALL: dict[str, Any] = {"num_samples": 2, "sample_length": 32, "text_tokens": 200}
+SMALL: dict[str, Any] = {"calibration": Calibration(None, 2, 32), "text_tokens": 200}
 W4 = Weights(group_size=32)
 RECIPES = {
     "weight-only": Recipe(name="weight-only", steps=(Activations(scheme="float"), W4)),

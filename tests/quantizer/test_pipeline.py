@@ -22,6 +22,7 @@ from fptq_runtime.models.loader import Checkpoint, load_model
 from fptq_runtime.quantizer.pipeline import quantize
 from fptq_runtime.quantizer.recipe import Recipe
 from fptq_runtime.quantizer.report import inspect_text, policy
+from fptq_runtime.quantizer.samples import Calibration
 from fptq_runtime.quantizer.steps.activations import Activations
 from fptq_runtime.quantizer.steps.base import BlockWork, Rounding
 from fptq_runtime.quantizer.steps.fptq import Fptq
@@ -31,7 +32,7 @@ from fptq_runtime.quantizer.steps.weights import Weights
 from tests.models.hf import FAMILIES
 from tests.quantizer.models import DEMO, STORIES, save_model, transplant_outliers
 
-SMALL: dict[str, Any] = {"num_samples": 4, "sample_length": 32, "text_tokens": 400}
+SMALL: dict[str, Any] = {"calibration": Calibration("random", 4, 32), "text_tokens": 400}
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +86,7 @@ def test_every_family(family: str, sizes: dict[str, int], group_size: int, head_
     source = tmp_path / "float"
     float_model = save_model(family, source, **sizes)
     made = recipe(head_bits=head_bits, group_size=group_size)
-    manifest = quantize(source, tmp_path / "out", made, calibration="random", text=text, **SMALL)
+    manifest = quantize(source, tmp_path / "out", made, text=text, **SMALL)
 
     acts = {record.activations for record in manifest.layers[:-1]}
     assert acts == {"static", "dynamic"}
@@ -104,7 +105,7 @@ ROTATED = Recipe(name="rotated", steps=(
 @pytest.mark.parametrize("made", ["fptq-best", "gptq", "awq", ROTATED], ids=["fptq-best", "gptq", "awq", "rotated"])
 def test_searched_weights(made: Recipe | str, tmp_path: Path, text: Path) -> None:
     save_model("llama-tied-bias", tmp_path / "float", hidden_size=128, num_attention_heads=8)
-    manifest = quantize(tmp_path / "float", tmp_path / "out", made, calibration="random", text=text, **SMALL)
+    manifest = quantize(tmp_path / "float", tmp_path / "out", made, text=text, **SMALL)
     assert {record.num_bits for record in manifest.layers[:-1]} == {4}
     assert manifest.layers[-1].num_bits == {"fptq-best": 8, "gptq": 16, "awq": 16}.get(manifest.recipe["name"], 4)
     floats = {record.activations == "float" for record in manifest.layers}
@@ -123,14 +124,14 @@ def test_steps_are_told_how_the_last_one_rounds(tmp_path: Path, text: Path, monk
     monkeypatch.setattr(Activations, "apply", recorded)
     save_model("llama", tmp_path / "float", num_hidden_layers=1)
     made = Recipe(name="mixed", steps=(Activations(scheme="dynamic"), Weights(group_size=32, keep={"*down_proj": 8})))
-    quantize(tmp_path / "float", tmp_path / "out", made, calibration="random", text=text, **SMALL)
+    quantize(tmp_path / "float", tmp_path / "out", made, text=text, **SMALL)
     assert list(told.values()) == [*[Rounding(4, 32)] * 3, Rounding(8, 32)]
 
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Manifest]:
     out = tmp_path_factory.mktemp("demo") / "out"
-    return out, quantize(DEMO, out, "fptq", num_samples=16, text_tokens=6000)
+    return out, quantize(DEMO, out, "fptq", calibration=Calibration(num_samples=16), text_tokens=6000)
 
 
 def test_demo(demo: tuple[Path, Manifest]) -> None:
@@ -148,7 +149,7 @@ def test_demo(demo: tuple[Path, Manifest]) -> None:
 @pytest.mark.skipif(not STORIES.is_dir(), reason="../shared is absent")
 def test_stories260k(tmp_path: Path, text: Path) -> None:
     """K = 64 and 172: per channel."""
-    manifest = quantize(STORIES, tmp_path / "out", text=text, **{**SMALL, "num_samples": 16})
+    manifest = quantize(STORIES, tmp_path / "out", calibration=Calibration(None, 16, 32), text=text, text_tokens=400)
     assert all(record.group_size is None for record in manifest.layers)
     assert_transformers_agrees(tmp_path / "out", manifest.golden["prompt_token_ids"])
 
@@ -160,7 +161,7 @@ def test_outlier_transplant(demo: tuple[Path, Manifest], tmp_path: Path) -> None
     def loss(manifest: Manifest) -> float:
         return manifest.quality.perplexity_after / manifest.quality.perplexity_before - 1
 
-    settings: dict[str, Any] = {"num_samples": 16, "text_tokens": 6000}
+    settings: dict[str, Any] = {"calibration": Calibration(num_samples=16), "text_tokens": 6000}
     static = quantize(source, tmp_path / "rtn", "rtn", **settings)
     fptq = quantize(source, tmp_path / "fptq", "fptq", **settings)
     untouched = demo[1]
@@ -183,7 +184,7 @@ def test_the_seed_decides_every_byte(source: Path, text: Path, tmp_path: Path, c
     given = text if calibration == "text" else "random"
     outs = [tmp_path / "a", tmp_path / "b", tmp_path / "c"]
     for out, seed in zip(outs, (5, 5, 6), strict=True):
-        quantize(source, out, calibration=given, text=text, seed=seed, **SMALL)
+        quantize(source, out, calibration=Calibration(given, 4, 32, seed=seed), text=text, text_tokens=400)
     first, again, other = ({file.name: file.read_bytes() for file in out.iterdir()} for out in outs)
     assert first == again
     assert first != other
@@ -192,7 +193,7 @@ def test_the_seed_decides_every_byte(source: Path, text: Path, tmp_path: Path, c
 def test_next_block_sees_the_quantized_one(tmp_path: Path, text: Path) -> None:
     """The range of layer 1's input differs from the float model's, and only there."""
     save_model("llama", tmp_path / "float")
-    args: dict[str, Any] = {"calibration": "random", "text": text, **SMALL}
+    args: dict[str, Any] = {"text": text, **SMALL}
     eight = Recipe(name="a", steps=(Fptq(safety=None), Weights(num_bits=8)))
     four = Recipe(name="b", steps=(Fptq(safety=None), Weights(num_bits=4)))
     a, b = (quantize(tmp_path / "float", tmp_path / r.name, r, **args).layers for r in (eight, four))
@@ -221,7 +222,7 @@ def test_damaged_weights_are_refused(source: Path, text: Path, tmp_path: Path, n
                                      message: str) -> None:
     damage(source, name, value)
     with pytest.raises(ValueError, match=message) as error:
-        quantize(source, tmp_path / "out", calibration="random", text=text, **SMALL)
+        quantize(source, tmp_path / "out", text=text, **SMALL)
     assert "\n" not in str(error.value)
     assert [file.name for file in tmp_path.iterdir()] == ["float"], "nothing is left"
 
@@ -242,7 +243,7 @@ def test_saturated_constant_and_overflowing_layers(
     tensors[name] = change(tensors[name])
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=message) as error:
-        quantize(source, tmp_path / "out", preset, calibration="random", text=text, **SMALL)
+        quantize(source, tmp_path / "out", preset, text=text, **SMALL)
     assert "\n" not in str(error.value)
     assert [file.name for file in tmp_path.iterdir()] == ["float"], "nothing is left"
 
@@ -254,7 +255,7 @@ def test_a_full_disk(source: Path, text: Path, tmp_path: Path, limit: int) -> No
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
         with pytest.raises(ValueError, match="cannot write to") as error:
-            quantize(source, tmp_path / "out", calibration="random", text=text, **SMALL)
+            quantize(source, tmp_path / "out", text=text, **SMALL)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert "\n" not in str(error.value)
@@ -263,11 +264,11 @@ def test_a_full_disk(source: Path, text: Path, tmp_path: Path, limit: int) -> No
 
 @pytest.mark.parametrize(("changes", "message"), [
     ({"recipe": "fpqt"}, "did you mean 'fptq'"),
-    ({"calibration": "absent.txt"}, "absent.txt"),
+    ({"calibration": Calibration("absent.txt")}, "absent.txt"),
     ({"text": "absent.txt"}, "absent.txt"),
-    ({"num_samples": 0}, "at least one sample"),
-    ({"sample_length": 129}, "exceed the model's context of 128"),
-    ({"lengths": "absent.csv"}, "absent.csv"),
+    ({"calibration": Calibration("random", num_samples=0)}, "at least one sample"),
+    ({"calibration": Calibration("random", sample_length=129)}, "exceed the model's context of 128"),
+    ({"calibration": Calibration("random", lengths="absent.csv")}, "absent.csv"),
     ({"recipe": Recipe(name="x", steps=(Fptq(overrides={"*.dwon_proj": "dynamic"}), Weights()))}, "dwon_proj"),
     ({"model": "someone/some-model-that-is-nowhere"}, "someone/some-model-that-is-nowhere"),
     ({"model": "nowhere"}, "neither a directory nor a hub id"),
@@ -275,7 +276,7 @@ def test_a_full_disk(source: Path, text: Path, tmp_path: Path, limit: int) -> No
 def test_bad_input(source: Path, text: Path, tmp_path: Path, changes: dict[str, Any], message: str,
                    monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    arguments = {"model": source, "out": tmp_path / "out", "calibration": "random", "text": text, **SMALL, **changes}
+    arguments = {"model": source, "out": tmp_path / "out", "text": text, **SMALL, **changes}
     with pytest.raises(ValueError, match=message) as error:
         quantize(**arguments)
     assert "\n" not in str(error.value)
@@ -294,8 +295,8 @@ def test_calibration_choices_are_recorded(source: Path, text: Path, tmp_path: Pa
     """Its own text, a workload's lengths and a range that clips: all in the manifest and in what inspect shows."""
     (tmp_path / "trace.csv").write_text("ContextTokens,GeneratedTokens\n10,20\n5,3\n200,1\n")
     made = Recipe(name="clipped", steps=(Activations(scheme="static", range="percentile", quantile=0.95), Weights()))
-    manifest = quantize(source, tmp_path / "out", made, calibration="self", lengths=tmp_path / "trace.csv", text=text,
-                        **SMALL)
+    calibration = Calibration("self", 4, 32, tmp_path / "trace.csv")
+    manifest = quantize(source, tmp_path / "out", made, calibration=calibration, text=text, text_tokens=400)
     made_from = read_manifest(tmp_path / "out").provenance
     assert made_from.calibration.name == "self"
     assert made_from.calibration.tokens == 4 * 32
@@ -311,7 +312,7 @@ def test_calibration_choices_are_recorded(source: Path, text: Path, tmp_path: Pa
 
 
 def test_manifests_from_before_lengths_were_recorded_load(source: Path, text: Path, tmp_path: Path) -> None:
-    manifest = quantize(source, tmp_path / "out", calibration="random", text=text, **SMALL)
+    manifest = quantize(source, tmp_path / "out", text=text, **SMALL)
     dumped = manifest.model_dump(mode="json")
     del dumped["provenance"]["lengths"]
     assert Manifest.model_validate(dumped) == manifest
@@ -320,7 +321,7 @@ def test_manifests_from_before_lengths_were_recorded_load(source: Path, text: Pa
 @pytest.mark.parametrize(("positions", "warned"), [((0, 0, 0, 5), True), ((0, 0, 3, 5), False)])
 def test_a_first_token_that_sets_the_ranges_is_pointed_out(source: Path, text: Path, tmp_path: Path,
                                                            positions: tuple[int, ...], warned: bool) -> None:
-    manifest = quantize(source, tmp_path / "out", "rtn", calibration="random", text=text, **SMALL)
+    manifest = quantize(source, tmp_path / "out", "rtn", text=text, **SMALL)
     layers = tuple(layer.model_copy(update={"peak_position": position})
                    for layer, position in zip(manifest.layers, (*positions, 0), strict=True))
     shown = inspect_text(manifest.model_copy(update={"layers": layers}))
@@ -329,28 +330,28 @@ def test_a_first_token_that_sets_the_ranges_is_pointed_out(source: Path, text: P
 
 
 def test_an_artifact_is_not_quantized_again(source: Path, text: Path, tmp_path: Path) -> None:
-    quantize(source, tmp_path / "out", calibration="random", text=text, **SMALL)
+    quantize(source, tmp_path / "out", text=text, **SMALL)
     with pytest.raises(ValueError, match="quantized already"):
-        quantize(tmp_path / "out", tmp_path / "again", calibration="random", text=text, **SMALL)
+        quantize(tmp_path / "out", tmp_path / "again", text=text, **SMALL)
 
 
 def test_an_existing_output_is_kept(source: Path, text: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    quantize(source, out, calibration="random", text=text, **SMALL)
+    quantize(source, out, text=text, **SMALL)
     with pytest.raises(ValueError, match="exists"):
-        quantize(source, out, calibration="random", text=text, **SMALL)
-    manifest = quantize(source, out, "rtn", calibration="random", text=text, overwrite=True, **SMALL)
+        quantize(source, out, text=text, **SMALL)
+    manifest = quantize(source, out, "rtn", text=text, overwrite=True, **SMALL)
     assert manifest.recipe["name"] == "rtn"
     assert verify(out) == manifest
     shutil.rmtree(out)
     out.mkdir()
     (out / "mine.txt").write_text("precious")
     with pytest.raises(ValueError, match="not an fptq artifact"):
-        quantize(source, out, calibration="random", text=text, overwrite=True, **SMALL)
+        quantize(source, out, text=text, overwrite=True, **SMALL)
     assert (out / "mine.txt").read_text() == "precious"
 
 
 def test_context_is_what_bounds_samples(source: Path, text: Path, tmp_path: Path) -> None:
-    manifest = quantize(source, tmp_path / "out", calibration="random", text=text, num_samples=2, text_tokens=400)
+    manifest = quantize(source, tmp_path / "out", calibration=Calibration("random", 2), text=text, text_tokens=400)
     config: ModelConfig = Checkpoint(source).model_config
     assert manifest.provenance.sample_length == config.max_position_embeddings

@@ -17,7 +17,7 @@ from fptq_runtime.models.decoder import prepare_block, prepare_stem
 from fptq_runtime.models.loader import Checkpoint, load_block, load_stem
 from fptq_runtime.models.tokenizer import Tokenizer
 from fptq_runtime.quantizer.calibrate import CalibrationError, HiddenStates
-from fptq_runtime.quantizer.samples import CalibrationSet, Lengths, calibration_set, read_lengths
+from fptq_runtime.quantizer.samples import Calibration, CalibrationSet, Lengths, read_lengths
 from fptq_runtime.quantizer.steps.base import relative_error, static_act
 from tests.quantizer.models import SHARED, save_model
 from tests.quantizer.walk import targets_of
@@ -40,7 +40,7 @@ def text(tmp_path: Path) -> Path:
 
 
 def calibrated(path: Path, *settings: object, **more: object) -> CalibrationSet:
-    return calibration_set(Checkpoint(path), Tokenizer(path), *settings, **more)  # type: ignore[arg-type]
+    return Calibration(*settings, **more).draw(Checkpoint(path), Tokenizer(path))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("source", ["text", "random", "self"])
@@ -130,16 +130,16 @@ def test_azure_trace(name: str) -> None:
     ({"num_samples": 0}, "at least one sample of two tokens"),
     ({"sample_length": 1}, "at least one sample of two tokens"),
     ({"sample_length": 129}, "samples of 129 tokens exceed the model's context of 128"),
-    ({"calibration": "empty.txt"}, "empty.txt has 0 tokens, fewer than one sample of 128"),
-    ({"calibration": "short.txt", "sample_length": 20}, "short.txt has 5 tokens, fewer than one sample of 20"),
-    ({"calibration": "short.txt", "lengths": "lengths.json"}, "short.txt has 5 tokens, fewer than one sample of 100"),
-    ({"calibration": "absent.txt"}, "cannot read .*absent.txt"),
+    ({"source": "empty.txt"}, "empty.txt has 0 tokens, fewer than one sample of 128"),
+    ({"source": "short.txt", "sample_length": 20}, "short.txt has 5 tokens, fewer than one sample of 20"),
+    ({"source": "short.txt", "lengths": "lengths.json"}, "short.txt has 5 tokens, fewer than one sample of 100"),
+    ({"source": "absent.txt"}, "cannot read .*absent.txt"),
 ])
 def test_errors(llama: Path, tmp_path: Path, settings: dict[str, object], message: str) -> None:
     (tmp_path / "empty.txt").touch()
     (tmp_path / "short.txt").write_text("short")
     (tmp_path / "lengths.json").write_text(json.dumps({"100": 1}))
-    there = {name: tmp_path / str(value) if name in ("calibration", "lengths") else value
+    there = {name: tmp_path / str(value) if name in ("source", "lengths") else value
              for name, value in settings.items()}
     with pytest.raises(CalibrationError, match=message) as error:
         calibrated(llama, **there)

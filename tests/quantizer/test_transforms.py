@@ -106,6 +106,6 @@ def test_artifacts_load_in_transformers(preset: str, family: str, tmp_path: Path
     """No tensor is missing or left over, and shifted and corrected biases are read."""
     save_model(family, tmp_path / "float", **{"n_layer" if family == "bloom" else "num_hidden_layers": 2})
     (tmp_path / "text.txt").write_text("It was a bright cold day in the wood, and the clock was striking. " * 20)
-    quantize(tmp_path / "float", tmp_path / "out", preset, calibration="random", text=tmp_path / "text.txt", **SMALL)
+    quantize(tmp_path / "float", tmp_path / "out", preset, text=tmp_path / "text.txt", **SMALL)
     token_ids = torch.randint(3, 260, (40,), generator=torch.Generator().manual_seed(1)).tolist()
     assert_transformers_agrees(tmp_path / "out", [1, *token_ids])

@@ -17,11 +17,12 @@ from fptq_runtime.models.tokenizer import Tokenizer
 from fptq_runtime.quantizer.calibrate import Text, packaged_text
 from fptq_runtime.quantizer.pipeline import quantize
 from fptq_runtime.quantizer.recipe import Recipe
+from fptq_runtime.quantizer.samples import Calibration
 from fptq_runtime.quantizer.steps.activations import Activations
 from fptq_runtime.quantizer.steps.weights import Weights
 from fptq_runtime.quantizer.vllm import export
 from tests.quantizer.models import save_model
-from tests.quantizer.test_pipeline import SMALL, assert_transformers_agrees
+from tests.quantizer.test_pipeline import assert_transformers_agrees
 
 WIDE = {"hidden_size": 128, "num_attention_heads": 8}
 
@@ -34,7 +35,7 @@ def heldout() -> Text:
 def artifact(path: Path, scheme: Any = "static", **weights: Any) -> Path:
     save_model("llama", path / "source", **WIDE)
     recipe = Recipe(name="test", steps=(Activations(scheme=scheme), Weights(**weights)))
-    quantize(path / "source", path / "artifact", recipe, **SMALL)
+    quantize(path / "source", path / "artifact", recipe, calibration=Calibration(None, 4, 32), text_tokens=400)
     return path / "artifact"
 
 

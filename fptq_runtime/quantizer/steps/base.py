@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -22,6 +22,7 @@ from fptq_runtime.models.loader import Checkpoint
 from fptq_runtime.models.tokenizer import Tokenizer
 from fptq_runtime.quantizer.calibrate import BLOCK_KINDS, HiddenStates, InputStats, Kind, observe_block
 from fptq_runtime.quantizer.ranges import QUANTILE, RangeMethod, choose_range
+from fptq_runtime.quantizer.samples import Calibration
 
 ERROR_PRODUCTS = 1 << 32  # multiply-adds that one measured output of a linear may cost
 
@@ -156,16 +157,15 @@ def static_act(amax: torch.Tensor, sample: torch.Tensor | None = None, method: R
 
 @dataclass(frozen=True)
 class TuneWork:
-    """A float model before its blocks are walked. `steps` are the recipe's, `calibrated` the calibration samples, and
-    draw(count, length) gives other samples of the same source. `directory` is the step's to keep state in; it outlives
-    an interrupted run and is removed with a finished one."""
+    """A float model before its blocks are walked. `steps` are the recipe's, `calibrated` the windows that `calibration`
+    drew. `directory` is the step's to keep state in; it outlives an interrupted run and is removed with a finished
+    one."""
 
     checkpoint: Checkpoint
     tokenizer: Tokenizer
     steps: tuple[Step, ...]
+    calibration: Calibration
     calibrated: Sequence[Sequence[int]]
-    draw: Callable[[int, int], Sequence[Sequence[int]]]
-    seed: int
     directory: Path
     progress: bool
 

@@ -99,7 +99,7 @@ class Qat(Step):
             "steps": [step.model_dump(mode="json") for step in work.steps],
             "source": {file.name: hash_file(file) for file in source},
             "calibration": hashlib.sha256(json.dumps(work.calibrated).encode()).hexdigest(),
-            "seed": work.seed,
+            "seed": work.calibration.seed,
             "device": device,
             "versions": [__version__, torch.__version__],
         }, indent=1)
@@ -107,7 +107,8 @@ class Qat(Step):
     def _windows(self, work: TuneWork, state: _State) -> Sequence[Sequence[int]]:
         length = min(self.sequence_length, work.checkpoint.model_config.max_position_embeddings)
         if self.data == "calibration":
-            return work.draw(self.num_sequences, length)
+            calibration = replace(work.calibration, num_samples=self.num_sequences, sample_length=length, lengths=None)
+            return calibration.draw(work.checkpoint, work.tokenizer).windows
         windows: list[list[int]] = state.load("text", [])
         if len(windows) == self.num_sequences:
             return windows
@@ -116,7 +117,7 @@ class Qat(Step):
         with tqdm(total=self.num_sequences, initial=len(windows), desc="writing text to train on", unit="sequence",
                   disable=not work.progress) as bar:
             while missing := self.num_sequences - len(windows):
-                seed = work.seed << 32 | len(windows)
+                seed = work.calibration.seed << 32 | len(windows)
                 count = min(GENERATED, missing)
                 windows += generate_windows(decoder, backend, work.tokenizer, [length] * count, seed)
                 state.save("text", windows)

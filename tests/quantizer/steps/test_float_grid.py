@@ -26,13 +26,14 @@ from fptq_runtime.quantizer.evaluate import text_windows
 from fptq_runtime.quantizer.pipeline import quantize
 from fptq_runtime.quantizer.recipe import Recipe, RecipeError, load_recipe
 from fptq_runtime.quantizer.report import inspect_text
+from fptq_runtime.quantizer.samples import Calibration
 from fptq_runtime.quantizer.steps.activations import Activations
 from fptq_runtime.quantizer.steps.base import relative_error
 from fptq_runtime.quantizer.steps.weights import Weights, low_rank_factors
 from tests.quantizer.models import save_model
 from tests.quantizer.test_folds import work_on
 
-SMALL: dict[str, Any] = {"calibration": "random", "num_samples": 4, "sample_length": 32, "text_tokens": 400}
+SMALL: dict[str, Any] = {"calibration": Calibration("random", 4, 32), "text_tokens": 400}
 
 
 @pytest.fixture(scope="module")

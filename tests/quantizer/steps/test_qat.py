@@ -17,6 +17,7 @@ from fptq_runtime.models.tokenizer import Tokenizer
 from fptq_runtime.quantizer.calibrate import pack_windows
 from fptq_runtime.quantizer.pipeline import quantize
 from fptq_runtime.quantizer.recipe import Recipe, RecipeError
+from fptq_runtime.quantizer.samples import Calibration
 from fptq_runtime.quantizer.steps import qat as module
 from fptq_runtime.quantizer.steps.activations import Activations
 from fptq_runtime.quantizer.steps.base import TuneWork
@@ -27,7 +28,7 @@ from tests.models.hf import FAMILIES
 from tests.quantizer.models import DEMO, SHARED, STORIES, save_model
 
 TEXT = "It was a bright cold day in the wood, and the clock was striking thirteen. " * 20
-SMALL: dict[str, Any] = {"calibration": "random", "num_samples": 4, "sample_length": 32, "text_tokens": 400}
+SMALL: dict[str, Any] = {"calibration": Calibration("random", 4, 32), "text_tokens": 400}
 TRAINED = {"num_sequences": 6, "sequence_length": 24, "batch_size": 2, "learning_rate": 1e-3}
 
 
@@ -214,7 +215,7 @@ def test_training_lowers_the_loss(source: Path, tmp_path: Path, scheme: Any) -> 
         return float((expected.exp() * (expected - logits)).sum(-1).mean())
 
     before = divergence()
-    work = TuneWork(Checkpoint(source), Tokenizer(source), (), (), lambda *_: (), 0, tmp_path / "state", False)
+    work = TuneWork(Checkpoint(source), Tokenizer(source), (), Calibration(), (), tmp_path / "state", False)
     Qat(batch_size=4, learning_rate=1e-3)._train(work, student, batch * 40, _Draft())  # type: ignore[arg-type]
     assert divergence() < 0.2 * before
 
@@ -223,7 +224,7 @@ def test_trains_on_calibration_text(source: Path, tmp_path: Path, text: Path, mo
     """Windows of the length that training asks for, out of the text that calibration has."""
     trained_on: list[list[int]] = []
     monkeypatch.setattr(Qat, "_train", lambda self, work, student, found, state: trained_on.extend(found))
-    arguments = {**SMALL, "calibration": text}
+    arguments = {**SMALL, "calibration": Calibration(text, 4, 32)}
     quantize(source, tmp_path / "out", recipe("static", data="calibration"), text=text, **arguments)
     assert [len(window) for window in trained_on] == [24] * 6
     tokenizer = Tokenizer(source)
@@ -298,7 +299,7 @@ def test_beats_rounding(model: Path, tmp_path: Path) -> None:
         Recipe(name="rounded", steps=plain),
         Recipe(name="clipped", steps=(plain[0], Weights(clip="mse"))),
     )
-    settings: dict[str, Any] = {"num_samples": 8, "sample_length": 256, "text_tokens": 6000}
+    settings: dict[str, Any] = {"calibration": Calibration(None, 8, 256), "text_tokens": 6000}
     if model == STORIES:
         settings["text"] = SHARED / "data" / "eval" / "tinystories.txt"
     trained, *rounded = (quantize(model, tmp_path / r.name, r, **settings).quality for r in recipes)

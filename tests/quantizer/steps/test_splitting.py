@@ -79,7 +79,7 @@ def test_the_artifact_is_wider(group_size: int | None, ratio: float, expected: i
     (tmp_path / "text.txt").write_text("It was a bright cold day in the wood, and the clock was striking. " * 20)
     recipe = Recipe(name="x", steps=(
         ChannelSplitting(ratio=ratio, group_size=group_size), Activations(scheme="dynamic"), Weights(group_size=32)))
-    quantize(tmp_path / "float", tmp_path / "out", recipe, calibration="random", text=tmp_path / "text.txt", **SMALL)
+    quantize(tmp_path / "float", tmp_path / "out", recipe, text=tmp_path / "text.txt", **SMALL)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["intermediate_size"] == expected
     token_ids = torch.randint(3, 260, (40,), generator=torch.Generator().manual_seed(1)).tolist()
     assert_transformers_agrees(tmp_path / "out", [1, *token_ids])
