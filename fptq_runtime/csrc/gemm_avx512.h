@@ -1,4 +1,4 @@
-// AVX-512 VNNI tiles: 6 rows by 64 columns are 24 of the 32 registers. See gemm.h.
+// AVX-512 VNNI tiles: the integer and float sums of 6 rows by 32 columns, or 3 by 64, are 24 of the 32 registers. See gemm.h.
 #pragma once
 
 #include <immintrin.h>
@@ -90,6 +90,9 @@ template <int Bits, int R>
   }
 
   const char* ahead = reinterpret_cast<const char*>(t.ahead);
+  // One or two rows wait for memory's bandwidth, whatever is in flight. Where a whole tile shares the prefetching with
+  // another, fetching twice is slower, as measured.
+  const bool far = R > 2 && (V < 4 || t.ahead_step == 64 * kStepLines);
   for (int v = 0; v < 4; v += V) {
     const int8_t* a = t.a;
     const uint8_t* w = t.w + v / V * kLines * 64;
@@ -120,7 +123,10 @@ template <int Bits, int R>
             if (Bits == 4 && c % 2 == 0) p[c] = _mm512_and_si512(p[c], nibble);
           }
 #pragma GCC unroll 4
-          for (int l = 0; l < kLines; ++l) _mm_prefetch(ahead + 64 * l, _MM_HINT_T0);
+          for (int l = 0; l < kLines; ++l) {
+            _mm_prefetch(ahead + 64 * l, _MM_HINT_T0);
+            if (far) _mm_prefetch(ahead + kFar + 64 * l, _MM_HINT_T1);
+          }
 #pragma GCC unroll 6
           for (int r = 0; r < R; ++r) dot(acc[u][r], p, a + 4 * r);
         }
