@@ -1,4 +1,5 @@
-// AVX-512 VNNI tiles: the integer and float sums of 6 rows by 32 columns, or 3 by 64, are 24 of the 32 registers. See gemm.h.
+// AVX-512 VNNI tiles: the integer and float sums of 6 rows by 32 columns, or 3 by 64, take 24 of the 32 registers. See
+// gemm.h.
 #pragma once
 
 #include <immintrin.h>
