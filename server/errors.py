@@ -37,6 +37,12 @@ class APIError(Exception):
         self.code = code
         self.retry_after = retry_after
 
+    @property
+    def summary(self) -> str:
+        """As the log has it."""
+        labels = {"code": self.code, "param": self.param}
+        return " ".join([*(f"{name}={value}" for name, value in labels.items() if value is not None), self.message])
+
     def body(self) -> str:
         default = "invalid_request_error" if self.status < 500 else "server_error"
         return ErrorResponse(error=ErrorInfo(
@@ -75,7 +81,7 @@ class ErrorHandlers:
     def refuse(self, scope: Scope, error: APIError) -> Response:
         """The answer; it is counted, and noted for the log."""
         self._metrics.record_rejection(error.reason)
-        record_of(scope).error = error
+        record_of(scope).error = error.summary
         return error.response()
 
     def api_error(self, request: Request, error: Exception) -> Response:

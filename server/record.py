@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import uuid
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from starlette.types import Scope
-
-if TYPE_CHECKING:
-    from server.errors import APIError
 
 SCOPE_KEY = "fptq.record"
 
@@ -17,13 +13,13 @@ SCOPE_KEY = "fptq.record"
 @dataclass
 class RequestRecord:
     """id: the client's X-Request-Id or a random one; a generation's own id ends with it. prompt_tokens: None where
-    nothing was generated. finish_reasons: of the sequences that ended."""
+    nothing was generated. finish_reasons: of the sequences that ended. error: what an APIError's `summary` says."""
 
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     prompt_tokens: int | None = None
     completion_tokens: int = 0
     finish_reasons: set[str] = field(default_factory=set)
-    error: APIError | None = None
+    error: str = ""
     client_gone: bool = False
 
     def __str__(self) -> str:
@@ -33,10 +29,8 @@ class RequestRecord:
             parts.append(f"prompt={self.prompt_tokens} out={self.completion_tokens} finish={reasons}")
         if self.client_gone:
             parts.append("client gone")
-        if self.error is not None:
-            labels = [f"{name}={value}" for name, value in (("code", self.error.code), ("param", self.error.param))
-                      if value is not None]
-            parts.append(" ".join([*labels, self.error.message]))
+        if self.error:
+            parts.append(self.error)
         return " ".join(parts)
 
 

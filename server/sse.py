@@ -93,7 +93,7 @@ class EventStream(Response):
                     await write(": keep-alive\n\n")
 
         async def fail(error: APIError) -> None:
-            record.error = error
+            record.error = error.summary
             await write(f"data: {error.body()}\n\n")
 
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
