@@ -14,7 +14,7 @@ class ServerConfig:
     public_metrics: /metrics answers without a key.
     stall_timeout: /livez fails when the engine has work and finished no step for this long.
     head_timeout: from a connection's or a request's first byte to the end of its headers.
-    body_timeout: from the end of the headers to that of a short body; RequestLimits gives long ones more.
+    body_timeout: from one byte of a body to the next, and for a short one in all; RequestLimits gives long ones more.
     """
 
     host: str = "127.0.0.1"

@@ -80,8 +80,8 @@ class RequestContext:
 
 
 class RequestLimits:
-    """Refuses long headers, bodies past the limit whether or not they announce their length, bodies that take longer
-    than body_timeout and a second for each BODY_RATE bytes that came, and those that are compressed."""
+    """Refuses long headers, bodies past the limit whether or not they announce their length, bodies that stop for
+    body_timeout, or take longer than it and a second for each BODY_RATE bytes that came, and compressed ones."""
 
     def __init__(self, app: ASGIApp, max_header_bytes: int, max_body_bytes: int, body_timeout: float,
                  errors: ErrorHandlers) -> None:
@@ -126,12 +126,12 @@ class RequestLimits:
             nonlocal received, complete
             if complete:
                 return await receive()
-            seconds = self._body_timeout + received / BODY_RATE
+            left = start + self._body_timeout + received / BODY_RATE - loop.time()
             try:
-                message = await asyncio.wait_for(receive(), start + seconds - loop.time())
+                message = await asyncio.wait_for(receive(), min(left, self._body_timeout))
             except asyncio.TimeoutError:
-                raise APIError(408, f"after {seconds:.3g} s the request body has {received} bytes and no end",
-                               reason="timeout", code="timeout") from None
+                raise APIError(408, f"after {loop.time() - start:.3g} s the request body has {received} bytes and no "
+                                    "end", reason="timeout", code="timeout") from None
             complete = not message.get("more_body", False)
             received += len(message.get("body", b""))
             if received > self._max_body_bytes:

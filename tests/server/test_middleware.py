@@ -153,11 +153,12 @@ def test_unreadable_bodies_are_named(served: Served, content: bytes, headers: di
     assert response.json()["error"]["message"] == message
 
 
-def begin_post(port: int, request_id: str) -> socket.socket:
-    """A request with half of its body."""
+def begin_post(port: int, request_id: str, begun: bytes = b"{") -> socket.socket:
+    """A request without the last 99 bytes of its body."""
     connection = socket.create_connection(("127.0.0.1", port), 30)
     connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-                       b"X-Request-Id: %s\r\nContent-Length: 100\r\n\r\n{" % request_id.encode())
+                       b"X-Request-Id: %s\r\nContent-Length: %d\r\n\r\n%s"
+                       % (request_id.encode(), len(begun) + 99, begun))
     return connection
 
 
@@ -191,6 +192,14 @@ def test_a_body_that_stops_coming(run_server: Callable[..., Any]) -> None:
         assert metric(served, "fptq_http_responses_total", route="/v1/completions", status="4xx") == 1
 
 
+def test_a_long_body_that_stops_coming(run_server: Callable[..., Any]) -> None:
+    """The time that its length gives it is not for waiting."""
+    long = b" " * (8 * BODY_RATE)
+    with run_server(ServerConfig(body_timeout=0.5)) as served, begin_post(served.port, "long", long) as connection:
+        connection.settimeout(6)
+        assert connection.recv(4096).startswith(b"HTTP/1.1 408 ")
+
+
 def test_a_body_that_comes_byte_by_byte(run_server: Callable[..., Any]) -> None:
     with run_server(ServerConfig(body_timeout=1)) as served, begin_post(served.port, "drips") as connection:
         connection.settimeout(0.05)
@@ -205,8 +214,9 @@ def test_a_body_that_comes_byte_by_byte(run_server: Callable[..., Any]) -> None:
 
 def test_a_long_body_has_more_time(run_server: Callable[..., Any]) -> None:
     def body() -> Iterator[bytes]:
-        yield b" " * (4 * BODY_RATE)
-        time.sleep(1.2)
+        for _ in range(4):
+            yield b" " * BODY_RATE
+            time.sleep(0.4)
         yield b'{"prompt": "x", "max_tokens": 1}'
 
     with run_server(ServerConfig(body_timeout=1)) as served:
