@@ -128,6 +128,21 @@ class RecipeName(click.ParamType[str]):
         return str(path)
 
 
+class Threads(click.IntRange):
+    """0, or at most MAX_THREADS."""
+
+    name = "threads"
+
+    def __init__(self) -> None:
+        super().__init__(min=0)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        threads = super().convert(value, param, ctx)
+        if threads > MAX_THREADS:
+            self.fail(f"{threads} is more than this machine's {MAX_THREADS} CPUs", param, ctx)
+        return threads
+
+
 class Percent(click.ParamType[float]):
     """A share, as 0.5%."""
 
@@ -203,8 +218,8 @@ def backend_options(command: _Function) -> _Function:
                      show_default=True, help="native: C++; reference: torch, slow; auto: native where it was built."),
         click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True,
                      help="auto: an NVIDIA GPU where torch and Triton can use one."),
-        click.option("--threads", type=click.IntRange(0, MAX_THREADS), default=0, help="0: what machine and quota "
-                     "allow; at most as many as it has CPUs."),
+        click.option("--threads", type=Threads(), default=0, help="0: what machine and quota allow; at most as many "
+                     "as it has CPUs."),
     ]):
         command = option(command)
     return command

@@ -254,7 +254,7 @@ def test_the_queues_limits(served: Served) -> None:
 def test_more_threads_than_cpus(served: Served, capsys: pytest.CaptureFixture[str]) -> None:
     cpus = os.cpu_count() or 1
     assert run("serve", "demo", "--port", "0", "--threads", str(cpus + 1)) == 2
-    assert f"'--threads': {cpus + 1} is not in the range 0<=x<={cpus} (see" in capsys.readouterr().err
+    assert f"'--threads': {cpus + 1} is more than this machine's {cpus} CPUs" in capsys.readouterr().err
     assert run("serve", "demo", "--port", "0", "--threads", str(cpus)) == 0
     assert len(served) == 1
 
