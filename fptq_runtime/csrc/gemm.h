@@ -45,7 +45,6 @@ constexpr int kBlockBytes = 8192;
 constexpr int kFewTiles = 2, kFewTilesBlockBytes = 8192;
 constexpr int kMaxGroups = kBlockBytes * 2 / kPanelCols / kSumGroup;   // in a block
 constexpr int kAhead = 4096;        // bytes between a weight's prefetch and its use, where a block is walked over once
-constexpr int kFar = 16384;         // bytes further, to L2 first: L1 has too few misses in flight for memory's latency
 
 inline int smaller(int a, int b) { return a < b ? a : b; }
 

@@ -57,6 +57,9 @@ inline int32_t quantize_block(const float* x, float scale, int8_t* codes) {
   return _mm_cvtsi128_si32(half) + _mm_extract_epi32(half, 2) - kSumGroup * 128;
 }
 
+// Bytes beyond `ahead` that are fetched into L2 before: L1 has too few misses in flight for memory's latency.
+constexpr int kFar = 16384;
+
 constexpr int passes(int, int rows) { return rows <= 3 ? 1 : 2; }
 
 int64_t multiply(int64_t rounds) {
