@@ -6,7 +6,7 @@ tensors; a backend that compiles hands it ops that record, once, and keeps the p
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fptq_runtime.artifact.scheme import NumberType
-from fptq_runtime.config import KVCacheDtype
+from fptq_runtime.config import KVCacheDtype, ModelConfig
 
 V = TypeVar("V")
 
@@ -93,15 +93,39 @@ class Embedding:
 
 Parameter = Linear | Norm | Embedding
 
+Curve = Literal["silu", "gelu_tanh", "gelu", "relu", "relu2", "clamped_swiglu"]
+
+
+@dataclass(frozen=True)
+class Activation:
+    """What an MLP does between its linears: curve(x), or where it is gated curve(x[:, :I]) · x[:, I:].
+
+    "gelu" is the exact one (erf), "relu2" is relu(x)². "clamped_swiglu" is gpt-oss's and always gated: with the gate at
+    most `limit` and up within ±limit it is gate · sigmoid(1.702 · gate) · (up + 1).
+    """
+
+    curve: Curve
+    gated: bool = False
+    limit: float = 7.0
+
+    def width(self, columns: int) -> int:
+        """Columns that it makes of so many."""
+        return columns // 2 if self.gated else columns
+
 
 @dataclass
 class AttentionSpec:
     """Causal grouped-query attention of one layer; query head h reads KV head h // (num_heads / num_kv_heads).
 
     sliding_window: a query at position p sees keys at positions > p - sliding_window.
-    rope: cos and sin, each float32 [max positions, head_dim / 2], the halves paired as (i, i + head_dim / 2).
+    rope: cos and sin, each float32 [max positions, R / 2], for the first R of head_dim dimensions, the halves paired as
+    (i, i + R / 2); the others stay as they are. None: no rope in this layer.
     alibi_slopes: float32 [num_heads]; slope · key position is added to the score.
-    q_norm, k_norm: RMSNorm over head_dim, before rope.
+    q_norm, k_norm: RMSNorm or LayerNorm, before rope or, with `norm_after_rope`, after it. A weight [head_dim] is every
+    head's, each normalised by itself; [heads, head_dim] holds each head's own; [heads · head_dim], of more than one
+    head, normalises all heads as one row.
+    softcap: scores become softcap · tanh(score / softcap) before anything is added to them.
+    sinks: float32 [num_heads]; exp(sink) joins each row's softmax sum, and has no value.
     """
 
     layer: int
@@ -114,6 +138,9 @@ class AttentionSpec:
     alibi_slopes: Array | None = None
     q_norm: Norm | None = None
     k_norm: Norm | None = None
+    norm_after_rope: bool = False
+    softcap: float | None = None
+    sinks: Array | None = None
 
 
 @dataclass(frozen=True)
@@ -132,6 +159,27 @@ class StepInput:
     block_tables: Int32Array  # [S, max blocks], rows padded with 0
     logits_rows: Int32Array  # [R], which of the M rows need logits; R may be 0
 
+    @classmethod
+    def whole(cls, windows: Sequence[Sequence[int]], block_size: int = 16) -> StepInput:
+        """Whole sequences, each in cache blocks of its own, one after the other; every row wants logits."""
+        lengths = [len(window) for window in windows]
+        blocks = [-(-length // block_size) for length in lengths]
+        firsts = [sum(blocks[:s]) for s in range(len(blocks))]
+        tables = np.zeros((len(windows), max(blocks)), np.int32)
+        for s, (first, count) in enumerate(zip(firsts, blocks, strict=True)):
+            tables[s, :count] = np.arange(first, first + count)
+        positions = [np.arange(length, dtype=np.int32) for length in lengths]
+        return cls(
+            token_ids=np.concatenate([np.asarray(window, np.int32) for window in windows]),
+            positions=np.concatenate(positions),
+            slot_mapping=np.concatenate([p + np.int32(first * block_size)
+                                         for p, first in zip(positions, firsts, strict=True)]),
+            query_start_loc=np.cumsum([0, *lengths], dtype=np.int32),
+            seq_lens=np.asarray(lengths, np.int32),
+            block_tables=tables,
+            logits_rows=np.arange(sum(lengths), dtype=np.int32),
+        )
+
 
 @dataclass(frozen=True)
 class StepLimits:
@@ -147,6 +195,13 @@ class StepLimits:
     num_layers: int
     num_kv_heads: int
     head_dim: int
+
+    @classmethod
+    def of(cls, model: ModelConfig, *, max_tokens: int, max_model_len: int, num_blocks: int, max_seqs: int = 1,
+           max_logits_rows: int | None = None, block_size: int = 16, kv_dtype: KVCacheDtype = "float32") -> StepLimits:
+        """For a model. max_logits_rows: as many as tokens unless given."""
+        return cls(max_tokens, max_seqs, max_tokens if max_logits_rows is None else max_logits_rows, max_model_len,
+                   num_blocks, block_size, kv_dtype, model.num_layers, model.num_kv_heads, model.head_dim)
 
 
 PARAMETERS = np.dtype([
@@ -219,22 +274,43 @@ class Roofs:
 
 class Ops(Protocol[V]):
     """The network's vocabulary. Float values are float32 [rows, width]; a value made with `act` set is quantized
-    and only a linear with that same `act` may read it. Parameters are what `Backend.prepare` returned."""
+    and only a linear with that same `act` may read it. Parameters are what `Backend.prepare` returned; a prepared
+    linear has its `act`."""
 
     def embed(self, table: Any) -> V:
         """Rows of the table for the step's token ids. [M, H]"""
+        ...
+
+    def embed_positions(self, table: Any) -> V:
+        """Rows of the table for the step's positions. [M, H]"""
         ...
 
     def norm(self, x: V, norm: Any, act: ActivationQuant | None) -> V:
         """Normalise each row, then quantize."""
         ...
 
+    def quantize(self, x: V, act: ActivationQuant | None) -> V:
+        """x as a linear with that `act` reads it; x itself where `act` is None."""
+        ...
+
     def linear(self, x: V, linear: Any, residual: V | None = None) -> V:
         """x · Wᵀ + bias + residual. [rows, N]"""
         ...
 
-    def activation(self, x: V, kind: Literal["silu_mul", "gelu_tanh"], act: ActivationQuant | None) -> V:
-        """silu_mul: silu(x[:, :I]) · x[:, I:], [M, 2I] to [M, I]; gelu_tanh keeps the width. Then quantize."""
+    def activation(self, x: V, activation: Activation, act: ActivationQuant | None) -> V:
+        """Apply it to each row, then quantize. [rows, N] to [rows, activation.width(N)]"""
+        ...
+
+    def add(self, x: V, y: V) -> V:
+        """x + y, both [rows, width]."""
+        ...
+
+    def scale(self, x: V, factor: float) -> V:
+        """x · factor."""
+        ...
+
+    def softcap(self, x: V, cap: float) -> V:
+        """cap · tanh(x / cap)."""
         ...
 
     def rope_and_cache(self, qkv: V, attention: Any) -> V:

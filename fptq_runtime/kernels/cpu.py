@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +16,7 @@ from ml_dtypes import bfloat16
 import fptq_runtime._native as _native
 from fptq_runtime.kernels.base import (
     PARAMETERS,
+    Activation,
     ActivationQuant,
     Array,
     AttentionSpec,
@@ -188,7 +189,8 @@ class CaptureOps:
         down, up = linear.low_rank
         return self._program.linear(self._program.linear(x, down, None), up, y)
 
-    def activation(self, x: int, kind: Literal["silu_mul", "gelu_tanh"], act: ActivationQuant | None) -> int:
+    def activation(self, x: int, activation: Activation, act: ActivationQuant | None) -> int:
+        kind = {("silu", True): "silu_mul", ("gelu_tanh", False): "gelu_tanh"}[activation.curve, activation.gated]
         return self._program.activation(x, kind, _act(act))
 
     def rope_and_cache(self, qkv: int, attention: Prepared) -> int:

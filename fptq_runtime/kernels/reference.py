@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,9 +18,11 @@ from ml_dtypes import bfloat16, float8_e4m3fn
 from fptq_runtime.artifact.numerics import dequantize, fake_quantize, token_scale, unpack_codes
 from fptq_runtime.config import KVCacheDtype
 from fptq_runtime.kernels.base import (
+    Activation,
     ActivationQuant,
     Array,
     AttentionSpec,
+    Curve,
     Embedding,
     Float32Array,
     Int32Array,
@@ -58,7 +60,7 @@ class ReferenceBackend:
         if isinstance(parameter, AttentionSpec):
             rope = None if parameter.rope is None else (to_torch(parameter.rope[0]), to_torch(parameter.rope[1]))
             return replace(parameter, q_norm=_float_norm(parameter.q_norm), k_norm=_float_norm(parameter.k_norm),
-                           rope=rope, alibi_slopes=_floats(parameter.alibi_slopes))
+                           rope=rope, alibi_slopes=_floats(parameter.alibi_slopes), sinks=_floats(parameter.sinks))
         raise TypeError(f"cannot prepare a {type(parameter).__name__}")
 
     def compile(self, forward: Callable[[Ops[Any]], Any], limits: StepLimits) -> ReferenceExecutor:
@@ -131,8 +133,14 @@ class ReferenceOps:
     def embed(self, table: Embedding) -> torch.Tensor:
         return F.embedding(self._indices(self.batch.token_ids), table.weight).float()
 
+    def embed_positions(self, table: Embedding) -> torch.Tensor:
+        return F.embedding(self._positions, table.weight).float()
+
     def norm(self, x: torch.Tensor, norm: Norm, act: ActivationQuant | None) -> torch.Tensor:
         return quantize_activations(_normalise(x, norm), act)
+
+    def quantize(self, x: torch.Tensor, act: ActivationQuant | None) -> torch.Tensor:
+        return quantize_activations(x, act)
 
     def linear(self, x: torch.Tensor, linear: Linear, residual: torch.Tensor | None = None) -> torch.Tensor:
         assert isinstance(linear.weight, torch.Tensor)
@@ -142,24 +150,29 @@ class ReferenceOps:
             y = y + F.linear(F.linear(x, down), up)
         return y if residual is None else y + residual
 
-    def activation(self, x: torch.Tensor, kind: Literal["silu_mul", "gelu_tanh"],
-                   act: ActivationQuant | None) -> torch.Tensor:
-        if kind == "gelu_tanh":
-            return quantize_activations(F.gelu(x, approximate="tanh"), act)
-        gate, up = x.chunk(2, dim=-1)
-        return quantize_activations(F.silu(gate) * up, act)
+    def activation(self, x: torch.Tensor, activation: Activation, act: ActivationQuant | None) -> torch.Tensor:
+        return quantize_activations(_activate(x, activation), act)
+
+    def add(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return x + y
+
+    def scale(self, x: torch.Tensor, factor: float) -> torch.Tensor:
+        return x * factor
+
+    def softcap(self, x: torch.Tensor, cap: float) -> torch.Tensor:
+        return (x / cap).tanh() * cap
 
     def rope_and_cache(self, qkv: torch.Tensor, attention: AttentionSpec) -> torch.Tensor:
         heads, kv_heads, dim = attention.num_heads, attention.num_kv_heads, attention.head_dim
         rows = qkv.reshape(-1, heads + 2 * kv_heads, dim)
         q, k, v = torch.split(rows, [heads, kv_heads, kv_heads], dim=1)  # each [M, its heads, D]
-        if attention.q_norm is not None:
-            q = _normalise(q, attention.q_norm)
-        if attention.k_norm is not None:
-            k = _normalise(k, attention.k_norm)
+        if not attention.norm_after_rope:
+            q, k = _normalise_heads(q, attention.q_norm), _normalise_heads(k, attention.k_norm)
         if attention.rope is not None:
-            cos, sin = (table[self._positions][:, None] for table in attention.rope)  # [M, 1, D / 2]
+            cos, sin = (table[self._positions][:, None] for table in attention.rope)  # [M, 1, R / 2]
             q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
+        if attention.norm_after_rope:
+            q, k = _normalise_heads(q, attention.q_norm), _normalise_heads(k, attention.k_norm)
         if self._cache is None:
             self._own_kv = round_kv(k, self._kv_dtype), round_kv(v, self._kv_dtype)
         else:
@@ -245,11 +258,27 @@ def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, positions: torch.
     """q [Q, heads, D] against k, v [T, kv heads, D] at positions 0..T-1. Returns [Q, heads, D]."""
     repeats = attention.num_heads // attention.num_kv_heads
     keys, values = (x.repeat_interleave(repeats, dim=1).transpose(0, 1)[None] for x in (k, v))  # [1, heads, T, D]
+    if attention.softcap is not None or attention.sinks is not None:
+        return _attend_plainly(q, keys[0], values[0], positions, attention)
     bias = None if _is_plain_causal(q, k, attention) else _attention_bias(positions, k.shape[0], attention)
     out = F.scaled_dot_product_attention(
         q.transpose(0, 1)[None], keys, values, attn_mask=bias, is_causal=bias is None, scale=attention.softmax_scale
     )
     return out[0].transpose(0, 1)
+
+
+def _attend_plainly(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor,
+                    attention: AttentionSpec) -> torch.Tensor:
+    """What torch's own attention does not know: capped scores and sinks. keys, values [heads, T, D]"""
+    scores = q.transpose(0, 1) @ keys.transpose(1, 2) * attention.softmax_scale  # [heads, Q, T]
+    if attention.softcap is not None:
+        scores = (scores / attention.softcap).tanh() * attention.softcap
+    scores = scores + _attention_bias(positions, keys.shape[1], attention)
+    if attention.sinks is not None:
+        sinks: torch.Tensor = attention.sinks
+        scores = torch.cat((scores, sinks[:, None, None].expand(-1, scores.shape[1], 1)), -1)
+    weights = scores.softmax(-1)[..., : keys.shape[1]]
+    return (weights @ values).transpose(0, 1)
 
 
 def _is_plain_causal(q: torch.Tensor, k: torch.Tensor, attention: AttentionSpec) -> bool:
@@ -278,9 +307,51 @@ def _normalise(x: torch.Tensor, norm: Norm) -> torch.Tensor:
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.eps) * weight
 
 
+def _normalise_heads(x: torch.Tensor, norm: Norm | None) -> torch.Tensor:
+    """x [M, heads, D], by heads or all of them as one row, as the weight's shape says."""
+    if norm is None:
+        return x
+    if norm.weight.ndim == 1 and norm.weight.numel() != x.shape[-1]:
+        return _normalise(x.flatten(1), norm).view_as(x)
+    if norm.weight.ndim == 1:
+        return _normalise(x, norm)
+    weight: torch.Tensor = norm.weight
+    own = _normalise(x, replace(norm, weight=torch.ones_like(weight[0]), bias=None)) * weight
+    return own if norm.bias is None else own + norm.bias
+
+
+def _activate(x: torch.Tensor, activation: Activation) -> torch.Tensor:
+    if activation.curve == "clamped_swiglu":
+        gate, up = x.chunk(2, dim=-1)
+        gate, up = gate.clamp(max=activation.limit), up.clamp(-activation.limit, activation.limit)
+        return gate * torch.sigmoid(1.702 * gate) * (up + 1)
+    if activation.gated:
+        gate, up = x.chunk(2, dim=-1)
+        return _curve(gate, activation.curve) * up
+    return _curve(x, activation.curve)
+
+
+def _curve(x: torch.Tensor, curve: Curve) -> torch.Tensor:
+    match curve:
+        case "silu":
+            return F.silu(x)
+        case "gelu_tanh":
+            return F.gelu(x, approximate="tanh")
+        case "gelu":
+            return F.gelu(x)
+        case "relu":
+            return F.relu(x)
+        case "relu2":
+            return F.relu(x).square()
+        case _:
+            raise ValueError(f"{curve} is gated")
+
+
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    """The first dimensions of x [M, heads, D], twice as many as cos and sin [M, 1, R / 2] have."""
+    half = cos.shape[-1]
+    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)
 
 
 def _float_norm(norm: Norm | None) -> Any:

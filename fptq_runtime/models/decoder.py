@@ -8,11 +8,14 @@ from typing import Any
 
 from fptq_runtime.config import ModelConfig
 from fptq_runtime.kernels.base import (
+    Activation,
     ActivationQuant,
     Backend,
     Ops,
     V,
 )
+
+ACTIVATIONS = {"silu_mul": Activation("silu", gated=True), "gelu_tanh": Activation("gelu_tanh")}
 
 
 @dataclass
@@ -104,7 +107,7 @@ def run_block(ops: Ops[V], config: ModelConfig, block: Block, x: V, last: bool =
     attended = ops.attention(q, block.attention, block.o_act, last)
     x = ops.linear(attended, block.o, residual=ops.select_rows(x) if last else x)
     up = ops.linear(ops.norm(x, block.mlp_norm, block.up_act), block.up)
-    return ops.linear(ops.activation(up, config.activation, block.down_act), block.down, residual=x)
+    return ops.linear(ops.activation(up, ACTIVATIONS[config.activation], block.down_act), block.down, residual=x)
 
 
 def run_head(ops: Ops[V], head: Head, x: V) -> V:

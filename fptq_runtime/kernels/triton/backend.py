@@ -10,13 +10,14 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 import triton
 
 from fptq_runtime.kernels.base import (
+    Activation,
     ActivationQuant,
     Array,
     AttentionSpec,
@@ -255,7 +256,8 @@ class TritonOps:
     def linear(self, x: Value, linear: DeviceLinear, residual: Value | None = None) -> Value:
         return run_linear(x, linear, None if residual is None else _float(residual), self._invariant)
 
-    def activation(self, x: Value, kind: Literal["silu_mul", "gelu_tanh"], act: ActivationQuant | None) -> Value:
+    def activation(self, x: Value, activation: Activation, act: ActivationQuant | None) -> Value:
+        kind: fused.Kind = "silu_mul" if activation.gated else "gelu_tanh"
         return fused.activation(_float(x), kind, act)
 
     def rope_and_cache(self, qkv: Value, attention: DeviceAttention) -> Value:
