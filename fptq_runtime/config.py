@@ -13,23 +13,9 @@ MAX_THREADS = os.cpu_count() or 1  # beyond the machine's logical CPUs each step
 
 
 @dataclass(frozen=True)
-class RopeConfig:
-    """Rotary position embedding, with Hugging Face's names for its scaling parameters."""
-
-    theta: float
-    rope_type: Literal["default", "linear", "llama3"] = "default"
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position_embeddings: int = 0
-
-
-@dataclass(frozen=True)
 class ModelConfig:
-    """A dense decoder, whichever family it comes from.
-
-    sliding_window holds from layer `first_sliding_layer` on; the layers before attend to everything.
-    """
+    """What an engine and a server need to know of a model, whichever family it comes from; models/block.py has the
+    rest."""
 
     architecture: str
     vocab_size: int
@@ -40,13 +26,6 @@ class ModelConfig:
     num_kv_heads: int
     head_dim: int
     max_position_embeddings: int
-    norm: Literal["rms", "layer"]
-    norm_eps: float
-    activation: Literal["silu_mul", "gelu_tanh"]
-    rope: RopeConfig | None = None
-    alibi: bool = False
-    sliding_window: int | None = None
-    first_sliding_layer: int = 0
     tie_word_embeddings: bool = False
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()

@@ -1,46 +1,57 @@
-"""Tables that layers need and no checkpoint holds."""
+"""Pieces of a forward that many families share, over any backend's ops."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 
-from fptq_runtime.config import RopeConfig
-from fptq_runtime.kernels.base import Float32Array
-
-_CHUNK = 4096  # positions at a time, since sines are taken in double precision
+from fptq_runtime.kernels.base import Float32Array, Ops
+from fptq_runtime.models.block import Block, BlockSpec, Edge, LinearSpec, NormSpec
 
 
-def rope_tables(rope: RopeConfig, head_dim: int, max_positions: int) -> tuple[Float32Array, Float32Array]:
-    """cos and sin of every position, each float32 [max_positions, head_dim / 2]. Angles are rounded to float32 as in
-    transformers, which large positions feel."""
-    frequencies = _inverse_frequencies(rope, head_dim)
-    cos, sin = (np.empty((max_positions, head_dim // 2), np.float32) for _ in range(2))
-    for start in range(0, max_positions, _CHUNK):
-        positions = np.arange(start, min(start + _CHUNK, max_positions), dtype=np.float32)
-        angles = (positions[:, None] * frequencies).astype(np.float64)  # [P, D / 2]
-        cos[start : start + _CHUNK] = np.cos(angles)
-        sin[start : start + _CHUNK] = np.sin(angles)
-    return cos, sin
+def read(ops: Ops[Any], block: Block, x: Any, norm: str, linear: str) -> Any:
+    """A linear of the normalised x."""
+    reader = block.linears[linear]
+    return ops.linear(ops.norm(x, block.norms[norm], reader.act), reader)
 
 
-def _inverse_frequencies(rope: RopeConfig, head_dim: int) -> Float32Array:
-    """[head_dim / 2]; "llama3" smooths between kept and divided wavelengths (Llama 3.1's reference)."""
-    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-    powers = np.power(rope.theta, exponents.astype(np.float64)).astype(np.float32)
-    inverse: Float32Array = np.float32(1) / powers
-    if rope.rope_type == "default":
-        return inverse
-    if rope.rope_type == "linear":
-        return inverse / np.float32(rope.factor)
-    original, factor = rope.original_max_position_embeddings, np.float32(rope.factor)
-    wavelength = np.float32(2 * math.pi) / inverse
-    smooth = (np.float32(original) / wavelength - np.float32(rope.low_freq_factor)) / np.float32(
-        rope.high_freq_factor - rope.low_freq_factor)
-    blended = (1 - smooth) * inverse / factor + smooth * inverse
-    low, high = original / rope.low_freq_factor, original / rope.high_freq_factor
-    return np.where(wavelength > low, inverse / factor, np.where(wavelength < high, inverse, blended))
+def attend(ops: Ops[Any], block: Block, qkv: Any, x: Any) -> tuple[Any, Any]:
+    """What `o` reads, and x: all rows of both, or in the last block those that need logits."""
+    q = ops.rope_and_cache(qkv, block.attention)
+    attended = ops.attention(q, block.attention, block.linears["o"].act, block.last)
+    return attended, ops.select_rows(x) if block.last else x
+
+
+def mlp(ops: Ops[Any], block: Block, up: Any, residual: Any = None) -> Any:
+    """`down` of the activation of what `up` made."""
+    assert block.spec.activation is not None
+    down = block.linears["down"]
+    return ops.linear(ops.activation(up, block.spec.activation, down.act), down, residual)
+
+
+def pre_norm(ops: Ops[Any], block: Block, x: Any) -> Any:
+    """x + o(attention(norm(x))), then + mlp(norm of that): GPT-2's order, and nearly everyone's since."""
+    attended, x = attend(ops, block, read(ops, block, x, "input_norm", "qkv"), x)
+    x = ops.linear(attended, block.linears["o"], x)
+    return mlp(ops, block, read(ops, block, x, "mlp_norm", "up"), x)
+
+
+PRE_NORM_EDGES = (Edge("input_norm", ("qkv",)), Edge("qkv", ("o",), "attention"), Edge("mlp_norm", ("up",)))
+GATE = Edge("up", ("down",), "gate")
+
+
+def head(ops: Ops[Any], block: Block, x: Any) -> Any:
+    """Logits of the normalised rows. [R, V]"""
+    return read(ops, block, x, "norm", "head")
+
+
+def head_spec(norm: NormSpec, module: str, vocab_size: int, hidden_size: int, bias: bool = False,
+              forward: Any = head) -> BlockSpec:
+    """The head: a linear behind a norm like the others."""
+    return BlockSpec("", "", forward, (LinearSpec("head", (module,), (vocab_size,), hidden_size, bias),), (norm,),
+                     (Edge("norm", ("head",)),))
 
 
 def alibi_slopes(num_heads: int) -> Float32Array:
@@ -49,3 +60,8 @@ def alibi_slopes(num_heads: int) -> Float32Array:
     slopes = [2 ** (-8 * (i + 1) / power) for i in range(power)]
     slopes += [2 ** (-4 * (2 * i + 1) / power) for i in range(num_heads - power)]
     return np.array(slopes, dtype=np.float32)
+
+
+def interleaved(num_heads: int, head_dim: int, parts: int = 3) -> np.ndarray:
+    """The row order of a fused qkv that is stored as [head, (q, k, v), head_dim]."""
+    return np.arange(num_heads * parts * head_dim).reshape(num_heads, parts, head_dim).swapaxes(0, 1).ravel()

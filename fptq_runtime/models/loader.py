@@ -5,24 +5,15 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from fptq_runtime.artifact.scheme import (
-    LayerScheme,
-    ModuleSchemes,
-    QuantizationArgs,
-    SchemeError,
-    UniformScheme,
-    parse_quantization,
-)
-from fptq_runtime.config import Activations
+from fptq_runtime.artifact.scheme import LayerScheme, QuantizationArgs
+from fptq_runtime.config import Activations, ModelConfig
 from fptq_runtime.kernels.base import (
     ActivationQuant,
     Array,
@@ -33,11 +24,22 @@ from fptq_runtime.kernels.base import (
     Norm,
     QuantizedWeight,
 )
-from fptq_runtime.models.decoder import Block, Decoder, Head, Stem, prepare_block, prepare_head, prepare_stem
-from fptq_runtime.models.families import fuse, parse_config
-from fptq_runtime.models.formats import read_weight
-from fptq_runtime.models.layers import alibi_slopes, rope_tables
+from fptq_runtime.models.block import (
+    Block,
+    BlockSpec,
+    LinearSpec,
+    NormSpec,
+    Stem,
+    prepare_block,
+    prepare_stem,
+)
+from fptq_runtime.models.decoder import Decoder
+from fptq_runtime.models.families import parse_config
+from fptq_runtime.models.formats import open_format
+from fptq_runtime.models.layers import alibi_slopes
+from fptq_runtime.models.rope import RopeConfig, rope_tables
 from fptq_runtime.models.tensors import FLOATS, CheckpointError, Tensors, read_json
+from fptq_runtime.models.weights import fuse
 
 __all__ = ["Checkpoint", "CheckpointError", "load_block", "load_head", "load_model", "load_stem", "read_json"]
 
@@ -45,14 +47,13 @@ logger = logging.getLogger(__name__)
 
 
 class Checkpoint:
-    """A model directory: config.json and safetensors, in float or quantized: GPTQ, AWQ (gemm), and compressed-tensors:
-    integers pack-quantized or int-quantized, FP4 as nvfp4-pack-quantized without a global scale, FP8 as
-    float-quantized; `low_rank_down` and `low_rank_up` are ours.
+    """A model directory: config.json and safetensors, in float or in one of the quantized formats of `formats`.
 
-    notes: how many linears `formats` could not keep as they were stored, by reason.
+    notes: how many linears could not be kept as they were stored, by reason.
     activations: "int8" quantizes, per token, what linears with integer weights read where the checkpoint leaves it in
     float; refused where there are none.
-    max_positions: how many the rope tables hold; may be lowered before the first block is loaded.
+    max_positions: how many the rope tables hold, which is also what "dynamic" and "longrope" choose their frequencies
+    by; may be lowered before the first block is loaded.
     """
 
     def __init__(self, path: Path | str, activations: Activations = "checkpoint") -> None:
@@ -60,11 +61,12 @@ class Checkpoint:
         if not self.path.is_dir():
             raise CheckpointError(f"{self.path} is not a directory")
         self.config = read_json(self.path / "config.json")
-        self.spec, self.model_config = parse_config(self.config)
-        self.schemes = _quantization(self.config, self.path)
+        self.model = parse_config(self.config)
         self.max_positions = self.model_config.max_position_embeddings
         self.notes: Counter[str] = Counter()
-        self._tensors = Tensors(self.path, self.spec.bare_prefix)
+        self._tensors = Tensors(self.path, self.model.bare_prefix)
+        self._format = open_format(self.config, self.path, self._tensors)
+        self._ropes: dict[RopeConfig, tuple[Array, Array]] = {}
         self.activations: Activations = "checkpoint"
         if activations == "int8":
             stored = self.linear_schemes
@@ -74,8 +76,12 @@ class Checkpoint:
                                       "activations int8 would change nothing; leave it out")
 
     @property
+    def model_config(self) -> ModelConfig:
+        return self.model.config
+
+    @property
     def quantized(self) -> bool:
-        return self.schemes is not None
+        return self._format is not None
 
     @property
     def num_parameters(self) -> int:
@@ -85,21 +91,40 @@ class Checkpoint:
     @property
     def linear_schemes(self) -> dict[str, LayerScheme]:
         """How each linear that is not in float will run, by its name in the file."""
-        names = self.spec.linear_names(self.model_config)[: -1 if self.tied else None]
+        names = self.model.linear_names()[: -1 if self.tied else None]
         schemes = {name: self._scheme(name) for name in names}
         return {name: scheme for name, scheme in schemes.items() if scheme is not None}
 
-    @property
+    @cached_property
     def tied(self) -> bool:
-        """The head is the embedding."""
-        head = self.spec.lm_head
-        stored = any(self.has(f"{head}.{part}") for part in ("weight", "weight_packed", "qweight"))
-        return self.model_config.tie_word_embeddings or not stored
+        """The head is the embedding. As transformers decides: where config.json ties them but the checkpoint has both
+        and they differ, the head is its own."""
+        head = self.model.head_module
+        if self._format is not None and self._format.has(head):
+            return False
+        if not self.has(f"{head}.weight"):
+            if not self.model_config.tie_word_embeddings:
+                logger.warning("%s: config.json says that the head is not the embedding, but there is no %s.weight; "
+                               "the embedding is taken for it", self.path.name, head)
+            return True
+        if not self.model_config.tie_word_embeddings:
+            return False
+        if not self.has(f"{self.model.stem.embedding}.weight"):
+            return True
+        shape = self._embedding_shape
+        if np.array_equal(self.tensor(f"{head}.weight", shape).view(np.uint8),
+                          self.tensor(f"{self.model.stem.embedding}.weight", shape).view(np.uint8)):
+            return True
+        logger.warning("%s: config.json ties the head to the embedding, but %s.weight is another matrix; both are used "
+                       "as they are stored", self.path.name, head)
+        return False
+
+    @property
+    def _embedding_shape(self) -> tuple[int, int]:
+        return self.model_config.vocab_size, self.model_config.hidden_size
 
     def _scheme(self, name: str) -> LayerScheme | None:
-        scheme = None if self.schemes is None else self.schemes.scheme(name)
-        if isinstance(self.schemes, UniformScheme) and not self.has(f"{name}.qweight"):
-            return None
+        scheme = None if self._format is None else self._format.scheme(name)
         if self.activations == "int8" and scheme is not None and scheme.input_activations is None \
                 and scheme.weights.type == "int":
             return replace(scheme, input_activations=QuantizationArgs(num_bits=8, strategy="token", dynamic=True))
@@ -112,17 +137,27 @@ class Checkpoint:
         """Memory-mapped. Raises CheckpointError unless shape and dtype are right."""
         return self._tensors.get(name, shape, dtypes)
 
-    def linear(self, name: str, n: int, k: int) -> Linear:
-        """The linear layer `name`, [n, k], in float or quantized as the config says."""
-        bias = self.tensor(f"{name}.bias", (n,)) if self.has(f"{name}.bias") else None
+    def embedding(self) -> Embedding:
+        """The head's matrix where a tied checkpoint holds that alone."""
+        name = f"{self.model.stem.embedding}.weight"
+        if not self.has(name) and self.tied and self.has(f"{self.model.head_module}.weight"):
+            name = f"{self.model.head_module}.weight"
+        return Embedding(self.tensor(name, self._embedding_shape))
+
+    def linear(self, name: str, n: int, k: int, bias: bool, transposed: bool = False) -> Linear:
+        """The linear layer `name`, [n, k], in float or quantized as the config says. transposed: a float weight is
+        stored as [k, n]."""
+        biases = self.tensor(f"{name}.bias", (n,)) if bias else None
         scheme = self._scheme(name)
         low_rank = self._low_rank(name, n, k)
         if scheme is None:
-            return Linear(name, self.tensor(f"{name}.weight", (n, k)), bias, None, low_rank)
-        weight = read_weight(self._tensors, name, n, k, scheme, self.notes)
-        if not isinstance(weight, QuantizedWeight) and self.schemes is not None:
-            scheme = self.schemes.scheme(name) or scheme  # in float after all, so `activations` does not apply
-        return Linear(name, weight, bias, self._activation(name, scheme), low_rank)
+            weight = self.tensor(f"{name}.weight", (k, n)).T if transposed else self.tensor(f"{name}.weight", (n, k))
+            return Linear(name, weight, biases, None, low_rank)
+        assert self._format is not None
+        weight = self._format.read(name, n, k, self.notes)
+        if not isinstance(weight, QuantizedWeight):
+            scheme = self._format.scheme(name) or scheme  # in float after all, so `activations` does not apply
+        return Linear(name, weight, biases, self._activation(name, scheme), low_rank)
 
     def _low_rank(self, name: str, n: int, k: int) -> tuple[Array, Array] | None:
         down, up = f"{name}.low_rank_down", f"{name}.low_rank_up"
@@ -147,88 +182,98 @@ class Checkpoint:
             raise CheckpointError(f"{name}.input_scale must be finite and positive, not {scale}")
         return ActivationQuant(scale, number)
 
-    def norm(self, name: str, size: int) -> Norm:
-        config = self.model_config
-        bias = self.tensor(f"{name}.bias", (size,)) if config.norm == "layer" else None
-        return Norm(config.norm, self.tensor(f"{name}.weight", (size,)), bias, config.norm_eps)
+    def norm(self, spec: NormSpec, prefix: str = "") -> Norm:
+        def parameter(suffix: str) -> Array:
+            shape = spec.shape if len(spec.modules) == 1 else spec.shape[1:]
+            parts = [self.tensor(f"{prefix}{module}.{suffix}", shape) for module in spec.modules]
+            return parts[0] if len(parts) == 1 else np.stack(parts)
 
-    @cached_property
-    def rope(self) -> tuple[Array, Array] | None:
-        """Shared by all layers."""
-        config = self.model_config
-        if config.rope is None:
+        weight = parameter("weight") if spec.scaled else np.ones(spec.shape, np.float32)
+        if spec.offset:
+            weight = weight.astype(np.float32) + np.float32(spec.offset)
+        return Norm(spec.kind, weight, parameter("bias") if spec.bias else None, spec.eps)
+
+    def rope(self, config: RopeConfig | None) -> tuple[Array, Array] | None:
+        """Tables that layers with the same rope share."""
+        if config is None:
             return None
-        return rope_tables(config.rope, config.head_dim, self.max_positions)
+        if config not in self._ropes:
+            self._ropes[config] = rope_tables(config, self.max_positions)
+        return self._ropes[config]
 
 
 def load_stem(checkpoint: Checkpoint) -> Stem:
-    spec, config = checkpoint.spec, checkpoint.model_config
-    embedding = Embedding(checkpoint.tensor(f"{spec.embedding}.weight", (config.vocab_size, config.hidden_size)))
-    if spec.embedding_norm is None:
-        return Stem(embedding)
-    return Stem(embedding, checkpoint.norm(spec.embedding_norm, config.hidden_size))
+    spec, config = checkpoint.model.stem, checkpoint.model_config
+    positions = None
+    if spec.positions is not None:
+        rows = config.max_position_embeddings + spec.position_offset
+        table = checkpoint.tensor(f"{spec.positions}.weight", (rows, config.hidden_size))
+        positions = Embedding(table[spec.position_offset :])
+    return Stem(spec, checkpoint.embedding(), positions, None if spec.norm is None else checkpoint.norm(spec.norm))
 
 
 def load_block(checkpoint: Checkpoint, index: int) -> Block:
-    spec, config = checkpoint.spec, checkpoint.model_config
-    hidden, heads = config.hidden_size, config.num_heads * config.head_dim
-
-    def stacked(name: str, modules: tuple[str, ...], sizes: tuple[int, ...], order: Array | None) -> Linear:
-        parts = [checkpoint.linear(spec.layer(index, m), n, hidden) for m, n in zip(modules, sizes, strict=True)]
-        return fuse(name, parts, order)
-
-    def head_norm(name: str | None) -> Norm | None:
-        return None if name is None else checkpoint.norm(spec.layer(index, name), config.head_dim)
-
-    attention = AttentionSpec(
-        layer=index,
-        num_heads=config.num_heads,
-        num_kv_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
-        softmax_scale=config.head_dim**-0.5,
-        sliding_window=config.sliding_window if index >= config.first_sliding_layer else None,
-        rope=checkpoint.rope,
-        alibi_slopes=alibi_slopes(config.num_heads) if config.alibi else None,
-        q_norm=head_norm(spec.q_norm),
-        k_norm=head_norm(spec.k_norm),
-    )
+    spec = checkpoint.model.blocks[index]
     return Block(
-        input_norm=checkpoint.norm(spec.layer(index, spec.input_norm), hidden),
-        qkv=stacked(f"layers.{index}.qkv", spec.qkv, spec.qkv_sizes(config), spec.qkv_order(config)),
-        attention=attention,
-        o=_renamed(checkpoint.linear(spec.layer(index, spec.o), hidden, heads), f"layers.{index}.o"),
-        mlp_norm=checkpoint.norm(spec.layer(index, spec.mlp_norm), hidden),
-        up=stacked(f"layers.{index}.up", spec.up, spec.up_sizes(config), None),
-        down=_renamed(checkpoint.linear(spec.layer(index, spec.down), hidden, config.intermediate_size),
-                      f"layers.{index}.down"),
+        spec,
+        {linear.name: _load_linear(checkpoint, spec, linear) for linear in spec.linears},
+        {norm.name: checkpoint.norm(norm, spec.prefix) for norm in spec.norms},
+        _load_attention(checkpoint, spec, index),
+        last=index == len(checkpoint.model.blocks) - 1,
     )
 
 
-def load_head(checkpoint: Checkpoint) -> Head:
-    spec, config = checkpoint.spec, checkpoint.model_config
-    lm_head = (
-        Linear(spec.lm_head, checkpoint.tensor(f"{spec.embedding}.weight", (config.vocab_size, config.hidden_size)))
-        if checkpoint.tied
-        else checkpoint.linear(spec.lm_head, config.vocab_size, config.hidden_size)
+def load_head(checkpoint: Checkpoint) -> Block:
+    spec = checkpoint.model.head
+    linear = spec.linears[0]
+    if checkpoint.tied:
+        head = Linear(spec.full_name(linear.name), checkpoint.embedding().weight)
+        if linear.bias:
+            head.bias = checkpoint.tensor(f"{checkpoint.model.head_module}.bias", (linear.n,))
+    else:
+        head = _load_linear(checkpoint, spec, linear)
+    return Block(spec, {linear.name: head}, {norm.name: checkpoint.norm(norm, spec.prefix) for norm in spec.norms})
+
+
+def _load_linear(checkpoint: Checkpoint, spec: BlockSpec, linear: LinearSpec) -> Linear:
+    parts = [checkpoint.linear(module, n, linear.k, linear.bias, linear.transposed)
+             for module, n in zip(spec.modules(linear.name), linear.sizes, strict=True)]
+    return fuse(spec.full_name(linear.name), parts, linear.order)
+
+
+def _load_attention(checkpoint: Checkpoint, spec: BlockSpec, index: int) -> AttentionSpec | None:
+    attention = spec.attention
+    if attention is None:
+        return None
+
+    def norm(own: NormSpec | None) -> Norm | None:
+        return None if own is None else checkpoint.norm(own, spec.prefix)
+
+    return AttentionSpec(
+        layer=index,
+        num_heads=attention.num_heads,
+        num_kv_heads=attention.num_kv_heads,
+        head_dim=attention.head_dim,
+        softmax_scale=attention.softmax_scale,
+        sliding_window=attention.sliding_window,
+        rope=checkpoint.rope(attention.rope),
+        alibi_slopes=alibi_slopes(attention.num_heads) if attention.alibi else None,
+        q_norm=norm(attention.q_norm),
+        k_norm=norm(attention.k_norm),
+        norm_after_rope=attention.norm_after_rope,
+        softcap=attention.softcap,
+        sinks=None if attention.sinks is None else checkpoint.tensor(spec.prefix + attention.sinks,
+                                                                     (attention.num_heads,)),
     )
-    return Head(checkpoint.norm(spec.final_norm, config.hidden_size), lm_head)
 
 
 def load_model(checkpoint: Checkpoint, backend: Backend) -> Decoder:
     """Give every parameter to the backend, block by block, so that little more than its packed form is ever held."""
     stem, head = load_stem(checkpoint), load_head(checkpoint)
-    blocks = [
-        prepare_block(load_block(checkpoint, index), backend)
-        for index in range(checkpoint.model_config.num_layers)
-    ]
+    blocks = [prepare_block(load_block(checkpoint, index), backend) for index in range(len(checkpoint.model.blocks))]
     for note, count in checkpoint.notes.items():
         logger.warning("%s: %d linear layers have %s", checkpoint.path.name, count, note)
-    return Decoder(
-        checkpoint.model_config,
-        prepare_stem(stem, backend),
-        blocks,
-        prepare_head(head, backend),
-    )
+    return Decoder(checkpoint.model_config, prepare_stem(stem, backend), blocks, prepare_block(head, backend))
 
 
 def eos_token_ids(checkpoint: Checkpoint) -> tuple[int, ...]:
@@ -239,19 +284,3 @@ def eos_token_ids(checkpoint: Checkpoint) -> tuple[int, ...]:
         if all(isinstance(i, int) and 0 <= i < checkpoint.model_config.vocab_size for i in ids):
             return tuple(ids)
     return checkpoint.model_config.eos_token_ids
-
-
-def _quantization(config: Mapping[str, Any], path: Path) -> ModuleSchemes | UniformScheme | None:
-    """Of config.json, or of the file beside it in which AutoGPTQ and AutoAWQ kept it."""
-    quantization = config.get("quantization_config")
-    if quantization is None:
-        beside = next((file for name in ("quantize_config.json", "quant_config.json")
-                       if (file := path / name).is_file()), None)
-        return None if beside is None else parse_quantization(read_json(beside))
-    if not isinstance(quantization, Mapping):
-        raise SchemeError("config.json: quantization_config must be an object")
-    return parse_quantization(quantization)
-
-
-def _renamed(linear: Linear, name: str) -> Linear:
-    return replace(linear, name=name)

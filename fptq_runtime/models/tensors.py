@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import numpy as np
 from ml_dtypes import bfloat16, float8_e4m3fn
 from safetensors import SafetensorError, safe_open
 
+from fptq_runtime.errors import FptqError
 from fptq_runtime.kernels.base import Array
 
 MAX_JSON_BYTES = 64 << 20
@@ -22,7 +23,7 @@ DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.d
 FLOATS = ("F32", "F16", "BF16")
 
 
-class CheckpointError(ValueError):
+class CheckpointError(FptqError):
     """A checkpoint that is missing, damaged or inconsistent. One line, for the user."""
 
 
@@ -52,6 +53,10 @@ class Tensors:
     @property
     def num_elements(self) -> int:
         return sum(math.prod(stored.shape) for stored in self._stored.values())
+
+    @property
+    def names(self) -> Iterable[str]:
+        return self._stored
 
     def shape(self, name: str) -> tuple[int, ...] | None:
         """None where there is no such tensor."""

@@ -1,0 +1,55 @@
+"""How checkpoints store quantized weights: one file a format, which answers three questions."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from fptq_runtime.artifact.scheme import LayerScheme, SchemeError
+from fptq_runtime.kernels.base import Array, QuantizedWeight
+from fptq_runtime.models.formats.awq import Awq
+from fptq_runtime.models.formats.compressed_tensors import CompressedTensors
+from fptq_runtime.models.formats.gptq import Gptq
+from fptq_runtime.models.tensors import Tensors, read_json
+
+
+class WeightFormat(Protocol):
+    def scheme(self, name: str) -> LayerScheme | None:
+        """How the linear `name` is quantized; None: it is in float."""
+        ...
+
+    def has(self, name: str) -> bool:
+        """The checkpoint stores quantized weights for the linear `name`."""
+        ...
+
+    def read(self, name: str, n: int, k: int, notes: Counter[str]) -> QuantizedWeight | Array:
+        """The weight [n, k] of a linear that has a scheme. `notes` counts linears that had to be stored differently, by
+        reason. Raises CheckpointError."""
+        ...
+
+
+def open_format(config: Mapping[str, Any], path: Path, tensors: Tensors) -> WeightFormat | None:
+    """The format that config.json names, or that the file beside it does in which AutoGPTQ and AutoAWQ kept it; None
+    where the checkpoint is in float. Raises SchemeError."""
+    quantization = config.get("quantization_config")
+    if quantization is None:
+        beside = next((file for name in ("quantize_config.json", "quant_config.json")
+                       if (file := path / name).is_file()), None)
+        if beside is None:
+            return None
+        quantization = read_json(beside)
+    if not isinstance(quantization, Mapping):
+        raise SchemeError("config.json: quantization_config must be an object")
+    method = quantization.get("quant_method")
+    if method is None:
+        method = "awq" if "w_bit" in quantization else "gptq" if "bits" in quantization else None
+    match method:
+        case "compressed-tensors":
+            return CompressedTensors(quantization, tensors)
+        case "gptq":
+            return Gptq(quantization, tensors)
+        case "awq":
+            return Awq(quantization, tensors)
+    raise SchemeError(f"quantization method {method!r} is not supported; compressed-tensors, gptq and awq are")
