@@ -350,7 +350,8 @@ def _rounded(path: Path, backend: Any) -> Any:
     from fptq_runtime.artifact.numerics import pack_codes, quantize_weight
     from fptq_runtime.kernels.base import ActivationQuant, Linear, QuantizedWeight
     from fptq_runtime.kernels.reference import to_numpy, to_torch
-    from fptq_runtime.models.decoder import Decoder, prepare_block, prepare_head, prepare_stem
+    from fptq_runtime.models.block import prepare_block, prepare_stem
+    from fptq_runtime.models.decoder import Decoder
     from fptq_runtime.models.loader import Checkpoint, load_block, load_head, load_stem
 
     def rounded(linear: Linear, bits: Any, group: int | None) -> Linear:
@@ -360,13 +361,11 @@ def _rounded(path: Path, backend: Any) -> Any:
         return replace(linear, weight=packed, act=ActivationQuant())
 
     checkpoint = Checkpoint(path)
-    loaded = [load_block(checkpoint, index) for index in range(checkpoint.model_config.num_layers)]
-    blocks = [replace(block, qkv=rounded(block.qkv, 4, 128), o=rounded(block.o, 4, 128), up=rounded(block.up, 4, 128),
-                      down=rounded(block.down, 4, 128)) for block in loaded]
-    head = load_head(checkpoint)
+    blocks = [load_block(checkpoint, index).with_linears(lambda _, linear: rounded(linear, 4, 128))
+              for index in range(len(checkpoint.model.blocks))]
+    head = load_head(checkpoint).with_linears(lambda _, linear: rounded(linear, 8, None))
     return Decoder(checkpoint.model_config, prepare_stem(load_stem(checkpoint), backend),
-                   [prepare_block(block, backend) for block in blocks],
-                   prepare_head(replace(head, lm_head=rounded(head.lm_head, 8, None)), backend))
+                   [prepare_block(block, backend) for block in blocks], prepare_block(head, backend))
 
 
 def _company(backend: Any, decoder: Any, tokenizer: Any, rng: Any) -> tuple[float, int]:
@@ -449,7 +448,7 @@ def others(check: Check) -> Iterator[Row]:
     from fptq_runtime.kernels.triton import fused
     from fptq_runtime.shapes import SHAPES
 
-    config, device, act = SHAPES[SHAPE], check.backend.device, ActivationQuant()
+    config, device, act = SHAPES[SHAPE].config, check.backend.device, ActivationQuant()
     hidden, inner = config.hidden_size, config.intermediate_size
     weight = torch.ones(hidden, device=device)
     for m in (1, 16, 128, 2048):
@@ -480,7 +479,7 @@ def attend(check: Check) -> Iterator[Row]:
     from fptq_runtime.kernels.triton.values import DeviceBatch
     from fptq_runtime.shapes import SHAPES
 
-    config, device = SHAPES[SHAPE], check.backend.device
+    config, device = SHAPES[SHAPE].config, check.backend.device
     heads, kv_heads, dim, block = config.num_heads, config.num_kv_heads, config.head_dim, 32
     for seqs, context, query in ((1, LONG, 1), (8, LONG, 1), (1, CONTEXT, 1), (64, CONTEXT, 1), (1, 8192, 8192),
                                  (1, LONG, 512)):
@@ -569,7 +568,7 @@ def _executor(check: Check, profile: str) -> tuple[Any, Any]:
     from fptq_runtime.kernels.base import StepLimits
     from fptq_runtime.shapes import SHAPES
 
-    config = SHAPES[SHAPE]
+    config = SHAPES[SHAPE].config
     backend, decoder = _model(check, profile)
     blocks = max(BATCHES) * CONTEXT // 32
     limits = StepLimits(PREFILL, max(BATCHES), max(BATCHES), PREFILL, blocks, 32, "int8", config.num_layers,
@@ -606,7 +605,7 @@ def _decode(check: Check, profile: str, batches: Sequence[int]) -> Iterator[Row]
             backend.sample(executor.step(step, reuse=True), draws)
         wall = (time.perf_counter() - started) / count
         device = (executor.seconds["forward"] - before) / count
-        moved = executor.work(batch, batch).weight_bytes + batch * CONTEXT * token_bytes(SHAPES[SHAPE], "int8")
+        moved = executor.work(batch, batch).weight_bytes + batch * CONTEXT * token_bytes(SHAPES[SHAPE].config, "int8")
         yield {"profile": profile, "batch": batch, "ms": 1e3 * wall, "device ms": 1e3 * device,
                **_roofline(check, moved, executor.work(batch, batch).multiply_adds, device)}
 
@@ -621,7 +620,7 @@ def baseline(check: Check) -> Iterator[Row]:
 
     check.models.clear()
     torch.cuda.empty_cache()
-    config = SHAPES[SHAPE]
+    config = SHAPES[SHAPE].config
     hidden, dim, heads, kv_heads = config.hidden_size, config.head_dim, config.num_heads, config.num_kv_heads
     options: dict[str, Any] = {"device": check.backend.device, "dtype": torch.bfloat16}
 
@@ -689,7 +688,7 @@ def overhead(check: Check) -> Iterator[Row]:
     backend, decoder = _model(check, "grouped")
     for batch in (1, 16, 64):
         row = bench.Row(batch, 256)
-        config = bench.bench_config(SHAPES[SHAPE], [row], 32, max_num_batched_tokens=2048)
+        config = bench.bench_config(SHAPES[SHAPE].config, [row], 32, max_num_batched_tokens=2048)
         engine = Engine(decoder, backend, config, cast(Any, bench.NoText()))
         bench.measure(engine, row, ("decode",), steps=4, seconds=0)
         [steps] = bench.measure(engine, row, ("decode",), steps=32, seconds=0)

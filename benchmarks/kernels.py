@@ -25,12 +25,10 @@ SECONDS = 0.4
 
 def layers(shape: str) -> Iterator[tuple[str, int, int]]:
     """(name, N, K) of a shape's linears."""
-    config = SHAPES[shape]
-    yield "qkv", (config.num_heads + 2 * config.num_kv_heads) * config.head_dim, config.hidden_size
-    yield "o", config.hidden_size, config.num_heads * config.head_dim
-    yield "gate, up", 2 * config.intermediate_size, config.hidden_size
-    yield "down", config.hidden_size, config.intermediate_size
-    yield "head", config.vocab_size, config.hidden_size
+    model = SHAPES[shape]
+    for part in (model.blocks[0], model.head):
+        for linear in part.linears:
+            yield {"up": "gate, up"}.get(linear.name, linear.name), linear.n, linear.k
 
 
 def seconds(call: Callable[[int], None], copies: int) -> float:

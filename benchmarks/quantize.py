@@ -17,58 +17,41 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from ml_dtypes import bfloat16
 from safetensors.numpy import save_file
 
-from fptq_runtime.config import ModelConfig
 from fptq_runtime.locate import DEMO_MODEL
-from fptq_runtime.shapes import SHAPES
+from fptq_runtime.models.families import parse_config
+from fptq_runtime.shapes import CONFIGS
 
 CONTEXT = 4096
 
 
-def write_checkpoint(config: ModelConfig, path: Path) -> None:
-    """One file a layer, so that no more than that is in memory."""
+def write_checkpoint(config: dict[str, Any], path: Path) -> None:
+    """One file a part, so that no more than that is in memory. config: what config.json says."""
     path.mkdir(parents=True)
     generator = np.random.default_rng(0)
-    hidden, dim = config.hidden_size, config.head_dim
+    model = parse_config(config)
     weight_map: dict[str, str] = {}
 
     def save(file: str, shapes: dict[str, tuple[int, ...]]) -> None:
-        save_file({name: _random(generator, shape) for name, shape in shapes.items()}, path / file,
+        save_file({f"{name}.weight": _random(generator, shape) for name, shape in shapes.items()}, path / file,
                   metadata={"format": "pt"})
-        weight_map.update(dict.fromkeys(shapes, file))
+        weight_map.update(dict.fromkeys((f"{name}.weight" for name in shapes), file))
 
-    for index in range(config.num_layers):
-        layer = f"model.layers.{index}"
-        save(f"layer-{index}.safetensors", {
-            f"{layer}.input_layernorm.weight": (hidden,),
-            f"{layer}.self_attn.q_proj.weight": (config.num_heads * dim, hidden),
-            f"{layer}.self_attn.k_proj.weight": (config.num_kv_heads * dim, hidden),
-            f"{layer}.self_attn.v_proj.weight": (config.num_kv_heads * dim, hidden),
-            f"{layer}.self_attn.o_proj.weight": (hidden, config.num_heads * dim),
-            f"{layer}.post_attention_layernorm.weight": (hidden,),
-            f"{layer}.mlp.gate_proj.weight": (config.intermediate_size, hidden),
-            f"{layer}.mlp.up_proj.weight": (config.intermediate_size, hidden),
-            f"{layer}.mlp.down_proj.weight": (hidden, config.intermediate_size),
-        })
-    save("rest.safetensors", {
-        "model.embed_tokens.weight": (config.vocab_size, hidden),
-        "model.norm.weight": (hidden,),
-        "lm_head.weight": (config.vocab_size, hidden),
-    })
-    assert config.rope is not None
+    save("stem.safetensors", {model.stem.embedding: (model.config.vocab_size, model.config.hidden_size)})
+    for index, part in enumerate(model.parts):
+        shapes: dict[str, tuple[int, ...]] = {part.prefix + norm.modules[0]: norm.shape for norm in part.norms}
+        for linear in part.linears:
+            shapes |= {part.prefix + module: (n, linear.k)
+                       for module, n in zip(linear.modules, linear.sizes, strict=True)}
+        save(f"part-{index}.safetensors", shapes)
     (path / "config.json").write_text(json.dumps({
-        "architectures": [config.architecture], "model_type": "llama", "hidden_act": "silu", "dtype": "bfloat16",
-        "vocab_size": config.vocab_size, "hidden_size": hidden, "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.num_layers, "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads, "head_dim": dim, "max_position_embeddings": CONTEXT,
-        "rms_norm_eps": config.norm_eps, "rope_parameters": {"rope_type": "default", "rope_theta": config.rope.theta},
-        "tie_word_embeddings": False, "bos_token_id": 0, "eos_token_id": 1,
+        **config, "dtype": "bfloat16", "max_position_embeddings": CONTEXT, "bos_token_id": 0, "eos_token_id": 1,
     }))
     for file in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(DEMO_MODEL / file, path / file)
@@ -85,7 +68,7 @@ def _random(generator: np.random.Generator, shape: tuple[int, ...]) -> np.ndarra
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--shape", choices=list(SHAPES), required=True)
+    parser.add_argument("--shape", choices=list(CONFIGS), required=True)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--recipe", default="fptq")
     parser.add_argument("--layers", type=int)
@@ -93,11 +76,11 @@ def main() -> None:
     parser.add_argument("--sample-length", type=int, default=256)
     parser.add_argument("--text-tokens", type=int, default=2048)
     options = parser.parse_args()
-    shape = SHAPES[options.shape]
-    config = replace(shape, num_layers=options.layers or shape.num_layers)
-    source = options.work / f"{options.shape}-{config.num_layers}"
+    config = CONFIGS[options.shape]
+    layers = options.layers or config["num_hidden_layers"]
+    source = options.work / f"{options.shape}-{layers}"
     if not source.exists():
-        write_checkpoint(config, source)
+        write_checkpoint({**config, "num_hidden_layers": layers}, source)
     settings = [f"--{name}={getattr(options, name.replace('-', '_'))}"
                 for name in ("recipe", "num-samples", "sample-length", "text-tokens")]
     start = time.perf_counter()
@@ -105,7 +88,7 @@ def main() -> None:
                     "--overwrite", *settings], check=True)
     seconds, used = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
     print(json.dumps({
-        "shape": options.shape, "layers": config.num_layers, "settings": settings, "machine": platform.machine(),
+        "shape": options.shape, "layers": layers, "settings": settings, "machine": platform.machine(),
         "seconds": round(seconds, 1), "cpu_seconds": round(used.ru_utime + used.ru_stime, 1),
         "peak_gb": round(used.ru_maxrss * 1024 / 1e9, 2),
     }))

@@ -4,39 +4,38 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from fptq_runtime import __version__
 from fptq_runtime.artifact.io import ArtifactWriter, Manifest, Provenance, Quality, TextRecord
-from fptq_runtime.config import ModelConfig
 from fptq_runtime.kernels.base import Backend, Linear
 from fptq_runtime.locate import DEMO_MODEL
-from fptq_runtime.models.families import SPECS, ModelSpec
+from fptq_runtime.models.block import Block
+from fptq_runtime.models.formats.compressed_tensors import linear_scheme, quantization_config
 from fptq_runtime.models.golden import compute_golden
 from fptq_runtime.models.loader import Checkpoint, load_model
-from fptq_runtime.quantizer.export import linear_scheme, module_tensors, quantization_config
-from fptq_runtime.shapes import SHAPES, random_parameters
+from fptq_runtime.quantizer.export import block_modules, stem_modules, tensors_of
+from fptq_runtime.shapes import CONFIGS, SHAPES, random_parameters
 
 
 def write_shape_artifact(name: str, path: Path, backend: Backend, head_bits: int = 8, overwrite: bool = False) -> Path:
     """The artifact that quantizing one of `SHAPES` would write, with `random_decoder`'s weights, `backend`'s golden
     logits, and the demo's tokenizer grown to the vocabulary. Raises ArtifactError."""
-    config = SHAPES[name]
-    spec = next(spec for spec in SPECS if spec.architecture == config.architecture)
-    stem, block, head = random_parameters(config, head_bits)
+    model = SHAPES[name]
+    config = model.config
+    stem, block, head = random_parameters(model, head_bits)
+    schemes: dict[str, LayerScheme] = {}
     with ArtifactWriter(path, overwrite, shard_bytes=1 << 30) as writer:
-        for module_name, module in (*spec.stem_modules(stem), *spec.head_modules(head)):
-            writer.add_tensors(module_tensors(module_name, module))
-        layer = spec.block_modules(config, 0, block)
-        tensors = {key: tensor for key, module in layer for key, tensor in module_tensors(key, module).items()}
-        prefix = spec.layer(0, "")
-        for index in range(config.num_layers):
-            writer.add_tensors({spec.layer(index, key.removeprefix(prefix)): t for key, t in tensors.items()})
+        for module_name, module in stem_modules(stem):
+            writer.add_tensors(tensors_of(module_name, module))
+        for spec in model.blocks:
+            _write(writer, replace(block, spec=spec), schemes)
+        _write(writer, head, schemes)
         writer.finish_tensors()
-        linears = [(key, module) for key, module in layer if isinstance(module, Linear)]
-        writer.add_file("config.json", json.dumps(_config_json(config, spec, linears, head.lm_head), indent=2) + "\n")
+        writer.add_file("config.json", json.dumps({
+            **CONFIGS[name], "dtype": "bfloat16", "bos_token_id": 0, "eos_token_id": 1,
+            "quantization_config": quantization_config(schemes, model.head_module, []),
+        }, indent=2) + "\n")
         for file in ("tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
             writer.copy_file(DEMO_MODEL / file)
         writer.add_file("tokenizer.json", _grown_tokenizer(config.vocab_size))
@@ -53,25 +52,11 @@ def write_shape_artifact(name: str, path: Path, backend: Backend, head_bits: int
     return path
 
 
-def _config_json(config: ModelConfig, spec: ModelSpec, layer: Sequence[tuple[str, Linear]], head: Linear
-                 ) -> dict[str, Any]:
-    """layer: the linears of layer 0 by their names in the file."""
-    assert config.rope is not None
-    prefix = spec.layer(0, "")
-    schemes = {spec.layer(index, name.removeprefix(prefix)): linear_scheme(linear)
-               for index in range(config.num_layers) for name, linear in layer}
-    schemes[spec.lm_head] = linear_scheme(head)
-    return {
-        "architectures": [config.architecture], "model_type": "llama", "hidden_act": "silu", "dtype": "bfloat16",
-        "vocab_size": config.vocab_size, "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size, "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads, "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_dim, "max_position_embeddings": config.max_position_embeddings,
-        "rms_norm_eps": config.norm_eps, "rope_parameters": {"rope_type": "default", "rope_theta": config.rope.theta},
-        "tie_word_embeddings": False, "bos_token_id": 0, "eos_token_id": 1,
-        "quantization_config": quantization_config(
-            {name: scheme for name, scheme in schemes.items() if scheme is not None}, spec.lm_head, []),
-    }
+def _write(writer: ArtifactWriter, block: Block, schemes: dict[str, LayerScheme]) -> None:
+    for name, module in block_modules(block):
+        writer.add_tensors(tensors_of(name, module))
+        if isinstance(module, Linear) and (scheme := linear_scheme(module)) is not None:
+            schemes[name] = scheme
 
 
 def _grown_tokenizer(vocab_size: int) -> str:

@@ -189,7 +189,7 @@ def bench(
 ) -> Bench:
     """`measure` every row of `rows`. model: an artifact's path; or a name in `SHAPES`, for random weights and a head of
     head_bits. phases: both unless given. Raises ValueError, one line."""
-    shape = Checkpoint(model).model_config if isinstance(model, Path) else SHAPES[model]
+    shape = Checkpoint(model).model_config if isinstance(model, Path) else SHAPES[model].config
     chosen = rows(batches, contexts, shape, steps, max_num_batched_tokens)
     config = bench_config(shape, chosen, steps, max_num_batched_tokens=max_num_batched_tokens,
                           kv_cache_dtype=kv_cache_dtype, threads=threads)

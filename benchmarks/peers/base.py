@@ -147,7 +147,7 @@ def resident_mib(pid: int) -> float:
 
 def sizes(shape: str) -> dict[str, Any]:
     """A shape in the words of transformers' LlamaConfig. The small models tie their embeddings in reality."""
-    model = SHAPES[shape]
+    model = SHAPES[shape].config
     return {
         "vocab_size": model.vocab_size, "hidden_size": model.hidden_size, "intermediate_size": model.intermediate_size,
         "num_hidden_layers": model.num_layers, "num_attention_heads": model.num_heads,

@@ -17,19 +17,20 @@ import torch
 from tqdm import tqdm
 
 from fptq_runtime import __version__
-from fptq_runtime.analysis.sensitivity import KINDS, Loss, Probe, capture
+from fptq_runtime.analysis.sensitivity import Loss, Probe, capture
 from fptq_runtime.artifact.io import Manifest, hash_file
 from fptq_runtime.kernels.base import QuantizedWeight
-from fptq_runtime.kernels.reference import ReferenceBackend, dequantized
-from fptq_runtime.models.decoder import prepare_block, prepare_stem
-from fptq_runtime.models.loader import Checkpoint, load_block, load_stem
+from fptq_runtime.kernels.reference import dequantized
+from fptq_runtime.models.block import Model
+from fptq_runtime.models.loader import Checkpoint
 from fptq_runtime.models.tokenizer import Tokenizer
-from fptq_runtime.quantizer.calibrate import BLOCK_KINDS, HiddenStates, InputStats, Kind, Text, observe_block
+from fptq_runtime.quantizer.calibrate import HiddenStates, InputStats, Text, observe_block
 from fptq_runtime.quantizer.evaluate import text_windows
 from fptq_runtime.quantizer.pipeline import open_float
 from fptq_runtime.quantizer.ranges import RangeMethod
 from fptq_runtime.quantizer.recipe import Recipe
 from fptq_runtime.quantizer.samples import Calibration
+from fptq_runtime.quantizer.walk import float_part, float_stem
 
 STUDIES = ("one-only", "linears", "leave-one-out", "cumulative", "activations", "sizes", "ranges")
 QUICK = ("one-only", "activations")
@@ -90,7 +91,7 @@ def analyze(
     ValueError, one line.
     """
     source, checkpoint = open_float(model, "analyze the float model it was made from")
-    layers = checkpoint.model_config.num_layers
+    layers = _linears(checkpoint.model)
     windows = text_windows(text, Tokenizer(source.path), checkpoint.model_config.max_position_embeddings, max_tokens)
     subject = {
         "version": __version__, "model": hash_file(source.path / "config.json"),
@@ -111,7 +112,7 @@ def analyze(
         "model": name or source.name, "version": __version__, "recipe": recipe.model_dump(mode="json"),
         "text": text.name, "text_sha256": text.sha256, "tokens": sum(len(window) - 1 for window in windows),
         "calibration": results["manifest"]["provenance"]["calibration"]["name"],
-        "num_samples": calibration.num_samples, "seed": calibration.seed, "layers": layers,
+        "num_samples": calibration.num_samples, "seed": calibration.seed, "layers": len(layers),
         "studies": [each for each in STUDIES if _whole(results, each, layers, sizes)],
         "float": results["float"], "quantized": results["all"],
         "parts": {"weights": results["weights"], "activations": results["inputs"]},
@@ -137,7 +138,8 @@ class _Study:
         self._calibration = calibration
         self._sizes = sizes
         self._journal = journal
-        self._layers = checkpoint.model_config.num_layers
+        self._layers = len(checkpoint.model.blocks)
+        self._linears = _linears(checkpoint.model)
         self._source: HiddenStates | None = None
         self._reached = 0
 
@@ -149,7 +151,9 @@ class _Study:
         def passes(start: int) -> float:
             return max(1.0, total - start)
 
-        def kind_passes(kind: Kind) -> float:
+        kinds = _kinds(self._linears)
+
+        def kind_passes(kind: str) -> float:
             return 1.0 if kind == "head" else total
 
         def calls(method: Callable[..., Loss], *arguments: Any) -> Callable[[Probe], Any]:
@@ -157,16 +161,16 @@ class _Study:
 
         by_study: dict[str, list[Unit]] = {
             "one-only": [
-                *(Unit(f"one-only/{kind}", kind_passes(kind), calls(Probe.only_kind, kind)) for kind in KINDS),
+                *(Unit(f"one-only/{kind}", kind_passes(kind), calls(Probe.only_kind, kind)) for kind in kinds),
                 *(Unit(f"one-only/{layer}", passes(layer), calls(Probe.only, layer)) for layer in layers),
             ],
             "activations": [Unit(f"activations/{layer}", 3, self._observe(layer)) for layer in layers],
             "linears": [Unit(f"linears/{layer}/{kind}", passes(layer), calls(Probe.only, layer, (kind,)))
-                        for layer in layers for kind in BLOCK_KINDS],
+                        for layer in layers for kind in self._linears[layer]],
             "cumulative": [Unit(f"cumulative/{layer}", passes(layer + 1), calls(Probe.up_to, layer))
                            for layer in layers],
             "leave-one-out": [
-                *(Unit(f"leave-one-out/{kind}", kind_passes(kind), calls(Probe.all_but_kind, kind)) for kind in KINDS),
+                *(Unit(f"leave-one-out/{kind}", kind_passes(kind), calls(Probe.all_but_kind, kind)) for kind in kinds),
                 *(Unit(f"leave-one-out/{layer}", passes(layer), calls(Probe.all_but, layer)) for layer in layers),
             ],
             "ranges": [self._again(f"ranges/{method}", _with_range(self._recipe, method), self._calibration)
@@ -229,34 +233,34 @@ class _Study:
             return _activations(layer, self._before(layer), probe)
         return measure
 
-    def _before(self, layer: int) -> Mapping[Kind, InputStats]:
+    def _before(self, layer: int) -> Mapping[str, InputStats]:
         """The inputs in the model as it came. Layers are asked for in order, so that each is run once."""
         if self._source is None or self._reached > layer:
-            self._source = HiddenStates(self._checkpoint.model_config, self._windows)
-            self._source.run_stem(prepare_stem(load_stem(self._checkpoint), ReferenceBackend()))
+            self._source = HiddenStates(self._checkpoint.model, self._windows)
+            self._source.run_stem(float_stem(self._checkpoint))
             self._reached = 0
         for index in range(self._reached, layer):
-            self._source.run_block(prepare_block(load_block(self._checkpoint, index), ReferenceBackend()))
+            self._source.run_block(float_part(self._checkpoint, index))
         self._reached = layer
-        return observe_block(self._source, prepare_block(load_block(self._checkpoint, layer), ReferenceBackend()))
+        return observe_block(self._source, float_part(self._checkpoint, layer))
 
 
-def _activations(layer: int, before: Mapping[Kind, InputStats], probe: Probe) -> list[dict[str, Any]]:
+def _activations(layer: int, before: Mapping[str, InputStats], probe: Probe) -> list[dict[str, Any]]:
     """The inputs of a layer's linears on the measured text, as they came and after the transforms, and the error of
     its weights."""
     probe.states.states = list(probe.exact[layer])
     exact = probe.model.exact[layer]
     after = observe_block(probe.states, exact)
     rows = []
-    for kind in BLOCK_KINDS:
+    for kind in exact.linears:
         was, now = before[kind], after[kind]
         rows.append({
             "layer": layer, "kind": kind, "range_before": was.range, "range_after": now.range,
             "median_before": float(was.amax.median()), "median_after": float(now.amax.median()),
             "peak_position": was.peak_position, "histogram_before": _histogram(was.sample),
             "histogram_after": _histogram(now.sample),
-            "weight_error": _weight_error(getattr(exact, kind).weight,
-                                          getattr(probe.model.quantized[layer], kind).weight),
+            "weight_error": _weight_error(exact.linears[kind].weight,
+                                          probe.model.quantized[layer].linears[kind].weight),
         })
     return rows
 
@@ -294,22 +298,34 @@ def _summary(manifest: Manifest) -> dict[str, Any]:
             "provenance": {"calibration": manifest.provenance.calibration.model_dump(mode="json")}}
 
 
-def _by(results: Mapping[str, Any], study: str, layers: int) -> dict[str, Any]:
-    whole = _whole(results, study, layers, ())
+def _linears(model: Model) -> list[tuple[str, ...]]:
+    """The names of each layer's linears."""
+    return [tuple(linear.name for linear in block.linears) for block in model.blocks]
+
+
+def _kinds(linears: Sequence[tuple[str, ...]]) -> list[str]:
+    """Names of linears that layers share, and the head."""
+    return [*dict.fromkeys(name for names in linears for name in names), "head"]
+
+
+def _by(results: Mapping[str, Any], study: str, linears: Sequence[tuple[str, ...]]) -> dict[str, Any]:
+    whole = _whole(results, study, linears, ())
     return {
-        "layers": [whole[f"{study}/{layer}"] for layer in range(layers) if whole],
-        "kinds": {kind: whole[f"{study}/{kind}"] for kind in KINDS if whole},
+        "layers": [whole[f"{study}/{layer}"] for layer in range(len(linears)) if whole],
+        "kinds": {kind: whole[f"{study}/{kind}"] for kind in _kinds(linears) if whole},
     }
 
 
-def _whole(results: Mapping[str, Any], study: str, layers: int, sizes: Sequence[int]) -> dict[str, Any]:
+def _whole(results: Mapping[str, Any], study: str, linears: Sequence[tuple[str, ...]],
+           sizes: Sequence[int]) -> dict[str, Any]:
     """A study's results by key where it is complete, else nothing: half a study misleads."""
+    layers, kinds = range(len(linears)), _kinds(linears)
     keys = {
-        "linears": [f"linears/{layer}/{kind}" for layer in range(layers) for kind in BLOCK_KINDS],
+        "linears": [f"linears/{layer}/{kind}" for layer in layers for kind in linears[layer]],
         "sizes": [f"sizes/{size}" for size in sizes], "ranges": [f"ranges/{name}" for name in get_args(RangeMethod)],
-        "one-only": [f"one-only/{name}" for name in (*KINDS, *range(layers))],
-        "leave-one-out": [f"leave-one-out/{name}" for name in (*KINDS, *range(layers))],
-    }.get(study, [f"{study}/{layer}" for layer in range(layers)])
+        "one-only": [f"one-only/{name}" for name in (*kinds, *layers)],
+        "leave-one-out": [f"leave-one-out/{name}" for name in (*kinds, *layers)],
+    }.get(study, [f"{study}/{layer}" for layer in layers])
     return {key: results[key] for key in keys} if all(key in results for key in keys) else {}
 
 

@@ -10,25 +10,25 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from tqdm import tqdm
 
 from fptq_runtime.analysis.sensitivity import Captured, Probe, capture
 from fptq_runtime.artifact.io import Manifest
-from fptq_runtime.artifact.numerics import dequantize, quantize_weight
-from fptq_runtime.models.decoder import Block
+from fptq_runtime.kernels.base import Linear
+from fptq_runtime.models.block import Block
 from fptq_runtime.models.tokenizer import Tokenizer
-from fptq_runtime.quantizer.calibrate import BLOCK_KINDS, HiddenStates, Kind, packaged_text, read_text
+from fptq_runtime.quantizer.calibrate import HiddenStates, packaged_text, read_text
 from fptq_runtime.quantizer.evaluate import text_windows
 from fptq_runtime.quantizer.pipeline import open_float, quantize
 from fptq_runtime.quantizer.recipe import Recipe
 from fptq_runtime.quantizer.samples import Calibration
-from fptq_runtime.quantizer.steps.base import QuantizationError, matches
+from fptq_runtime.quantizer.steps.base import QuantizationError, Rounding, float_weight, matches
+from fptq_runtime.quantizer.steps.weights import Weights
 
 RANKED_TOKENS = 4096  # of the text, that sensitivity is measured on
 ATTEMPTS = 3  # to quantize for good, since a linear's neighbours are calibrated on what is before them
 
-Place = tuple[int, Kind]
+Place = tuple[int, str]  # a layer and the name of its linear
 Bits = Literal[8, 16]
 
 
@@ -91,7 +91,7 @@ def quantize_within(
     tokenizer = Tokenizer(source.path)
     windows = text_windows(measured_on, tokenizer, context, text_tokens)
     ranked = text_windows(measured_on, tokenizer, context, min(RANKED_TOKENS, text_tokens))
-    linears = len(BLOCK_KINDS) * checkpoint.model_config.num_layers
+    linears = sum(len(block.linears) for block in checkpoint.model.blocks)
     with tqdm(total=linears + 2 + (2 * linears).bit_length(), desc="quantizing", unit="step", disable=not progress
               ) as bar:
         captured, base = capture(model, recipe, calibration)
@@ -100,7 +100,7 @@ def quantize_within(
         upgrades = _plan(captured, ranked, recipe, modules, bar)
         most = _affordable(upgrades, None if budget.extra_bytes is None else budget.extra_bytes * base.size)
         bar.set_description("spending")
-        search = _Search(captured, windows, recipe.weights.group_size, bar)
+        search = _Search(captured, windows, recipe.weights, bar)
         original, before = search.perplexity(None), search.perplexity([])
         count = most
         if budget.max_loss is not None:
@@ -128,16 +128,16 @@ def _plan(captured: Captured, windows: Sequence[Sequence[int]], recipe: Recipe, 
     queue: list[tuple[float, int, _Upgrade, float]] = []
     order = 0
     for layer in range(probe.num_layers):
-        for kind in BLOCK_KINDS:
+        for kind in captured.exact[layer].linears:
             if any(matches(pattern, (modules[f"layers.{layer}.{kind}"],)) for pattern in weights.keep):
                 continue
             divergence = probe.only(layer, (kind,)).kl
-            raised = _mixture(captured, layer, {kind: 8}, weights.group_size, others=False)
+            raised = _mixture(captured, layer, {kind: 8}, weights, others=False)
             start = probe.exact[layer]
             eight = divergence if bits_now == 8 else probe.run(
                 layer, start, lambda i, raised=raised, layer=layer: raised if i == layer  # type: ignore[misc]
                 else captured.exact[i], captured.head(False)).kl
-            size = getattr(captured.exact[layer], kind).weight.numel()
+            size = captured.exact[layer].linears[kind].weight.numel()
             first = _Upgrade((layer, kind), 8, size * (8 - bits_now) // 8)
             whole = _Upgrade((layer, kind), 16, size * (16 - bits_now) // 8)
             if bits_now == 8 or (divergence - eight) / first.bytes < divergence / whole.bytes:
@@ -170,12 +170,11 @@ def _affordable(upgrades: Sequence[_Upgrade], limit: float | None) -> int:
 class _Search:
     """Perplexity of mixtures, on the text that the quantizer will measure the artifact on."""
 
-    def __init__(self, captured: Captured, windows: Sequence[Sequence[int]], group_size: int | None, bar: tqdm[Any]
+    def __init__(self, captured: Captured, windows: Sequence[Sequence[int]], weights: Weights, bar: tqdm[Any]
                  ) -> None:
-        assert captured.config is not None and captured.stem is not None
         self._captured = captured
-        self._group_size = group_size
-        self._states = HiddenStates(captured.config, windows)
+        self._weights = weights
+        self._states = HiddenStates(captured.model, windows)
         self._states.run_stem(captured.stem)
         self._embedded = self._states.states
         self._bar = bar
@@ -184,10 +183,11 @@ class _Search:
         """With these purchases; None is the float model."""
         bits = {upgrade.place: upgrade.bits for upgrade in upgrades or ()}
         self._states.states = self._embedded
-        for layer, exact in enumerate(self._captured.exact):
-            mine = {kind: bits[layer, kind] for kind in BLOCK_KINDS if (layer, kind) in bits}
+        for layer in range(len(self._captured.model.blocks)):
+            exact = self._captured.exact[layer]
+            mine = {kind: bits[layer, kind] for kind in exact.linears if (layer, kind) in bits}
             self._states.run_block(exact if upgrades is None else _mixture(
-                self._captured, layer, mine, self._group_size, others=True))
+                self._captured, layer, mine, self._weights, others=True))
         total, count = self._states.negative_log_likelihood(self._captured.head(upgrades is not None))
         self._bar.update()
         return math.exp(total / count)
@@ -203,29 +203,29 @@ class _Search:
         return high
 
 
-def _mixture(captured: Captured, layer: int, bits: Mapping[Kind, int], group_size: int | None, others: bool) -> Block:
+def _mixture(captured: Captured, layer: int, bits: Mapping[str, int], weights: Weights, others: bool) -> Block:
     """A block with some linears in 8 bits (rounded to nearest, inputs as the recipe has them) or in float, and the
     others as quantized, or in float."""
     exact = captured.exact[layer]
-    quantized = captured.block(layer, BLOCK_KINDS)
-    block = quantized if others else exact
-    changes: dict[str, Any] = {}
-    for kind, wanted in bits.items():
-        linear, act = getattr(exact, kind), None
-        if wanted == 8:
-            k = linear.weight.shape[1]
-            group = None if group_size is None or k % group_size else group_size
-            rounded = dequantize(*quantize_weight(linear.weight, 8, group, None, torch.bfloat16))
-            linear, act = replace(linear, weight=rounded), getattr(quantized, f"{kind}_act")
-        changes |= {kind: linear, f"{kind}_act": act}
-    return replace(block, **changes)
+    quantized = captured.block(layer, captured.names)
+
+    def mixed(name: str, linear: Linear) -> Linear:
+        if name not in bits:
+            return quantized.linears[name] if others else linear
+        if bits[name] == 16:
+            return linear
+        eight = Rounding(8, weights.group_size)
+        return replace(linear, weight=eight(float_weight(linear)), act=quantized.linears[name].act)
+
+    return exact.with_linears(mixed)
 
 
 def _keep(upgrades: Sequence[_Upgrade], modules: Mapping[str, str]) -> dict[str, Bits]:
     """Patterns by the name of a linear's first module; the last purchase of a place holds."""
     bits = {upgrade.place: upgrade.bits for upgrade in upgrades}
-    return {modules[f"layers.{layer}.{kind}"]: bits[layer, kind] for layer, kind in sorted(
-        bits, key=lambda place: (place[0], BLOCK_KINDS.index(place[1])))}
+    order = {name: i for i, name in enumerate(modules)}
+    names = {f"layers.{layer}.{kind}": spent for (layer, kind), spent in bits.items()}
+    return {modules[name]: names[name] for name in sorted(names, key=order.__getitem__)}
 
 
 def _with_keep(recipe: Recipe, keep: Mapping[str, Bits]) -> Recipe:

@@ -12,7 +12,6 @@ from jinja2 import Environment, StrictUndefined
 
 from fptq_runtime.analysis import plots
 from fptq_runtime.analysis.analyze import EXPONENTS, STUDIES
-from fptq_runtime.quantizer.calibrate import BLOCK_KINDS
 from fptq_runtime.quantizer.report import format_size
 
 Data = Mapping[str, Any]
@@ -69,8 +68,8 @@ def _plots(data: Data) -> dict[str, str | None]:
 
 def _grid(rows: Sequence[Data], key: str, layers: Sequence[str], unit: str) -> str:
     values = {(row["kind"], row["layer"]): row[key] for row in rows}
-    return plots.heatmap(BLOCK_KINDS, layers, [[values.get((kind, i)) for i in range(len(layers))]
-                                               for kind in BLOCK_KINDS], unit)
+    kinds = tuple(dict.fromkeys(kind for kind, _ in values))
+    return plots.heatmap(kinds, layers, [[values.get((kind, i)) for i in range(len(layers))] for kind in kinds], unit)
 
 
 def _bar(name: str, kl: float) -> tuple[str, float, str]:

@@ -65,7 +65,7 @@ class LengthsRecord(_Record):
 
 
 class LayerRecord(_Record):
-    """One quantized linear (its modules read the same input).
+    """One quantized linear (its modules read the same input). kind: its name in its block, or "head".
 
     range: max |x| of its input before any transform, peak_position the token position that set it. Errors are squared
     and relative to the float output, averaged over tokens: `activation_error` from quantizing the input alone,
@@ -74,7 +74,7 @@ class LayerRecord(_Record):
     """
 
     name: str
-    kind: Literal["qkv", "o", "up", "down", "head"]
+    kind: str
     modules: tuple[str, ...]
     range: float
     peak_position: int

@@ -41,6 +41,7 @@ class Prepared:
 
     native: Any
     arrays: tuple[Array, ...] = ()
+    act: ActivationQuant | None = None  # of a linear
     low_rank: tuple[Any, Any] | None = None  # of a linear: two more
 
 
@@ -73,7 +74,7 @@ class CpuBackend:
     def prepare(self, parameter: Any) -> Prepared:
         if isinstance(parameter, Linear):
             low_rank = None if parameter.low_rank is None else self._prepare_low_rank(parameter, *parameter.low_rank)
-            return Prepared(self._prepare_linear(parameter), low_rank=low_rank)
+            return Prepared(self._prepare_linear(parameter), act=parameter.act, low_rank=low_rank)
         if isinstance(parameter, Norm):
             return Prepared(_prepare_norm(parameter))
         if isinstance(parameter, Embedding):

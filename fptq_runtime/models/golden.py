@@ -73,18 +73,5 @@ def check_golden(decoder: Decoder, backend: Backend, golden: Mapping[str, Any]) 
 def prompt_logits(decoder: Decoder, backend: Backend, prompt_token_ids: Sequence[int]) -> Float32Array:
     """Logits of every position of one prompt, computed whole with a float32 KV cache. [T, V]"""
     config, length = decoder.config, len(prompt_token_ids)
-    limits = StepLimits(
-        max_tokens=length, max_seqs=1, max_logits_rows=length, max_model_len=length, num_blocks=-(-length // 16),
-        block_size=16, kv_dtype="float32", num_layers=config.num_layers, num_kv_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
-    )
-    rows = np.arange(length, dtype=np.int32)
-    return logits_array(backend.compile(decoder, limits).step(StepInput(
-        token_ids=np.asarray(prompt_token_ids, dtype=np.int32),
-        positions=rows,
-        slot_mapping=rows,
-        query_start_loc=np.array([0, length], dtype=np.int32),
-        seq_lens=np.array([length], dtype=np.int32),
-        block_tables=np.arange(limits.num_blocks, dtype=np.int32)[None],
-        logits_rows=rows,
-    )))
+    limits = StepLimits.of(config, max_tokens=length, max_model_len=length, num_blocks=-(-length // 16))
+    return logits_array(backend.compile(decoder, limits).step(StepInput.whole([prompt_token_ids])))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from importlib import resources
@@ -14,14 +14,11 @@ import numpy as np
 import torch
 
 from fptq_runtime.artifact.io import TextRecord
-from fptq_runtime.config import ModelConfig
+from fptq_runtime.errors import FptqError
 from fptq_runtime.kernels.base import Linear, StepInput
 from fptq_runtime.kernels.reference import ReferenceBackend, ReferenceOps
-from fptq_runtime.models.decoder import Block, Head, Stem, prepare_block, run_block, run_head, run_stem
+from fptq_runtime.models.block import Block, Model, Stem, prepare_block
 from fptq_runtime.models.tokenizer import Tokenizer
-
-Kind = Literal["qkv", "o", "up", "down", "head"]
-BLOCK_KINDS: tuple[Kind, ...] = ("qkv", "o", "up", "down")
 
 MINIBATCH_FLOATS = 1 << 22  # of a block's widest intermediate, 16 MiB: small enough for malloc to reuse
 MINIBATCH_ROWS = 256  # but not fewer: each minibatch reads the whole block
@@ -29,7 +26,7 @@ BF16_WEIGHTS = 1 << 22  # of a linear; from here on the time goes into products,
 SAMPLE_ROWS = 1024  # input rows kept of each linear, to measure errors on
 
 
-class CalibrationError(ValueError):
+class CalibrationError(FptqError):
     """Text that cannot be calibrated or measured on. One line, for the user."""
 
 
@@ -94,21 +91,6 @@ def random_windows(tokenizer: Tokenizer, vocab_size: int, lengths: Sequence[int]
     return [bos + torch.randint(known, (length - len(bos),), generator=generator).tolist() for length in lengths]
 
 
-def pack_windows(windows: Sequence[Sequence[int]]) -> StepInput:
-    """Whole sequences as one step without a cache; every row wants logits."""
-    lengths = [len(window) for window in windows]
-    total = sum(lengths)
-    return StepInput(
-        token_ids=np.concatenate([np.asarray(window, dtype=np.int32) for window in windows]),
-        positions=np.concatenate([np.arange(length, dtype=np.int32) for length in lengths]),
-        slot_mapping=np.zeros(total, dtype=np.int32),
-        query_start_loc=np.cumsum([0, *lengths], dtype=np.int32),
-        seq_lens=np.asarray(lengths, dtype=np.int32),
-        block_tables=np.zeros((len(windows), 1), dtype=np.int32),
-        logits_rows=np.arange(total, dtype=np.int32),
-    )
-
-
 def in_bf16(linear: Linear) -> Linear:
     """A block's linear as a walk over many rows computes it: a large one with bfloat16 weights, where this CPU
     multiplies those faster. An input code of eight bits is exact in bfloat16; what is rounded is a fraction of its
@@ -130,23 +112,23 @@ def _plain_ops(batch: StepInput) -> ReferenceOps:
 class HiddenStates:
     """The hidden states of a set of windows, in minibatches, taken through the model one part at a time."""
 
-    def __init__(self, config: ModelConfig, windows: Sequence[Sequence[int]]) -> None:
-        self.config = config
-        widest = max(2 * config.intermediate_size, (config.num_heads + 2 * config.num_kv_heads) * config.head_dim)
+    def __init__(self, model: Model, windows: Sequence[Sequence[int]]) -> None:
+        self.model = model
+        widest = max(max(linear.n, linear.k) for block in model.blocks for linear in block.linears)
         rows = max(MINIBATCH_ROWS, MINIBATCH_FLOATS // widest)
         self.batches: list[StepInput] = []
         pending: list[Sequence[int]] = []
         for window in windows:
             if pending and sum(map(len, pending)) + len(window) > rows:
-                self.batches.append(pack_windows(pending))
+                self.batches.append(StepInput.whole(pending))
                 pending = []
             pending.append(window)
-        self.batches.append(pack_windows(pending))
+        self.batches.append(StepInput.whole(pending))
         self.states: list[torch.Tensor] = []  # [rows, hidden] each
 
     @torch.inference_mode()
     def run_stem(self, stem: Stem) -> None:
-        self.states = [run_stem(_plain_ops(batch), stem) for batch in self.batches]
+        self.states = [stem.forward(_plain_ops(batch)) for batch in self.batches]
 
     @torch.inference_mode()
     def run_block(self, block: Block) -> None:
@@ -156,25 +138,26 @@ class HiddenStates:
         """What the block makes of each minibatch; the states stay as they are."""
         block = _fast(block)
         for batch, state in zip(self.batches, self.states, strict=True):
-            yield run_block(ops(batch), self.config, block, state)
+            yield block.forward(ops(batch), state)
 
     @torch.inference_mode()
-    def negative_log_likelihood(self, head: Head) -> tuple[float, int]:
+    def negative_log_likelihood(self, head: Block) -> tuple[float, int]:
         """Sum over every token but the first of its window, in nats, and how many tokens that is."""
-        chunk = max(1, MINIBATCH_FLOATS // self.config.vocab_size)
+        chunk = max(1, MINIBATCH_FLOATS // self.model.config.vocab_size)
         total, count = 0.0, 0
         for batch, state in zip(self.batches, self.states, strict=True):
             predicts, target = next_tokens(batch)
             for start in range(0, len(predicts), chunk):
                 rows = predicts[start : start + chunk]
-                logits = run_head(_plain_ops(batch), head, state[torch.from_numpy(rows)])
+                logits = head.forward(_plain_ops(batch), state[torch.from_numpy(rows)])
                 total += sum_nll(logits, target[start : start + chunk])
             count += len(predicts)
         return total, count
 
 
 def _fast(block: Block) -> Block:
-    return replace(block, qkv=in_bf16(block.qkv), o=in_bf16(block.o), up=in_bf16(block.up), down=in_bf16(block.down))
+    """As a walk computes it: all rows, also of the last block."""
+    return replace(block.with_linears(lambda name, linear: in_bf16(linear)), last=False)
 
 
 def next_tokens(batch: StepInput) -> tuple[np.ndarray, np.ndarray]:
@@ -268,75 +251,49 @@ class _Observed:
                           torch.cat(self.sample))
 
 
-class _ObservingOps(ReferenceOps):
-    """Shows what each linear reads to `see`, and leaves out the last product, which no other reads."""
-
-    def __init__(self, batch: StepInput, last: str, see: Callable[[str, torch.Tensor, StepInput], None]) -> None:
-        super().__init__(batch, None)
-        self._last = last
-        self._see = see
-
-    def linear(self, x: torch.Tensor, linear: Linear, residual: torch.Tensor | None = None) -> torch.Tensor:
-        self._see(linear.name, x, self.batch)
-        if linear.name == self._last and residual is not None:
-            return residual
-        return super().linear(x, linear, residual)
-
-
-@torch.inference_mode()
-def observe_block(states: HiddenStates, block: Block) -> dict[Kind, InputStats]:
-    """Run a float block over the states and describe the input of each of its linears."""
-    names: dict[Kind, str] = {kind: getattr(block, kind).name for kind in BLOCK_KINDS}
-    observed = {name: _Observed() for name in names.values()}
-    stride = _stride(states)
-
-    def see(name: str, x: torch.Tensor, batch: StepInput) -> None:
-        observed[name].update(x, batch, stride)
-
-    for _ in states.block_outputs(block, lambda batch: _ObservingOps(batch, names["down"], see)):
-        pass
-    return {kind: observed[name].stats(name) for kind, name in names.items()}
-
-
 class _Captured(Exception):
     """Nothing else was asked for."""
 
 
+class _CapturingOps(ReferenceOps):
+    """Keeps what the linears of these names read, and stops where the last of them has read it."""
+
+    def __init__(self, batch: StepInput, names: Collection[str]) -> None:
+        super().__init__(batch, None)
+        self._names = names
+        self.seen: dict[str, torch.Tensor] = {}
+
+    def linear(self, x: torch.Tensor, linear: Linear, residual: torch.Tensor | None = None) -> torch.Tensor:
+        if linear.name in self._names:
+            self.seen[linear.name] = x
+        if len(self.seen) == len(self._names):
+            raise _Captured
+        return super().linear(x, linear, residual)
+
+
 @torch.inference_mode()
 def block_inputs(states: HiddenStates, block: Block,
-                 kinds: Sequence[Kind] = BLOCK_KINDS) -> Iterator[dict[Kind, torch.Tensor]]:
-    """What the block's linears of these kinds read, minibatch by minibatch, each [rows, K] and fake-quantized as its
-    `act` says. Weights may be float or quantized; the block runs no further than it must."""
+                 names: Sequence[str] | None = None) -> Iterator[dict[str, torch.Tensor]]:
+    """What the block's linears of these names (all unless given) read, minibatch by minibatch, each [rows, K] and
+    fake-quantized as its `act` says. Weights may be float or quantized; the block runs no further than it must."""
     block = _fast(prepare_block(block, ReferenceBackend()))
-    wanted: dict[str, Kind] = {getattr(block, kind).name: kind for kind in kinds}
-    captured: dict[Kind, torch.Tensor] = {}
-
-    def see(name: str, x: torch.Tensor, batch: StepInput) -> None:
-        if name in wanted:
-            captured[wanted[name]] = x
-        if len(captured) == len(wanted):
-            raise _Captured
-
+    wanted = {block.linears[name].name: name for name in names or block.linears}
     for batch, state in zip(states.batches, states.states, strict=True):
-        captured = {}
+        ops = _CapturingOps(batch, wanted)
         with suppress(_Captured):
-            run_block(_ObservingOps(batch, block.down.name, see), states.config, block, state)
-        yield captured
+            block.forward(ops, state)
+        yield {wanted[name]: x for name, x in ops.seen.items()}
 
 
 @torch.inference_mode()
-def head_inputs(states: HiddenStates, head: Head) -> Iterator[torch.Tensor]:
-    """What the head reads, minibatch by minibatch, in float. [rows, K]"""
-    for batch, state in zip(states.batches, states.states, strict=True):
-        yield _plain_ops(batch).norm(state, head.norm, None)
-
-
-@torch.inference_mode()
-def observe_head(states: HiddenStates, head: Head) -> InputStats:
-    observed = _Observed()
-    for batch, inputs in zip(states.batches, head_inputs(states, head), strict=True):
-        observed.update(inputs, batch, _stride(states))
-    return observed.stats(head.lm_head.name)
+def observe_block(states: HiddenStates, block: Block) -> dict[str, InputStats]:
+    """Run a float block over the states and describe the input of each of its linears."""
+    observed = {name: _Observed() for name in block.linears}
+    stride = _stride(states)
+    for batch, inputs in zip(states.batches, block_inputs(states, block), strict=True):
+        for name, x in inputs.items():
+            observed[name].update(x, batch, stride)
+    return {name: found.stats(block.linears[name].name) for name, found in observed.items()}
 
 
 def _stride(states: HiddenStates) -> int:

@@ -23,7 +23,6 @@ from fptq_runtime.quantizer.calibrate import (
     Text,
     bos_prefix,
     next_tokens,
-    pack_windows,
     sum_nll,
 )
 
@@ -69,14 +68,13 @@ def window_logits(
     config = decoder.config
     longest = max(map(len, windows))
     chunk = max(1, min(longest, LOGITS_FLOATS // config.vocab_size))
-    limits = StepLimits(
-        max_tokens=chunk, max_seqs=1, max_logits_rows=chunk, max_model_len=longest,
-        num_blocks=-(-longest // BLOCK_SIZE), block_size=BLOCK_SIZE, kv_dtype=kv_dtype, num_layers=config.num_layers,
-        num_kv_heads=config.num_kv_heads, head_dim=config.head_dim,
+    limits = StepLimits.of(
+        config, max_tokens=chunk, max_model_len=longest, num_blocks=-(-longest // BLOCK_SIZE), block_size=BLOCK_SIZE,
+        kv_dtype=kv_dtype,
     )
     executor = backend.compile(decoder, limits)
     for window in tqdm(windows, desc="perplexity", unit="window", disable=not progress):
-        whole = pack_windows([window])
+        whole = StepInput.whole([window], BLOCK_SIZE)
         rows, targets = next_tokens(whole)
         for start in range(0, len(rows), chunk):
             end = min(start + chunk, len(rows))

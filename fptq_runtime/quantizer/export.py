@@ -1,21 +1,19 @@
-"""Quantized parameters as compressed-tensors' tensors and config: what `Checkpoint` reads back.
-
-Others' kernels have none for FP4 groups that are not 16, but compressed-tensors itself decompresses them. Beyond its
-vocabulary, and ignored by others with a warning: a linear's `low_rank_down` [r, K] and `low_rank_up` [N, r].
-"""
+"""A model's parts under the checkpoint's names, in numpy, for the files that the quantizer writes."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fptq_runtime.artifact.io import ArtifactWriter
-from fptq_runtime.artifact.scheme import LayerScheme, QuantizationArgs
 from fptq_runtime.kernels.base import Array, Embedding, Linear, Norm, QuantizedWeight
 from fptq_runtime.kernels.reference import to_numpy
+from fptq_runtime.models.block import Block, Stem
+from fptq_runtime.models.formats.compressed_tensors import module_tensors
+from fptq_runtime.models.weights import unfuse, unstack
 
 COMPANIONS = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
@@ -31,74 +29,51 @@ def copy_companions(source: Path, writer: ArtifactWriter) -> None:
             writer.copy_file(file)
 
 
-def module_tensors(name: str, module: Linear | Norm | Embedding) -> dict[str, Array]:
-    """A module's tensors under their names in the file, in numpy."""
+def stem_modules(stem: Stem) -> list[tuple[str, Embedding | Norm]]:
+    """The stem's parameters under the checkpoint's names."""
+    spec = stem.spec
+    modules: list[tuple[str, Embedding | Norm]] = [(spec.embedding, stem.embedding)]
+    if spec.positions is not None:
+        table = to_numpy(stem.positions.weight)
+        unused = np.zeros((spec.position_offset, table.shape[1]), table.dtype)
+        modules.append((spec.positions, Embedding(np.concatenate((unused, table)))))
+    if spec.norm is not None:
+        modules += unstack(stem.norm, spec.norm)
+    return modules
+
+
+def block_modules(block: Block) -> list[tuple[str, Linear | Norm]]:
+    """A block's parameters under the checkpoint's names, unfused: the inverse of loading."""
+    modules: list[tuple[str, Linear | Norm]] = []
+    for norm_spec, norm in block.each_norm():
+        modules += unstack(norm, norm_spec)
+    for linear in block.spec.linears:
+        modules += unfuse(block.linears[linear.name], linear)
+    return [(block.spec.prefix + name, module) for name, module in modules]
+
+
+def block_tensors(block: Block) -> dict[str, Array]:
+    """What belongs to a block and is neither a linear nor a norm: attention's sinks."""
+    attention = block.spec.attention
+    if attention is None or attention.sinks is None:
+        return {}
+    return {block.spec.prefix + attention.sinks: to_numpy(block.attention.sinks)}
+
+
+def tensors_of(name: str, module: Linear | Norm | Embedding) -> dict[str, Array]:
+    """A module's tensors under their names in the file, whatever holds them now."""
+    return module_tensors(name, _in_numpy(module))
+
+
+def _in_numpy(module: Any) -> Any:
     weight = module.weight
     if isinstance(weight, QuantizedWeight):
-        whole = (weight.type, weight.num_bits) == ("float", 8)
-        tensors = {
-            f"{name}.weight" if whole else f"{name}.weight_packed": to_numpy(weight.packed),
-            f"{name}.weight_scale": to_numpy(weight.scale),
-        }
-        if weight.type == "int":
-            tensors[f"{name}.weight_shape"] = np.array([weight.packed.shape[0], weight.k], dtype=np.int64)
-        if isinstance(module, Linear) and module.act is not None and module.act.scale is not None:
-            tensors[f"{name}.input_scale"] = np.array([module.act.scale], dtype=np.float32)
+        weight = replace(weight, packed=to_numpy(weight.packed), scale=to_numpy(weight.scale))
     else:
-        tensors = {f"{name}.weight": to_numpy(weight)}
-    if not isinstance(module, Embedding) and module.bias is not None:
-        tensors[f"{name}.bias"] = to_numpy(module.bias)
-    if isinstance(module, Linear) and module.low_rank is not None:
-        down, up = module.low_rank
-        tensors |= {f"{name}.low_rank_down": to_numpy(down), f"{name}.low_rank_up": to_numpy(up)}
-    return tensors
-
-
-def linear_scheme(linear: Linear) -> LayerScheme | None:
-    """None where the weights are in float."""
-    weight = linear.weight
-    if not isinstance(weight, QuantizedWeight):
-        return None
-    per_channel = weight.group_size == weight.k
-    weights = QuantizationArgs(num_bits=weight.num_bits, strategy="channel" if per_channel else "group",
-                               group_size=None if per_channel else weight.group_size, type=weight.type)
-    act = linear.act
-    if act is None:
-        return LayerScheme(weights, None)
-    dynamic = act.scale is None
-    return LayerScheme(weights, QuantizationArgs(num_bits=8, strategy="token" if dynamic else "tensor", dynamic=dynamic,
-                                                 type=act.type))
-
-
-def quantization_config(schemes: Mapping[str, LayerScheme], head: str, ignore: Sequence[str]) -> dict[str, Any]:
-    """config.json's quantization_config for modules by name; `head` is the module that gets a group of its own.
-
-    Every group says its format itself: without it the loader of transformers infers another and leaves the weights
-    uninitialised.
-    """
-    groups: dict[str, dict[str, Any]] = {}
-    for module, scheme in schemes.items():
-        act = scheme.input_activations
-        name = "head" if module == head else "float" if act is None else "dynamic" if act.dynamic else "static"
-        if module != head:
-            name += "_fp8" * (act is not None and act.type == "float")
-            name += "_channel" * (scheme.weights.strategy == "channel")
-            name += f"_{scheme.weights.num_bits}bit" * (scheme.weights.num_bits != 4)
-            name += "_float" * (scheme.weights.type == "float")
-        group = groups.setdefault(name, {
-            "format": scheme.format or scheme.weights.format,
-            "weights": scheme.weights.to_dict(),
-            "input_activations": None if act is None else act.to_dict(),
-            "output_activations": None,
-            "targets": [],
-        })
-        group["targets"].append(module)
-    formats = {group["format"] for group in groups.values()}
-    return {
-        "quant_method": "compressed-tensors",
-        "format": formats.pop() if len(formats) == 1 else "mixed-precision",
-        "quantization_status": "compressed",
-        "config_groups": groups,
-        "ignore": list(ignore),
-        "kv_cache_scheme": None,
-    }
+        weight = to_numpy(weight)
+    if isinstance(module, Embedding):
+        return Embedding(weight)
+    changed = replace(module, weight=weight, bias=to_numpy(module.bias))
+    if isinstance(changed, Linear) and changed.low_rank is not None:
+        changed.low_rank = to_numpy(changed.low_rank[0]), to_numpy(changed.low_rank[1])
+    return changed

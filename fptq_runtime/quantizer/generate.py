@@ -42,10 +42,9 @@ def generate_windows(decoder: Decoder, backend: Backend, tokenizer: Tokenizer, l
     bytes_each = 4 * blocks * BLOCK_SIZE * config.num_layers * config.num_kv_heads * config.head_dim  # bf16, K and V
     batch = max(1, min(BATCH, len(lengths), CACHE_BYTES // bytes_each))
     prompt = len(bos) + 1
-    executor = backend.compile(decoder, StepLimits(
-        max_tokens=batch * prompt, max_seqs=batch, max_logits_rows=batch, max_model_len=longest,
-        num_blocks=batch * blocks, block_size=BLOCK_SIZE, kv_dtype="bf16", num_layers=config.num_layers,
-        num_kv_heads=config.num_kv_heads, head_dim=config.head_dim,
+    executor = backend.compile(decoder, StepLimits.of(
+        config, max_tokens=batch * prompt, max_seqs=batch, max_logits_rows=batch, max_model_len=longest,
+        num_blocks=batch * blocks, block_size=BLOCK_SIZE, kv_dtype="bf16",
     ))
     by_length = sorted(range(len(lengths)), key=lambda index: lengths[index])
     for start in range(0, len(by_length), batch):

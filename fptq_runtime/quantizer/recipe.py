@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fptq_runtime.quantizer.steps.activations import Activations
 from fptq_runtime.quantizer.steps.awq import Awq
+from fptq_runtime.quantizer.steps.base import RecipeError
 from fptq_runtime.quantizer.steps.equalization import Aweq, CrossLayer
 from fptq_runtime.quantizer.steps.fptq import Fptq
 from fptq_runtime.quantizer.steps.gptq import Gptq
@@ -28,10 +29,6 @@ AnyStep = Annotated[
     | Weights | Gptq,
     Field(discriminator="type"),
 ]
-
-
-class RecipeError(ValueError):
-    """A recipe that does not exist or is malformed. One line, for the user."""
 
 
 class Recipe(BaseModel):

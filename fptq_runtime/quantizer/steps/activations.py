@@ -8,9 +8,8 @@ from pydantic import Field, model_validator
 
 from fptq_runtime.artifact.scheme import NumberType
 from fptq_runtime.kernels.base import ActivationQuant
-from fptq_runtime.quantizer.calibrate import BLOCK_KINDS
 from fptq_runtime.quantizer.ranges import QUANTILE, RangeMethod
-from fptq_runtime.quantizer.steps.base import BlockWork, HeadWork, Step, Target, matches, static_act
+from fptq_runtime.quantizer.steps.base import BlockWork, Step, Target, matches, static_act
 
 Scheme = Literal["static", "dynamic", "float"]
 
@@ -20,7 +19,8 @@ class Activations(Step):
 
     range: of static inputs, on the calibration set: "minmax" covers all, the others clip (ranges.py).
     quantile: of the tokens that "percentile" covers.
-    overrides: a kind of linear (qkv, o, up, down) or a module-name pattern to another scheme; the first match wins.
+    overrides: a linear by its name in the block (qkv, o, up, down; `fptq inspect` lists a model's) or a module-name
+    pattern to another scheme; the first match wins.
     grid: what the codes are: int8; or "float", FP8 E4M3, which keeps the precision of small values beside large ones.
     """
 
@@ -38,12 +38,12 @@ class Activations(Step):
         return self
 
     def patterns(self) -> tuple[str, ...]:
-        return tuple(pattern for pattern in self.overrides if pattern not in BLOCK_KINDS)
+        return tuple(self.overrides)
 
     def apply(self, work: BlockWork) -> None:
         for target in work.targets.values():
             overridden = ((scheme, "override") for pattern, scheme in self.overrides.items()
-                          if matches(pattern, (target.kind, *target.modules)))
+                          if matches(pattern, (target.name, *target.modules)))
             scheme, reason = next(overridden, (self.scheme, "recipe"))
             target.set_act(self._act(target, scheme), reason)
 
@@ -54,5 +54,6 @@ class Activations(Step):
             return ActivationQuant(None, self.grid)
         return static_act(target.stats.amax, target.stats.sample, self.range, self.quantile, self.grid)
 
-    def apply_head(self, work: HeadWork) -> None:
-        work.target.set_act(None if self.scheme == "float" else ActivationQuant(None, self.grid), "head")
+    def apply_head(self, work: BlockWork) -> None:
+        for target in work.targets.values():
+            target.set_act(None if self.scheme == "float" else ActivationQuant(None, self.grid), "head")

@@ -6,7 +6,7 @@ from typing import Literal
 
 import torch
 
-from fptq_runtime.quantizer.folds import can_fold, fold, foldable_scale
+from fptq_runtime.quantizer.folds import fold, foldable_scale
 from fptq_runtime.quantizer.steps.base import BlockWork, Step, Target
 from fptq_runtime.quantizer.steps.search import Trial
 
@@ -28,19 +28,27 @@ class Awq(Step):
 
     def apply(self, work: BlockWork) -> None:
         for target in work.targets.values():
-            if can_fold(work.config, target.kind):
-                fold(work, target.kind, self._scale(work, target))
+            if work.block.spec.edge(target.name) is not None:
+                fold(work, target.name, self._scale(work, target))
         if self.clip:
             for target in work.targets.values():
                 target.clip = self._clip(target)
-                if target.kind == "qkv":
-                    target.clip[: -work.config.num_kv_heads * work.config.head_dim] = 1
+                if (values := self._values(work, target)) is not None:
+                    target.clip[:-values] = 1
+
+    def _values(self, work: BlockWork, target: Target) -> int | None:
+        """How many rows at the end of a linear that feeds attention are not q's or k's."""
+        edges = work.block.spec.edges
+        attention = work.block.spec.attention
+        if attention is None or all(edge.writer != target.name or edge.through != "attention" for edge in edges):
+            return None
+        return attention.kv_size
 
     def _scale(self, work: BlockWork, target: Target) -> torch.Tensor:
         """What to divide the input by. [K]"""
         magnitude = target.stats.sample.abs().mean(0)
         scales = (magnitude.pow(ratio).clamp_min(1e-4) for ratio in RATIOS)
-        tried = (foldable_scale(work.config, target.kind, s / (s.max() * s.min()).sqrt()) for s in scales)
+        tried = (foldable_scale(work.block, target.name, s / (s.max() * s.min()).sqrt()) for s in scales)
         return Trial(target).best(tried, lambda amax, x: None)
 
     def _clip(self, target: Target) -> torch.Tensor:

@@ -6,29 +6,33 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from pydantic import BaseModel, ConfigDict
 
 from fptq_runtime.artifact.numerics import ScaleRule, absmax_scale, dequantize, quantize_weight
 from fptq_runtime.artifact.scheme import NumberType
-from fptq_runtime.config import ModelConfig
+from fptq_runtime.errors import FptqError
 from fptq_runtime.kernels.base import ActivationQuant, Linear, Norm, QuantizedWeight
 from fptq_runtime.kernels.reference import dequantized, quantize_activations
-from fptq_runtime.models.decoder import Block, Head, Stem
-from fptq_runtime.models.families import ModelSpec
+from fptq_runtime.models.block import Block, Model, Stem
 from fptq_runtime.models.loader import Checkpoint
 from fptq_runtime.models.tokenizer import Tokenizer
-from fptq_runtime.quantizer.calibrate import BLOCK_KINDS, HiddenStates, InputStats, Kind, observe_block
+from fptq_runtime.quantizer.calibrate import HiddenStates, InputStats, observe_block
 from fptq_runtime.quantizer.ranges import QUANTILE, RangeMethod, choose_range
 from fptq_runtime.quantizer.samples import Calibration
 
+GROUP_SIZES = (128, 64, 32)  # what kernels here and elsewhere take
 ERROR_PRODUCTS = 1 << 32  # multiply-adds that one measured output of a linear may cost
 
 
-class QuantizationError(ValueError):
+class QuantizationError(FptqError):
     """A model that this recipe cannot quantize. One line, for the user."""
+
+
+class RecipeError(FptqError):
+    """A recipe that does not exist, is malformed or does not fit the model. One line, for the user."""
 
 
 @dataclass
@@ -49,8 +53,11 @@ class Rounding:
     scales: ScaleRule = "float"
 
     def group(self, k: int) -> int | None:
-        """Of k inputs; None, per channel, where they are no multiple of it."""
-        return None if self.group_size is None or k % self.group_size else self.group_size
+        """Of k inputs: the largest of 128, 64 and 32 that divides them and is no larger than was asked for; None, per
+        channel, where none does."""
+        if self.group_size is None:
+            return None
+        return next((size for size in GROUP_SIZES if size <= self.group_size and k % size == 0), None)
 
     def codes(self, weight: torch.Tensor, clip: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Codes [N, K] and bfloat16 scale [N, G] of weight [N, K], with ranges of `clip` [N, G] times max |w|."""
@@ -67,11 +74,10 @@ class Target:
     """One linear to quantize. Steps change `linear` (folds, then its quantized weight and `act`) and `stats`, which
     follows every transform of the input."""
 
-    kind: Kind
+    name: str  # in its block
     linear: Linear
     modules: tuple[str, ...]  # the checkpoint's names of what is fused here
     stats: InputStats
-    norm: Norm | None  # the norm that this linear alone reads
     rounding: Rounding = Rounding()
     clip: torch.Tensor | None = None  # [N, G], the fraction of max |w| that a step found for each group of weights
     range: float = field(init=False)  # max |x| before any transform
@@ -172,38 +178,44 @@ class TuneWork:
 
 @dataclass
 class BlockWork:
-    """A float block in the quantizer's hands. `states` are the calibration samples on their way into it, through
-    quantized blocks; `exact` the same through float ones, where a step `wants_exact`."""
+    """A block, or the head, in the quantizer's hands. `states` are the calibration samples on their way into it,
+    through quantized blocks; `exact` the same through float ones, where a step `wants_exact`."""
 
-    config: ModelConfig
-    index: int
+    model: Model
     block: Block
-    targets: Mapping[Kind, Target]  # qkv, o, up, down
+    targets: Mapping[str, Target]  # by the names of the block's linears
     states: HiddenStates
     exact: HiddenStates | None = None
 
+    @property
+    def is_head(self) -> bool:
+        return self.block.spec is self.model.head
 
-def block_work(spec: ModelSpec, config: ModelConfig, index: int, block: Block, states: HiddenStates) -> BlockWork:
-    """With what the block's linears read, observed on `states`."""
+    def norm(self, target: Target) -> Norm | None:
+        """The norm that writes this linear's input; None where something else does."""
+        edge = self.block.spec.edge(target.name)
+        if edge is None or edge.through is not None:
+            return None
+        norm: Norm = self.block.norms[edge.writer]
+        return norm
+
+
+def observe(model: Model, block: Block, states: HiddenStates, weights: Rounds | None = None) -> BlockWork:
+    """A float block with what its linears read, observed on `states`. weights: the step that will round them, which
+    decides how."""
     stats = observe_block(states, block)
-    linears: dict[Kind, Linear] = {"qkv": block.qkv, "o": block.o, "up": block.up, "down": block.down}
-    norms: dict[Kind, Norm] = {"qkv": block.input_norm, "up": block.mlp_norm}
-    fused = {"qkv": spec.qkv, "o": (spec.o,), "up": spec.up, "down": (spec.down,)}
-    return BlockWork(config, index, block, {
-        kind: Target(kind, linears[kind], tuple(spec.layer(index, name) for name in fused[kind]), stats[kind],
-                     norms.get(kind))
-        for kind in BLOCK_KINDS
-    }, states)
+    targets = {name: Target(name, linear, block.spec.modules(name), stats[name])
+               for name, linear in block.linears.items()}
+    if weights is not None:
+        for target in targets.values():
+            target.rounding = weights.rounding(target.modules, block.spec is model.head)
+    return BlockWork(model, block, targets, states)
 
 
-@dataclass
-class HeadWork:
-    """`states` are the calibration samples on their way into the head's norm."""
-
-    config: ModelConfig
-    head: Head
-    target: Target
-    states: HiddenStates
+class Rounds(Protocol):
+    def rounding(self, modules: tuple[str, ...], head: bool) -> Rounding:
+        """Of a linear by the checkpoint's names of its modules."""
+        ...
 
 
 class Step(BaseModel):
@@ -211,7 +223,8 @@ class Step(BaseModel):
 
     A method is a subclass with a `type` of its own, listed in recipe.py. `tune` sees the whole model, before all
     else. The `transform_*` of all steps run next, on the float part as the checkpoint has it and before its inputs are
-    observed: exact changes that need no data. Then `apply` of all steps, with what was observed.
+    observed: exact changes that need no data. Then `apply` of all steps, with what was observed. The head is a block
+    like the others, but what a step does to it is its own question, `apply_head`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -221,30 +234,27 @@ class Step(BaseModel):
         """Whether `BlockWork.exact` is needed: more passes over the calibration samples."""
         return False
 
-    def check(self, config: ModelConfig) -> None:
+    def check(self, model: Model) -> None:
         """Raise QuantizationError, naming the family, where this step cannot work on such a model."""
 
     def tune(self, work: TuneWork) -> Checkpoint | None:
         """Train the model before anything else is done. Returns the float checkpoint to quantize instead, or None."""
         return None
 
-    def transform_config(self, config: ModelConfig) -> ModelConfig:
-        """The model that the transforms lead to."""
+    def transform_config(self, model: Model, config: dict[str, Any]) -> dict[str, Any]:
+        """The config.json that the transforms lead to."""
         return config
 
-    def transform_stem(self, config: ModelConfig, stem: Stem) -> None:
+    def transform_stem(self, model: Model, stem: Stem) -> None:
         """Change the embedding. Parameters are replaced, never written into: they may be mapped from a file."""
 
-    def transform_block(self, config: ModelConfig, index: int, block: Block) -> None:
-        """Change a block's norms and linears. Raises QuantizationError."""
-
-    def transform_head(self, config: ModelConfig, head: Head) -> None:
-        """Change the last norm and the head."""
+    def transform_block(self, model: Model, block: Block) -> None:
+        """Change the norms and linears of a block or of the head. Raises QuantizationError."""
 
     def apply(self, work: BlockWork) -> None:
         """Change a block. Raises QuantizationError."""
 
-    def apply_head(self, work: HeadWork) -> None:
+    def apply_head(self, work: BlockWork) -> None:
         """Change the head. Raises QuantizationError."""
 
     def patterns(self) -> tuple[str, ...]:

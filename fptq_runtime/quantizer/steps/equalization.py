@@ -6,50 +6,49 @@ from typing import Literal
 
 import torch
 
-from fptq_runtime.config import ModelConfig
-from fptq_runtime.models.decoder import Block
-from fptq_runtime.quantizer.calibrate import Kind
-from fptq_runtime.quantizer.folds import can_fold, fold, fold_block, foldable_scale
+from fptq_runtime.models.block import Block, Edge, Model
+from fptq_runtime.quantizer.folds import by_heads, fold, fold_block, foldable_scale
 from fptq_runtime.quantizer.steps.base import BlockWork, Step
 from fptq_runtime.quantizer.steps.smoothquant import smoothing_scale
 
 
 class Aweq(Step):
-    """AWEQ (arXiv 2311.01305): the inputs of qkv and up are divided by s = sqrt(r_x / r_w) of each channel, so that
-    input and weights have one range. With symmetric codes a range is 2 · max|.|, and this is SmoothQuant's scale at
-    alpha 0.5. The other half of the method is `weights: bias_correction`, for linears that have a bias."""
+    """AWEQ (arXiv 2311.01305): the inputs of what reads a norm (qkv and up) are divided by s = sqrt(r_x / r_w) of each
+    channel, so that input and weights have one range. With symmetric codes a range is 2 · max|.|, and this is
+    SmoothQuant's scale at alpha 0.5. The other half of the method is `weights: bias_correction`, for linears that have a bias."""
 
     type: Literal["aweq"] = "aweq"
 
     def apply(self, work: BlockWork) -> None:
-        for kind, target in work.targets.items():
-            if target.norm is not None:
-                fold(work, kind, smoothing_scale(target, 0.5))
+        for name, target in work.targets.items():
+            if work.norm(target) is not None:
+                fold(work, name, smoothing_scale(target, 0.5))
 
 
 class CrossLayer(Step):
     """Cross-layer equalization (DFQ, arXiv 1906.04721), which needs no data: where r1 is the largest weight of a row of
     v (or up) and r2 that of the columns of o (or down) that read it, the row is multiplied by sqrt(r2 / r1) and the
-    columns are divided by it. No channel is in two pairs, so once is convergence. GELU is not homogeneous: BLOOM's
-    pair is v and o alone."""
+    columns are divided by it. No channel is in two pairs, so once is convergence. GELU is not homogeneous: without a
+    gate v and o are the only pair."""
 
     type: Literal["cle"] = "cle"
 
-    def transform_block(self, config: ModelConfig, index: int, block: Block) -> None:
-        pairs: tuple[tuple[Kind, torch.Tensor, torch.Tensor], ...] = (
-            ("o", block.qkv.weight, block.o.weight), ("down", block.up.weight, block.down.weight))
-        for kind, written, read in pairs:
-            if can_fold(config, kind):
-                fold_block(config, block, kind, equalizing_scale(config, kind, written, read))
+    def transform_block(self, model: Model, block: Block) -> None:
+        for edge in block.spec.edges:
+            if edge.through is not None:
+                [reader] = edge.readers
+                fold_block(block, reader, equalizing_scale(block, edge))
 
 
-def equalizing_scale(config: ModelConfig, kind: Kind, written: torch.Tensor, read: torch.Tensor) -> torch.Tensor:
-    """sqrt(r1 / r2) of each input channel of `read` [N, K], whose rows end `written`; 1 where either is zero. [K]"""
-    columns = foldable_scale(config, kind, read.abs().amax(0))
-    if kind == "o":
-        rows = written[-config.num_kv_heads * config.head_dim:].abs().amax(1)
-        sharing = config.num_heads // config.num_kv_heads
-        rows = rows.reshape(-1, 1, config.head_dim).expand(-1, sharing, -1).flatten()
+def equalizing_scale(block: Block, edge: Edge) -> torch.Tensor:
+    """sqrt(r1 / r2) of each input channel of the edge's reader, r1 of the row that writes it, r2 of the column; 1 where
+    either is zero. [K]"""
+    [reader] = edge.readers
+    written, read = block.linears[edge.writer].weight, block.linears[reader].weight
+    columns = foldable_scale(block, reader, read.abs().amax(0))
+    if edge.through == "attention":
+        shared = by_heads(block, columns)
+        rows = written[-shared[:, 0].numel():].abs().amax(1).reshape(shared.shape[0], 1, -1).expand_as(shared).flatten()
     else:
-        rows = written[-read.shape[1]:].abs().amax(1)
+        rows = written[-columns.numel():].abs().amax(1)
     return torch.where((rows > 0) & (columns > 0), (rows / columns).sqrt(), torch.ones(()))

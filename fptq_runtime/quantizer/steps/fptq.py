@@ -9,9 +9,9 @@ import torch
 from pydantic import Field, PositiveFloat, model_validator
 
 from fptq_runtime.kernels.base import ActivationQuant
-from fptq_runtime.quantizer.folds import can_fold, fold, foldable_scale
+from fptq_runtime.quantizer.folds import fold, foldable_scale
 from fptq_runtime.quantizer.ranges import QUANTILE, RangeMethod
-from fptq_runtime.quantizer.steps.base import BlockWork, HeadWork, Step, Target, matches, static_act
+from fptq_runtime.quantizer.steps.base import BlockWork, Step, Target, matches, static_act
 from fptq_runtime.quantizer.steps.search import ChooseAct, Trial
 
 Policy = Literal["static", "lae", "dynamic"]
@@ -33,7 +33,7 @@ class Fptq(Step):
     search: LAE leaves an outlier channel at log2(2 + m), a few times its neighbours, and there it costs the weights
     of its group their precision. So s = max(1, m / t) is tried too, with t from LAE's own ceiling log2(2 + v)
     downwards, and whichever has the least output error is kept. False is the paper's.
-    paper_policy: as published, no LAE above v1 and none on o and down, which go per token above v0.
+    paper_policy: as published, no LAE above v1 and none but behind a norm; o and down go per token above v0.
     safety: where the output error that the policy leads to is more than `safety` times the error of going per token
     (with LAE or without), the input goes per token instead. None never asks.
     favour: "static" doubles v0, v1 and what safety allows (faster), "dynamic" halves them (more accurate).
@@ -66,13 +66,14 @@ class Fptq(Step):
         for target in work.targets.values():
             self._apply(work, target)
 
-    def apply_head(self, work: HeadWork) -> None:
-        work.target.set_act(ActivationQuant(), "head")
+    def apply_head(self, work: BlockWork) -> None:
+        for target in work.targets.values():
+            target.set_act(ActivationQuant(), "head")
 
     def _apply(self, work: BlockWork, target: Target) -> None:
         policy, reason = self._policy(target)
-        equalizable = can_fold(work.config, target.kind) and (
-            not self.paper_policy or (policy == "lae" and target.kind in ("qkv", "up"))
+        equalizable = work.block.spec.edge(target.name) is not None and (
+            not self.paper_policy or (policy == "lae" and work.norm(target) is not None)
         )
         dynamic = policy == "dynamic" or (policy == "lae" and not equalizable)
         choice = _Choice(policy != "static" and equalizable, dynamic)
@@ -87,7 +88,7 @@ class Fptq(Step):
             if ratio > 1 + (self.safety - 1) * self._leniency:
                 choice, reason = best, f"{reason}, but {ratio:.2f}x the error"
         if choice.equalize:
-            fold(work, target.kind, scale)
+            fold(work, target.name, scale)
         target.set_act(self._act(choice.dynamic)(target.stats.amax, target.stats.sample), reason)
 
     def _act(self, dynamic: bool) -> ChooseAct:
@@ -100,7 +101,7 @@ class Fptq(Step):
         if self.search:
             ceiling = torch.log2(2 + amax.max())
             scales += [(amax / (ceiling * fraction)).clamp_min(1) for fraction in SEARCHED_CEILINGS]
-        scales = [foldable_scale(work.config, target.kind, scale) for scale in scales]
+        scales = [foldable_scale(work.block, target.name, scale) for scale in scales]
         return trial.best(scales, self._act(dynamic)) if self.search else scales[0]
 
     @property

@@ -10,10 +10,9 @@ from pydantic import Field, PositiveFloat, model_validator
 
 from fptq_runtime.artifact.numerics import dequantize, quantize
 from fptq_runtime.artifact.scheme import NumberType
-from fptq_runtime.kernels.reference import quantize_activations
-from fptq_runtime.models.decoder import Block
-from fptq_runtime.quantizer.calibrate import Kind, block_inputs, head_inputs
-from fptq_runtime.quantizer.steps.base import BlockWork, HeadWork, Moments, QuantizationError, Target
+from fptq_runtime.models.block import Block
+from fptq_runtime.quantizer.calibrate import block_inputs
+from fptq_runtime.quantizer.steps.base import BlockWork, Moments, QuantizationError, Target
 from fptq_runtime.quantizer.steps.weights import Weights
 
 COLUMNS = 128  # rounded one by one before their errors go into a matrix product
@@ -55,32 +54,30 @@ class Gptq(Weights):
             self._observe(work, list(work.targets))
             super().apply(work)
             return
-        exact = _without_activations(work.block)
-        for kind, target in work.targets.items():
-            self._observe(work, [kind], exact)
-            self._quantize(target, self.bits(target.modules), self.group_size)
+        exact = work.block.with_linears(lambda name, linear: replace(linear, act=None))  # before they are quantized
+        for name, target in work.targets.items():
+            self._observe(work, [name], exact)
+            self._quantize(target)
 
-    def apply_head(self, work: HeadWork) -> None:
+    def apply_head(self, work: BlockWork) -> None:
         if self.head_bits == 4:
-            act = work.target.linear.act
-            for x in head_inputs(work.states, work.head):
-                _add(work.target, quantize_activations(x, act))
+            self._observe(work, list(work.targets))
         super().apply_head(work)
 
-    def _observe(self, work: BlockWork, kinds: list[Kind], exact: Block | None = None) -> None:
-        inputs = block_inputs(work.states, work.block, kinds)
+    def _observe(self, work: BlockWork, names: list[str], exact: Block | None = None) -> None:
+        inputs = block_inputs(work.states, work.block, names)
         if exact is None or work.exact is None:
             for batch in inputs:
-                for kind in kinds:
-                    _add(work.targets[kind], batch[kind])
+                for name in names:
+                    _add(work.targets[name], batch[name])
             return
-        for batch, wanted in zip(inputs, block_inputs(work.exact, exact, kinds), strict=True):
-            for kind in kinds:
-                _add(work.targets[kind], batch[kind], wanted[kind])
+        for batch, wanted in zip(inputs, block_inputs(work.exact, exact, names), strict=True):
+            for name in names:
+                _add(work.targets[name], batch[name], wanted[name])
 
-    def _round(self, target: Target, num_bits: Literal[4, 8], group: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+    def _round(self, target: Target) -> tuple[torch.Tensor, torch.Tensor]:
         if target.moments is None:
-            return super()._round(target, num_bits, group)
+            return super()._round(target)
         moments, target.moments = target.moments, None  # as large as the weights, or larger
         hessian = moments.hessian.triu() + moments.hessian.triu(1).T
         importance = hessian.diagonal().clone()
@@ -92,7 +89,8 @@ class Gptq(Weights):
         if moments.drift is not None:
             weight = weight + solve(factor, (weight @ moments.drift)[:, order])[:, order.argsort()]
         weight = weight.masked_fill(dead, 0)
-        _, scale = self._nearest(target, weight, importance, num_bits, group)
+        _, scale = self._nearest(target, weight, importance)
+        num_bits = target.rounding.num_bits
         codes = round_columns(weight, scale, num_bits, factor, order, self.grid)
         for _ in range(self.refits):
             scale = fit_scale(weight, codes, scale, hessian)
@@ -179,8 +177,3 @@ def _add(target: Target, x: torch.Tensor, exact: torch.Tensor | None = None) -> 
         target.moments.hessian[start : start + BAND, start:].addmm_(x[:, start : start + BAND].T, x[:, start:], alpha=2)
     if exact is not None and target.moments.drift is not None:
         target.moments.drift.addmm_((exact - x).T, x, alpha=2)
-
-
-def _without_activations(block: Block) -> Block:
-    """The float block as it is now, to keep: its linears are about to be quantized."""
-    return replace(block, **{name: replace(getattr(block, name), act=None) for name in ("qkv", "o", "up", "down")})

@@ -19,8 +19,8 @@ class OutlierSuppression(Step):
     """The inputs of qkv and up: x' = (x - z) / s with z = (max + min) / 2 of each channel and
     s = max(1, max|x - z| / t), whose threshold t is searched by output error from the largest |x - z| down to 1.
 
-    shift: z goes into the norm's bias and into the bias of what reads it. Where either has none (every family but
-    BLOOM; a bias that config.json does not announce would not be loaded elsewhere) channels are scaled only.
+    shift: z goes into the norm's bias and into the bias of what reads it. Where either has none (Llama and
+    most others; a bias that config.json does not announce would not be loaded elsewhere) channels are scaled only.
     thresholds: how many to try; None is the paper's max(100, max|x - z| / 0.5).
     activations: how the search supposes that the input is then quantized.
     """
@@ -31,12 +31,12 @@ class OutlierSuppression(Step):
     activations: Activations = "static"
 
     def apply(self, work: BlockWork) -> None:
-        for kind, target in work.targets.items():
-            if target.norm is None:
+        for name, target in work.targets.items():
+            if work.norm(target) is None:
                 continue
-            if self.shift and can_shift(target):
-                shift(target, (target.stats.high + target.stats.low) / 2)
-            fold(work, kind, self._scale(target))
+            if self.shift and can_shift(work, target):
+                shift(work, target, (target.stats.high + target.stats.low) / 2)
+            fold(work, name, self._scale(target))
 
     def _scale(self, target: Target) -> torch.Tensor:
         """[K]"""

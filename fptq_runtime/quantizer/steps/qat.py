@@ -24,20 +24,19 @@ from tqdm import tqdm
 
 from fptq_runtime import __version__
 from fptq_runtime.artifact.io import hash_file
-from fptq_runtime.artifact.numerics import ScaleRule, dequantize, quantize_weight
-from fptq_runtime.artifact.scheme import NumberType
 from fptq_runtime.config import KVCacheDtype
-from fptq_runtime.kernels.base import ActivationQuant, Linear, Norm, StepInput
+from fptq_runtime.kernels.base import Linear, Norm, StepInput
 from fptq_runtime.kernels.reference import ReferenceBackend, ReferenceOps, to_torch
 from fptq_runtime.kernels.select import select_backend
-from fptq_runtime.models.decoder import Block, Decoder, Head, Stem
+from fptq_runtime.models.block import Block, BlockSpec, StemSpec
+from fptq_runtime.models.decoder import Decoder
 from fptq_runtime.models.loader import Checkpoint, load_head, load_model, load_stem
-from fptq_runtime.quantizer.calibrate import HiddenStates, Kind, pack_windows
-from fptq_runtime.quantizer.export import module_tensors
+from fptq_runtime.quantizer.export import block_modules, block_tensors, stem_modules, tensors_of
 from fptq_runtime.quantizer.generate import generate_windows
 from fptq_runtime.quantizer.steps.activations import Activations
-from fptq_runtime.quantizer.steps.base import BlockWork, QuantizationError, Step, Target, TuneWork, block_work
-from fptq_runtime.quantizer.steps.weights import Bits, Weights, search_clip
+from fptq_runtime.quantizer.steps.base import BlockWork, QuantizationError, Rounding, Step, Target, TuneWork
+from fptq_runtime.quantizer.steps.weights import Weights, search_clip
+from fptq_runtime.quantizer.walk import Walk
 
 T = TypeVar("T")
 
@@ -177,19 +176,15 @@ class Student:
         self._checkpoint = checkpoint
         self._weights = weights
         self._kv_dtype = kv_dtype
-        decoder = load_model(checkpoint, ReferenceBackend())
-        blocks = list(decoder.blocks)
-        self._bits: list[dict[Kind, Bits]] = []
-        self._acts: list[dict[Kind, ActivationQuant | None]] = []
-        states = HiddenStates(decoder.config, calibrated)
-        states.run_stem(decoder.stem)
-        for index, block in enumerate(blocks):
-            work = block_work(checkpoint.spec, decoder.config, index, block, states)
-            states.run_block(block)
-            self._choose(work, activations, clip)
-        head_float = activations.scheme == "float" or weights.head_bits == 16
-        self._head_act = None if head_float else ActivationQuant(None, activations.grid)
-        self.decoder = _on_device(decoder, device)
+        self._rounding: dict[str, Rounding] = {}  # by the linears' names
+        walk = Walk(checkpoint, (activations,), calibrated, weights)
+        stem, parts = walk.stem(), []
+        for work in walk.blocks():
+            # The samples go on through the block in float, whose inputs static scales are of.
+            parts.append(work.block.with_linears(lambda name, linear: replace(linear)))
+            self._choose(work, parts[-1], clip)
+            work.block.linears.update({name: replace(linear, act=None) for name, linear in work.block.linears.items()})
+        self.decoder = _on_device(Decoder(checkpoint.model_config, stem, parts[:-1], parts[-1]), device)
         self.parameters: list[torch.Tensor] = []
         for module in self._trained():
             module.weight = self._parameter(to_torch(module.weight))
@@ -197,30 +192,28 @@ class Student:
 
     def __call__(self, batch: StepInput) -> torch.Tensor:
         """Logits of every token. [M, V]"""
-        stem, blocks, head = self.decoder.stem, self.decoder.blocks, self.decoder.head
-        rounded = Decoder(
-            self.decoder.config, stem,
-            (self._rounded_block(block, bits, acts)
-             for block, bits, acts in zip(blocks, self._bits, self._acts, strict=True)),
-            Head(head.norm, self._rounded_head(head.lm_head), self._head_act),
-        )
+        decoder = self.decoder
+        rounded = Decoder(decoder.config, decoder.stem, map(self._rounded_block, decoder.blocks),
+                          self._rounded_block(decoder.head))
         logits: torch.Tensor = rounded(ReferenceOps(batch, None, self._kv_dtype, self.device))
         return logits
 
     def save(self, path: Path) -> Checkpoint:
         """As a float checkpoint; what was not trained is as in the source."""
-        source = self._checkpoint
-        spec, config, decoder = source.spec, source.model_config, self.decoder
+        source, decoder = self._checkpoint, self.decoder
         float_head = self._weights.head_bits == 16
-        head = replace(decoder.head, lm_head=load_head(source).lm_head) if float_head else decoder.head
-        modules = [*spec.stem_modules(Stem(load_stem(source).embedding, decoder.stem.norm)), *spec.head_modules(head)]
-        for index, block in enumerate(decoder.blocks):
-            modules += spec.block_modules(config, index, block)
-        tied = float_head and config.tie_word_embeddings
+        head = replace(decoder.head, linears=load_head(source).linears) if float_head else decoder.head
+        tied = float_head and source.tied
+        stem = replace(_moved(decoder.stem, "cpu"), embedding=load_stem(source).embedding)
+        modules: list[tuple[str, Any]] = [*stem_modules(stem)]
+        for block in (*decoder.blocks, head):
+            modules += block_modules(block)
         tensors: dict[str, Any] = {}
         for name, module in modules:
-            if not (tied and name == spec.lm_head):
-                tensors |= module_tensors(name, _moved(module, "cpu"))
+            if not (tied and name == source.model.head_module):
+                tensors |= tensors_of(name, _moved(module, "cpu"))
+        for block in decoder.blocks:
+            tensors |= block_tensors(block)
         path.mkdir(exist_ok=True)
         try:
             (path / "config.json").write_text(json.dumps({**source.config, "tie_word_embeddings": tied}))
@@ -233,12 +226,10 @@ class Student:
         decoder = self.decoder
         if decoder.stem.norm is not None:
             yield decoder.stem.norm
-        for block in decoder.blocks:
-            yield from (block.input_norm, block.qkv, block.o, block.mlp_norm, block.up, block.down)
-            yield from (norm for norm in (block.attention.q_norm, block.attention.k_norm) if norm is not None)
-        yield decoder.head.norm
-        if self._weights.head_bits != 16:
-            yield decoder.head.lm_head
+        for block in (*decoder.blocks, decoder.head):
+            yield from (norm for _, norm in block.each_norm())
+            yield from (linear for linear in block.linears.values()
+                        if block is not decoder.head or self._weights.head_bits != 16)
 
     def _parameter(self, tensor: torch.Tensor) -> torch.Tensor:
         """A copy: the checkpoint's own memory may be the teacher's too."""
@@ -246,51 +237,37 @@ class Student:
         return self.parameters[-1]
 
     @torch.inference_mode()
-    def _choose(self, work: BlockWork, activations: Activations, clip: bool) -> None:
+    def _choose(self, work: BlockWork, block: Block, clip: bool) -> None:
         """How the block's weights and inputs are quantized; static scales are the float model's."""
-        activations.apply(work)
-        bits = {kind: self._weights.bits(target.modules) for kind, target in work.targets.items()}
-        self._bits.append(bits)
-        self._acts.append({kind: None if bits[kind] == 16 else target.linear.act
-                           for kind, target in work.targets.items()})
-        for kind, target in work.targets.items():
-            if clip and bits[kind] != 16:
-                self._clip(target, bits[kind])
+        for name, target in work.targets.items():
+            linear = block.linears[name]
+            self._rounding[linear.name] = target.rounding
+            if target.rounding.num_bits == 16:
+                linear.act = None
+            elif clip and not work.is_head:
+                self._clip(target, linear)
 
-    def _clip(self, target: Target, bits: int) -> None:
+    @staticmethod
+    def _clip(target: Target, linear: Linear) -> None:
         weight = target.weight
-        ratio = search_clip(weight, target.stats.mean_square, bits, *self._grid(weight, bits)).clamp_max(1)  # [N, G]
+        ratio = search_clip(weight, target.stats.mean_square, target.rounding).clamp_max(1)  # [N, G]
         grouped = weight.reshape(*ratio.shape, -1)
         limit = grouped.abs().amax(-1, keepdim=True) * ratio[..., None]
-        target.linear.weight = grouped.clamp(-limit, limit).reshape(weight.shape)
+        linear.weight = grouped.clamp(-limit, limit).reshape(weight.shape)
 
-    def _grid(self, weight: torch.Tensor, bits: int) -> tuple[int | None, NumberType, ScaleRule]:
-        """Group, numbers and scales, as `Weights` decides them for a block's linear."""
-        grid, group = self._weights.grid, self._weights.group_size
-        per_channel = group is None or weight.shape[1] % group or (grid == "float" and bits == 8)
-        return None if per_channel else group, grid, self._weights.scales if bits == 4 else "float"
+    def _rounded_block(self, block: Block) -> Block:
+        return block.with_linears(lambda _, linear: self._rounded(linear, block is self.decoder.head))
 
-    def _rounded_block(self, block: Block, bits: dict[Kind, Bits], acts: dict[Kind, ActivationQuant | None]) -> Block:
-        return replace(
-            block, qkv=self._rounded(block.qkv, bits["qkv"]), o=self._rounded(block.o, bits["o"]),
-            up=self._rounded(block.up, bits["up"]), down=self._rounded(block.down, bits["down"]),
-            qkv_act=acts["qkv"], o_act=acts["o"], up_act=acts["up"], down_act=acts["down"],
-        )
-
-    def _rounded_head(self, linear: Linear) -> Linear:
-        bits = self._weights.head_bits
-        return linear if bits == 16 else self._rounded(linear, bits, per_channel=bits == 8)
-
-    def _rounded(self, linear: Linear, bits: Bits, per_channel: bool = False) -> Linear:
-        """Its weight on the grid; gradients go straight through."""
-        weight = to_torch(linear.weight)
+    def _rounded(self, linear: Linear, head: bool) -> Linear:
+        """Its weight on the grid; gradients go straight through. A head of 16 bits stays what the checkpoint has."""
+        weight, rounding = to_torch(linear.weight), self._rounding[linear.name]
         exact = weight.detach()
-        if bits == 16:
-            rounded = exact.to(torch.bfloat16 if self._weights.dtype == "bf16" else torch.float16).float()
+        if rounding.num_bits != 16:
+            rounded = rounding(exact)
+        elif head:
+            return linear
         else:
-            group, grid, scales = self._grid(exact, bits)
-            group = None if per_channel else group
-            rounded = dequantize(*quantize_weight(exact, bits, group, None, torch.bfloat16, grid, scales))
+            rounded = exact.to(torch.bfloat16 if self._weights.dtype == "bf16" else torch.float16).float()
         return replace(linear, weight=rounded + (weight - exact))
 
 
@@ -338,7 +315,7 @@ def _passes(windows: Sequence[Sequence[int]], vocab_size: int) -> Iterator[StepI
     """Few enough at a time that their logits are bounded."""
     size = max(1, LOGITS_FLOATS // (max(map(len, windows)) * vocab_size))
     for start in range(0, len(windows), size):
-        yield pack_windows(windows[start : start + size])
+        yield StepInput.whole(windows[start : start + size])
 
 
 def _backward(student: Student, teacher: Decoder, batch: StepInput, tokens: int) -> float:
@@ -354,6 +331,10 @@ def _moved(value: Any, device: str) -> Any:
     """Parameters with their tensors on that device, detached."""
     if isinstance(value, torch.Tensor):
         return value.detach().to(device)
+    if isinstance(value, BlockSpec | StemSpec):
+        return value
+    if isinstance(value, dict):
+        return {name: _moved(item, device) for name, item in value.items()}
     if isinstance(value, list | tuple):
         return type(value)(_moved(item, device) for item in value)
     if is_dataclass(value) and not isinstance(value, type):

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 
-from fptq_runtime.config import ModelConfig
 from fptq_runtime.kernels.base import Embedding, Linear, Norm
 from fptq_runtime.kernels.reference import to_torch
-from fptq_runtime.models.decoder import Block, Head, Stem
+from fptq_runtime.models.block import Block, Edge, Model, Stem
 from fptq_runtime.quantizer.steps.base import QuantizationError, Step
 
 
@@ -27,32 +27,46 @@ class Rotation(Step):
     heads: bool = True
     seed: int = 0
 
-    def check(self, config: ModelConfig) -> None:
-        if config.norm != "rms":
-            raise QuantizationError(f"rotation does not work on {config.architecture}: its LayerNorm subtracts the "
-                                    "mean, which no rotation keeps; leave the step out")
+    def check(self, model: Model) -> None:
+        name = model.config.architecture
+        for part in model.parts:
+            readers = {reader: edge.writer for edge in part.edges if edge.through is None for reader in edge.readers}
+            if any(norm.kind != "rms" for norm in part.norms):
+                raise QuantizationError(f"rotation does not work on {name}: its LayerNorm subtracts the mean, which no "
+                                        "rotation keeps; leave the step out")
+            if any(writer not in (linear.name for linear in part.linears) for writer in part.residual):
+                raise QuantizationError(f"rotation does not work on {name}: a norm behind its linears scales what is "
+                                        "added to each channel, which no rotation keeps; leave the step out")
+            written = {edge.readers[0] for edge in part.edges if edge.through is not None}
+            unread = [linear.name for linear in part.linears if linear.name not in readers
+                      and linear.name not in written and linear.name not in part.residual]
+            if unread:
+                raise QuantizationError(f"rotation does not work on {name}: its {unread[0]} reads the residual stream "
+                                        "without a norm; leave the step out")
+        if model.stem.norm is not None or model.stem.positions is not None:
+            raise QuantizationError(f"rotation does not work on {name}: its embedding is normed or has learned "
+                                    "positions; leave the step out")
 
-    def transform_stem(self, config: ModelConfig, stem: Stem) -> None:
+    def transform_stem(self, model: Model, stem: Stem) -> None:
         weight = to_torch(stem.embedding.weight)
-        rotated = self._residual(config)(weight.float())
+        rotated = self._residual(model)(weight.float())
         stem.embedding = Embedding(rotated.to(torch.float16 if weight.dtype == torch.bfloat16 else weight.dtype))
 
-    def transform_block(self, config: ModelConfig, index: int, block: Block) -> None:
-        residual = self._residual(config)
-        for norm, reader in ((block.input_norm, block.qkv), (block.mlp_norm, block.up)):
-            _rotate_reader(norm, reader, residual)
-        if self.heads:
-            _rotate_values(config, block, RandomHadamard(config.head_dim, self.seed + 1))
-        for writer in (block.o, block.down):
+    def transform_block(self, model: Model, block: Block) -> None:
+        residual = self._residual(model)
+        for edge in block.spec.edges:
+            if edge.through is None:
+                _rotate_readers(block.norms[edge.writer], [block.linears[name] for name in edge.readers], residual)
+            elif edge.through == "attention" and self.heads:
+                _rotate_values(block, edge, RandomHadamard(model.config.head_dim, self.seed + 1))
+        for name in block.spec.residual:
+            writer = block.linears[name]
             writer.weight = residual(writer.weight.T).T.contiguous()
             if writer.bias is not None:
                 writer.bias = residual(writer.bias)
 
-    def transform_head(self, config: ModelConfig, head: Head) -> None:
-        _rotate_reader(head.norm, head.lm_head, self._residual(config))
-
-    def _residual(self, config: ModelConfig) -> RandomHadamard:
-        return RandomHadamard(config.hidden_size, self.seed)
+    def _residual(self, model: Model) -> RandomHadamard:
+        return RandomHadamard(model.config.hidden_size, self.seed)
 
 
 class RandomHadamard:
@@ -78,20 +92,22 @@ class RandomHadamard:
         return y.reshape(x.shape) / math.sqrt(size // odd)
 
 
-def _rotate_reader(norm: Norm, reader: Linear, residual: RandomHadamard) -> None:
+def _rotate_readers(norm: Norm, readers: Sequence[Linear], residual: RandomHadamard) -> None:
     """y = W · diag(g) · x of a normalised x is W · diag(g) · Q of a normalised x · Q."""
-    reader.weight = residual(reader.weight * norm.weight)
+    for reader in readers:
+        reader.weight = residual(reader.weight * norm.weight)
     norm.weight = torch.ones_like(norm.weight)
 
 
-def _rotate_values(config: ModelConfig, block: Block, rotation: RandomHadamard) -> None:
+def _rotate_values(block: Block, edge: Edge, rotation: RandomHadamard) -> None:
     """The v rows end q | k | v; o reads the heads' values side by side."""
-    values = config.num_kv_heads * config.head_dim
-    qkv, o = block.qkv, block.o
-    rows = qkv.weight[-values:].reshape(config.num_kv_heads, config.head_dim, -1)
+    attention = block.spec.attention
+    assert attention is not None
+    values, dim = attention.kv_size, attention.head_dim
+    qkv, o = block.linears[edge.writer], block.linears[edge.readers[0]]
+    rows = qkv.weight[-values:].reshape(attention.num_kv_heads, dim, -1)
     rotated = rotation(rows.transpose(1, 2)).transpose(1, 2).reshape(values, -1)
     qkv.weight = torch.cat((qkv.weight[:-values], rotated))
     if qkv.bias is not None:
-        bias = rotation(qkv.bias[-values:].reshape(-1, config.head_dim)).flatten()
-        qkv.bias = torch.cat((qkv.bias[:-values], bias))
-    o.weight = rotation(o.weight.reshape(-1, config.head_dim)).reshape(o.weight.shape)
+        qkv.bias = torch.cat((qkv.bias[:-values], rotation(qkv.bias[-values:].reshape(-1, dim)).flatten()))
+    o.weight = rotation(o.weight.reshape(-1, dim)).reshape(o.weight.shape)

@@ -16,8 +16,8 @@ ALPHAS = tuple(i / 20 for i in range(2, 20))  # 0.1 to 0.95
 
 
 class SmoothQuant(Step):
-    """Divide the inputs of qkv and up by s = max|x|^alpha / max|w|^(1 - alpha) of each channel, the weights' maximum
-    over all linears that read it; 1/s goes into the norm before.
+    """Divide the inputs of what reads a norm (qkv and up) by s = max|x|^alpha / max|w|^(1 - alpha) of each channel, the
+    weights' maximum over the modules that are stacked there; 1/s goes into the norm before.
 
     alpha: "search" takes each input's from a grid, or leaves the input as it is, by output error on the sample. The
     published ones are 0.5 (OPT, BLOOM), 0.85 (Llama 2 and 3) and 0.8 (Mistral).
@@ -29,9 +29,9 @@ class SmoothQuant(Step):
     activations: Activations = "static"
 
     def apply(self, work: BlockWork) -> None:
-        for kind, target in work.targets.items():
-            if target.norm is not None:
-                fold(work, kind, self._scale(target))
+        for name, target in work.targets.items():
+            if work.norm(target) is not None:
+                fold(work, name, self._scale(target))
 
     def _scale(self, target: Target) -> torch.Tensor:
         if self.alpha != "search":

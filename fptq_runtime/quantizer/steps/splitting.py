@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
 
-from fptq_runtime.config import ModelConfig
-from fptq_runtime.models.decoder import Block
+from fptq_runtime.models.block import Block, BlockSpec, Edge, Model
 from fptq_runtime.quantizer.steps.base import QuantizationError, Step
 
 
@@ -28,23 +26,30 @@ class ChannelSplitting(Step):
     ratio: float = Field(default=0.02, gt=0, le=1)
     group_size: Literal[32, 64, 128] | None = 128
 
-    def check(self, config: ModelConfig) -> None:
-        if config.activation != "silu_mul":
-            raise QuantizationError(f"ocs: {config.architecture} has no setting for the MLP's width, so that its "
-                                    "channels cannot be split")
+    def check(self, model: Model) -> None:
+        if model.width_field is None or not all(_gated(block) for block in model.blocks):
+            raise QuantizationError(f"ocs: {model.config.architecture} has no gated MLP whose width config.json sets, "
+                                    "so that its channels cannot be split; leave the step out")
 
-    def transform_config(self, config: ModelConfig) -> ModelConfig:
-        size = math.ceil(config.intermediate_size * (1 + self.ratio))
+    def transform_config(self, model: Model, config: dict[str, Any]) -> dict[str, Any]:
+        assert model.width_field is not None
+        size = math.ceil(model.config.intermediate_size * (1 + self.ratio))
         multiple = self.group_size or 1
-        return replace(config, intermediate_size=math.ceil(size / multiple) * multiple)
+        return {**config, model.width_field: math.ceil(size / multiple) * multiple}
 
-    def transform_block(self, config: ModelConfig, index: int, block: Block) -> None:
-        down, source = split_columns(block.down.weight, config.intermediate_size)
-        block.down.weight = down
-        rows = torch.cat((source, source + int(source.max()) + 1))  # of gate | up
-        block.up.weight = block.up.weight[rows]
-        if block.up.bias is not None:
-            block.up.bias = block.up.bias[rows]
+    def transform_block(self, model: Model, block: Block) -> None:
+        for edge in _gated(block.spec):
+            [reader] = edge.readers
+            down, up = block.linears[reader], block.linears[edge.writer]
+            down.weight, source = split_columns(down.weight, block.spec.linear(reader).k)
+            rows = torch.cat((source, source + int(source.max()) + 1))  # of gate | up
+            up.weight = up.weight[rows]
+            if up.bias is not None:
+                up.bias = up.bias[rows]
+
+
+def _gated(block: BlockSpec) -> list[Edge]:
+    return [edge for edge in block.edges if edge.through == "gate"]
 
 
 def split_columns(weight: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,27 +11,27 @@ from pydantic import Field, model_validator
 from fptq_runtime.artifact.numerics import (
     ScaleRule,
     absmax_scale,
-    code_range,
     dequantize,
     pack_codes,
     quantize_weight,
 )
 from fptq_runtime.artifact.scheme import NumberType
 from fptq_runtime.kernels.base import QuantizedWeight
-from fptq_runtime.quantizer.steps.base import BlockWork, HeadWork, QuantizationError, Rounding, Step, Target, matches
+from fptq_runtime.quantizer.steps.base import BlockWork, QuantizationError, Rounding, Step, Target, matches
 
 Bits = Literal[4, 8, 16]
 
 CLIP_STEPS = 40
 CHUNK_WEIGHTS = 1 << 19  # searched at a time: 2 MiB, which stay in the cache
-MAX_SATURATED = 0.5  # of all codes at either end of their range; a Gaussian has well below a tenth
+MAX_ERROR = 0.5  # |W - Ŵ|² / |W|²; 4 bits have a hundredth
 
 
 class Weights(Step):
     """Quantize the linears of every block, and the head. A method that rounds otherwise is a subclass.
 
     num_bits: 16 leaves the linears in float, as `dtype`, and so does a `keep` of 16; their inputs stay float too.
-    group_size: None, or inputs that are no multiple of it: per channel.
+    group_size: the largest of 128, 64 and 32 that is not above it and divides the inputs; None, or where none does: per
+    channel.
     clip: "mse" searches each group's range, from 1.07 down to 0.55 of max |w|, for the least squared error, each
     weight's counted with its input's mean square: the output error where inputs are uncorrelated.
     bias_correction: the bias of a linear that has one makes up for what rounding the weights does to the mean output:
@@ -74,55 +74,53 @@ class Weights(Step):
     def patterns(self) -> tuple[str, ...]:
         return tuple(self.keep)
 
-    def bits(self, modules: tuple[str, ...]) -> Bits:
-        """Of a block's linear: what `keep` says, or num_bits."""
-        return next((bits for pattern, bits in self.keep.items() if matches(pattern, modules)), self.num_bits)
-
-    def rounding(self, modules: tuple[str, ...]) -> Rounding:
-        """Of a block's linear."""
-        return self._rounding(self.bits(modules), self.group_size)
-
-    def _rounding(self, num_bits: Bits, group_size: int | None) -> Rounding:
-        group = None if self.grid == "float" and num_bits == 8 else group_size
-        return Rounding(num_bits, group, self.grid, self.scales if num_bits == 4 else "float")
+    def rounding(self, modules: tuple[str, ...], head: bool = False) -> Rounding:
+        """How a linear is rounded, by the checkpoint's names of its modules: the one place that decides it."""
+        if head:
+            bits, group = self.head_bits, None if self.head_bits == 8 else self.group_size
+        else:
+            kept = (bits for pattern, bits in self.keep.items() if matches(pattern, modules))
+            bits, group = next(kept, self.num_bits), self.group_size
+        if self.grid == "float" and bits == 8:
+            group = None
+        return Rounding(bits, group, self.grid, self.scales if bits == 4 else "float")
 
     def apply(self, work: BlockWork) -> None:
         for target in work.targets.values():
-            self._quantize(target, self.bits(target.modules), self.group_size)
+            self._quantize(target)
 
-    def apply_head(self, work: HeadWork) -> None:
-        if self.head_bits == 16:  # as it is in the checkpoint, where it may be tied to the embedding
-            work.target.set_act(None, "float")
-        else:
-            self._quantize(work.target, self.head_bits, None if self.head_bits == 8 else self.group_size)
+    def apply_head(self, work: BlockWork) -> None:
+        for target in work.targets.values():
+            if self.head_bits == 16:  # as it is in the checkpoint, where it may be tied to the embedding
+                target.set_act(None, "float")
+            else:
+                self._quantize(target)
 
-    def _quantize(self, target: Target, num_bits: Bits, group_size: int | None) -> None:
-        if num_bits == 16:
+    def _quantize(self, target: Target) -> None:
+        bits = target.rounding.num_bits
+        if bits == 16:
             target.keep_float(torch.bfloat16 if self.dtype == "bf16" else torch.float16)
             return
-        if bool(target.weight.amin() == target.weight.amax()):
-            raise QuantizationError(f"{target.linear.name}: every weight is the same; the checkpoint may be damaged")
-        k = target.weight.shape[1]
-        group = self._rounding(num_bits, group_size).group(k)
-        codes, scale = self._round(target, num_bits, group)
-        _refuse_degenerate(target.linear.name, codes, scale, num_bits, self.grid)
+        codes, scale = self._round(target)
+        _refuse_degenerate(target, codes, scale)
         low_rank = None
-        if self.lorc and num_bits == 4:
+        if self.lorc and bits == 4:
             low_rank = low_rank_factors(target.weight - dequantize(codes, scale), self.lorc)
-        target.set_weight(QuantizedWeight(pack_codes(codes, num_bits), scale, num_bits, group or k, self.grid),
+        k = target.weight.shape[1]
+        target.set_weight(QuantizedWeight(pack_codes(codes, bits), scale, bits, k // scale.shape[1], self.grid),
                           self.bias_correction, low_rank)
 
-    def _round(self, target: Target, num_bits: Literal[4, 8], group: int | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Codes [N, K] on the grid and bfloat16 scale [N, G]; group None is per channel."""
-        return self._nearest(target, target.weight, target.stats.mean_square, num_bits, group)
+    def _round(self, target: Target) -> tuple[torch.Tensor, torch.Tensor]:
+        """Codes [N, K] on the grid and bfloat16 scale [N, G]."""
+        return self._nearest(target, target.weight, target.stats.mean_square)
 
-    def _nearest(self, target: Target, weight: torch.Tensor, importance: torch.Tensor, num_bits: Literal[4, 8],
-                 group: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+    def _nearest(self, target: Target, weight: torch.Tensor, importance: torch.Tensor
+                 ) -> tuple[torch.Tensor, torch.Tensor]:
         """`weight` [N, K] rounded to nearest, with the ranges that an earlier step or a search found; importance
         [K]."""
-        clip, rounding = target.clip, self._rounding(num_bits, group)
+        clip, rounding = target.clip, target.rounding
         if clip is None and self.clip == "mse":
-            clip = search_clip(weight, importance, num_bits, group, self.grid, rounding.scales)
+            clip = search_clip(weight, importance, rounding)
         return rounding.codes(weight, clip)
 
 
@@ -138,8 +136,7 @@ def low_rank_factors(error: torch.Tensor, rank: int) -> tuple[torch.Tensor, torc
     return down.bfloat16(), (left[:, :rank] * values[:rank]).bfloat16().contiguous()
 
 
-def search_clip(weight: torch.Tensor, importance: torch.Tensor, num_bits: int, group_size: int | None,
-                grid: NumberType = "int", scales: ScaleRule = "float") -> torch.Tensor:
+def search_clip(weight: torch.Tensor, importance: torch.Tensor, rounding: Rounding) -> torch.Tensor:
     """The fraction of max |w| that gives each group the least Σ importance · (w - ŵ)². weight [N, K], importance [K];
     returns [N, G]."""
     parts = weight.split(max(1, CHUNK_WEIGHTS // weight.shape[1]))  # type: ignore[no-untyped-call]
@@ -147,28 +144,25 @@ def search_clip(weight: torch.Tensor, importance: torch.Tensor, num_bits: int, g
     # A part's ops are too short to be worth dividing, so each thread takes parts of its own.
     try:
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as executor:
-            best = executor.map(lambda part: _best_clip(part, importance, num_bits, group_size, grid, scales), parts)
-            return torch.cat([*best])
+            return torch.cat([*executor.map(lambda part: _best_clip(part, importance, rounding), parts)])
     finally:
         torch.set_num_threads(threads)
 
 
 @torch.inference_mode()
-def _best_clip(weight: torch.Tensor, importance: torch.Tensor, num_bits: int, group_size: int | None, grid: NumberType,
-               scales: ScaleRule) -> torch.Tensor:
+def _best_clip(weight: torch.Tensor, importance: torch.Tensor, rounding: Rounding) -> torch.Tensor:
     n, k = weight.shape
-    grouped = weight.reshape(n, 1 if group_size is None else k // group_size, -1)
+    grouped = weight.reshape(n, k // (rounding.group(k) or k), -1)
     weighting = importance.reshape(grouped.shape[1:])
     amax, buffer = grouped.abs().amax(-1), torch.empty_like(grouped)
     least = torch.full_like(amax, float("inf"))
     clip = torch.ones_like(least)
     for ratio in torch.linspace(1.07, 0.55, CLIP_STEPS).tolist():
-        if grid == "int":
-            _round_trip(grouped, absmax_scale(amax * ratio, num_bits).bfloat16().float(), num_bits, buffer)
+        if rounding.type == "int":
+            _round_trip(grouped, absmax_scale(amax * ratio, rounding.num_bits).bfloat16().float(), rounding.num_bits,
+                        buffer)
         else:
-            tried = torch.full_like(clip, ratio)
-            codes, scale = quantize_weight(weight, num_bits, group_size, tried, torch.bfloat16, grid, scales)
-            buffer.copy_(dequantize(codes, scale).reshape(grouped.shape))
+            buffer.copy_(rounding(weight, torch.full_like(clip, ratio)).reshape(grouped.shape))
         error = buffer.sub_(grouped).square_().mul_(weighting).sum(-1)
         better = error < least
         least, clip = torch.where(better, error, least), clip.masked_fill_(better, ratio)
@@ -183,15 +177,13 @@ def _round_trip(grouped: torch.Tensor, scale: torch.Tensor, num_bits: int, out: 
     torch.div(grouped, scale, out=out).round_().clamp_(-limit, limit - 1).mul_(scale)
 
 
-def _refuse_degenerate(name: str, codes: torch.Tensor, scale: torch.Tensor, num_bits: int, grid: NumberType) -> None:
-    """A constant, non-finite or saturated tensor is a failed run."""
-    low, high = code_range(num_bits, grid)
-    codes = codes if grid == "int" else codes.float()
+def _refuse_degenerate(target: Target, codes: torch.Tensor, scale: torch.Tensor) -> None:
+    """What is not finite, or is nothing like the weight, is a failed run; zeros are exact, and so is one value."""
+    name = target.linear.name
     if not bool(torch.isfinite(scale).all()):
         raise QuantizationError(f"{name}: quantized weights are not finite; the checkpoint may be damaged")
-    if float(codes.min()) == float(codes.max()):
-        raise QuantizationError(f"{name}: every quantized weight is the same; the checkpoint may be damaged")
-    saturated = int(((codes == high) | (codes == low)).count_nonzero()) / codes.numel()
-    if saturated > MAX_SATURATED:
-        raise QuantizationError(f"{name}: {saturated:.0%} of the quantized weights are at the ends of their range; "
-                                "the checkpoint may be damaged")
+    error = float((dequantize(codes, scale) - target.weight).square().sum() /
+                  target.weight.square().sum().clamp_min(1e-30))
+    if not error <= MAX_ERROR:
+        raise QuantizationError(f"{name}: the quantized weights are off by {error:.0%} of the weights' own size; the "
+                                "checkpoint may be damaged")
