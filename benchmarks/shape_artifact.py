@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 
 from fptq_runtime import __version__
 from fptq_runtime.artifact.io import ArtifactWriter, Manifest, Provenance, Quality, TextRecord
+from fptq_runtime.artifact.scheme import LayerScheme
 from fptq_runtime.kernels.base import Backend, Linear
 from fptq_runtime.locate import DEMO_MODEL
 from fptq_runtime.models.block import Block

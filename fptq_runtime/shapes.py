@@ -18,7 +18,8 @@ GROUP_SIZES = (128, 64, 32)
 POSITIONS = 32768
 
 
-def _llama(vocab: int, hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, dim: int) -> dict[str, Any]:
+def _llama(vocab: int, hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, dim: int
+           ) -> dict[str, Any]:
     return {
         "architectures": ["LlamaForCausalLM"], "vocab_size": vocab, "hidden_size": hidden,
         "intermediate_size": intermediate, "num_hidden_layers": layers, "num_attention_heads": heads,

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from fptq_runtime.shapes import SHAPES
+from fptq_runtime.shapes import CONFIGS
 
 STEPS = 24  # of decoding, with every sequence
 WORKERS = Path(__file__).parent / "workers"  # programs, some of them for a peer's own environment
@@ -147,14 +147,9 @@ def resident_mib(pid: int) -> float:
 
 def sizes(shape: str) -> dict[str, Any]:
     """A shape in the words of transformers' LlamaConfig. The small models tie their embeddings in reality."""
-    model = SHAPES[shape].config
-    return {
-        "vocab_size": model.vocab_size, "hidden_size": model.hidden_size, "intermediate_size": model.intermediate_size,
-        "num_hidden_layers": model.num_layers, "num_attention_heads": model.num_heads,
-        "num_key_value_heads": model.num_kv_heads, "head_dim": model.head_dim,
-        "max_position_embeddings": model.max_position_embeddings, "rms_norm_eps": model.norm_eps,
-        "tie_word_embeddings": shape != "llama-2-7b",
-    }
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+             "num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps")
+    return {**{name: CONFIGS[shape][name] for name in names}, "tie_word_embeddings": shape != "llama-2-7b"}
 
 
 def run(command: Sequence[str | Path], env: Mapping[str, str] | None = None, log: Path | None = None) -> str:

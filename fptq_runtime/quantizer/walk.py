@@ -33,8 +33,8 @@ class Walk:
     """One set of calibration windows on its way through a model and the steps that change it.
 
     model: what the steps' changes of config.json lead to. rounds: the step that the caller will round the weights with,
-    which decides how; steps that search ask it, and it is not among those that are applied. Raises QuantizationError where a
-    step cannot work on the model, and RecipeError where a pattern names no linear.
+    which decides how; steps that search ask it, and it is not among those that are applied. Raises QuantizationError
+    where a step cannot work on the model, and RecipeError where a pattern names no linear.
     """
 
     def __init__(self, checkpoint: Checkpoint, steps: Sequence[Step], windows: Sequence[Sequence[int]],

@@ -15,7 +15,8 @@ from fptq_runtime.quantizer.steps.smoothquant import smoothing_scale
 class Aweq(Step):
     """AWEQ (arXiv 2311.01305): the inputs of what reads a norm (qkv and up) are divided by s = sqrt(r_x / r_w) of each
     channel, so that input and weights have one range. With symmetric codes a range is 2 · max|.|, and this is
-    SmoothQuant's scale at alpha 0.5. The other half of the method is `weights: bias_correction`, for linears that have a bias."""
+    SmoothQuant's scale at alpha 0.5. The other half of the method is `weights: bias_correction`, for linears
+    that have a bias."""
 
     type: Literal["aweq"] = "aweq"
 
