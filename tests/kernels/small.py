@@ -10,8 +10,9 @@ import numpy as np
 import torch
 
 from fptq_runtime.artifact.numerics import pack_codes, quantize_weight
-from fptq_runtime.config import KVCacheDtype, ModelConfig, RopeConfig
+from fptq_runtime.config import KVCacheDtype, ModelConfig
 from fptq_runtime.kernels.base import (
+    Activation,
     ActivationQuant,
     Array,
     AttentionSpec,
@@ -24,10 +25,13 @@ from fptq_runtime.kernels.base import (
     StepLimits,
 )
 from fptq_runtime.kernels.reference import to_numpy, to_torch
-from fptq_runtime.models.decoder import Block, Decoder, Head, Stem, prepare_block
-from fptq_runtime.models.layers import alibi_slopes, rope_tables
+from fptq_runtime.models.block import Block, BlockSpec, NormSpec, Stem, StemSpec, prepare_block, prepare_stem
+from fptq_runtime.models.decoder import Decoder
+from fptq_runtime.models.layers import alibi_slopes, head_spec, pre_norm
+from fptq_runtime.models.rope import RopeConfig, rope_tables
 
 VOCAB = 97
+SILU = Activation("silu", gated=True)
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,7 @@ class Options:
     kv_heads: int = 2
     head_dim: int = 16
     norm: Literal["rms", "layer"] = "rms"
-    activation: Literal["silu_mul", "gelu_tanh"] = "silu_mul"
+    activation: Activation = SILU
     rope: bool = True
     alibi: bool = False
     window: int | None = None
@@ -92,8 +96,9 @@ def make_decoder(options: Options, backend: Backend, seed: int = 0) -> Decoder:
         return Norm(options.norm, 1 + random(width, scale=0.1), bias, 1e-5)
 
     heads, kv_heads, dim, hidden = options.heads, options.kv_heads, options.head_dim, options.hidden
-    rope = rope_tables(RopeConfig(10000.0), dim, options.max_len) if options.rope else None
-    up = options.intermediate * (2 if options.activation == "silu_mul" else 1)
+    rope = rope_tables(RopeConfig(10000.0, dim), options.max_len) if options.rope else None
+    up = options.intermediate * (2 if options.activation.gated else 1)
+    spec = BlockSpec("layers", "", pre_norm, (), (), (), activation=options.activation)
     blocks = []
     for layer in range(options.layers):
         qkv = linear("qkv", (heads + 2 * kv_heads) * dim, hidden)
@@ -103,19 +108,20 @@ def make_decoder(options: Options, backend: Backend, seed: int = 0) -> Decoder:
             Norm("rms", 1 + random(dim, scale=0.1), None, 1e-6) if options.qk_norm else None,
             Norm("rms", 1 + random(dim, scale=0.1), None, 1e-6) if options.qk_norm else None,
         )
-        block = Block(norm(hidden), qkv, attention, linear("o", hidden, heads * dim), norm(hidden),
-                      linear("up", up, hidden), linear("down", hidden, options.intermediate))
+        norms = {"input_norm": norm(hidden)}
+        linears = {"qkv": qkv, "o": linear("o", hidden, heads * dim)}
+        norms["mlp_norm"] = norm(hidden)
+        linears |= {"up": linear("up", up, hidden), "down": linear("down", hidden, options.intermediate)}
+        block = Block(spec, linears, norms, attention, last=layer == options.layers - 1)
         blocks.append(prepare_block(block, backend))
     head = linear("lm_head", VOCAB, hidden)
     config = ModelConfig("Test", VOCAB, hidden, options.intermediate, options.layers, heads, kv_heads, dim,
-                         options.max_len, options.norm, 1e-5, options.activation)
-    return Decoder(
-        config,
-        Stem(backend.prepare(Embedding(random(VOCAB, hidden))),
-             backend.prepare(norm(hidden)) if options.embedding_norm else None),
-        blocks,
-        Head(backend.prepare(norm(hidden)), backend.prepare(head), head.act),
-    )
+                         options.max_len)
+    stem = Stem(StemSpec("embedding"), Embedding(random(VOCAB, hidden)),
+                norm=norm(hidden) if options.embedding_norm else None)
+    last = Block(head_spec(NormSpec("norm", ("norm",), (hidden,), options.norm, 1e-5), "lm_head", VOCAB, hidden),
+                 {"head": head}, {"norm": norm(hidden)})
+    return Decoder(config, prepare_stem(stem, backend), blocks, prepare_block(last, backend))
 
 
 def int32(values: Any) -> np.ndarray[Any, np.dtype[np.int32]]:

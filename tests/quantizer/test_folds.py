@@ -8,13 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from fptq_runtime.kernels.base import Linear, Norm
-from fptq_runtime.kernels.reference import ReferenceBackend
-from fptq_runtime.models.decoder import prepare_block, prepare_stem
-from fptq_runtime.models.loader import Checkpoint, load_block, load_stem
-from fptq_runtime.quantizer.calibrate import BLOCK_KINDS, HiddenStates, Kind, observe_block
-from fptq_runtime.quantizer.folds import can_fold, fold, foldable_scale
-from fptq_runtime.quantizer.steps.base import BlockWork, Target
+from fptq_runtime.models.loader import Checkpoint
+from fptq_runtime.quantizer.calibrate import HiddenStates, observe_block
+from fptq_runtime.quantizer.folds import fold, foldable_scale
+from fptq_runtime.quantizer.steps.base import BlockWork, observe
+from fptq_runtime.quantizer.walk import float_part, float_stem
 from tests.quantizer.models import save_model
 
 
@@ -23,14 +21,9 @@ def work_on(family: str, path: Path) -> tuple[HiddenStates, BlockWork]:
     save_model(family, path)
     checkpoint = Checkpoint(path)
     windows = torch.randint(3, 260, (2, 30), generator=torch.Generator().manual_seed(0)).tolist()
-    states = HiddenStates(checkpoint.model_config, windows)
-    states.run_stem(prepare_stem(load_stem(checkpoint), ReferenceBackend()))
-    block = prepare_block(load_block(checkpoint, 0), ReferenceBackend())
-    stats = observe_block(states, block)
-    linears: dict[Kind, Linear] = {"qkv": block.qkv, "o": block.o, "up": block.up, "down": block.down}
-    norms: dict[Kind, Norm] = {"qkv": block.input_norm, "up": block.mlp_norm}
-    targets = {kind: Target(kind, linears[kind], (kind,), stats[kind], norms.get(kind)) for kind in BLOCK_KINDS}
-    return states, BlockWork(checkpoint.model_config, 0, block, targets, states)
+    states = HiddenStates(checkpoint.model, windows)
+    states.run_stem(float_stem(checkpoint))
+    return states, observe(checkpoint.model, float_part(checkpoint, 0), states)
 
 
 @pytest.mark.parametrize("family", ["llama-tied-bias", "qwen2", "qwen3", "bloom"])
@@ -40,12 +33,12 @@ def test_folds_are_exact(family: str, tmp_path: Path) -> None:
     with torch.inference_mode():
         expected = torch.cat(list(states.block_outputs(copy.deepcopy(work.block))))
         torch.manual_seed(1)
-        for kind in BLOCK_KINDS:
-            if can_fold(work.config, kind):
-                wanted = torch.exp(torch.empty(work.targets[kind].stats.amax.shape).uniform_(-1.4, 3.4))
-                scale = foldable_scale(work.config, kind, wanted)
+        for name, target in work.targets.items():
+            if work.block.spec.edge(name) is not None:
+                wanted = torch.exp(torch.empty(target.stats.amax.shape).uniform_(-1.4, 3.4))
+                scale = foldable_scale(work.block, name, wanted)
                 assert bool((scale >= wanted).all())
-                fold(work, kind, scale)
+                fold(work, name, scale)
         folded = torch.cat(list(states.block_outputs(work.block)))
         torch.testing.assert_close(folded, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
         for kind, stats in observe_block(states, work.block).items():
@@ -57,4 +50,4 @@ def test_folds_are_exact(family: str, tmp_path: Path) -> None:
 
 def test_nothing_folds_through_gelu(tmp_path: Path) -> None:
     _, work = work_on("bloom", tmp_path)
-    assert [kind for kind in BLOCK_KINDS if not can_fold(work.config, kind)] == ["down"]
+    assert [name for name in work.targets if work.block.spec.edge(name) is None] == ["down"]
