@@ -9,16 +9,34 @@ from typing import Any
 from fptq_runtime.models.block import Model
 from fptq_runtime.models.bloom import bloom
 from fptq_runtime.models.fields import Fields, ModelError
+from fptq_runtime.models.gemma2 import gemma2
+from fptq_runtime.models.gemma3 import gemma3
+from fptq_runtime.models.gpt2 import gpt2
+from fptq_runtime.models.gpt_neox import gpt_neox
+from fptq_runtime.models.granite import granite
 from fptq_runtime.models.llama import llama
 from fptq_runtime.models.mistral import mistral
+from fptq_runtime.models.olmo2 import olmo2
+from fptq_runtime.models.opt import opt
+from fptq_runtime.models.phi3 import phi3
 from fptq_runtime.models.qwen2 import qwen2
 from fptq_runtime.models.qwen3 import qwen3
+from fptq_runtime.models.smollm3 import smollm3
 
 FAMILIES: Mapping[str, Callable[[Fields], Model]] = {
     "LlamaForCausalLM": llama,
     "MistralForCausalLM": mistral,
     "Qwen2ForCausalLM": qwen2,
     "Qwen3ForCausalLM": qwen3,
+    "Gemma2ForCausalLM": gemma2,
+    "Gemma3ForCausalLM": gemma3,
+    "Phi3ForCausalLM": phi3,
+    "Olmo2ForCausalLM": olmo2,
+    "GraniteForCausalLM": granite,
+    "SmolLM3ForCausalLM": smollm3,
+    "GPTNeoXForCausalLM": gpt_neox,
+    "OPTForCausalLM": opt,
+    "GPT2LMHeadModel": gpt2,
     "BloomForCausalLM": bloom,
 }  # by the architecture that config.json names
 

@@ -45,6 +45,10 @@ class Fields:
                              f"{value!r}")
         return float(value)
 
+    def optional(self, name: str, default: float | None, low: float = 1e-6, high: float = 1e6) -> float | None:
+        """A number, or null for none; `default` where the field is missing."""
+        return None if self.data.get(name, default) is None else self.number(name, default, low, high)
+
     def flag(self, name: str | Sequence[str], default: bool) -> bool:
         value = self.get(name, default)
         if not isinstance(value, bool):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -57,10 +58,13 @@ class RopeConfig:
 
 
 def read_rope(fields: Fields, head_dim: int, max_position_embeddings: int, layer_type: str | None = None,
-              theta: float = 10000.0, partial: float = 1.0, theta_name: str = "rope_theta") -> RopeConfig | None:
+              theta: float = 10000.0, partial: float = 1.0, theta_name: str = "rope_theta",
+              partial_name: str = "partial_rotary_factor", aliases: Mapping[str, RopeType] = MappingProxyType({}),
+              ) -> RopeConfig | None:
     """What config.json says of a layer's rope: transformers 5 writes `rope_parameters`, by layer type where they
     differ; before it was `rope_theta` beside `rope_scaling`, which still wins where both are there. None where a layer
-    type has null. theta, partial: the family's defaults. Raises ModelError."""
+    type has null. theta, partial: the family's defaults. theta_name, partial_name: what it calls them outside of
+    rope_parameters. aliases: what it calls the types. Raises ModelError."""
     data = fields.data
     given = data.get("rope_scaling") or data.get("rope_parameters") or {}
     if not isinstance(given, Mapping):
@@ -73,10 +77,12 @@ def read_rope(fields: Fields, head_dim: int, max_position_embeddings: int, layer
             raise ModelError(f"{where}: {layer_type} must be an object, not {given[layer_type]!r}")
         given = given[layer_type]
     outside: dict[str, Any] = {
-        "rope_theta": data.get(theta_name), "partial_rotary_factor": data.get("partial_rotary_factor"),
+        "rope_theta": data.get(theta_name), "partial_rotary_factor": data.get(partial_name),
         "rope_type": given.get("type", "default"),
     }
     rope = Fields({**outside, **{name: value for name, value in given.items() if value is not None}}, where)
+    if (said := rope.data["rope_type"]) in aliases:
+        rope = Fields({**rope.data, "rope_type": aliases[said]}, where)
     kind: RopeType = rope.only("rope_type", get_args(RopeType), "default")
     theta = rope.number("rope_theta", theta, low=1.0)
     share = rope.number("partial_rotary_factor", partial, low=1e-6, high=1.0)

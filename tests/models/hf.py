@@ -12,6 +12,7 @@ LLAMA = {
     "vocab_size": 211, "hidden_size": 96, "intermediate_size": 136, "num_hidden_layers": 3, "num_attention_heads": 6,
     "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 128, "bos_token_id": 1, "eos_token_id": 2,
 }
+PLAIN = {key: value for key, value in LLAMA.items() if key not in ("num_key_value_heads", "head_dim")}
 LLAMA3_ROPE = {
     "rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
@@ -27,6 +28,34 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("qwen2", LLAMA),
     "qwen2-window": ("qwen2", {**LLAMA, "use_sliding_window": True, "sliding_window": 20, "max_window_layers": 1}),
     "qwen3": ("qwen3", {**LLAMA, "tie_word_embeddings": True}),
+    "gemma2": ("gemma2", {**LLAMA, "query_pre_attn_scalar": 24, "sliding_window": 20, "attn_logit_softcapping": 3.0,
+                          "final_logit_softcapping": 5.0}),
+    "gemma3": ("gemma3_text", {**LLAMA, "num_hidden_layers": 4, "query_pre_attn_scalar": 24, "sliding_window": 20,
+                               "sliding_window_pattern": 3, "attention_bias": True}),
+    "gemma3-scaled": ("gemma3_text", {
+        **LLAMA, "sliding_window": 20, "final_logit_softcapping": 4.0,
+        "rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e5},
+                            "sliding_attention": {"rope_type": "default", "rope_theta": 1e3}},
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}),
+    "phi3": ("phi3", {**PLAIN, "num_key_value_heads": 2, "pad_token_id": 0, "sliding_window": 20}),
+    "phi4-mini": ("phi3", {
+        **PLAIN, "num_key_value_heads": 2, "pad_token_id": 0, "tie_word_embeddings": True,
+        "original_max_position_embeddings": 32, "rope_parameters": {
+            "rope_type": "longrope", "rope_theta": 1e4, "partial_rotary_factor": 0.75,
+            "short_factor": [1.0, 1.1, 1.3, 1.6, 2.0, 2.2], "long_factor": [1.0, 2.0, 3.0, 4.0, 6.0, 9.0]}}),
+    "olmo2": ("olmo2", LLAMA),
+    "granite": ("granite", {**LLAMA, "attention_multiplier": 0.2, "residual_multiplier": 0.3,
+                            "embedding_multiplier": 3.0, "logits_scaling": 5.0}),
+    "smollm3": ("smollm3", {**LLAMA, "no_rope_layer_interval": 2, "pad_token_id": 0, "use_sliding_window": True,
+                            "sliding_window": 20}),
+    "gpt-neox": ("gpt_neox", {**PLAIN, "rope_parameters": {
+        "rope_type": "default", "rope_theta": 1e3, "partial_rotary_factor": 0.5}}),
+    "gpt-neox-serial": ("gpt_neox", {**PLAIN, "use_parallel_residual": False, "rotary_pct": 0.25}),
+    "opt": ("opt", {"vocab_size": 211, "hidden_size": 96, "ffn_dim": 136, "num_hidden_layers": 3,
+                    "num_attention_heads": 6, "max_position_embeddings": 128, "word_embed_proj_dim": 96,
+                    "bos_token_id": 1, "eos_token_id": 2}),
+    "gpt2": ("gpt2", {"vocab_size": 211, "n_embd": 96, "n_layer": 3, "n_head": 6, "n_positions": 128, "n_inner": 136,
+                      "bos_token_id": 1, "eos_token_id": 2, "scale_attn_by_inverse_layer_idx": True}),
     "bloom": ("bloom", {"vocab_size": 211, "hidden_size": 96, "n_layer": 3, "n_head": 6, "bos_token_id": 1,
                         "eos_token_id": 2}),
 }
