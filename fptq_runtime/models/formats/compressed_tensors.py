@@ -243,7 +243,8 @@ def quantization_config(schemes: Mapping[str, LayerScheme], head: str, ignore: S
         name = "head" if module == head else "float" if act is None else "dynamic" if act.dynamic else "static"
         if module != head:
             name += "_fp8" * (act is not None and act.type == "float")
-            name += "_channel" * (scheme.weights.strategy == "channel")
+            size = scheme.weights.group_size
+            name += "_channel" if size is None else f"_group{size}" * (size != 128)
             name += f"_{scheme.weights.num_bits}bit" * (scheme.weights.num_bits != 4)
             name += "_float" * (scheme.weights.type == "float")
         group = groups.setdefault(name, {
