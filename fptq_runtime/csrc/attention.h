@@ -105,26 +105,35 @@ static inline void write_slot(const KvCache& cache, size_t block, int within, in
   }
 }
 
+static inline void norm_heads(const HeadNormView& heads, const float* x, int width, float* out) {
+  NormView norm = heads.norm;
+  for (int at = 0; at < width; at += norm.n) {
+    norm_row(norm, x + at, out + at);
+    norm.weight += heads.stride;
+    if (norm.bias) norm.bias += heads.stride;
+  }
+}
+
 // One token: qkv [q | k | v] heads; q to q [num_heads · head_dim], k and v to the cache.
 static void rope_and_cache_row(const AttentionView& a, const KvCache& cache, int position, int slot, const float* qkv,
-                               float* q) {
+                               float* q, float* keys) {
   const int dim = a.head_dim;
-  const float* cos = a.rope_cos ? a.rope_cos + static_cast<size_t>(position) * (dim / 2) : nullptr;
-  const float* sin = a.rope_cos ? a.rope_sin + static_cast<size_t>(position) * (dim / 2) : nullptr;
-  const auto finish = [&](const float* x, const NormView& norm, float* out) {
-    if (norm.weight) norm_row(norm, x, out);
-    else __builtin_memcpy(out, x, dim * sizeof(float));
-    if (cos) rotate(cos, sin, dim, out);
+  const size_t row = static_cast<size_t>(position) * (a.rope_dim / 2);
+  const auto finish = [&](const float* x, int heads, const HeadNormView& norm, float* out) {
+    const int width = heads * dim;
+    if (norm.norm.weight && !a.norm_after_rope) norm_heads(norm, x, width, out);
+    else __builtin_memcpy(out, x, width * sizeof(float));
+    if (a.rope_cos)
+      for (int at = 0; at < width; at += dim) rotate(a.rope_cos + row, a.rope_sin + row, a.rope_dim, out + at);
+    if (norm.norm.weight && a.norm_after_rope) norm_heads(norm, out, width, out);
   };
-  for (int h = 0; h < a.num_heads; ++h) finish(qkv + h * dim, a.q_norm, q + h * dim);
+  finish(qkv, a.num_heads, a.q_norm, q);
 
   const float* k = qkv + a.num_heads * dim;
   const float* v = k + a.num_kv_heads * dim;
-  for (int h = 0; h < a.num_kv_heads; ++h) {
-    float key[kMaxHeadDim];
-    finish(k + h * dim, a.k_norm, key);
-    write_slot(cache, slot / cache.block_size, slot % cache.block_size, h, key, v + h * dim);
-  }
+  finish(k, a.num_kv_heads, a.k_norm, keys);
+  for (int h = 0; h < a.num_kv_heads; ++h)
+    write_slot(cache, slot / cache.block_size, slot % cache.block_size, h, keys + h * dim, v + h * dim);
 }
 
 // One chunk of the cache as a tile sees it, in blocks of kKeyBlock keys.
@@ -183,7 +192,7 @@ struct TileRows {
   const float* q[kTileQueries];
   int position[kTileQueries];
   float slope[kTileQueries];                                // · log2 e
-  float scale[kTileQueries];                                // of q·K, in units of log 2
+  float scale[kTileQueries];                                // of q·K, in units of log 2, or of the cap
   int32_t zero[kTileQueries];                               // 128 · Σ codes
   alignas(64) Code codes[kTileQueries][kMaxHeadDim];
   float max[kTileQueries], sum[kTileQueries];               // max -inf: no key yet
@@ -343,6 +352,7 @@ static inline void softmax(const AttentionView& a, const Chunk& chunk, const Til
     if (key < high) part(key);
   };
 
+  const Vec cap = splat(a.softcap * kLog2e);
   Vec top[kRowBlock];
   for (int i = 0; i < b.n; ++i) {
     const Vec scale = splat(rows.scale[b.r + i]), slope = splat(rows.slope[b.r + i]);
@@ -353,6 +363,7 @@ static inline void softmax(const AttentionView& a, const Chunk& chunk, const Til
       if (Int8) x = __builtin_convertvector(load_int(b.product[i] + key) - zero, Vec) * load(chunk.k_scale + key);
       else x = load(b.score[i] + key);
       x = x * scale;
+      if (a.softcap) x = tanh(x) * cap;
       if (a.alibi_slopes) x = fma(slope, __builtin_convertvector(lane + (chunk.base + key), Vec), x);
       if (visible) x = *visible ? x : splat(-kInfinity);
       store(b.score[i] + key, x);
@@ -460,6 +471,12 @@ static inline size_t row_offset(const AttentionView& a, const AttentionTile& til
   return (static_cast<size_t>(token) * a.num_heads + head) * a.head_dim;
 }
 
+// What a row's softmax starts from, before any key: nothing, or its head's sink, which has no value.
+static inline void start_row(const AttentionView& a, const AttentionTile& tile, int r, float& max, float& sum) {
+  max = a.sinks ? a.sinks[tile.first_head + r % tile.heads] * kLog2e : -kInfinity;
+  sum = a.sinks ? 1.0f : 0.0f;
+}
+
 static inline void write_row(const float* values, float sum, int dim, float* out) {
   each_vector(dim, [&](int d, int lanes) { store_lanes(out + d, load(values + d) / splat(sum), lanes); });
 }
@@ -490,9 +507,8 @@ static void attention_tile(const AttentionView& a, const KvCache& cache, const A
     rows.q[r] = tile.q + row_offset(a, tile, r);
     rows.position[r] = tile.position + r / tile.heads;
     rows.slope[r] = a.alibi_slopes ? a.alibi_slopes[tile.first_head + r % tile.heads] * kLog2e : 0.0f;
-    rows.scale[r] = a.softmax_scale * kLog2e;
-    rows.max[r] = -kInfinity;
-    rows.sum[r] = 0;
+    rows.scale[r] = a.softcap ? a.softmax_scale / a.softcap : a.softmax_scale * kLog2e;
+    start_row(a, tile, r, rows.max[r], rows.sum[r]);
     if (int8) {
       int8_t codes[kMaxHeadDim + kLanes];
       rows.scale[r] *= quantize_head(rows.q[r], a.head_dim, codes);
@@ -541,7 +557,8 @@ static void attention_tile(const AttentionView& a, const KvCache& cache, const A
 static void merge_partials(const AttentionView& a, const AttentionTile& tile) {
   const int rows = tile.tokens * tile.heads, padded = round_up(a.head_dim, 16), size = partial_size(padded);
   for (int r = 0; r < rows; ++r) {
-    float row_max = -kInfinity, row_sum = 0;
+    float row_max, row_sum;
+    start_row(a, tile, r, row_max, row_sum);
     alignas(64) float values[kMaxHeadDim] = {};
     for (int c = 0; c < tile.chunks; ++c) {
       const float* partial = tile.partials + (static_cast<size_t>(c) * rows + r) * size;

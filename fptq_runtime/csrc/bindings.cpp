@@ -41,35 +41,65 @@ KvType kv_type(const std::string& name) {
   throw std::invalid_argument("kv_dtype must be float32, bf16 or int8, not " + name);
 }
 
-using NormPointer = std::shared_ptr<const NormParameter>;
+Curve curve(const std::string& name) {
+  if (name == "silu") return Curve::kSilu;
+  if (name == "gelu_tanh") return Curve::kGeluTanh;
+  if (name == "gelu") return Curve::kGelu;
+  if (name == "relu") return Curve::kRelu;
+  if (name == "relu2") return Curve::kRelu2;
+  if (name == "clamped_swiglu") return Curve::kClampedSwiglu;
+  throw std::invalid_argument("curve must be silu, gelu_tanh, gelu, relu, relu2 or clamped_swiglu, not " + name);
+}
+
+// The form of a q/k norm by its weight's size: shared [head_dim], each head's own or all heads as one row, the last two
+// [heads · head_dim]. Throws std::invalid_argument.
+HeadNormView head_norm(const std::shared_ptr<const NormParameter>& norm, bool own, int heads, int head_dim) {
+  if (!norm) return {};
+  HeadNormView view{norm->view(), 0};
+  const size_t size = norm->weight.size(), one = head_dim, all = static_cast<size_t>(heads) * head_dim;
+  if (size != all && (own || size != one))
+    throw std::invalid_argument("a q or k norm's weight must be [head_dim], [heads, head_dim] or [heads · head_dim] of " +
+                                std::to_string(heads) + " heads of " + std::to_string(head_dim) + ", but it has " +
+                                std::to_string(size) + " numbers");
+  if (own) {
+    view.norm.n = head_dim;
+    view.stride = head_dim;
+  }
+  return view;
+}
 
 std::shared_ptr<AttentionParameter> make_attention(
-    int layer, int num_heads, int num_kv_heads, int head_dim, float softmax_scale, int sliding_window,
+    int layer, int num_heads, int num_kv_heads, int head_dim, float softmax_scale, int sliding_window, int rope_dim,
     uintptr_t rope_cos, uintptr_t rope_sin, int rope_positions, std::vector<float> alibi_slopes,
-    std::shared_ptr<NormParameter> q_norm, std::shared_ptr<NormParameter> k_norm) {
+    std::vector<float> sinks, float softcap, std::shared_ptr<NormParameter> q_norm, bool q_norm_own,
+    std::shared_ptr<NormParameter> k_norm, bool k_norm_own, bool norm_after_rope) {
   if (num_heads < 1 || num_kv_heads < 1 || num_heads % num_kv_heads)
     throw std::invalid_argument("num_heads must be a multiple of num_kv_heads, not " + std::to_string(num_heads) +
                                 " of " + std::to_string(num_kv_heads));
-  if (head_dim < 1 || head_dim > kMaxHeadDim || (rope_cos && head_dim % 2))
-    throw std::invalid_argument("head_dim must be even and at most " + std::to_string(kMaxHeadDim) + ", not " +
+  if (head_dim < 1 || head_dim > kMaxHeadDim)
+    throw std::invalid_argument("head_dim must be at most " + std::to_string(kMaxHeadDim) + ", not " +
                                 std::to_string(head_dim));
+  if (rope_dim < 0 || rope_dim > head_dim || rope_dim % 2)
+    throw std::invalid_argument("rope must rotate an even number of at most " + std::to_string(head_dim) +
+                                " dimensions, not " + std::to_string(rope_dim));
   if (sliding_window < 0) throw std::invalid_argument("sliding_window must be positive");
-  if (!alibi_slopes.empty() && alibi_slopes.size() != static_cast<size_t>(num_heads))
-    throw std::invalid_argument("alibi_slopes must be [num_heads]");
-  for (const auto& norm : {q_norm, k_norm})
-    if (norm && norm->weight.size() != static_cast<size_t>(head_dim))
-      throw std::invalid_argument("q_norm and k_norm must be [head_dim]");
+  for (const auto* values : {&alibi_slopes, &sinks})
+    if (!values->empty() && values->size() != static_cast<size_t>(num_heads))
+      throw std::invalid_argument(std::string(values == &sinks ? "sinks" : "alibi_slopes") + " must be [num_heads]");
+  if (!(softcap >= 0)) throw std::invalid_argument("softcap must be positive");
   auto attention = std::make_shared<AttentionParameter>();
   attention->layer = layer;
   attention->rope_positions = rope_positions;
   attention->alibi_slopes = std::move(alibi_slopes);
+  attention->sinks = std::move(sinks);
   attention->q_norm = q_norm;
   attention->k_norm = k_norm;
-  const NormView none{};
-  attention->view = {num_heads, num_kv_heads, head_dim, softmax_scale, sliding_window,
+  const auto data = [](const std::vector<float>& values) { return values.empty() ? nullptr : values.data(); };
+  attention->view = {num_heads, num_kv_heads, head_dim, softmax_scale, sliding_window, rope_dim,
                      at<float>(rope_cos), at<float>(rope_sin),
-                     attention->alibi_slopes.empty() ? nullptr : attention->alibi_slopes.data(),
-                     q_norm ? q_norm->view() : none, k_norm ? k_norm->view() : none};
+                     data(attention->alibi_slopes), data(attention->sinks), softcap,
+                     head_norm(q_norm, q_norm_own, num_heads, head_dim),
+                     head_norm(k_norm, k_norm_own, num_kv_heads, head_dim), norm_after_rope};
   return attention;
 }
 
@@ -118,8 +148,9 @@ NB_MODULE(_native, m) {
 
   nb::class_<AttentionParameter>(m, "Attention")
       .def(nb::new_(&make_attention), "layer"_a, "num_heads"_a, "num_kv_heads"_a, "head_dim"_a, "softmax_scale"_a,
-           "sliding_window"_a, "rope_cos"_a, "rope_sin"_a, "rope_positions"_a, "alibi_slopes"_a, "q_norm"_a.none(),
-           "k_norm"_a.none());
+           "sliding_window"_a, "rope_dim"_a, "rope_cos"_a, "rope_sin"_a, "rope_positions"_a, "alibi_slopes"_a,
+           "sinks"_a, "softcap"_a, "q_norm"_a.none(), "q_norm_own"_a, "k_norm"_a.none(), "k_norm_own"_a,
+           "norm_after_rope"_a);
 
   nb::class_<Program>(m, "Program")
       .def("__init__", [](Program* self, std::shared_ptr<ThreadPool> pool, const std::string& isa, int max_tokens,
@@ -130,9 +161,16 @@ NB_MODULE(_native, m) {
       }, "pool"_a, "isa"_a, nb::kw_only(), "max_tokens"_a, "max_seqs"_a, "max_logits_rows"_a, "max_model_len"_a,
          "num_blocks"_a, "block_size"_a, "kv_dtype"_a, "num_layers"_a, "num_kv_heads"_a, "head_dim"_a)
       .def("embed", &Program::embed, "table"_a)
+      .def("embed_positions", &Program::embed_positions, "table"_a)
       .def("norm", &Program::norm, "x"_a, "norm"_a, "act"_a.none())
+      .def("quantize", &Program::quantize, "x"_a, "act"_a.none())
       .def("linear", &Program::linear, "x"_a, "linear"_a, "residual"_a.none())
-      .def("activation", &Program::activation, "x"_a, "kind"_a, "act"_a.none())
+      .def("activation", [](Program& program, int x, const std::string& name, bool gated, float limit, Act act) {
+        return program.activation(x, {curve(name), gated, limit}, act);
+      }, "x"_a, "curve"_a, "gated"_a, "limit"_a, "act"_a.none())
+      .def("add", &Program::add, "x"_a, "y"_a)
+      .def("scale", &Program::scale, "x"_a, "factor"_a)
+      .def("softcap", &Program::softcap, "x"_a, "cap"_a)
       .def("rope_and_cache", &Program::rope_and_cache, "qkv"_a, "attention"_a)
       .def("attention", &Program::attention, "q"_a, "attention"_a, "act"_a.none(), "selected"_a)
       .def("select_rows", &Program::select_rows, "x"_a)

@@ -26,9 +26,14 @@ struct Kernels {
   QuantizePartFn quantize_part;
   void (*widen_row)(const void* x, FloatType type, int n, float* out);
   void (*norm_row)(const NormView& norm, const float* x, float* out);
-  int32_t (*silu_mul_row)(const float* gate, const float* up, int n, float* out);   // returns the bits of max|out|
-  void (*gelu_tanh_row)(const float* x, int n, float* out);
-  void (*rope_and_cache_row)(const AttentionView&, const KvCache&, int position, int slot, const float* qkv, float* q);
+  // n outputs of n gates (or of what has none) and as many of up. Returns the bits of max|out|.
+  int32_t (*activate_row)(const Activation&, const float* x, const float* up, int n, float* out);
+  void (*add_row)(const float* x, const float* y, int n, float* out);       // these three: out may be an operand
+  void (*scale_row)(const float* x, float factor, int n, float* out);
+  void (*softcap_row)(const float* x, float cap, int n, float* out);
+  // `keys`: room for num_kv_heads · head_dim.
+  void (*rope_and_cache_row)(const AttentionView&, const KvCache&, int position, int slot, const float* qkv, float* q,
+                             float* keys);
   void (*attention_tile)(const AttentionView&, const KvCache&, const AttentionTile&, const AttentionTile* next);
   void (*merge_partials)(const AttentionView&, const AttentionTile&);
   // Of each block of a row, its largest value and (sums not null) Σ 2^((x - that) · log2_scale). False: one is NaN.

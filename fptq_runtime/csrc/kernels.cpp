@@ -15,9 +15,9 @@ extern const Kernels kernels;
 const Kernels kernels = {
     FPTQ_STRING(FPTQ_NS), kGemmInt4Name,      kGemmInt8Name,    kGemmFloatName,     gemm_int4,
     gemm_int8,            gemm_float,         gemm_weight_only, multiply,           quantize_row,
-    quantize_part,        widen_row,          norm_row,         silu_mul_row,       gelu_tanh_row,
-    rope_and_cache_row,   attention_tile,     merge_partials,   scan_row,           weigh_block,
-    select_at_least,
+    quantize_part,        widen_row,          norm_row,         activate_row,       add_row,
+    scale_row,            softcap_row,        rope_and_cache_row, attention_tile,   merge_partials,
+    scan_row,             weigh_block,        select_at_least,
 };
 
 }  // namespace FPTQ_NS

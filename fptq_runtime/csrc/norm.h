@@ -67,23 +67,84 @@ static void norm_row(const NormView& norm, const float* x, float* out) {
   });
 }
 
-// silu(gate) · up = gate / (1 + e^-gate) · up. Returns the bits of the largest magnitude.
-static int32_t silu_mul_row(const float* gate, const float* up, int n, float* out) {
+// x / (1 + e^-z) = x · sigmoid(z).
+static inline Vec sigmoid_times(Vec x, Vec z) { return x / (splat(1.0f) + exp(-z)); }
+
+static inline Vec silu(Vec x) { return sigmoid_times(x, x); }
+
+// 0.5 x (1 + tanh u) = x · sigmoid(2u), u = sqrt(2/π) (x + 0.044715 x³).
+static inline Vec gelu_tanh(Vec x) {
+  return sigmoid_times(x, splat(1.5957691216f) * x * fma(splat(0.044715f) * x, x, splat(1.0f)));
+}
+
+// x Φ(x), of the tail Φ(-|x|) = erfc(y) / 2, y = |x| / √2, that keeps its relative precision. After Abramowitz and Stegun
+// 7.1.26: e^(y²) erfc(y) = t q(t), t = 1 / (1 + y/2), q a minimax polynomial of degree 8 (relative error 4e-8).
+static inline Vec gelu(Vec x) {
+  const Vec magnitude = reinterpret_cast<Vec>(bits(x) & 0x7fffffff);
+  const Vec t = splat(1.0f) / fma(magnitude, splat(0.35355339f), splat(1.0f));
+  Vec q = splat(-5.889071897e-02f);
+  q = fma(q, t, splat(2.837016582e-01f));
+  q = fma(q, t, splat(-4.853830636e-01f));
+  q = fma(q, t, splat(2.759773433e-01f));
+  q = fma(q, t, splat(-2.517709695e-02f));
+  q = fma(q, t, splat(2.020695657e-01f));
+  q = fma(q, t, splat(2.432610840e-01f));
+  q = fma(q, t, splat(2.823534608e-01f));
+  q = fma(q, t, splat(2.820876837e-01f));
+  const Vec part = x * (splat(0.5f) * t * q * exp(splat(-0.5f) * x * x));
+  return bits(x) < 0 ? part : x - part;
+}
+
+static inline Vec relu(Vec x) { return vmax(splat(0.0f), x); }
+
+// out = f(offset, lanes), vector by vector. Returns the bits of the largest magnitude.
+template <class F>
+static inline int32_t activate(int n, float* out, F f) {
   IntVec top = {};
   each_vector(n, [&](int i, int lanes) {
-    const Vec x = load_lanes(gate + i, lanes), y = x / (splat(1.0f) + exp(-x)) * load_lanes(up + i, lanes);
+    const Vec y = f(i, lanes);
     top = max_bits(top, y);
     store_lanes(out + i, y, lanes);
   });
   return max(top);
 }
 
-// 0.5 x (1 + tanh u) = x / (1 + e^-2u), u = sqrt(2/π) (x + 0.044715 x³).
-static void gelu_tanh_row(const float* x, int n, float* out) {
+static int32_t activate_row(const Activation& activation, const float* x, const float* up, int n, float* out) {
+  const auto by = [=](auto curve) {
+    if (!activation.gated) return activate(n, out, [=](int i, int lanes) { return curve(load_lanes(x + i, lanes)); });
+    return activate(n, out, [=](int i, int lanes) {
+      return curve(load_lanes(x + i, lanes)) * load_lanes(up + i, lanes);
+    });
+  };
+  switch (activation.curve) {  // lambdas, because each type is compiled, and inlined, by itself
+    case Curve::kSilu: return by([](Vec v) { return silu(v); });
+    case Curve::kGeluTanh: return by([](Vec v) { return gelu_tanh(v); });
+    case Curve::kGelu: return by([](Vec v) { return gelu(v); });
+    case Curve::kRelu: return by([](Vec v) { return relu(v); });
+    case Curve::kRelu2: return by([](Vec v) { return relu(v) * relu(v); });
+    case Curve::kClampedSwiglu: break;
+  }
+  const Vec limit = splat(activation.limit);
+  return activate(n, out, [=](int i, int lanes) {
+    const Vec gate = vmin(limit, load_lanes(x + i, lanes));
+    const Vec other = vmax(-limit, vmin(limit, load_lanes(up + i, lanes)));
+    return sigmoid_times(gate, splat(1.702f) * gate) * (other + splat(1.0f));
+  });
+}
+
+static void add_row(const float* x, const float* y, int n, float* out) {
   each_vector(n, [&](int i, int lanes) {
-    const Vec v = load_lanes(x + i, lanes);
-    const Vec u = splat(0.7978845608f) * v * fma(splat(0.044715f) * v, v, splat(1.0f));
-    store_lanes(out + i, v / (splat(1.0f) + exp(splat(-2.0f) * u)), lanes);
+    store_lanes(out + i, load_lanes(x + i, lanes) + load_lanes(y + i, lanes), lanes);
+  });
+}
+
+static void scale_row(const float* x, float factor, int n, float* out) {
+  each_vector(n, [&](int i, int lanes) { store_lanes(out + i, load_lanes(x + i, lanes) * splat(factor), lanes); });
+}
+
+static void softcap_row(const float* x, float cap, int n, float* out) {
+  each_vector(n, [&](int i, int lanes) {
+    store_lanes(out + i, tanh(load_lanes(x + i, lanes) / splat(cap)) * splat(cap), lanes);
   });
 }
 

@@ -97,20 +97,21 @@ const Program::Value& Program::float_value(int id, int width, const char* op) co
   return x;
 }
 
-int Program::define(std::string kind, int width, bool selected, Act act, std::vector<int> reads, int in_place) {
+int Program::define(std::string kind, int width, bool selected, Act act, std::vector<int> reads,
+                    std::vector<int> in_place) {
   if (logits_ >= 0) refuse("the program is finished");
   if (act && !(std::isfinite(*act) && *act >= 0)) refuse("a static activation scale must be positive and finite");
   const int write = static_cast<int>(values_.size());
   for (int id : reads) values_[id].last_use = static_cast<int>(ops_.size());
-  values_.push_back({width, selected, act});
-  ops_.push_back({std::move(kind), std::move(reads), write, in_place, nullptr});
+  values_.push_back({width, selected, act, static_cast<int>(ops_.size())});
+  ops_.push_back({std::move(kind), std::move(reads), write, std::move(in_place)});
   return write;
 }
 
 void Program::record(std::function<void(const StepView&)> run) { ops_.back().run = std::move(run); }
 
 float* Program::floats(int id, const StepView& step) const {
-  return id == logits_ ? step.logits : reinterpret_cast<float*>(values_[id].data);
+  return values_[id].data ? reinterpret_cast<float*>(values_[id].data) : step.logits;
 }
 
 // A quantized value's memory: codes, scales, sums, each on its own lines, sized for `capacity` rows.
@@ -145,14 +146,44 @@ void Program::each_row(int id, const StepView& step, F f) const {
   });
 }
 
+template <class F>
+void Program::record_rows(int x, int out, F f) {
+  const size_t in_width = values_[x].width, width = values_[out].width;
+  const Act act = values_[out].act;
+  record([=, this_ = this](const StepView& step) {
+    const float* in = this_->floats(x, step);
+    if (!act) {
+      float* y = this_->floats(out, step);
+      this_->each_row(out, step, [&](int row, int) { f(in + row * in_width, y + row * width); });
+      return;
+    }
+    Activations y = this_->activations(out, step);
+    this_->each_row(out, step, [&](int row, int thread) {
+      float* scratch = this_->scratch_[thread].data();
+      f(in + row * in_width, scratch);
+      this_->kernels_.quantize_row(scratch, row, *act, y);
+    });
+  });
+}
+
 int Program::embed(std::shared_ptr<const EmbeddingParameter> table) {
   vocab_ = vocab_ ? std::min(vocab_, table->vocab) : table->vocab;
-  const int out = define("embed", table->width, false, {}, {}, -1);
+  return gather(table, &StepView::token_ids);
+}
+
+int Program::embed_positions(std::shared_ptr<const EmbeddingParameter> table) {
+  if (table->vocab < limits_.max_model_len)
+    refuse("max_model_len ", limits_.max_model_len, " exceeds the position embedding's ", table->vocab, " positions");
+  return gather(table, &StepView::positions);
+}
+
+int Program::gather(std::shared_ptr<const EmbeddingParameter> table, const int32_t* StepView::*indices) {
+  const int out = define("embed", table->width, false, {}, {});
   const size_t row_bytes = table->width * float_bytes(table->type);
   record([=, this_ = this](const StepView& step) {
     float* y = this_->floats(out, step);
     this_->each_row(out, step, [&](int row, int) {
-      this_->kernels_.widen_row(static_cast<const char*>(table->data) + step.token_ids[row] * row_bytes, table->type,
+      this_->kernels_.widen_row(static_cast<const char*>(table->data) + (step.*indices)[row] * row_bytes, table->type,
                                 table->width, y + static_cast<size_t>(row) * table->width);
     });
   });
@@ -162,73 +193,88 @@ int Program::embed(std::shared_ptr<const EmbeddingParameter> table) {
 int Program::norm(int x, std::shared_ptr<const NormParameter> norm, Act act) {
   const NormView view = norm->view();
   const bool selected = float_value(x, view.n, "norm").selected;
-  const int out = define("norm", view.n, selected, act, {x}, -1);
+  const int out = define("norm", view.n, selected, act, {x});
+  record_rows(x, out, [=, keep = norm, &kernels = kernels_](const float* row, float* y) {
+    kernels.norm_row(view, row, y);
+  });
+  return out;
+}
+
+int Program::activation(int x, const Activation& activation, Act act) {
+  const int in_width = value(x, "activation").width, width = activation.gated ? in_width / 2 : in_width;
+  const bool selected = float_value(x, in_width, "activation").selected;
+  if (activation.gated && in_width % 2) refuse("a gated activation reads gate and up, but its input is ", in_width, " wide");
+  if (activation.curve == Curve::kClampedSwiglu && !activation.gated) refuse("clamped_swiglu is always gated");
+  if (!(activation.limit > 0)) refuse("an activation's limit must be positive, not ", activation.limit);
+  const int out = define("activation", width, selected, act, {x});
+  ops_.back().activation = activation;
+  record_rows(x, out, [=, &kernels = kernels_](const float* row, float* y) {
+    kernels.activate_row(activation, row, row + width, width, y);
+  });
+  return out;
+}
+
+int Program::add(int x, int y) {
+  const Value a = value(x, "add");
+  if (float_value(x, a.width, "add").selected != float_value(y, a.width, "add").selected)
+    refuse("add: its inputs have different rows");
+  const int out = define("add", a.width, a.selected, {}, {x, y}, {x, y});
   record([=, this_ = this](const StepView& step) {
-    const float* in = this_->floats(x, step);
-    (void)norm;  // keeps what `view` points at
-    if (!act) {
-      float* y = this_->floats(out, step);
-      this_->each_row(out, step, [&](int row, int) {
-        this_->kernels_.norm_row(view, in + static_cast<size_t>(row) * view.n, y + static_cast<size_t>(row) * view.n);
-      });
-      return;
-    }
-    Activations y = this_->activations(out, step);
-    this_->each_row(out, step, [&](int row, int thread) {
-      float* scratch = this_->scratch_[thread].data();
-      this_->kernels_.norm_row(view, in + static_cast<size_t>(row) * view.n, scratch);
-      this_->kernels_.quantize_row(scratch, row, *act, y);
+    const float *left = this_->floats(x, step), *right = this_->floats(y, step);
+    float* sum = this_->floats(out, step);
+    this_->each_row(out, step, [&](int row, int) {
+      const size_t at = static_cast<size_t>(row) * a.width;
+      this_->kernels_.add_row(left + at, right + at, a.width, sum + at);
     });
   });
   return out;
 }
 
-int Program::activation(int x, const std::string& kind, Act act) {
-  if (kind != "silu_mul" && kind != "gelu_tanh") refuse("activation must be silu_mul or gelu_tanh, not ", kind);
-  const bool gated = kind == "silu_mul";
-  const int in_width = value(x, "activation").width, width = gated ? in_width / 2 : in_width;
-  const bool selected = float_value(x, gated ? 2 * width : width, "activation").selected;
-  if (gated && act && width % kPanelCols == 0 && !ops_.empty() && ops_.back().write == x && ops_.back().gateable)
-    return gate(x, width, *act);
-  const int out = define("activation", width, selected, act, {x}, -1);
-  const auto apply = [=, this_ = this](const float* row, float* y) {
-    if (gated) this_->kernels_.silu_mul_row(row, row + width, width, y);
-    else this_->kernels_.gelu_tanh_row(row, width, y);
-  };
-  record([=, this_ = this](const StepView& step) {
-    const float* in = this_->floats(x, step);
-    if (!act) {
-      float* y = this_->floats(out, step);
-      this_->each_row(out, step, [&](int row, int) {
-        apply(in + static_cast<size_t>(row) * in_width, y + static_cast<size_t>(row) * width);
-      });
-      return;
-    }
-    Activations y = this_->activations(out, step);
-    this_->each_row(out, step, [&](int row, int thread) {
-      float* scratch = this_->scratch_[thread].data();
-      apply(in + static_cast<size_t>(row) * in_width, scratch);
-      this_->kernels_.quantize_row(scratch, row, *act, y);
-    });
+int Program::scale(int x, float factor) {
+  const Value in = value(x, "scale");
+  float_value(x, in.width, "scale");
+  if (!std::isfinite(factor)) refuse("scale: the factor must be finite, not ", factor);
+  const int out = define("scale", in.width, in.selected, {}, {x}, {x});
+  record_rows(x, out, [=, &kernels = kernels_](const float* row, float* y) {
+    kernels.scale_row(row, factor, in.width, y);
   });
   return out;
 }
 
-// Turns the linear that was recorded last into silu(gate) · up of its output, quantized: each task multiplies a few
-// panels of gate and the same of up, and what it made of them waits for the row's maximum as [panels][rows][64], so that
-// a task writes and reads it in one stream.
-int Program::gate(int x, int width, float act) {
-  const auto linear = ops_.back().gateable;
-  const int in = ops_.back().reads.front();
-  const bool selected = values_[x].selected;
-  ops_.pop_back();
-  values_[x] = {width, selected, {}};   // silu(gate) · up in float
-  ops_.push_back({linear_kind(*linear), {in}, x, -1, nullptr});
-  values_[in].last_use = static_cast<int>(ops_.size()) - 1;
-  const int out = define("quantize", width, selected, act, {x}, -1);
-  const int panels = width / kPanelCols;
-  Op& op = ops_[ops_.size() - 2];
-  op.run = [=, this_ = this](const StepView& step) {
+int Program::softcap(int x, float cap) {
+  const Value in = value(x, "softcap");
+  float_value(x, in.width, "softcap");
+  if (!(std::isfinite(cap) && cap > 0)) refuse("softcap: the cap must be positive and finite, not ", cap);
+  const int out = define("softcap", in.width, in.selected, {}, {x}, {x});
+  record_rows(x, out, [=, &kernels = kernels_](const float* row, float* y) {
+    kernels.softcap_row(row, cap, in.width, y);
+  });
+  return out;
+}
+
+// A linear whose output only a gated activation reads becomes, tile by tile, activation(gate, up); the activation's op is
+// left with the quantization.
+void Program::fuse_gates() {
+  for (size_t i = 0; i + 1 < ops_.size(); ++i) {
+    Op &linear = ops_[i], &activation = ops_[i + 1];
+    const Value& out = values_[activation.write];
+    if (linear.linear && linear.linear->packed && linear.reads.size() == 1 && activation.activation &&
+        activation.activation->gated && activation.reads.front() == linear.write &&
+        values_[linear.write].last_use == static_cast<int>(i) + 1 && out.act && out.width % kPanelCols == 0)
+      gate(linear, activation);
+  }
+}
+
+// Each task multiplies a few panels of gate and the same of up, and what it made of them waits for the row's maximum as
+// [panels][rows][64], so that a task writes and reads it in one stream.
+void Program::gate(Op& linear_op, Op& activation_op) {
+  const auto linear = linear_op.linear;
+  const Activation activation = *activation_op.activation;
+  const int in = linear_op.reads.front(), x = linear_op.write, out = activation_op.write;
+  const int width = values_[out].width, panels = width / kPanelCols;
+  const float act = *values_[out].act;
+  values_[x].width = width;   // of gate and up in one
+  linear_op.run = [=, this_ = this](const StepView& step) {
     const int m = this_->rows(x, step);
     float* y = this_->floats(x, step);
     const float* bias = linear->bias.empty() ? nullptr : linear->bias.data();
@@ -249,12 +295,14 @@ int Program::gate(int x, int width, float act) {
           float* to = y + (static_cast<size_t>(p + i) * m + m0) * kPanelCols;
           int32_t* max_bits = &this_->max_bits_[static_cast<size_t>(group) * m + m0];
           for (int row = m0; row < m1; ++row, from += 2 * columns, to += kPanelCols, ++max_bits)
-            *max_bits = std::max(*max_bits, this_->kernels_.silu_mul_row(from, from + columns, kPanelCols, to));
+            *max_bits = std::max(
+                *max_bits, this_->kernels_.activate_row(activation, from, from + columns, kPanelCols, to));
         }
       }
     });
   };
-  record([=, this_ = this](const StepView& step) {
+  activation_op.kind = "quantize";
+  activation_op.run = [=, this_ = this](const StepView& step) {
     const int m = this_->rows(x, step);
     const float* in = this_->floats(x, step);
     Activations y = this_->activations(out, step);
@@ -271,19 +319,19 @@ int Program::gate(int x, int width, float act) {
         this_->kernels_.quantize_part(in + (static_cast<size_t>(p) * m + m0) * kPanelCols, kPanelCols, m0, m1, scales,
                                       p * kPanelCols, kPanelCols, y);
     });
-  });
-  return out;
+  };
 }
 
 int Program::quantize(int x, Act act) {
+  const Value in = value(x, "quantize");
+  float_value(x, in.width, "quantize");
   if (!act) return x;
-  const Value in_value = values_[x];
-  const int out = define("quantize", in_value.width, in_value.selected, act, {x}, -1);
+  const int out = define("quantize", in.width, in.selected, act, {x});
   record([=, this_ = this](const StepView& step) {
-    const float* in = this_->floats(x, step);
+    const float* rows = this_->floats(x, step);
     Activations y = this_->activations(out, step);
     this_->each_row(out, step, [&](int row, int) {
-      this_->kernels_.quantize_row(in + static_cast<size_t>(row) * in_value.width, row, *act, y);
+      this_->kernels_.quantize_row(rows + static_cast<size_t>(row) * in.width, row, *act, y);
     });
   });
   return out;
@@ -308,8 +356,9 @@ int Program::linear(int x, std::shared_ptr<const LinearParameter> linear, std::o
                          int64_t{n} * ceil_div(k, packed->group_size) * (packed->bf16_scales ? 2 : 4);
   else
     work.weight_bytes += weights * float_bytes(linear->float_weight->type);
-  const int out = define(linear_kind(*linear), n, in.selected, {}, reads, residual && *residual != x ? *residual : -1);
-  if (linear->packed && !residual) ops_.back().gateable = linear;
+  const int out = define(linear_kind(*linear), n, in.selected, {}, reads,
+                         residual && *residual != x ? std::vector<int>{*residual} : std::vector<int>{});
+  ops_.back().linear = linear;
   record([=, this_ = this](const StepView& step) {
     const int m = this_->rows(out, step);
     const Epilogue epilogue{linear->bias.empty() ? nullptr : linear->bias.data(),
@@ -370,14 +419,15 @@ int Program::rope_and_cache(int qkv, std::shared_ptr<const AttentionParameter> a
   const AttentionView& a = attention->view;
   const int width = (a.num_heads + 2 * a.num_kv_heads) * a.head_dim, q_width = a.num_heads * a.head_dim;
   if (float_value(qkv, width, "rope_and_cache").selected) refuse("rope_and_cache must come before select_rows");
-  const int out = define("rope and cache", q_width, false, {}, {qkv}, -1);
+  const int out = define("rope and cache", q_width, false, {}, {qkv});
   record([=, this_ = this](const StepView& step) {
     const float* in = this_->floats(qkv, step);
     float* q = this_->floats(out, step);
     const KvCache& cache = this_->cache_[attention->layer];
-    this_->each_row(qkv, step, [&](int row, int) {
+    this_->each_row(qkv, step, [&](int row, int thread) {
       this_->kernels_.rope_and_cache_row(attention->view, cache, step.positions[row], step.slot_mapping[row],
-                                         in + static_cast<size_t>(row) * width, q + static_cast<size_t>(row) * q_width);
+                                         in + static_cast<size_t>(row) * width, q + static_cast<size_t>(row) * q_width,
+                                         this_->scratch_[thread].data());
     });
   });
   return out;
@@ -387,7 +437,7 @@ int Program::attention(int q, std::shared_ptr<const AttentionParameter> attentio
   check(*attention);
   const int width = attention->view.num_heads * attention->view.head_dim;
   if (float_value(q, width, "attention").selected) refuse("attention must come before select_rows");
-  const int out = define("attention", width, selected, {}, {q}, -1);
+  const int out = define("attention", width, selected, {}, {q});
   record([=, this_ = this](const StepView& step) {
     this_->attend(*attention, this_->floats(q, step), this_->floats(out, step), selected, step);
   });
@@ -489,7 +539,7 @@ void Program::attend(const AttentionParameter& attention, const float* q, float*
 int Program::select_rows(int x) {
   const Value in = value(x, "select_rows");
   if (float_value(x, in.width, "select_rows").selected) refuse("select_rows reads token rows");
-  const int out = define("select rows", in.width, true, {}, {x}, -1);
+  const int out = define("select rows", in.width, true, {}, {x});
   record([=, this_ = this](const StepView& step) {
     for (int row = 0; row < step.rows; ++row)
       std::memcpy(this_->floats(out, step) + static_cast<size_t>(row) * in.width,
@@ -504,6 +554,16 @@ void Program::finish(int logits) {
   if (logits + 1 != static_cast<int>(values_.size()) || !result.selected || result.act)
     refuse("a program must end with its logits: floats of the selected rows");
 
+  fuse_gates();
+
+  const auto taken = [&](const Op& op) {  // the operand that the op overwrites, or -1
+    for (int id : op.in_place)
+      if (values_[id].last_use == static_cast<int>(&op - ops_.data())) return id;
+    return -1;
+  };
+  std::vector<bool> in_logits(values_.size());
+  for (int id = logits; id >= 0; id = taken(ops_[values_[id].op])) in_logits[id] = true;
+
   struct Buffer {
     char* data;
     size_t size;
@@ -511,36 +571,34 @@ void Program::finish(int logits) {
   std::vector<Buffer> free;
   std::vector<Buffer> of(values_.size(), Buffer{nullptr, 0});
   int widest = 0;
-  for (size_t i = 0; i < ops_.size(); ++i) {
-    const Op& op = ops_[i];
+  for (const Op& op : ops_) {
     Value& out = values_[op.write];
+    widest = std::max(widest, out.width);
     const size_t size = bytes(out);
-    const auto dies = [&](int id) { return values_[id].last_use == static_cast<int>(i); };
-    bool taken = false;
-    if (op.write != logits) {
-      if (op.in_place >= 0 && dies(op.in_place)) {
-        of[op.write] = of[op.in_place];
-        taken = true;
+    const int overwritten = taken(op);
+    if (in_logits[op.write]) {
+      // the step's own array
+    } else if (overwritten >= 0) {
+      of[op.write] = of[overwritten];
+    } else {
+      auto best = free.end();
+      for (auto it = free.begin(); it != free.end(); ++it)
+        if (it->size >= size && (best == free.end() || it->size < best->size)) best = it;
+      if (best != free.end()) {
+        of[op.write] = *best;
+        free.erase(best);
       } else {
-        auto best = free.end();
-        for (auto it = free.begin(); it != free.end(); ++it)
-          if (it->size >= size && (best == free.end() || it->size < best->size)) best = it;
-        if (best != free.end()) {
-          of[op.write] = *best;
-          free.erase(best);
-        } else {
-          of[op.write] = {allocate(size), size};
-        }
+        of[op.write] = {allocate(size), size};
       }
-      out.data = of[op.write].data;
-      if (out.last_use < 0) free.push_back(of[op.write]);
     }
+    out.data = of[op.write].data;
+    if (out.data && out.last_use < 0) free.push_back(of[op.write]);
     std::vector<int> reads = op.reads;
     std::sort(reads.begin(), reads.end());
     reads.erase(std::unique(reads.begin(), reads.end()), reads.end());
     for (int id : reads)
-      if (dies(id) && !(taken && id == op.in_place)) free.push_back(of[id]);
-    widest = std::max(widest, out.width);
+      if (values_[id].last_use == static_cast<int>(&op - ops_.data()) && id != overwritten && !in_logits[id])
+        free.push_back(of[id]);
   }
   scratch_.assign(pool_->threads(), std::vector<float>(std::max(widest, kScratch)));
   logits_ = logits;

@@ -47,7 +47,7 @@ struct AttentionParameter {
   int layer;
   AttentionView view;   // its pointers lead here or to the caller's rope tables
   int rope_positions;
-  std::vector<float> alibi_slopes;
+  std::vector<float> alibi_slopes, sinks;
   std::shared_ptr<const NormParameter> q_norm, k_norm;
 };
 
@@ -86,14 +86,19 @@ class Program {
   Program& operator=(const Program&) = delete;
 
   int embed(std::shared_ptr<const EmbeddingParameter> table);
+  int embed_positions(std::shared_ptr<const EmbeddingParameter> table);
   int norm(int x, std::shared_ptr<const NormParameter> norm, Act act);
+  int quantize(int x, Act act);
   int linear(int x, std::shared_ptr<const LinearParameter> linear, std::optional<int> residual);
-  int activation(int x, const std::string& kind, Act act);
+  int activation(int x, const Activation& activation, Act act);
+  int add(int x, int y);
+  int scale(int x, float factor);
+  int softcap(int x, float cap);
   int rope_and_cache(int qkv, std::shared_ptr<const AttentionParameter> attention);
   // `selected`: for the rows that need logits alone.
   int attention(int q, std::shared_ptr<const AttentionParameter> attention, Act act, bool selected);
   int select_rows(int x);
-  // Ends the recording with the last value as logits, and allocates the buffers.
+  // Ends the recording with the last value as logits, fuses what can be, and allocates the buffers.
   void finish(int logits);
 
   int logits_width() const { return values_.at(logits_).width; }
@@ -111,23 +116,29 @@ class Program {
     int width;
     bool selected;          // rows are logits_rows, not tokens
     Act act;
+    int op;                 // that writes it
     int last_use = -1;      // op
-    char* data = nullptr;   // null for the logits, which go to the step's own array
+    char* data = nullptr;   // null for the logits, and what they overwrite, which lie in the step's own array
   };
   struct Op {
     std::string kind;
     std::vector<int> reads;
     int write;
-    int in_place;           // a value that the result may overwrite, or -1
-    std::function<void(const StepView&)> run;
-    std::shared_ptr<const LinearParameter> gateable{};   // of a linear that activation() may take over
+    std::vector<int> in_place;   // values that the result may overwrite
+    std::function<void(const StepView&)> run{};
+    std::shared_ptr<const LinearParameter> linear{};     // of a linear, or
+    std::optional<Activation> activation{};              // of an activation: what fuse_gates() looks for
     double seconds = 0;     // in all steps so far
   };
   using Memory = std::unique_ptr<char, void (*)(void*)>;
 
-  int define(std::string kind, int width, bool selected, Act act, std::vector<int> reads, int in_place);
+  int define(std::string kind, int width, bool selected, Act act, std::vector<int> reads, std::vector<int> in_place = {});
   void record(std::function<void(const StepView&)> run);
-  int quantize(int x, Act act);
+  // The op just defined is out = f(row of x), quantized if `out` is; f writes floats.
+  template <class F>
+  void record_rows(int x, int out, F f);
+  // Rows of the table for the step's array of indices.
+  int gather(std::shared_ptr<const EmbeddingParameter> table, const int32_t* StepView::*indices);
   const Value& value(int id, const char* op) const;
   const Value& float_value(int id, int width, const char* op) const;
   void check(const AttentionParameter& attention) const;
@@ -150,7 +161,8 @@ class Program {
   void each_tile(const Cut& cut, int m, int panels, F f) const;
   void multiply(const LinearParameter& linear, int x, const Epilogue& epilogue, const StepView& step, int m0, int m1,
                 int p0, int p1) const;
-  int gate(int x, int width, float act);
+  void fuse_gates();
+  void gate(Op& linear, Op& activation);
   void attend(const AttentionParameter& attention, const float* q, float* out, bool selected, const StepView& step);
 
   const std::shared_ptr<ThreadPool> pool_;

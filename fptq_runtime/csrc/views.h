@@ -25,14 +25,33 @@ struct NormView {
   bool layer;
 };
 
+// A norm of q's or of k's heads: each `n` of a row's dimensions by themselves, one head or all of them. `stride`: from
+// one head's weights (and bias) to the next one's, 0 where they share them.
+struct HeadNormView {
+  NormView norm;
+  int stride;
+};
+
 struct AttentionView {
   int num_heads, num_kv_heads, head_dim;
   float softmax_scale;
   int sliding_window;         // 0: none
-  const float* rope_cos;      // [positions][head_dim / 2], null where there is no rope
+  int rope_dim;               // of head_dim, rotated
+  const float* rope_cos;      // [positions][rope_dim / 2], null where there is no rope
   const float* rope_sin;
   const float* alibi_slopes;  // [num_heads] or null
-  NormView q_norm, k_norm;
+  const float* sinks;         // [num_heads] or null
+  float softcap;              // 0: none
+  HeadNormView q_norm, k_norm;
+  bool norm_after_rope;
+};
+
+// kernels/base.py's Activation.
+enum class Curve { kSilu, kGeluTanh, kGelu, kRelu, kRelu2, kClampedSwiglu };
+struct Activation {
+  Curve curve;
+  bool gated;
+  float limit;
 };
 
 // One layer's part of the paged cache, [blocks][layers][kv heads][k | v | k scales | v scales]: what a task reads of a

@@ -180,8 +180,14 @@ class CaptureOps:
     def embed(self, table: Prepared) -> int:
         return self._program.embed(self._use(table))
 
+    def embed_positions(self, table: Prepared) -> int:
+        return self._program.embed_positions(self._use(table))
+
     def norm(self, x: int, norm: Prepared, act: ActivationQuant | None) -> int:
         return self._program.norm(x, self._use(norm), _act(act))
+
+    def quantize(self, x: int, act: ActivationQuant | None) -> int:
+        return self._program.quantize(x, _act(act))
 
     def linear(self, x: int, linear: Prepared, residual: int | None = None) -> int:
         y = self._program.linear(x, self._use(linear), residual)
@@ -191,8 +197,16 @@ class CaptureOps:
         return self._program.linear(self._program.linear(x, down, None), up, y)
 
     def activation(self, x: int, activation: Activation, act: ActivationQuant | None) -> int:
-        kind = {("silu", True): "silu_mul", ("gelu_tanh", False): "gelu_tanh"}[activation.curve, activation.gated]
-        return self._program.activation(x, kind, _act(act))
+        return self._program.activation(x, activation.curve, activation.gated, activation.limit, _act(act))
+
+    def add(self, x: int, y: int) -> int:
+        return self._program.add(x, y)
+
+    def scale(self, x: int, factor: float) -> int:
+        return self._program.scale(x, factor)
+
+    def softcap(self, x: int, cap: float) -> int:
+        return self._program.softcap(x, cap)
 
     def rope_and_cache(self, qkv: int, attention: Prepared) -> int:
         return self._program.rope_and_cache(qkv, self._use(attention))
@@ -324,7 +338,7 @@ def _int8_rows(name: str, weight: Array) -> QuantizedWeight:
 
 
 def _floats(array: Array | None) -> list[float]:
-    return [] if array is None else _float32(array).tolist()
+    return [] if array is None else _float32(array).ravel().tolist()
 
 
 def _prepare_embedding(embedding: Embedding) -> Prepared:
@@ -342,10 +356,14 @@ def _prepare_attention(spec: AttentionSpec) -> Prepared:
     rope: tuple[Float32Array, ...] = ()
     if spec.rope is not None:
         rope = tuple(map(_float32, spec.rope))
-        if any(table.shape != rope[0].shape or table.shape[-1] * 2 != spec.head_dim for table in rope):
-            raise ValueError(f"rope tables must be [positions, {spec.head_dim // 2}], not {rope[0].shape}")
+        if any(table.shape != rope[0].shape or table.ndim != 2 or not 0 < 2 * table.shape[1] <= spec.head_dim
+               for table in rope):
+            raise ValueError(f"rope tables must be [positions, at most {spec.head_dim // 2}], not {rope[0].shape} and "
+                             f"{rope[1].shape}")
     if spec.sliding_window is not None and spec.sliding_window < 1:
         raise ValueError(f"sliding_window must be at least 1, not {spec.sliding_window}")
+    if spec.softcap is not None and not spec.softcap > 0:
+        raise ValueError(f"softcap must be positive, not {spec.softcap}")
     native = _native.Attention(
         layer=spec.layer,
         num_heads=spec.num_heads,
@@ -353,11 +371,17 @@ def _prepare_attention(spec: AttentionSpec) -> Prepared:
         head_dim=spec.head_dim,
         softmax_scale=spec.softmax_scale,
         sliding_window=spec.sliding_window or 0,
+        rope_dim=2 * rope[0].shape[1] if rope else 0,
         rope_cos=rope[0].ctypes.data if rope else 0,
         rope_sin=rope[1].ctypes.data if rope else 0,
         rope_positions=rope[0].shape[0] if rope else 0,
         alibi_slopes=_floats(spec.alibi_slopes),
+        sinks=_floats(spec.sinks),
+        softcap=spec.softcap or 0.0,
         q_norm=None if spec.q_norm is None else _prepare_norm(spec.q_norm),
+        q_norm_own=spec.q_norm is not None and np.ndim(spec.q_norm.weight) == 2,
         k_norm=None if spec.k_norm is None else _prepare_norm(spec.k_norm),
+        k_norm_own=spec.k_norm is not None and np.ndim(spec.k_norm.weight) == 2,
+        norm_after_rope=spec.norm_after_rope,
     )
     return Prepared(native, rope)

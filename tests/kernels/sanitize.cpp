@@ -1,4 +1,4 @@
-// Drives packing, every ISA's GEMMs, row quantizer and attention, and the thread pool, over odd shapes and from exactly
+// Drives packing, every ISA's GEMMs, row quantizer, activations and attention, and the thread pool, over odd shapes and from exactly
 // sized buffers, for the sanitizers to watch; every path must also give the plain C++ path's bits (attention: its numbers). CMake builds it as the
 // target `sanitize`, with -fsanitize=$FPTQ_SANITIZE; test_sanitizers.py runs it.
 #include <algorithm>
@@ -123,14 +123,50 @@ void check_gemms(std::mt19937& random, int m, int n, int k, int group_size) {
   }
 }
 
+// Every curve, into a buffer of its own size and over its input: the same bits, and near plain C++'s numbers.
+void check_activations(std::mt19937& random, int n) {
+  std::normal_distribution<float> normal(0, 3);
+  std::vector<float> x(n), up(n);
+  for (float& value : x) value = normal(random);
+  for (float& value : up) value = normal(random);
+  for (Curve curve : {Curve::kSilu, Curve::kGeluTanh, Curve::kGelu, Curve::kRelu, Curve::kRelu2, Curve::kClampedSwiglu}) {
+    for (bool gated : {false, true}) {
+      if (curve == Curve::kClampedSwiglu && !gated) continue;
+      const Activation activation{curve, gated, 2.0f};
+      std::vector<float> expected(n);
+      kernels_for("generic").activate_row(activation, x.data(), up.data(), n, expected.data());
+      for (const Kernels* kernels : all_kernels()) {
+        std::vector<float> out(n), in_place = x;
+        kernels->activate_row(activation, x.data(), up.data(), n, out.data());
+        kernels->activate_row(activation, in_place.data(), up.data(), n, in_place.data());
+        check(equal(out, in_place), "activation in place", *kernels, 1, n, 0);
+        for (int i = 0; i < n; ++i)
+          check(std::abs(out[i] - expected[i]) <= 1e-5f * (1 + std::abs(expected[i])), "activation", *kernels, 1, n, 0);
+      }
+    }
+  }
+  for (const Kernels* kernels : all_kernels()) {
+    std::vector<float> out = x;
+    kernels->add_row(out.data(), up.data(), n, out.data());
+    kernels->scale_row(out.data(), 0.5f, n, out.data());
+    kernels->softcap_row(out.data(), 2.0f, n, out.data());
+    for (int i = 0; i < n; ++i)
+      check(std::abs(out[i] - 2 * std::tanh((x[i] + up[i]) / 4)) <= 1e-6f, "softcap", *kernels, 1, n, 0);
+  }
+}
+
 // One sequence of `tokens`, all at once, then its last token again with the chunks apart: the same bits.
 void check_attention(std::mt19937& random, KvType type, int group, int dim, int tokens, int block_size, int window) {
   const int kv_heads = 2, heads = kv_heads * group, width = (heads + 2 * kv_heads) * dim;
   std::normal_distribution<float> normal;
   std::vector<float> qkv(static_cast<size_t>(tokens) * width), expected;
   for (float& value : qkv) value = normal(random);
-  const std::vector<float> slopes(heads, 0.01f), table(static_cast<size_t>(tokens) * (dim / 2), 0.7f);
-  const AttentionView a{heads, kv_heads, dim, 0.2f, window, table.data(), table.data(), slopes.data(), {}, {}};
+  const int rope_dim = group % 2 ? dim : dim / 4 * 2;
+  const std::vector<float> slopes(heads, 0.01f), table(static_cast<size_t>(tokens) * (rope_dim / 2), 0.7f);
+  const std::vector<float> sinks(heads, 0.3f), gains(static_cast<size_t>(kv_heads) * dim, 1.1f);
+  const HeadNormView own{{gains.data(), gains.data(), 1e-5f, dim, true}, dim};
+  const AttentionView a{heads, kv_heads, dim, 0.2f, window, rope_dim, table.data(), table.data(), slopes.data(),
+                        window ? sinks.data() : nullptr, group % 2 ? 0 : 5.0f, {}, own, tokens % 2 == 0};
   const int blocks = ceil_div(tokens, block_size);
   std::vector<int32_t> block_table(blocks);
   for (int i = 0; i < blocks; ++i) block_table[i] = blocks - 1 - i;
@@ -144,10 +180,11 @@ void check_attention(std::mt19937& random, KvType type, int group, int dim, int 
     std::vector<char> data(blocks * cache.block_bytes);
     cache.data = data.data();
     std::vector<float> q(static_cast<size_t>(tokens) * heads * dim), out(q.size()), apart(q.size());
+    std::vector<float> keys(static_cast<size_t>(kv_heads) * dim);
     for (int t = 0; t < tokens; ++t)
       kernels->rope_and_cache_row(a, cache, t, block_table[t / block_size] * block_size + t % block_size,
                                   qkv.data() + static_cast<size_t>(t) * width,
-                                  q.data() + static_cast<size_t>(t) * heads * dim);
+                                  q.data() + static_cast<size_t>(t) * heads * dim, keys.data());
     for (int h = 0; h < kv_heads; ++h) {
       for (int head = 0; head < group; head += some) {
         const auto tile = [&](int row, int count, float* to) {
@@ -219,6 +256,7 @@ int main() {
     for (int n : {1, 17, 64, 131})
       for (int k : {1, 31, 32, 96, 260})
         for (int group_size : {32, 64, k}) check_gemms(random, m, n, k, group_size);
+  for (int n : {1, 3, 8, 17, 64, 131}) check_activations(random, n);
   for (KvType type : {KvType::kFloat32, KvType::kBfloat16, KvType::kInt8})
     for (int group : {1, 4, 7, 50})
       for (int dim : {8, 20, 64, 256})
