@@ -902,17 +902,11 @@ def facts(check: Check) -> Row:
 
 
 def interpret() -> None:
-    """Triton's interpreter, with its scalars of shape [1] taken for integers, as numpy 2.4 no longer does."""
+    """Run kernels in Triton's interpreter."""
     os.environ["TRITON_INTERPRET"] = "1"  # read where a kernel is defined
-    from triton.runtime import interpreter
+    from fptq_runtime.kernels.triton import interpreter
 
-    patch = interpreter._patch_lang_tensor
-
-    def patched(tensor: Any, scope: Any) -> None:
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
-
-    interpreter._patch_lang_tensor = patched
+    interpreter.mend()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
