@@ -137,7 +137,14 @@ def check_step(spec: AttentionSpec, device_attention: DeviceAttention, cache: De
     slots = torch.from_numpy(step.slot_mapping).long()
     keys, values = cached(cache, spec.layer, slots)
     torch.testing.assert_close(values, reference.values[spec.layer, slots], rtol=0, atol=0)
-    torch.testing.assert_close(keys, reference.keys[spec.layer, slots], rtol=0, atol=4 * tolerance)
+    if cache.dtype == "bf16" and tolerance:  # where the last bit of a float sum decides, either neighbour
+        plain = ReferenceOps(step, None)
+        plain.rope_and_cache(qkv, ReferenceBackend().prepare(spec))
+        assert plain._own_kv is not None
+        low, high = (round_kv(plain._own_kv[0] + sign * 4 * tolerance, "bf16") for sign in (-1, 1))
+        assert ((low <= keys) & (keys <= high)).all()
+    else:
+        torch.testing.assert_close(keys, reference.keys[spec.layer, slots], rtol=0, atol=4 * tolerance)
 
     got = kernels.attention(q, device_attention, cache, batch, None)
     assert isinstance(got, torch.Tensor)
