@@ -24,7 +24,7 @@ from dataclasses import dataclass, field, replace
 from datetime import date
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -80,7 +80,7 @@ def ops(check: Check) -> Iterator[Row]:
     import numpy as np
     import torch
 
-    from fptq_runtime.kernels.base import ActivationQuant, Embedding, Norm, StepInput
+    from fptq_runtime.kernels.base import Activation, ActivationQuant, Curve, Embedding, Norm, StepInput
     from fptq_runtime.kernels.reference import ReferenceOps
     from fptq_runtime.kernels.triton import fused
     from fptq_runtime.kernels.triton.values import Quantized
@@ -113,9 +113,11 @@ def ops(check: Check) -> Iterator[Row]:
             got = fused.norm(x[:, :width].contiguous().to(device), weight.to(device),
                              None if norm.bias is None else bias.to(device), 1e-5, norm.kind, act)
             yield row(f"{kind} norm", name, got, oracle.norm(x[:, :width], norm, act))
-        for activation in ("silu_mul", "gelu_tanh"):
-            got = fused.activation(x.to(device), cast(Any, activation), act)
-            yield row(activation, name, got, oracle.activation(x, cast(Any, activation), act))
+        for curve in get_args(Curve):
+            activation = Activation(curve, gated=curve in ("silu", "clamped_swiglu"))
+            got = fused.activation(x.to(device), activation, act)
+            yield row(curve, name, got, oracle.activation(x, activation, act))
+    yield row("softcap", "float", fused.softcap(x.to(device), 3.0), oracle.softcap(x, 3.0))
     yield from _linears(check, generator)
     yield from _samples(check)
 
@@ -444,7 +446,7 @@ def others(check: Check) -> Iterator[Row]:
     """What lies between the linears, at decode and prefill."""
     import torch
 
-    from fptq_runtime.kernels.base import ActivationQuant
+    from fptq_runtime.kernels.base import Activation, ActivationQuant
     from fptq_runtime.kernels.triton import fused
     from fptq_runtime.shapes import SHAPES
 
@@ -456,7 +458,7 @@ def others(check: Check) -> Iterator[Row]:
         calls: dict[str, tuple[Callable[[], Any], int]] = {
             "norm, quantize": (partial(fused.norm, x, weight, None, 1e-5, "rms", act),
                                fused.moved_bytes(m, hidden, hidden, act)),
-            "silu · mul, quantize": (partial(fused.activation, up, "silu_mul", act),
+            "silu · mul, quantize": (partial(fused.activation, up, Activation("silu", True), act),
                                      fused.moved_bytes(m, 2 * inner, inner, act)),
         }
         for name, (call, moved) in calls.items():
@@ -901,17 +903,11 @@ def facts(check: Check) -> Row:
 
 
 def interpret() -> None:
-    """Triton's interpreter, with its scalars of shape [1] taken for integers, as numpy 2.4 no longer does."""
+    """Run kernels in Triton's interpreter."""
     os.environ["TRITON_INTERPRET"] = "1"  # read where a kernel is defined
-    from triton.runtime import interpreter
+    from fptq_runtime.kernels.triton import interpreter
 
-    patch = interpreter._patch_lang_tensor
-
-    def patched(tensor: Any, scope: Any) -> None:
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
-
-    interpreter._patch_lang_tensor = patched
+    interpreter.mend()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -6,9 +6,9 @@ in ascending order into segments of four, segments in ascending order into the r
 A chunk of a row: scores in units of log 2 are s = q · k · scale; m = ceil(max s), p = 2^(s - m), l = Σ p, o = Σ p v.
 Parts are joined by m' = max of both, l and o times 2^(m - m'). m is an integer, so these factors are powers of two and
 scaling never rounds: which maximum a part was scaled to, and when, leaves no trace in the sums. l is summed in steps
-of 2^-21, as integers. With an int8 cache, q · k is an integer; p · v's scale is rounded to steps of 1 / 32512 of the
-largest of the row and chunk, and o is then a sum of integers too. Nothing is left that a tile's shape, the hardware's
-instruction or the order of threads could change.
+of 2^-21, as integers; a sink joins it once, at the end. With an int8 cache, q · k is an integer; p · v's scale is
+rounded to steps of 1 / 32512 of the largest of the row and chunk, and o is then a sum of integers too. Nothing is left
+that a tile's shape, the hardware's instruction or the order of threads could change.
 
 Float caches: q and p are taken as the sum of two bf16 numbers (bf16), or products are float32 (float32). Their sums
 are the hardware's, in tiles that are the same whatever the step.
@@ -18,26 +18,30 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import triton
 import triton.language as tl
 
 from fptq_runtime.config import KVCacheDtype
-from fptq_runtime.kernels.base import ActivationQuant, Array, AttentionSpec, Norm, StepLimits
+from fptq_runtime.kernels.base import ActivationQuant, Array, AttentionSpec, StepLimits
 from fptq_runtime.kernels.triton.device import capability
 from fptq_runtime.kernels.triton.fused import (
     DYNAMIC,
     FLOAT,
     ROUND,
     ROUND_BITS,
+    DeviceNorm,
     codes_of,
     floats,
     is_fp8,
     mode_of,
     octets,
+    prepare_norm,
     quantize,
     result,
+    tanh,
     token_scale,
 )
 from fptq_runtime.kernels.triton.values import DeviceBatch, Quantized, interpreted
@@ -57,10 +61,16 @@ _TYPES: dict[KVCacheDtype, torch.dtype] = {"int8": torch.int8, "bf16": torch.bfl
 @dataclass(frozen=True)
 class DeviceAttention:
     spec: AttentionSpec  # its numbers; its arrays are these:
-    rope: tuple[torch.Tensor, torch.Tensor] | None  # float32 [max positions, head_dim / 2]
+    rope: tuple[torch.Tensor, torch.Tensor] | None  # float32 [max positions, R / 2]
     slopes: torch.Tensor | None  # float32 [num_heads], times log2 e
-    q_norm: torch.Tensor | None  # float32 [head_dim]
-    k_norm: torch.Tensor | None
+    q_norm: DeviceNorm | None
+    k_norm: DeviceNorm | None
+    sinks: torch.Tensor | None  # float32 [num_heads], times log2 e
+
+    @property
+    def rotated(self) -> int:
+        """Dimensions of a head that rope turns; 0 without rope."""
+        return 0 if self.rope is None else 2 * self.rope[0].shape[1]
 
 
 class DeviceCache:
@@ -99,8 +109,9 @@ def prepare_attention(spec: AttentionSpec, device: torch.device,
         raise ValueError(f"head_dim {spec.head_dim} is odd")
     tables = {} if shared is None else shared
     rope = None if spec.rope is None else (_table(spec.rope[0], tables, device), _table(spec.rope[1], tables, device))
-    slopes = None if spec.alibi_slopes is None else floats(spec.alibi_slopes, device) * math.log2(math.e)
-    return DeviceAttention(spec, rope, slopes, _norm_weight(spec.q_norm, device), _norm_weight(spec.k_norm, device))
+    q_norm, k_norm = (None if norm is None else prepare_norm(norm, device) for norm in (spec.q_norm, spec.k_norm))
+    return DeviceAttention(spec, rope, _in_log2(spec.alibi_slopes, device), q_norm, k_norm,
+                           _in_log2(spec.sinks, device))
 
 
 def _table(array: Array, tables: dict[int, tuple[Array, torch.Tensor]], device: torch.device) -> torch.Tensor:
@@ -109,8 +120,20 @@ def _table(array: Array, tables: dict[int, tuple[Array, torch.Tensor]], device: 
     return tables[id(array)][1]
 
 
-def _norm_weight(norm: Norm | None, device: torch.device) -> torch.Tensor | None:
-    return None if norm is None else floats(norm.weight, device)
+def _in_log2(array: Array | None, device: torch.device) -> torch.Tensor | None:
+    return None if array is None else floats(array, device) * math.log2(math.e)
+
+
+Span = Literal["none", "shared", "own", "row"]
+
+
+def _span(norm: DeviceNorm | None, head_dim: int) -> Span:
+    """What a q/k norm takes together: a head, by a weight that heads share or by its own; or all heads, as one row."""
+    if norm is None:
+        return "none"
+    if norm.weight.ndim == 2:
+        return "own"
+    return "shared" if norm.weight.numel() == head_dim else "row"
 
 
 def rope_and_cache(qkv: torch.Tensor, attention: DeviceAttention, cache: DeviceCache,
@@ -123,19 +146,29 @@ def rope_and_cache(qkv: torch.Tensor, attention: DeviceAttention, cache: DeviceC
     q = torch.empty((rows, heads * dim), dtype=torch.int8 if int8 else torch.float32, device=qkv.device)
     q_scale = torch.empty((rows, heads) if int8 else (1,), dtype=torch.float32, device=qkv.device)
     half = triton.next_power_of_2(dim // 2)
-    tile = 2048 // half if interpreted() else max(512 // half, 1)
+    q_norm, k_norm = attention.q_norm, attention.k_norm
+    spans = _span(q_norm, dim), _span(k_norm, dim)
+    by_row = "row" in spans
+    if by_row:
+        tile = triton.next_power_of_2(max(heads, kv_heads))
+        programs, warps = 3 * rows, min(max(tile * half // 512, 4), 16)
+    else:
+        tile, warps = 2048 // half if interpreted() else max(512 // half, 1), 4
+        programs = triton.cdiv(rows * heads, tile) + 2 * triton.cdiv(rows * kv_heads, tile)
     cos, sin = attention.rope or (qkv, qkv)
     if rows:
-        grid = (triton.cdiv(rows * heads, tile) + 2 * triton.cdiv(rows * kv_heads, tile),)
-        _rope_and_cache_kernel[grid](
+        _rope_and_cache_kernel[(programs,)](
             qkv, batch.positions, batch.slot_mapping, cos, sin,
-            qkv if attention.q_norm is None else attention.q_norm,
-            qkv if attention.k_norm is None else attention.k_norm,
-            0.0 if spec.q_norm is None else spec.q_norm.eps, 0.0 if spec.k_norm is None else spec.k_norm.eps,
+            qkv if q_norm is None else q_norm.weight, None if q_norm is None else q_norm.bias,
+            0.0 if q_norm is None else q_norm.eps,
+            qkv if k_norm is None else k_norm.weight, None if k_norm is None else k_norm.bias,
+            0.0 if k_norm is None else k_norm.eps,
             q, q_scale, cache.keys[spec.layer], cache.key_scales[spec.layer], cache.values[spec.layer],
             cache.value_scales[spec.layer], rows, HEADS=heads, KV_HEADS=kv_heads, DIM=dim, HALF=half, TILE=tile,
-            BLOCK_SIZE=cache.block_size, ROPE=attention.rope is not None, Q_NORM=attention.q_norm is not None,
-            K_NORM=attention.k_norm is not None, KV=cache.dtype, num_warps=4, enable_fp_fusion=False)
+            BY_ROW=by_row, BLOCK_SIZE=cache.block_size, ROPE=attention.rotated, Q_NORM=spans[0], K_NORM=spans[1],
+            Q_LAYER=q_norm is not None and q_norm.kind == "layer",
+            K_LAYER=k_norm is not None and k_norm.kind == "layer",
+            NORM_LAST=spec.norm_after_rope, KV=cache.dtype, num_warps=warps, enable_fp_fusion=False)
     return Quantized(q, q_scale) if int8 else q
 
 
@@ -208,20 +241,21 @@ def attention(q: torch.Tensor | Quantized, attention: DeviceAttention, cache: De
     _attention_kernel[(tiles, heads // tiling.heads, segments)](
         codes, q_scale, cache.keys[spec.layer], cache.key_scales[spec.layer], cache.values[spec.layer],
         cache.value_scales[spec.layer], batch.block_tables, batch.query_start_loc, batch.seq_lens,
-        codes if attention.slopes is None else attention.slopes, out, sums,
-        spec.softmax_scale * math.log2(math.e), sequences, batch.block_tables.stride(0),
+        codes if attention.slopes is None else attention.slopes, attention.sinks, out, sums,
+        spec.softmax_scale / spec.softcap if spec.softcap else spec.softmax_scale * math.log2(math.e),
+        (spec.softcap or 0.0) * math.log2(math.e), sequences, batch.block_tables.stride(0),
         HEADS=heads, KV_HEADS=spec.num_kv_heads, TILE_HEADS=tiling.heads, DIM=dim,
         WIDTH=max(triton.next_power_of_2(dim), 32), BLOCK_SIZE=cache.block_size, CHUNK=chunk, SEGMENT=SEGMENT,
         ROWS=tiling.rows, SEQUENCES=1 if one_tile else max(triton.next_power_of_2(sequences), _FEW_SEQUENCES),
-        WINDOW=spec.sliding_window or 0, ALIBI=attention.slopes is not None, KV=cache.dtype, ONE_TILE=one_tile,
-        SPLIT=tiling.split, AS_FLOAT=interpreted(), STAGES=tiling.stages, num_warps=tiling.warps,
-        enable_fp_fusion=False)
+        WINDOW=spec.sliding_window or 0, ALIBI=attention.slopes is not None, SOFTCAP=spec.softcap is not None,
+        KV=cache.dtype, ONE_TILE=one_tile, SPLIT=tiling.split, AS_FLOAT=interpreted(), STAGES=tiling.stages,
+        num_warps=tiling.warps, enable_fp_fusion=False)
     if not tiling.split:
         return quantize(out, act)
-    return _merged(out, sums, spec, batch, SEGMENT * chunk, act)
+    return _merged(out, sums, attention, batch, SEGMENT * chunk, act)
 
 
-def _merged(parts: torch.Tensor, sums: torch.Tensor, spec: AttentionSpec, batch: DeviceBatch, segment: int,
+def _merged(parts: torch.Tensor, sums: torch.Tensor, attention: DeviceAttention, batch: DeviceBatch, segment: int,
             act: ActivationQuant | None) -> torch.Tensor | Quantized:
     """Join the segments of each row. One program joins and quantizes a row where that is little to read."""
     rows, heads, segments, dim = parts.shape
@@ -230,10 +264,10 @@ def _merged(parts: torch.Tensor, sums: torch.Tensor, spec: AttentionSpec, batch:
     now = act if whole_row or (act is not None and act.scale is not None) else None
     out, scale = result(rows, heads * dim, now, parts.device)
     _merge_kernel[(rows, heads // tile)](
-        parts, sums, batch.positions, batch.slot_mapping, octets(out), scale, segments, HEADS=heads, TILE=tile,
-        PADDED=triton.next_power_of_2(tile), DIM=dim, WIDTH=triton.next_power_of_2(dim),
-        SEGMENTS=triton.next_power_of_2(segments), SEGMENT_KEYS=segment, WINDOW=spec.sliding_window or 0,
-        MODE=mode_of(now), FP8=is_fp8(now), num_warps=8 if whole_row else 2,
+        parts, sums, batch.positions, batch.slot_mapping, attention.slopes, attention.sinks, octets(out), scale,
+        segments, HEADS=heads, TILE=tile, PADDED=triton.next_power_of_2(tile), DIM=dim,
+        WIDTH=triton.next_power_of_2(dim), SEGMENTS=triton.next_power_of_2(segments), SEGMENT_KEYS=segment,
+        WINDOW=attention.spec.sliding_window or 0, MODE=mode_of(now), FP8=is_fp8(now), num_warps=8 if whole_row else 2,
         enable_fp_fusion=False)
     return quantize(out, act) if now is None else Quantized(out, scale)
 
@@ -254,8 +288,7 @@ def rope_and_cache_bytes(attention: DeviceAttention, kv_dtype: KVCacheDtype, row
     """What a call must read and write at least: q | k | v rows, cos and sin, q again, the cache's new rows."""
     spec = attention.spec
     q_bytes = spec.head_dim + 4 if kv_dtype == "int8" else 4 * spec.head_dim
-    heads = spec.num_heads + 2 * spec.num_kv_heads + (0 if spec.rope is None else 1)  # cos and sin are as long as one
-    read = 4 * heads * spec.head_dim
+    read = 4 * ((spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim + attention.rotated)
     return rows * (read + spec.num_heads * q_bytes
                    + cache_bytes_per_token(kv_dtype, 1, spec.num_kv_heads, spec.head_dim))
 
@@ -274,94 +307,146 @@ def _rounded_bf16(x):
 
 
 @triton.jit
-def _load_halves(qkv, positions, cos, sin, weight, eps, row, head, real, FIRST: tl.constexpr, ALL: tl.constexpr,
-                 DIM: tl.constexpr, HALF: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr):
-    """Both halves [TILE, HALF] of the rows' heads, counted from FIRST of ALL, after RMSNorm and rope."""
-    columns = tl.arange(0, HALF)
-    inside = columns < DIM // 2
-    mask = real[:, None] & inside[None, :]
-    source = qkv + ((row * ALL + FIRST + head) * DIM)[:, None] + columns[None, :]
-    first = tl.load(source, mask=mask, other=0.0)
-    second = tl.load(source + DIM // 2, mask=mask, other=0.0)
-    if NORM:
-        mean = tl.sum(first * first + second * second, 1) / DIM
+def _pairs(DIM: tl.constexpr, HALF: tl.constexpr, ROPE: tl.constexpr):
+    """The two dimensions of each of DIM / 2 pairs, [HALF]: those that rope turns together come first."""
+    low = tl.arange(0, HALF)
+    high = low + DIM // 2
+    if ROPE > 0 and ROPE < DIM:
+        turned = low < ROPE // 2
+        low += tl.where(turned, 0, ROPE // 2)
+        high = low + tl.where(turned, ROPE // 2, (DIM - ROPE) // 2)
+    return low, high
+
+
+@triton.jit
+def _total(x, SPAN: tl.constexpr):
+    """Of each head [TILE, HALF], or of the whole row that they are. [TILE]"""
+    total = tl.sum(x, 1)
+    if SPAN == "row":
+        total = tl.zeros_like(total) + tl.sum(total, 0)
+    return total
+
+
+@triton.jit
+def _normalised(first, second, weight, bias, eps, head, mask, low, high, DIM: tl.constexpr, HEADS: tl.constexpr,
+                SPAN: tl.constexpr, LAYER: tl.constexpr):
+    if SPAN != "none":
+        COUNT: tl.constexpr = HEADS * DIM if SPAN == "row" else DIM
+        if LAYER:
+            mean = (_total(first + second, SPAN) / COUNT)[:, None]
+            first, second = tl.where(mask, first - mean, 0.0), tl.where(mask, second - mean, 0.0)
+        mean = _total(first * first + second * second, SPAN) / COUNT
         factor = tl.div_rn(mean * 0.0 + 1.0, tl.sqrt_rn(mean + eps))[:, None]
-        first = first * factor * tl.load(weight + columns, mask=inside, other=0.0)[None, :]
-        second = second * factor * tl.load(weight + DIM // 2 + columns, mask=inside, other=0.0)[None, :]
-    if ROPE:
-        position = tl.load(positions + row, mask=real, other=0).to(tl.int64)
-        at = (position * (DIM // 2))[:, None] + columns[None, :]
-        c = tl.load(cos + at, mask=mask, other=0.0)
-        s = tl.load(sin + at, mask=mask, other=0.0)
-        first, second = first * c - second * s, second * c + first * s
+        own = head * (0 if SPAN == "shared" else DIM)
+        low_at, high_at = own[:, None] + low[None, :], own[:, None] + high[None, :]
+        first = first * factor * tl.load(weight + low_at, mask=mask, other=0.0)
+        second = second * factor * tl.load(weight + high_at, mask=mask, other=0.0)
+        if bias is not None:
+            first += tl.load(bias + low_at, mask=mask, other=0.0)
+            second += tl.load(bias + high_at, mask=mask, other=0.0)
     return first, second
 
 
 @triton.jit
-def _store_halves(first, second, target, scales, mask, real, STRIDE: tl.constexpr, DIM: tl.constexpr,
-                  KV: tl.constexpr):
-    """To where each element belongs, its second half STRIDE · DIM / 2 further, in a cache's type."""
+def _load_halves(qkv, positions, cos, sin, weight, bias, eps, row, head, real, low, high, FIRST: tl.constexpr,
+                 HEADS: tl.constexpr, ALL: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr, ROPE: tl.constexpr,
+                 SPAN: tl.constexpr, LAYER: tl.constexpr, NORM_LAST: tl.constexpr):
+    """Both of each pair [TILE, HALF] of the rows' heads, counted from FIRST of ALL, after norm and rope."""
+    columns = tl.arange(0, HALF)
+    mask = real[:, None] & (columns < DIM // 2)[None, :]
+    source = qkv + ((row * ALL + FIRST + head) * DIM)[:, None]
+    first = tl.load(source + low[None, :], mask=mask, other=0.0)
+    second = tl.load(source + high[None, :], mask=mask, other=0.0)
+    if not NORM_LAST:
+        first, second = _normalised(first, second, weight, bias, eps, head, mask, low, high, DIM, HEADS, SPAN, LAYER)
+    if ROPE:
+        position = tl.load(positions + row, mask=real, other=0).to(tl.int64)
+        at = (position * (ROPE // 2))[:, None] + columns[None, :]
+        turned = mask & (columns < ROPE // 2)[None, :]
+        c = tl.load(cos + at, mask=turned, other=0.0)
+        s = tl.load(sin + at, mask=turned, other=0.0)
+        if ROPE == DIM:
+            first, second = first * c - second * s, second * c + first * s
+        else:
+            first, second = (tl.where(turned, first * c - second * s, first),
+                             tl.where(turned, second * c + first * s, second))
+    if NORM_LAST:
+        first, second = _normalised(first, second, weight, bias, eps, head, mask, low, high, DIM, HEADS, SPAN, LAYER)
+    return first, second
+
+
+@triton.jit
+def _store_halves(first, second, target, scales, low, high, mask, real, STRIDE: tl.constexpr, KV: tl.constexpr):
+    """To `target` [TILE], where dimensions lie STRIDE apart, in a cache's type."""
+    low_at, high_at = target[:, None] + low[None, :] * STRIDE, target[:, None] + high[None, :] * STRIDE
     if KV == "int8":
         scale = tl.maximum(token_scale(first, 1, False), token_scale(second, 1, False),
                            propagate_nan=tl.PropagateNan.ALL)
         tl.store(scales, scale, mask=real)
         wide = tl.zeros_like(first) + scale[:, None]
-        tl.store(target, codes_of(first, wide, False), mask=mask)
-        tl.store(target + DIM // 2 * STRIDE, codes_of(second, wide, False), mask=mask)
+        tl.store(low_at, codes_of(first, wide, False), mask=mask)
+        tl.store(high_at, codes_of(second, wide, False), mask=mask)
     else:
         if KV == "bf16":
             first, second = _rounded_bf16(first).to(tl.bfloat16), _rounded_bf16(second).to(tl.bfloat16)
-        tl.store(target, first, mask=mask)
-        tl.store(target + DIM // 2 * STRIDE, second, mask=mask)
+        tl.store(low_at, first, mask=mask)
+        tl.store(high_at, second, mask=mask)
+
+
+@triton.jit
+def _rows_and_heads(tile, TILE: tl.constexpr, HEADS: tl.constexpr, BY_ROW: tl.constexpr):
+    """Of a program, [TILE]: the heads of one row, or so many pairs of a row and a head. Beyond HEADS is none."""
+    index = tl.arange(0, TILE)
+    if BY_ROW:
+        row, head = tile.to(tl.int64) + index * 0, index.to(tl.int64)
+    else:
+        pair = tile.to(tl.int64) * TILE + index
+        row, head = pair // HEADS, pair % HEADS
+    return row, head
 
 
 @triton.jit(do_not_specialize=["rows"])
 def _rope_and_cache_kernel(
-    qkv, positions, slots, cos, sin, q_weight, k_weight, q_eps, k_eps, q_out, q_scale, keys, key_scales, values,
-    value_scales, rows, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr,
-    TILE: tl.constexpr, BLOCK_SIZE: tl.constexpr, ROPE: tl.constexpr, Q_NORM: tl.constexpr, K_NORM: tl.constexpr,
-    KV: tl.constexpr,
+    qkv, positions, slots, cos, sin, q_weight, q_bias, q_eps, k_weight, k_bias, k_eps, q_out, q_scale, keys, key_scales,
+    values, value_scales, rows, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr,
+    TILE: tl.constexpr, BY_ROW: tl.constexpr, BLOCK_SIZE: tl.constexpr, ROPE: tl.constexpr, Q_NORM: tl.constexpr,
+    K_NORM: tl.constexpr, Q_LAYER: tl.constexpr, K_LAYER: tl.constexpr, NORM_LAST: tl.constexpr, KV: tl.constexpr,
 ):
-    """A program takes TILE pairs of a row and a head: of q, or of k, or of v."""
+    """A program takes heads of q, or of k, or of v."""
     ALL: tl.constexpr = HEADS + 2 * KV_HEADS
-    q_tiles = tl.cdiv(rows * HEADS, TILE)
-    kv_tiles = tl.cdiv(rows * KV_HEADS, TILE)
+    q_tiles = rows if BY_ROW else tl.cdiv(rows * HEADS, TILE)
+    kv_tiles = rows if BY_ROW else tl.cdiv(rows * KV_HEADS, TILE)
     tile = tl.program_id(0)
-    columns = tl.arange(0, HALF)
-    inside = columns < DIM // 2
+    low, high = _pairs(DIM, HALF, ROPE)
+    inside = (tl.arange(0, HALF) < DIM // 2)[None, :]
     if tile < q_tiles:
-        pair = tile.to(tl.int64) * TILE + tl.arange(0, TILE)
-        row = pair // HEADS
-        real = row < rows
-        first, second = _load_halves(qkv, positions, cos, sin, q_weight, q_eps, row, pair % HEADS, real, 0, ALL, DIM,
-                                     HALF, Q_NORM, ROPE)
-        _store_halves(first, second, q_out + pair[:, None] * DIM + columns[None, :], q_scale + pair,
-                      real[:, None] & inside[None, :], real, 1, DIM, "int8" if KV == "int8" else "float32")
+        row, head = _rows_and_heads(tile, TILE, HEADS, BY_ROW)
+        real = (row < rows) & (head < HEADS)
+        first, second = _load_halves(qkv, positions, cos, sin, q_weight, q_bias, q_eps, row, head, real, low, high, 0,
+                                     HEADS, ALL, DIM, HALF, ROPE, Q_NORM, Q_LAYER, NORM_LAST)
+        at = row * HEADS + head
+        _store_halves(first, second, q_out + at * DIM, q_scale + at, low, high, real[:, None] & inside, real, 1,
+                      "int8" if KV == "int8" else "float32")
     else:
         is_key = tile < q_tiles + kv_tiles
-        pair = (tile - q_tiles - tl.where(is_key, 0, kv_tiles)).to(tl.int64) * TILE + tl.arange(0, TILE)
-        row = pair // KV_HEADS
-        head = pair % KV_HEADS
-        slot = tl.load(slots + row, mask=row < rows, other=-1)
+        row, head = _rows_and_heads(tile - q_tiles - tl.where(is_key, 0, kv_tiles), TILE, KV_HEADS, BY_ROW)
+        slot = tl.load(slots + row, mask=(row < rows) & (head < KV_HEADS), other=-1)
         real = slot >= 0
-        mask = real[:, None] & inside[None, :]
+        mask = real[:, None] & inside
         block = (slot // BLOCK_SIZE).to(tl.int64) * KV_HEADS + head
         token = block * BLOCK_SIZE + slot % BLOCK_SIZE
         if is_key:
-            first, second = _load_halves(qkv, positions, cos, sin, k_weight, k_eps, row, head, real, HEADS, ALL, DIM,
-                                         HALF, K_NORM, ROPE)
-            _store_halves(first, second, keys + token[:, None] * DIM + columns[None, :], key_scales + token, mask,
-                          real, 1, DIM, KV)
+            first, second = _load_halves(qkv, positions, cos, sin, k_weight, k_bias, k_eps, row, head, real, low, high,
+                                         HEADS, KV_HEADS, ALL, DIM, HALF, ROPE, K_NORM, K_LAYER, NORM_LAST)
+            _store_halves(first, second, keys + token * DIM, key_scales + token, low, high, mask, real, 1, KV)
         else:
-            first, second = _load_halves(qkv, positions, cos, sin, k_weight, k_eps, row, head, real, HEADS + KV_HEADS,
-                                         ALL, DIM, HALF, False, False)
+            first, second = _load_halves(qkv, positions, cos, sin, k_weight, k_bias, k_eps, row, head, real, low, high,
+                                         HEADS + KV_HEADS, KV_HEADS, ALL, DIM, HALF, 0, "none", False, False)
             if KV == "int8":
-                target = values + (block * DIM)[:, None] * BLOCK_SIZE + columns[None, :] * BLOCK_SIZE \
-                    + (slot % BLOCK_SIZE)[:, None]
-                _store_halves(first, second, target, value_scales + token, mask, real, BLOCK_SIZE, DIM, KV)
+                _store_halves(first, second, values + block * (DIM * BLOCK_SIZE) + slot % BLOCK_SIZE,
+                              value_scales + token, low, high, mask, real, BLOCK_SIZE, KV)
             else:
-                _store_halves(first, second, values + token[:, None] * DIM + columns[None, :], value_scales + token,
-                              mask, real, 1, DIM, KV)
+                _store_halves(first, second, values + token * DIM, value_scales + token, low, high, mask, real, 1, KV)
 
 
 @triton.jit
@@ -388,13 +473,14 @@ def _float_dot(a, b, acc, KV: tl.constexpr, AS_FLOAT: tl.constexpr):
 @triton.jit
 def _segment_sums(
     query, row_scale, slope, position, begin, end, length, kv_head, table, keys, key_scales, values, value_scales,
-    scale, KV_HEADS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    CHUNK: tl.constexpr, ROWS: tl.constexpr, WINDOW: tl.constexpr, ALIBI: tl.constexpr, KV: tl.constexpr,
-    AS_FLOAT: tl.constexpr, STAGES: tl.constexpr,
+    scale, cap, KV_HEADS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    CHUNK: tl.constexpr, ROWS: tl.constexpr, WINDOW: tl.constexpr, ALIBI: tl.constexpr, SOFTCAP: tl.constexpr,
+    KV: tl.constexpr, AS_FLOAT: tl.constexpr, STAGES: tl.constexpr,
 ):
     """m, l [ROWS] and o [ROWS, WIDTH] of chunks begin to end; l in steps of 1 / P_STEPS.
 
     query [ROWS, WIDTH] at `position` [ROWS], of which -1 sees nothing. row_scale: of an int8 query, times scale.
+    SOFTCAP: scores are cap · tanh of what scale makes of them.
     """
     INT8: tl.constexpr = KV == "int8"
     RUN: tl.constexpr = 16  # keys that lie side by side, for any block size
@@ -420,6 +506,8 @@ def _segment_sums(
         else:  # a float cache may hold NaN where nothing was written for this sequence
             k = tl.load(k_at, mask=(d < DIM)[:, None] & in_cache[None, :], other=0.0)
             s = _float_dot(query, k, tl.zeros([ROWS, CHUNK], tl.float32), KV, AS_FLOAT) * scale
+        if SOFTCAP:
+            s = tanh(s) * cap
         if ALIBI:  # counted from the query: a row's constant changes nothing, and these are small where weights are not
             s += slope[:, None] * (key[None, :] - position[:, None]).to(tl.float32)
         s = tl.where(visible, s, float("-inf"))
@@ -454,11 +542,11 @@ def _segment_sums(
 
 @triton.jit(do_not_specialize=["sequences", "table_stride"])
 def _attention_kernel(
-    q, q_scale, keys, key_scales, values, value_scales, block_tables, query_start_loc, seq_lens, slopes, out, sums,
-    scale, sequences, table_stride, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, TILE_HEADS: tl.constexpr,
+    q, q_scale, keys, key_scales, values, value_scales, block_tables, query_start_loc, seq_lens, slopes, sinks, out,
+    sums, scale, cap, sequences, table_stride, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, TILE_HEADS: tl.constexpr,
     DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK_SIZE: tl.constexpr, CHUNK: tl.constexpr, SEGMENT: tl.constexpr,
-    ROWS: tl.constexpr, SEQUENCES: tl.constexpr, WINDOW: tl.constexpr, ALIBI: tl.constexpr, KV: tl.constexpr,
-    ONE_TILE: tl.constexpr, SPLIT: tl.constexpr, AS_FLOAT: tl.constexpr, STAGES: tl.constexpr,
+    ROWS: tl.constexpr, SEQUENCES: tl.constexpr, WINDOW: tl.constexpr, ALIBI: tl.constexpr, SOFTCAP: tl.constexpr,
+    KV: tl.constexpr, ONE_TILE: tl.constexpr, SPLIT: tl.constexpr, AS_FLOAT: tl.constexpr, STAGES: tl.constexpr,
 ):
     """A program takes TOKENS query tokens of a sequence times TILE_HEADS query heads of one KV head. SPLIT: and one
     segment of keys, of which it leaves o and (m, l), each [rows, HEADS, segments]; else `out` is the result."""
@@ -510,7 +598,8 @@ def _attention_kernel(
     if SPLIT:
         m, mass, o = _segment_sums(
             query, row_scale, slope, position, begin, end, length, kv_head, table, keys, key_scales, values,
-            value_scales, scale, KV_HEADS, DIM, WIDTH, BLOCK_SIZE, CHUNK, ROWS, WINDOW, ALIBI, KV, AS_FLOAT, STAGES)
+            value_scales, scale, cap, KV_HEADS, DIM, WIDTH, BLOCK_SIZE, CHUNK, ROWS, WINDOW, ALIBI, SOFTCAP, KV,
+            AS_FLOAT, STAGES)
         part = row_head * tl.num_programs(2) + tl.program_id(2)
         tl.store(sums + part * 2, m, mask=valid)
         tl.store(sums + part * 2 + 1, mass, mask=valid)
@@ -523,12 +612,18 @@ def _attention_kernel(
             m, mass, o = _segment_sums(
                 query, row_scale, slope, position, tl.maximum(begin, segment * SEGMENT),
                 tl.minimum(end, (segment + 1) * SEGMENT), length, kv_head, table, keys, key_scales, values,
-                value_scales, scale, KV_HEADS, DIM, WIDTH, BLOCK_SIZE, CHUNK, ROWS, WINDOW, ALIBI, KV, AS_FLOAT, STAGES)
+                value_scales, scale, cap, KV_HEADS, DIM, WIDTH, BLOCK_SIZE, CHUNK, ROWS, WINDOW, ALIBI, SOFTCAP, KV,
+                AS_FLOAT, STAGES)
             m_all, old, new = _joined(m_all, m)
             mass_all = mass_all * old + mass * new
             tl.debug_barrier()
             o_all = tl.load(target, mask=inside, other=0.0) * old[:, None] + o * new[:, None]  # for want of registers
             if (segment + 1) * SEGMENT >= end:
+                if sinks is not None:
+                    sink = tl.load(sinks + head, mask=valid, other=0.0)
+                    if ALIBI:
+                        sink -= slope * position.to(tl.float32)
+                    mass_all = _with_sink(mass_all, m_all, sink)
                 o_all = _result(o_all, mass_all)
             tl.debug_barrier()
             tl.store(target, o_all, mask=inside)
@@ -543,6 +638,12 @@ def _joined(m, other):
 
 
 @triton.jit
+def _with_sink(mass, m, sink):
+    """l of all a row's keys and its head's sink, which is in units of log 2, counted from the query as ALiBi is."""
+    return mass + tl.exp2(sink - tl.where(m == float("-inf"), 0.0, m)) * P_STEPS
+
+
+@triton.jit
 def _result(o, mass):
     """[ROWS, WIDTH] of o and l [ROWS]."""
     mass = tl.where(mass == 0.0, 1.0, mass)
@@ -551,9 +652,9 @@ def _result(o, mass):
 
 @triton.jit(do_not_specialize=["segments"])
 def _merge_kernel(
-    parts, sums, positions, slots, out, scale, segments, HEADS: tl.constexpr, TILE: tl.constexpr, PADDED: tl.constexpr,
-    DIM: tl.constexpr, WIDTH: tl.constexpr, SEGMENTS: tl.constexpr, SEGMENT_KEYS: tl.constexpr, WINDOW: tl.constexpr,
-    MODE: tl.constexpr, FP8: tl.constexpr,
+    parts, sums, positions, slots, slopes, sinks, out, scale, segments, HEADS: tl.constexpr, TILE: tl.constexpr,
+    PADDED: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, SEGMENTS: tl.constexpr, SEGMENT_KEYS: tl.constexpr,
+    WINDOW: tl.constexpr, MODE: tl.constexpr, FP8: tl.constexpr,
 ):
     """A program joins the segments of TILE heads of a row; those that hold no key for it were never written."""
     row = tl.program_id(0).to(tl.int64)
@@ -579,6 +680,12 @@ def _merge_kernel(
         factor = _power_of_two(tl.load(sums + part * 2, mask=real, other=0.0) - m)
         mass += tl.load(sums + part * 2 + 1, mask=real, other=0.0) * factor
         o += tl.load(parts + part[:, None] * DIM + d[None, :], mask=inside, other=0.0) * factor[:, None]
+    if sinks is not None:
+        head = tl.program_id(1) * TILE + heads
+        sink = tl.load(sinks + head, mask=real, other=0.0)
+        if slopes is not None:
+            sink -= tl.load(slopes + head, mask=real, other=0.0) * position.to(tl.float32)
+        mass = _with_sink(mass, m, sink)
     x = tl.where(inside & (end > 0), _result(o, mass), 0.0)
     target = out + row_head[:, None] * DIM + d[None, :]
     if MODE == FLOAT:

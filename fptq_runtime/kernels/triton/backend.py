@@ -37,10 +37,10 @@ from fptq_runtime.kernels.triton import fused
 from fptq_runtime.kernels.triton.attention import (
     DeviceAttention,
     DeviceCache,
-    attention,
     prepare_attention,
     rope_and_cache,
 )
+from fptq_runtime.kernels.triton.attention import attention as attend
 from fptq_runtime.kernels.triton.device import fastest, is_gpu
 from fptq_runtime.kernels.triton.fused import DeviceNorm
 from fptq_runtime.kernels.triton.linear import DeviceLinear, describe, pack_linear, run_linear
@@ -250,21 +250,36 @@ class TritonOps:
     def embed(self, table: torch.Tensor) -> Value:
         return fused.embed(self._batch.token_ids, table)
 
+    def embed_positions(self, table: torch.Tensor) -> Value:
+        return fused.embed(self._batch.positions, table)
+
     def norm(self, x: Value, norm: DeviceNorm, act: ActivationQuant | None) -> Value:
         return fused.norm(_float(x), norm.weight, norm.bias, norm.eps, norm.kind, act)
+
+    def quantize(self, x: Value, act: ActivationQuant | None) -> Value:
+        return fused.quantize(_float(x), act)
 
     def linear(self, x: Value, linear: DeviceLinear, residual: Value | None = None) -> Value:
         return run_linear(x, linear, None if residual is None else _float(residual), self._invariant)
 
     def activation(self, x: Value, activation: Activation, act: ActivationQuant | None) -> Value:
-        kind: fused.Kind = "silu_mul" if activation.gated else "gelu_tanh"
-        return fused.activation(_float(x), kind, act)
+        return fused.activation(_float(x), activation, act)
+
+    def add(self, x: Value, y: Value) -> Value:
+        return _float(x) + _float(y)
+
+    def scale(self, x: Value, factor: float) -> Value:
+        return _float(x) * factor
+
+    def softcap(self, x: Value, cap: float) -> Value:
+        return fused.softcap(_float(x), cap)
 
     def rope_and_cache(self, qkv: Value, attention: DeviceAttention) -> Value:
         return rope_and_cache(_float(qkv), attention, self._cache, self._batch)
 
-    def attention(self, q: Value, spec: DeviceAttention, act: ActivationQuant | None, selected: bool = False) -> Value:
-        attended = attention(q, spec, self._cache, self._batch, act)
+    def attention(self, q: Value, attention: DeviceAttention, act: ActivationQuant | None,
+                  selected: bool = False) -> Value:
+        attended = attend(q, attention, self._cache, self._batch, act)
         return self.select_rows(attended) if selected else attended
 
     def select_rows(self, x: Value) -> Value:
@@ -374,15 +389,26 @@ class _Survey:
     def select_rows(self, x: None) -> None:
         self._at = 1
 
+    def attention(self, q: None, attention: Any, act: Any, selected: bool = False) -> None:
+        self._at = 1 if selected else self._at
+
     def embed(self, table: Any) -> None: ...
+
+    def embed_positions(self, table: Any) -> None: ...
 
     def norm(self, x: None, norm: Any, act: Any) -> None: ...
 
-    def activation(self, x: None, kind: Any, act: Any) -> None: ...
+    def quantize(self, x: None, act: Any) -> None: ...
+
+    def activation(self, x: None, activation: Any, act: Any) -> None: ...
+
+    def add(self, x: None, y: None) -> None: ...
+
+    def scale(self, x: None, factor: float) -> None: ...
+
+    def softcap(self, x: None, cap: float) -> None: ...
 
     def rope_and_cache(self, qkv: None, attention: Any) -> None: ...
-
-    def attention(self, q: None, attention: Any, act: Any, selected: bool = False) -> None: ...
 
 
 def _float(x: Value) -> torch.Tensor:

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fptq_runtime.kernels.base import ActivationQuant, Array, Embedding, Norm
+from fptq_runtime.kernels.base import Activation, ActivationQuant, Array, Embedding, Norm
 from fptq_runtime.kernels.reference import to_torch
 from fptq_runtime.kernels.triton.values import Quantized
 
@@ -25,7 +25,7 @@ ROUND_BITS = tl.constexpr(0x4B400000)
 # What a kernel makes of its row.
 FLOAT, STATIC, DYNAMIC = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
-Kind = Literal["silu_mul", "gelu_tanh"]
+_SOFTCAP_BLOCK = 1024  # elements a program
 
 
 @dataclass(frozen=True)
@@ -51,12 +51,12 @@ def floats(array: Array, device: torch.device) -> torch.Tensor:
     return to_torch(array).to(device, torch.float32).contiguous()
 
 
-def embed(token_ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """Rows of the table [V, H] for token ids int32 [M]. float32 [M, H]"""
-    rows, width = token_ids.shape[0], table.shape[1]
+def embed(indices: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """Rows of the table [V, H] for token ids or positions int32 [M]. float32 [M, H]"""
+    rows, width = indices.shape[0], table.shape[1]
     out = torch.empty((rows, width), dtype=torch.float32, device=table.device)
     if rows:
-        _embed_kernel[(rows,)](token_ids, table, out, width, BLOCK=triton.next_power_of_2(width),
+        _embed_kernel[(rows,)](indices, table, out, width, BLOCK=triton.next_power_of_2(width),
                                num_warps=_warps(width))
     return out
 
@@ -74,35 +74,45 @@ def norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: 
     return out if act is None else Quantized(out, scale)
 
 
-def activation(x: torch.Tensor, kind: Kind, act: ActivationQuant | None) -> torch.Tensor | Quantized:
-    """silu_mul: silu(x[:, :I]) · x[:, I:], float32 [M, 2I] to [M, I]; gelu_tanh keeps the width. Then quantize."""
-    rows = x.shape[0]
-    width = x.shape[1] // 2 if kind == "silu_mul" else x.shape[1]
-    return _elementwise(x, rows, width, {"silu_mul": 1, "gelu_tanh": 2}[kind], act)
+def activation(x: torch.Tensor, activation: Activation, act: ActivationQuant | None) -> torch.Tensor | Quantized:
+    """What an MLP does between its linears, float32 [M, N] to [M, activation.width(N)], then quantize."""
+    return _elementwise(x, activation, act)
 
 
 def quantize(x: torch.Tensor, act: ActivationQuant | None) -> torch.Tensor | Quantized:
     """float32 [M, K] as a linear with that `act` reads it."""
-    return x if act is None else _elementwise(x, x.shape[0], x.shape[1], 0, act)
+    return x if act is None else _elementwise(x, None, act)
+
+
+def softcap(x: torch.Tensor, cap: float) -> torch.Tensor:
+    """cap · tanh(x / cap), float32."""
+    out = torch.empty_like(x)
+    if x.numel():
+        _softcap_kernel[(triton.cdiv(x.numel(), _SOFTCAP_BLOCK),)](x, out, float(cap), x.numel(), BLOCK=_SOFTCAP_BLOCK,
+                                                                   num_warps=4, enable_fp_fusion=False)
+    return out
 
 
 def moved_bytes(rows: int, width_in: int, width_out: int, act: ActivationQuant | None) -> int:
     """What a call on float32 [rows, width_in] must read and write at least; parameters are not counted.
 
-    norm, quantize: width_in = width_out; silu_mul: width_in = 2 · width_out; embed: width_in is half of H for a table
-    of 16 bits, and act None.
+    norm, quantize: width_in = width_out; a gated activation: width_in = 2 · width_out; embed: width_in is
+    half of H for a table of 16 bits, and act None.
     """
     if act is None:
         return 4 * rows * (width_in + width_out)
     return rows * (4 * width_in + width_out) + 4 * (rows if act.scale is None else 1)
 
 
-def _elementwise(x: torch.Tensor, rows: int, width: int, kind: int,
+def _elementwise(x: torch.Tensor, activation: Activation | None,
                  act: ActivationQuant | None) -> torch.Tensor | Quantized:
+    rows, width = x.shape[0], x.shape[1] if activation is None else activation.width(x.shape[1])
     out, scale = result(rows, width, act, x.device)
     if rows:
         _activation_kernel[(rows,)](
-            x, octets(out), scale, width, KIND=kind, MODE=mode_of(act), FP8=is_fp8(act),
+            x, octets(out), scale, 0.0 if activation is None else float(activation.limit), width,
+            CURVE="none" if activation is None else activation.curve,
+            GATED=activation is not None and activation.gated, MODE=mode_of(act), FP8=is_fp8(act),
             BLOCK=triton.next_power_of_2(width), num_warps=_warps(width), enable_fp_fusion=False)
     return out if act is None else Quantized(out, scale)
 
@@ -182,11 +192,11 @@ def _store_row(x, out, scale, row, width, columns, MODE: tl.constexpr, FP8: tl.c
 
 
 @triton.jit
-def _embed_kernel(token_ids, table, out, width, BLOCK: tl.constexpr):
+def _embed_kernel(indices, table, out, width, BLOCK: tl.constexpr):
     row = tl.program_id(0)
     columns = tl.arange(0, BLOCK)
-    token = tl.load(token_ids + row).to(tl.int64)
-    x = tl.load(table + token * width + columns, mask=columns < width, other=0.0)
+    index = tl.load(indices + row).to(tl.int64)
+    x = tl.load(table + index * width + columns, mask=columns < width, other=0.0)
     tl.store(out + row.to(tl.int64) * width + columns, x.to(tl.float32), mask=columns < width)
 
 
@@ -209,17 +219,58 @@ def _norm_kernel(x, weight, bias, out, scale, eps, width, LAYER: tl.constexpr, B
 
 
 @triton.jit
-def _activation_kernel(x, out, scale, width, KIND: tl.constexpr, MODE: tl.constexpr, FP8: tl.constexpr,
-                       BLOCK: tl.constexpr):
-    """KIND 0: as it is; 1: silu · mul; 2: gelu by tanh, which is x · sigmoid(2 u), u = √(2/π) (x + 0.044715 x³)."""
+def tanh(x):
+    """Cephes' tanhf: a polynomial near 0, where 1 - 2 / (e^2|x| + 1) cancels."""
+    size = tl.abs(x)
+    square = x * x
+    near = (((-5.70498872745e-3 * square + 2.06390887954e-2) * square - 5.37397155531e-2) * square
+            + 1.33314422036e-1) * square - 3.33332819422e-1
+    far = 1.0 - 2.0 / (tl.exp(2.0 * size) + 1.0)
+    return tl.where(size < 0.625, near * square * x + x, tl.where(x < 0.0, -far, far))
+
+
+@triton.jit
+def _softcap_kernel(x, out, cap, count, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    v = tl.load(x + at, mask=at < count, other=0.0)
+    tl.store(out + at, tanh(tl.div_rn(v, tl.zeros_like(v) + cap)) * cap, mask=at < count)
+
+
+@triton.jit
+def _curve(v, CURVE: tl.constexpr):
+    """silu is v · sigmoid(v), gelu by tanh v · sigmoid(2 u), u = √(2/π) (v + 0.044715 v³). A NaN stays."""
+    if CURVE == "silu":
+        v = tl.div_rn(v, 1.0 + tl.exp(-v))
+    elif CURVE == "gelu_tanh":
+        v = tl.div_rn(v, 1.0 + tl.exp(-1.5957691216057308 * (v + 0.044715 * (v * v * v))))
+    elif CURVE == "gelu":
+        v = 0.5 * v * (1.0 + tl.erf(0.7071067811865476 * v))
+    elif CURVE == "relu" or CURVE == "relu2":
+        v = tl.where(v < 0.0, 0.0, v)
+        if CURVE == "relu2":
+            v = v * v
+    else:
+        tl.static_assert(CURVE == "none", "an unknown curve")
+    return v
+
+
+@triton.jit
+def _activation_kernel(x, out, scale, limit, width, CURVE: tl.constexpr, GATED: tl.constexpr, MODE: tl.constexpr,
+                       FP8: tl.constexpr, BLOCK: tl.constexpr):
+    """A row of `Activation`; the curve "none" leaves it as it is."""
     row = tl.program_id(0)
     columns = tl.arange(0, BLOCK)
     inside = columns < width
-    start = row.to(tl.int64) * width * (2 if KIND == 1 else 1)
-    v = tl.load(x + start + columns, mask=inside, other=0.0)
-    if KIND == 1:
-        up = tl.load(x + start + width + columns, mask=inside, other=0.0)
-        v = tl.div_rn(v, 1.0 + tl.exp(-v)) * up
-    if KIND == 2:
-        v = tl.div_rn(v, 1.0 + tl.exp(-1.5957691216057308 * (v + 0.044715 * (v * v * v))))
+    v_at = x + row.to(tl.int64) * width * (2 if GATED else 1) + columns
+    v = tl.load(v_at, mask=inside, other=0.0)
+    if GATED:
+        up = tl.load(v_at + width, mask=inside, other=0.0)
+        if CURVE == "clamped_swiglu":
+            v = tl.where(v > limit, limit, v)
+            up = tl.where(up > limit, limit, tl.where(up < -limit, -limit, up))
+            v = tl.div_rn(v, 1.0 + tl.exp(-1.702 * v)) * (up + 1.0)
+        else:
+            v = _curve(v, CURVE) * up
+    else:
+        v = _curve(v, CURVE)
     _store_row(v, out, scale, row, width, columns, MODE, FP8)

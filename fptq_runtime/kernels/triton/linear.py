@@ -215,7 +215,7 @@ def _product(x: torch.Tensor | Quantized, linear: DeviceLinear, residual: torch.
         assert isinstance(weight, PackedWeight)
         codes = expanded(weight)
         if choice.method == "int_mm":
-            return _finish(torch._int_mm(values, codes.t())[None], epilogue, weight.scale, 1.0)
+            return _finish(_int_mm(values, codes)[None], epilogue, weight.scale, 1.0)
         return _launch(values, _rows_of(codes, "int8", weight.scale), epilogue, choice)
     return _launch(values, _operands_of(weight, _dot(linear, values.device)), epilogue, choice)
 
@@ -338,6 +338,13 @@ def _mm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     if weight.dtype == torch.float32:
         return x @ weight.t()
     return torch.mm(x, weight.t(), out_dtype=torch.float32)
+
+
+def _int_mm(x: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+    """int32 of int8 x · codesᵀ. On a CPU without VNNI torch's own saturates; double precision holds these sums."""
+    if codes.device.type != "cuda":
+        return (x.double() @ codes.double().t()).int()
+    return torch._int_mm(x, codes.t())
 
 
 def _expand(weight: PackedWeight, dtype: torch.dtype) -> torch.Tensor:

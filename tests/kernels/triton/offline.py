@@ -19,7 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fptq_runtime.config import KVCacheDtype
-from fptq_runtime.kernels.base import ActivationQuant, AttentionSpec, StepLimits
+from fptq_runtime.kernels.base import Activation, ActivationQuant, AttentionSpec, Norm, StepLimits
 from fptq_runtime.kernels.triton import attention, fused
 from fptq_runtime.kernels.triton.values import DeviceBatch
 
@@ -91,8 +91,9 @@ def record(module: Any, name: str) -> Recorder:
 
 def llama(kv_dtype: KVCacheDtype = "int8", head_dim: int = 128, heads: int = 32, kv_heads: int = 8,
           block_size: int = 32, **options: Any) -> tuple[attention.DeviceAttention, attention.DeviceCache]:
+    turned = options.pop("rotated", head_dim)
     spec = AttentionSpec(0, heads, kv_heads, head_dim, head_dim**-0.5,
-                         rope=(torch.zeros(16, head_dim // 2), torch.zeros(16, head_dim // 2)), **options)
+                         rope=(torch.zeros(16, turned // 2), torch.zeros(16, turned // 2)), **options)
     limits = StepLimits(64, 8, 8, 1024, 2, block_size, kv_dtype, 1, kv_heads, head_dim)
     device = torch.device("cpu")
     return attention.prepare_attention(spec, device), attention.DeviceCache(limits, device)
@@ -106,23 +107,51 @@ def batch(sequences: int, rows: int, max_query_len: int, max_seq_len: int) -> De
                        zeros(sequences, 64), zeros(rows), max_query_len, max_seq_len)
 
 
+def rms(*shape: int) -> Norm:
+    return Norm("rms", torch.ones(shape), None, 1e-6)
+
+
+def layer(*shape: int) -> Norm:
+    return Norm("layer", torch.ones(shape), torch.ones(shape), 1e-6)
+
+
+# What other families ask of attention.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "gemma 2": {"head_dim": 256, "heads": 16, "sliding_window": 4096, "softcap": 50.0},
+    "gpt-oss": {"head_dim": 64, "heads": 64, "sliding_window": 128, "sinks": torch.zeros(64)},
+    "olmo 2": {"head_dim": 128, "heads": 40, "q_norm": rms(40 * 128), "k_norm": rms(8 * 128)},
+    "stablelm": {"head_dim": 80, "heads": 32, "kv_heads": 32, "rotated": 20, "q_norm": layer(32, 80),
+                 "k_norm": layer(32, 80), "norm_after_rope": True},
+}
+
+
 def main(capability: int) -> dict[str, Any]:
-    """A Llama-3-8B's launches by name."""
+    """A Llama-3-8B's launches by name, and those of the variants."""
     rope, attend, merge = (record(attention, f"_{name}_kernel") for name in ("rope_and_cache", "attention", "merge"))
-    norm, activation = record(fused, "_norm_kernel"), record(fused, "_activation_kernel")
+    norm, activation, softcap = (record(fused, f"_{name}_kernel") for name in ("norm", "activation", "softcap"))
     attention.capability = lambda device: capability
-    device_attention, cache = llama()
-    for step in (batch(1, 1, 1, 32768), batch(1, 2048, 2048, 8192)):
-        q = attention.rope_and_cache(torch.zeros(step.token_ids.shape[0], 48 * 128), device_attention, cache, step)
-        attention.attention(q, device_attention, cache, step, ActivationQuant())
+    names = []
+    for name, options in {"llama": {}, **VARIANTS}.items():
+        device_attention, cache = llama(**options)
+        width = (device_attention.spec.num_heads + 2 * cache.keys.shape[2]) * cache.keys.shape[-1]
+        for kind, step in (("decode", batch(1, 1, 1, 32768)), ("prefill", batch(1, 2048, 2048, 8192))):
+            q = attention.rope_and_cache(torch.zeros(step.token_ids.shape[0], width), device_attention, cache, step)
+            if name in ("llama", "gemma 2", "gpt-oss"):
+                attention.attention(q, device_attention, cache, step, ActivationQuant())
+                names.append(f"{name} attention {kind}")
+        rope.launches.pop()
     x = torch.zeros(1, 2 * 14336)
     fused.norm(x[:, :4096].contiguous(), x[0, :4096], None, 1e-5, "rms", ActivationQuant())
     activation.launches.clear()
-    fused.activation(x, "silu_mul", ActivationQuant())
-    decode, prefill = attend.compile(capability)
-    return {"attention decode": decode, "attention prefill": prefill, "merge": merge.compile(capability)[0],
-            "rope": rope.compile(capability)[0], "norm": norm.compile(capability)[0],
-            "activation": activation.compile(capability)[0]}
+    curves = (Activation("silu", True), Activation("gelu"), Activation("relu2"), Activation("clamped_swiglu", True))
+    for curve in curves:
+        fused.activation(x if curve.gated else x[:, :14336].contiguous(), curve, ActivationQuant())
+    fused.softcap(x, 30.0)
+    return {**dict(zip(names, attend.compile(capability), strict=True)),
+            **dict(zip((f"{name} rope" for name in ("llama", *VARIANTS)), rope.compile(capability), strict=True)),
+            **dict(zip((curve.curve for curve in curves), activation.compile(capability), strict=True)),
+            **dict(zip(("llama merge", "gemma 2 merge", "gpt-oss merge"), merge.compile(capability), strict=True)),
+            "norm": norm.compile(capability)[0], "softcap": softcap.compile(capability)[0]}
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -100,13 +100,19 @@ def exact(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, positions: 
     repeats = spec.num_heads // spec.num_kv_heads
     k, v = (x.double().repeat_interleave(repeats, 1) for x in (keys, values))
     scores = torch.einsum("qhd,thd->hqt", q.double(), k) * spec.softmax_scale
+    if spec.softcap is not None:
+        scores = (scores / spec.softcap).tanh() * spec.softcap
     at = torch.arange(k.shape[0])
     if spec.alibi_slopes is not None:
         scores += torch.from_numpy(spec.alibi_slopes).double()[:, None, None] * at
     hidden = at > positions[:, None]
     if spec.sliding_window is not None:
         hidden |= at <= positions[:, None] - spec.sliding_window
-    p = scores.masked_fill(hidden, -torch.inf).softmax(-1)
+    scores = scores.masked_fill(hidden, -torch.inf)
+    if spec.sinks is not None:
+        sinks = torch.from_numpy(spec.sinks).double()[:, None, None].expand(-1, scores.shape[1], 1)
+        scores = torch.cat((scores, sinks), -1)
+    p = scores.softmax(-1)[..., : k.shape[0]]
     out = torch.einsum("hqt,thd->qhd", p, v)
     off = {"float32": 1e-5, "bf16": 1e-4, "int8": 2e-6}[kv_dtype] * v.abs().amax() + torch.zeros_like(out)
     chunk = kernels.chunk_keys(kv_dtype, spec.head_dim)
@@ -137,7 +143,14 @@ def check_step(spec: AttentionSpec, device_attention: DeviceAttention, cache: De
     slots = torch.from_numpy(step.slot_mapping).long()
     keys, values = cached(cache, spec.layer, slots)
     torch.testing.assert_close(values, reference.values[spec.layer, slots], rtol=0, atol=0)
-    torch.testing.assert_close(keys, reference.keys[spec.layer, slots], rtol=0, atol=4 * tolerance)
+    if cache.dtype == "bf16" and tolerance:  # where the last bit of a float sum decides, either neighbour
+        plain = ReferenceOps(step, None)
+        plain.rope_and_cache(qkv, ReferenceBackend().prepare(spec))
+        assert plain._own_kv is not None
+        low, high = (round_kv(plain._own_kv[0] + sign * 4 * tolerance, "bf16") for sign in (-1, 1))
+        assert ((low <= keys) & (keys <= high)).all()
+    else:
+        torch.testing.assert_close(keys, reference.keys[spec.layer, slots], rtol=0, atol=4 * tolerance)
 
     got = kernels.attention(q, device_attention, cache, batch, None)
     assert isinstance(got, torch.Tensor)
@@ -196,6 +209,67 @@ def test_shapes(heads: int, kv_heads: int, dim: int, block_size: int, kv_dtype: 
     prepared = kernels.prepare_attention(spec, CPU)
     for count in (44, 1):
         check_step(spec, prepared, cache, reference, batcher.step([(sequence, count)]), random_qkv(spec, count, count))
+
+
+def tables(rotated: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """cos and sin of positions below 2048."""
+    angles = np.arange(2048)[:, None] * 10000.0 ** (-np.arange(rotated // 2) / (rotated / 2))
+    return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+
+
+def random_norm(kind: Literal["rms", "layer"], *shape: int, bias: bool = True) -> Norm:
+    rng = np.random.default_rng(len(shape))
+    weight, offset = 0.2 + 0.3 * rng.random(shape, np.float32), 0.3 * rng.standard_normal(shape, np.float32)
+    return Norm(kind, weight, offset if kind == "layer" and bias else None, 1e-5)
+
+
+OTHERS: dict[str, dict[str, Any]] = {
+    "partial rope": {"rope": tables(20)},
+    "one rotated pair": {"rope": tables(2), "q_norm": random_norm("layer", 24, bias=False),
+                         "k_norm": random_norm("rms", 24)},
+    "own weights": {"q_norm": random_norm("rms", 6, 24), "k_norm": random_norm("rms", 2, 24), "rope": tables(24)},
+    "own weights and biases, rope first": {"q_norm": random_norm("layer", 6, 24), "rope": tables(8),
+                                           "k_norm": random_norm("layer", 2, 24), "norm_after_rope": True},
+    "all heads": {"q_norm": random_norm("rms", 6 * 24), "k_norm": random_norm("rms", 2 * 24), "rope": tables(24)},
+    "all heads of q, layer norm, rope first": {"q_norm": random_norm("layer", 6 * 24), "norm_after_rope": True,
+                                               "k_norm": random_norm("layer", 24), "rope": tables(12)},
+    "softcap": {"softcap": 2.5, "sliding_window": 30},
+    "sinks": {"sinks": np.array([0.5, -3, 4, 90, -200, 1], np.float32), "sliding_window": 30},
+    "all of it": {"softcap": 3.0, "sinks": np.linspace(-2, 3, 6, dtype=np.float32), "rope": tables(16),
+                  "alibi_slopes": alibi_slopes(6), "q_norm": random_norm("layer", 6 * 24),
+                  "k_norm": random_norm("layer", 2, 24)},
+}
+
+
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
+@pytest.mark.parametrize("name", OTHERS)
+def test_what_other_families_ask(name: str, kv_dtype: KVCacheDtype) -> None:
+    """Head sizes and counts that are no powers of two, in a prompt, a longer one beside it, and a single token."""
+    spec = replace(make_spec(6, 2, 24), **OTHERS[name])
+    limits = make_limits(spec, kv_dtype, 16, 16)
+    cache, reference = spoiled(DeviceCache(limits, CPU)), ReferenceCache(limits)
+    batcher = Batcher(limits, np.random.default_rng(5))
+    first, second = batcher.sequence(range(9)), batcher.sequence(range(50))
+    prepared = kernels.prepare_attention(spec, CPU)
+    for parts in ([(first, 5), (second, 44)], [(second, 1), (first, 1)]):
+        step = batcher.step(parts)
+        check_step(spec, prepared, cache, reference, step, random_qkv(spec, len(step.token_ids), 1), 2, ACTS[:1])
+
+
+@pytest.mark.parametrize("kv_dtype", ["int8", "float32"])
+def test_bits_with_sinks_and_capped_scores_depend_on_no_step(kv_dtype: KVCacheDtype) -> None:
+    """Whole without a split, or split over segments: the sink joins at one place of the sum."""
+    spec = replace(make_spec(4, 1, 16), **OTHERS["all of it"] | {
+        "sinks": np.array([1, -2, 5, 0.3], np.float32), "alibi_slopes": alibi_slopes(4), "rope": tables(8),
+        "q_norm": random_norm("rms", 4, 16), "k_norm": random_norm("layer", 16)})
+    length = kernels.SEGMENT * kernels.chunk_keys(kv_dtype, 16) + 21
+    qkv = random_qkv(spec, length, 3)
+    cache, prepared = DeviceCache(make_limits(spec, kv_dtype, 16, 1), CPU), kernels.prepare_attention(spec, CPU)
+    tiling = kernels.choose_tiling(prepared, cache, length, 1, length, length)
+    assert kernels.choose_tiling(prepared, cache, 3, 3, 1, length).split
+    whole = run(spec, kv_dtype, qkv, [length], 32, replace(tiling, split=False))
+    parts = run(spec, kv_dtype, qkv, [length - 23, 20, 1, 2], 16, others=1)
+    torch.testing.assert_close(parts, whole, rtol=0, atol=0)
 
 
 def run(spec: AttentionSpec, kv_dtype: KVCacheDtype, qkv: torch.Tensor, steps: list[int], block_size: int,
@@ -321,13 +395,15 @@ def test_bytes() -> None:
     prepared = kernels.prepare_attention(make_spec(4, 2, 16, window=10), CPU)
     assert kernels.attention_bytes(prepared, "int8", [1, 3], [100, 5]) == (10 + 5) * 2 * 2 * 20 + 4 * 4 * (20 + 64)
     assert kernels.rope_and_cache_bytes(prepared, "float32", 2) == 2 * (4 * 8 * 16 + 4 * 64 + 2 * 2 * 64)
+    turned = kernels.prepare_attention(replace(make_spec(4, 2, 16), rope=tables(8)), CPU)
+    assert kernels.rope_and_cache_bytes(turned, "float32", 2) == 2 * (4 * (8 * 16 + 8) + 4 * 64 + 2 * 2 * 64)
 
 
 @pytest.mark.skipif(not (Path(triton.__file__).parent / "backends/nvidia/bin/ptxas").exists(),
                     reason="this Triton has no ptxas")
 @pytest.mark.parametrize("capability", [90, 89, 80])
 def test_compiles_for_gpus(capability: int) -> None:
-    """A Llama-3-8B's launches: integer tensor cores, 16-byte copies that run ahead, nothing spilled."""
+    """What a Llama-3-8B and others launch: integer tensor cores, 16-byte copies that run ahead, nothing spilled."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     root = Path(__file__).parents[3]
     environment["PYTHONPATH"] = os.pathsep.join([str(root), *filter(None, [environment.get("PYTHONPATH")])])
@@ -336,8 +412,8 @@ def test_compiles_for_gpus(capability: int) -> None:
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert {name: found["spilled"] for name, found in report.items() if found["spilled"]} == {}
-    for name in ("attention decode", "attention prefill"):
-        kind = "wgmma" if capability == 90 and name == "attention prefill" else "mma"
+    for name in (name for name in report if "attention" in name):
+        kind = "wgmma" if capability == 90 and "prefill" in name and name != "gemma 2 attention prefill" else "mma"
         assert report[name][kind]
         assert all(".s8.s8" in instruction for instruction in report[name][kind])
         assert report[name]["copies"]["0x10"]

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from fptq_runtime.artifact import numerics
-from fptq_runtime.kernels.base import ActivationQuant, Embedding, Norm
+from fptq_runtime.kernels.base import Activation, ActivationQuant, Embedding, Norm
 from fptq_runtime.kernels.reference import ReferenceBackend, to_numpy
 from fptq_runtime.kernels.triton import fused
 from fptq_runtime.kernels.triton.values import Quantized
@@ -107,25 +107,67 @@ def test_few_codes_of_a_norm_tip_and_by_one(kind: str) -> None:
     assert tipped.sum() <= 1e-4 * tipped.numel()
 
 
-@pytest.mark.parametrize("kind", ["silu_mul", "gelu_tanh"])
+CURVES = [Activation("silu", True), Activation("silu"), Activation("gelu_tanh"), Activation("gelu_tanh", True),
+          Activation("gelu"), Activation("gelu", True), Activation("relu"), Activation("relu2"),
+          Activation("clamped_swiglu", True), Activation("clamped_swiglu", True, 2.5)]
+
+
+def curve_and_size(x: torch.Tensor, activation: Activation) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of x in double, and what its float32 rounding errors are relative to."""
+    if activation.curve == "silu":
+        return F.silu(x), (1 + x.abs()) * F.silu(x).abs()
+    if activation.curve == "gelu_tanh":
+        exponent = 2 * (2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)
+        expected = x * torch.sigmoid(exponent)  # 1 + tanh cancels, even in double
+        torch.testing.assert_close(expected, F.gelu(x, approximate="tanh"), rtol=0, atol=1e-12)
+        return expected, (1 + exponent.abs()) * expected.abs()
+    if activation.curve == "gelu":
+        return F.gelu(x), x.abs()  # as torch's own in float32: 1 + erf cancels
+    if activation.curve == "clamped_swiglu":
+        gate = x.clamp(max=activation.limit)
+        return gate * torch.sigmoid(1.702 * gate), (2 + 1.702 * gate.abs()) * (gate * torch.sigmoid(1.702 * gate)).abs()
+    expected = F.relu(x) if activation.curve == "relu" else F.relu(x).square()
+    return expected, expected
+
+
+@pytest.mark.parametrize("activation", CURVES, ids=str)
 @pytest.mark.parametrize("width", [2, 172, 11008])
-def test_activation(width: int, kind: fused.Kind) -> None:
+def test_activation(width: int, activation: Activation) -> None:
     x = 4 * rows_of(width)
     x[0, 0] = -200.0  # exp overflows
-    got = dense(fused.activation(x, kind, None))
+    got = dense(fused.activation(x, activation, None))
+    assert got.shape == (6, activation.width(width))
     double = x.double()
-    if kind == "silu_mul":
+    if activation.gated:
         gate, up = double.chunk(2, dim=-1)
-        expected = F.silu(gate) * up
-        exponent = gate.abs()
+        if activation.curve == "clamped_swiglu":
+            up = up.clamp(-activation.limit, activation.limit) + 1
+        expected, size = (part * up for part in curve_and_size(gate, activation))
+        if activation.curve == "clamped_swiglu":  # up + 1 may cancel, near -1
+            size = size.abs() + 1e-1 * expected.abs() + curve_and_size(gate, activation)[0].abs()
     else:
-        exponent = 2 * (2 / torch.pi) ** 0.5 * (double + 0.044715 * double**3)
-        expected = double * torch.sigmoid(exponent)  # 1 + tanh cancels, even in double
-        torch.testing.assert_close(expected, F.gelu(double, approximate="tanh"), rtol=0, atol=1e-12)
-        exponent = exponent.abs()
-    assert ((got - expected).abs() <= 3e-7 * (1 + exponent) * expected.abs() + 1e-30).all()
+        expected, size = curve_and_size(double, activation)
+    assert ((got - expected).abs() <= 3e-7 * size.abs() + 1e-30).all()
     for act in ACTS:
-        assert_same(fused.activation(x, kind, act), *expected_codes(got, act))
+        assert_same(fused.activation(x, activation, act), *expected_codes(got, act))
+
+
+@pytest.mark.parametrize("activation", CURVES, ids=str)
+def test_a_nan_passes_an_activation(activation: Activation) -> None:
+    x = torch.zeros((2, 8))
+    x[0, 1] = torch.nan
+    assert dense(fused.activation(x, activation, None)).isnan().nonzero().tolist() == [[0, 1]]
+
+
+@pytest.mark.parametrize("cap", [30.0, 0.7])
+def test_softcap(cap: float) -> None:
+    x = rows_of(1000)
+    x[2, :5] = torch.tensor([torch.inf, -torch.inf, 1e30, torch.nan, 0.625 * cap])
+    got = fused.softcap(x, cap)
+    expected = (x.double() / cap).tanh() * cap
+    assert ((got - expected).abs() <= 4e-7 * expected.abs())[~expected.isnan()].all()
+    assert torch.equal(got.isnan(), expected.isnan())
+    assert fused.softcap(x[:0], cap).shape == (0, 1000)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -148,7 +190,7 @@ def test_a_rows_bits_do_not_depend_on_the_others() -> None:
 def test_no_rows() -> None:
     x = torch.empty((0, 64))
     assert quantized(fused.norm(x, torch.ones(64), None, 1e-5, "rms", ActivationQuant())).codes.shape == (0, 64)
-    assert dense(fused.activation(x, "silu_mul", None)).shape == (0, 32)
+    assert dense(fused.activation(x, Activation("silu", True), None)).shape == (0, 32)
     assert fused.embed(torch.empty(0, dtype=torch.int32), torch.ones(3, 8)).shape == (0, 8)
 
 
