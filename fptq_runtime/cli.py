@@ -343,8 +343,8 @@ def serve(artifact: str, host: str, port: int, served_model_name: str | None, ap
     from fptq_runtime.locate import DEMO, find_artifact, find_model
 
     find_model(artifact)
-    from server.config import ServerConfig
-    from server.main import bind, serve
+    from fptq_server.config import ServerConfig
+    from fptq_server.main import bind, serve
 
     config = ServerConfig(host=host, port=port, api_keys=api_keys or _api_key_of_environment(),
                           public_metrics=public_metrics, drain_timeout=drain_timeout)

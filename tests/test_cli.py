@@ -182,7 +182,7 @@ Served = list[tuple[Any, dict[str, Any]]]
 def served(monkeypatch: pytest.MonkeyPatch) -> Served:
     """What `fptq serve demo --port 0` would serve, by its ServerConfig and options; nothing is loaded."""
     calls: Served = []
-    monkeypatch.setattr("server.main.serve", lambda path, config, **options: calls.append((config, options)))
+    monkeypatch.setattr("fptq_server.main.serve", lambda path, config, **options: calls.append((config, options)))
     monkeypatch.setattr(locate, "find_artifact", lambda name: Path(name))
     monkeypatch.setattr("fptq_runtime.artifact.io.is_artifact", lambda path: True)
     monkeypatch.delenv("FPTQ_API_KEY", raising=False)
@@ -233,7 +233,7 @@ def test_errors_name_options_as_they_are_typed(served: Served, tmp_path: Path, m
     def refuse(path: Path, config: object, **options: object) -> None:
         raise ValueError("/max_num_seqs/x: max_model_len 9 exceeds 8: lower it, max_tokens or kv_cache_dtype")
 
-    monkeypatch.setattr("server.main.serve", refuse)
+    monkeypatch.setattr("fptq_server.main.serve", refuse)
     for arguments, message in {
         (): "/max_num_seqs/x: --max-model-len 9 exceeds 8: lower it, max_tokens or --kv-cache-dtype\n",
         ("--drain-timeout", "nan"): "--drain-timeout must be 0 or more seconds, not nan\n",

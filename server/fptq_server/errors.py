@@ -13,9 +13,9 @@ from starlette.responses import Response
 from starlette.types import Scope
 
 from fptq_runtime.engine.request import SamplingParams
-from server.metrics import Metrics
-from server.protocol import ErrorInfo, ErrorResponse
-from server.record import record_of
+from fptq_server.metrics import Metrics
+from fptq_server.protocol import ErrorInfo, ErrorResponse
+from fptq_server.record import record_of
 
 MAX_MESSAGE = 400  # characters; a message may quote what the client sent
 

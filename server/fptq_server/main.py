@@ -28,11 +28,11 @@ from fptq_runtime.engine.async_engine import AsyncEngine
 from fptq_runtime.engine.engine import Engine
 from fptq_runtime.engine.kv_cache import format_bytes
 from fptq_runtime.engine.llm import load_engine
-from server.config import ModelCard, ServerConfig
-from server.record import peer
+from fptq_server.config import ModelCard, ServerConfig
+from fptq_server.record import peer
 
 if TYPE_CHECKING:
-    from server.metrics import Metrics
+    from fptq_server.metrics import Metrics
 
 log = logging.getLogger("fptq.server")
 
@@ -57,10 +57,10 @@ def serve(path: Path | str, config: ServerConfig, *, model_id: str | None = None
     with listener or bind(config.host, config.port) as listener:  # before the model loads, which can take minutes
         log.info("loading %s", path)
         # What the endpoints import takes a good part of the time that a small model loads in.
-        threading.Thread(target=import_module, args=("server.app",), daemon=True).start()
+        threading.Thread(target=import_module, args=("fptq_server.app",), daemon=True).start()
         engine = load_engine(path, backend=backend, **engine_options)
-        from server.app import create_app
-        from server.metrics import Metrics
+        from fptq_server.app import create_app
+        from fptq_server.metrics import Metrics
 
         model = model_card(model_id or path.resolve().name, engine)
         metrics = Metrics(__version__, model)
