@@ -8,12 +8,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from fptq_runtime.errors import FptqError
+
 Strategy = Literal["tensor", "token", "channel", "group"]
 NumberType = Literal["int", "float"]
 Format = Literal["pack-quantized", "int-quantized", "gptq", "gptq_v2", "awq"]
 
 
-class SchemeError(ValueError):
+class SchemeError(FptqError):
     """A scheme that is malformed or that this runtime does not run."""
 
 

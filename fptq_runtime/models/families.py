@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from fptq_runtime.config import ModelConfig, RopeConfig
+from fptq_runtime.errors import FptqError
 from fptq_runtime.kernels.base import Array, Embedding, Linear, Norm, QuantizedWeight
 from fptq_runtime.models.decoder import Block, Head, Stem
 from fptq_runtime.models.formats import align, dequantize
@@ -18,7 +19,7 @@ MAX_POSITIONS = 1 << 21  # a rope table of 1 GiB at head_dim 128
 MAX_HEAD_DIM = 256  # what the attention kernels hold in registers and on their stack
 
 
-class ModelError(ValueError):
+class ModelError(FptqError):
     """A config that is malformed, or a model that this runtime does not run. One line, for the user."""
 
 

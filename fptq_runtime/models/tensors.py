@@ -13,6 +13,7 @@ import numpy as np
 from ml_dtypes import bfloat16, float8_e4m3fn
 from safetensors import SafetensorError, safe_open
 
+from fptq_runtime.errors import FptqError
 from fptq_runtime.kernels.base import Array
 
 MAX_JSON_BYTES = 64 << 20
@@ -22,7 +23,7 @@ DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.d
 FLOATS = ("F32", "F16", "BF16")
 
 
-class CheckpointError(ValueError):
+class CheckpointError(FptqError):
     """A checkpoint that is missing, damaged or inconsistent. One line, for the user."""
 
 

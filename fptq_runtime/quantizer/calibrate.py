@@ -15,6 +15,7 @@ import torch
 
 from fptq_runtime.artifact.io import TextRecord
 from fptq_runtime.config import ModelConfig
+from fptq_runtime.errors import FptqError
 from fptq_runtime.kernels.base import Linear, StepInput
 from fptq_runtime.kernels.reference import ReferenceBackend, ReferenceOps
 from fptq_runtime.models.decoder import Block, Head, Stem, prepare_block, run_block, run_head, run_stem
@@ -29,7 +30,7 @@ BF16_WEIGHTS = 1 << 22  # of a linear; from here on the time goes into products,
 SAMPLE_ROWS = 1024  # input rows kept of each linear, to measure errors on
 
 
-class CalibrationError(ValueError):
+class CalibrationError(FptqError):
     """Text that cannot be calibrated or measured on. One line, for the user."""
 
 

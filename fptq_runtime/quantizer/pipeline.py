@@ -58,7 +58,7 @@ def quantize(
     """Quantize `model` (a directory, or a hub id as name or name@revision) into the artifact directory `out`.
 
     text: what perplexity is measured on before and after, its first text_tokens tokens; None is a packaged text that
-    calibration never sees. The same arguments on the same machine give the same bytes. Every error is a ValueError of
+    calibration never sees. The same arguments on the same machine give the same bytes. Every error is a FptqError of
     one line; nothing is left at `out` then.
     """
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)

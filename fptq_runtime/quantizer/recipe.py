@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from fptq_runtime.errors import FptqError
 from fptq_runtime.quantizer.steps.activations import Activations
 from fptq_runtime.quantizer.steps.awq import Awq
 from fptq_runtime.quantizer.steps.equalization import Aweq, CrossLayer
@@ -30,7 +31,7 @@ AnyStep = Annotated[
 ]
 
 
-class RecipeError(ValueError):
+class RecipeError(FptqError):
     """A recipe that does not exist or is malformed. One line, for the user."""
 
 

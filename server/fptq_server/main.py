@@ -28,6 +28,7 @@ from fptq_runtime.engine.async_engine import AsyncEngine
 from fptq_runtime.engine.engine import Engine
 from fptq_runtime.engine.kv_cache import format_bytes
 from fptq_runtime.engine.llm import load_engine
+from fptq_runtime.errors import FptqError
 from fptq_server.config import ModelCard, ServerConfig
 from fptq_server.record import peer
 
@@ -39,7 +40,7 @@ log = logging.getLogger("fptq.server")
 CLOSE_TIMEOUT = 10  # seconds that connections have to take their last bytes after the drain
 
 
-class AddressError(ValueError):
+class AddressError(FptqError):
     """The host and port cannot be served on."""
 
 
@@ -49,7 +50,7 @@ def serve(path: Path | str, config: ServerConfig, *, model_id: str | None = None
     second signal ends them at once.
 
     model_id: the name clients use, the directory's unless given. listener: what `bind` gave, where the caller did that
-    itself. backend and engine_options are load_engine's. Raises ValueError, one line, where the address, the model or
+    itself. backend and engine_options are load_engine's. Raises FptqError where the address, the model or
     an option cannot be used.
     """
     path = Path(path)

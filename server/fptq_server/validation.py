@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from fptq_runtime.engine.request import SamplingParams
+from fptq_runtime.errors import FptqError
 from fptq_runtime.models.tokenizer import ChatTemplateError, Tokenizer
 from fptq_server.config import ModelCard
 from fptq_server.errors import APIError, bad_parameter
@@ -121,7 +122,7 @@ def fold_seed(seed: int | None) -> int | None:
 def make_params(**fields: Any) -> SamplingParams:
     try:
         return SamplingParams(**fields)
-    except ValueError as error:
+    except FptqError as error:
         raise bad_parameter(error) from None
 
 

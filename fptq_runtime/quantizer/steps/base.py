@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict
 from fptq_runtime.artifact.numerics import ScaleRule, absmax_scale, dequantize, quantize_weight
 from fptq_runtime.artifact.scheme import NumberType
 from fptq_runtime.config import ModelConfig
+from fptq_runtime.errors import FptqError
 from fptq_runtime.kernels.base import ActivationQuant, Linear, Norm, QuantizedWeight
 from fptq_runtime.kernels.reference import dequantized, quantize_activations
 from fptq_runtime.models.decoder import Block, Head, Stem
@@ -27,7 +28,7 @@ from fptq_runtime.quantizer.samples import Calibration
 ERROR_PRODUCTS = 1 << 32  # multiply-adds that one measured output of a linear may cost
 
 
-class QuantizationError(ValueError):
+class QuantizationError(FptqError):
     """A model that this recipe cannot quantize. One line, for the user."""
 
 
