@@ -131,6 +131,19 @@ def test_compose_starts_one_server_and_scrapes_it() -> None:
     assert "COMPOSE_PROFILES=cpu\n" in (ROOT / "docker/.env").read_text()
 
 
+def test_one_dockerfile_makes_both_images() -> None:
+    """A plain build is the CPU's; both run as a user by number, which Kubernetes can tell from root."""
+    dockerfile = (ROOT / "Dockerfile").read_text()
+    stages = re.split(r"^FROM .* AS ", dockerfile, flags=re.MULTILINE)[1:]
+    named = {stage.split("\n", 1)[0]: stage for stage in stages}
+    assert stages[-1] == named["cpu"]
+    for name in ("cpu", "gpu"):
+        assert re.findall(r"^USER (.*)$", named[name], re.MULTILINE) == ["1000"]
+    services = yaml.safe_load((ROOT / "docker/compose.yaml").read_text())["services"]
+    assert services["fptq"]["build"] == ".."
+    assert services["fptq-gpu"]["build"] == {"context": "..", "target": "gpu"}
+
+
 def test_constraints_pin_every_direct_dependency() -> None:
     """Read as text: tomllib is not in Python 3.10."""
     project = (ROOT / "pyproject.toml").read_text().partition("[tool.scikit-build]")[0]
