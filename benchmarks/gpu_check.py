@@ -232,7 +232,7 @@ def models(check: Check) -> Iterator[Row]:
     import numpy as np
     import torch
 
-    from fptq_runtime.kernels.base import logits_array
+    from fptq_runtime.kernels.base import Activation, logits_array
     from fptq_runtime.kernels.reference import ReferenceBackend
     from tests.kernels.small import Batcher, Options, limits, make_decoder, random_tokens
 
@@ -240,7 +240,7 @@ def models(check: Check) -> Iterator[Row]:
     kinds = {
         "llama": base, "llama float": replace(base, act="float", dtype=torch.bfloat16),
         "qwen3, window": replace(base, qk_norm=True, window=40, head_dim=32, act="static"),
-        "bloom": replace(base, norm="layer", activation="gelu_tanh", rope=False, alibi=True, bias=True,
+        "bloom": replace(base, norm="layer", activation=Activation("gelu_tanh"), rope=False, alibi=True, bias=True,
                          embedding_norm=True, kv_heads=4, bits=8, group_size=None),
         "low rank": replace(base, rank=3), "grouped heads": replace(base, heads=12, kv_heads=2, head_dim=64),
     }

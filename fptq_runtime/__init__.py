@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fptq_runtime.engine.llm import LLM
     from fptq_runtime.engine.request import SamplingParams
+    from fptq_runtime.errors import FptqError
     from fptq_runtime.locate import load
     from fptq_runtime.quantizer.pipeline import quantize
     from fptq_runtime.quantizer.recipe import Recipe
@@ -16,10 +17,11 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = ["LLM", "Calibration", "Recipe", "SamplingParams", "__version__", "load", "quantize"]
+__all__ = ["LLM", "Calibration", "FptqError", "Recipe", "SamplingParams", "__version__", "load", "quantize"]
 
 _MODULES = {
     "Calibration": "fptq_runtime.quantizer.samples",
+    "FptqError": "fptq_runtime.errors",
     "LLM": "fptq_runtime.engine.llm",
     "Recipe": "fptq_runtime.quantizer.recipe",
     "SamplingParams": "fptq_runtime.engine.request",

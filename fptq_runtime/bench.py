@@ -19,6 +19,7 @@ from fptq_runtime.engine.engine import Engine
 from fptq_runtime.engine.kv_cache import token_bytes
 from fptq_runtime.engine.llm import load_engine
 from fptq_runtime.engine.request import SamplingParams
+from fptq_runtime.errors import FptqError
 from fptq_runtime.kernels.base import Roofs
 from fptq_runtime.kernels.select import select_backend
 from fptq_runtime.models.loader import Checkpoint
@@ -131,7 +132,7 @@ def higher(before: Roofs | None, after: Roofs | None) -> Roofs | None:
 
 def rows(batches: Sequence[int], contexts: Sequence[int], model: ModelConfig, steps: int, budget: int) -> list[Row]:
     """Every batch at every context. Empty: the default of `BATCHES`, where it fits into the model's positions. Raises
-    ValueError where what was asked for does not."""
+    FptqError where what was asked for does not."""
     def fits(row: Row) -> bool:
         return row.context + row.output_tokens(steps, budget) <= model.max_position_embeddings
 
@@ -141,28 +142,29 @@ def rows(batches: Sequence[int], contexts: Sequence[int], model: ModelConfig, st
     fitting = [row for row in chosen if fits(row)]
     if not fitting or (contexts and fitting != chosen):
         row = next(row for row in chosen if not fits(row))
-        raise ValueError(
+        raise FptqError(
             f"{row.batch} prompts of {row.context} tokens and what they decode meanwhile exceed the model's "
-            f"{model.max_position_embeddings} positions; lower context, batch or steps")
+            f"{model.max_position_embeddings} positions; lower context, batch or steps", "contexts")
     return fitting
 
 
 def bench_config(model: ModelConfig, rows: Sequence[Row], steps: int, *, max_num_batched_tokens: int = 512,
-                 kv_cache_dtype: KVCacheDtype = "int8", threads: int = 0) -> EngineConfig:
+                 kv_cache_dtype: KVCacheDtype = "int8") -> EngineConfig:
     """An engine as large as the largest row: nothing is preempted, and no prompt is found in a cache."""
     lengths = [(row.batch, row.context + row.output_tokens(steps, max_num_batched_tokens)) for row in rows]
     config = EngineConfig(
         max_model_len=max(length for _, length in lengths), max_num_seqs=max(batch for batch, _ in lengths),
-        max_num_batched_tokens=max_num_batched_tokens, kv_cache_dtype=kv_cache_dtype, threads=threads,
+        max_num_batched_tokens=max_num_batched_tokens, kv_cache_dtype=kv_cache_dtype,
         enable_prefix_caching=False,
     )
     blocks = max(batch * (-(-length // config.block_size) + 1) for batch, length in lengths)
     return replace(config, kv_cache_memory=blocks * config.block_size * token_bytes(model, kv_cache_dtype))
 
 
-def shape_engine(name: str, head_bits: int, backend: str, config: EngineConfig, device: str = "auto") -> Engine:
+def shape_engine(name: str, head_bits: int, config: EngineConfig, backend: str = "auto", device: str = "auto",
+                 threads: int = 0) -> Engine:
     """An engine for one of `SHAPES` with random weights and no text."""
-    kernels = select_backend(backend, config.threads, device=device)
+    kernels = select_backend(backend, threads, device=device)
     decoder = random_decoder(SHAPES[name], kernels, head_bits)
     return Engine(decoder, kernels, config, cast(Tokenizer, NoText()))
 
@@ -170,9 +172,9 @@ def shape_engine(name: str, head_bits: int, backend: str, config: EngineConfig, 
 def measure(engine: Engine, row: Row, phases: Sequence[Phase] = PHASES, *, steps: int = 24, seconds: float = 3.0
             ) -> list[Steps]:
     """Greedy requests with random prompts, again and again until `seconds` have passed, with `steps` steps of decoding
-    each time. For each phase the run with the median rate. Raises ValueError for less than one step."""
+    each time. For each phase the run with the median rate. Raises FptqError for less than one step."""
     if steps < 1:
-        raise ValueError(f"decoding is measured on 1 step or more, not {steps}")
+        raise FptqError(f"decoding is measured on 1 step or more, not {steps}", "steps")
     runs: list[dict[Phase, Steps]] = []
     started = time.monotonic()
     while not runs or time.monotonic() - started < seconds:
@@ -188,16 +190,17 @@ def bench(
     backend: str = "auto", device: str = "auto", threads: int = 0, progress: bool = False,
 ) -> Bench:
     """`measure` every row of `rows`. model: an artifact's path; or a name in `SHAPES`, for random weights and a head of
-    head_bits. phases: both unless given. Raises ValueError, one line."""
+    head_bits. phases: both unless given. Raises FptqError."""
     shape = Checkpoint(model).model_config if isinstance(model, Path) else SHAPES[model].config
     chosen = rows(batches, contexts, shape, steps, max_num_batched_tokens)
     config = bench_config(shape, chosen, steps, max_num_batched_tokens=max_num_batched_tokens,
-                          kv_cache_dtype=kv_cache_dtype, threads=threads)
+                          kv_cache_dtype=kv_cache_dtype)
     if isinstance(model, Path):
-        engine = load_engine(model, backend=backend, device=device, activations=activations, **asdict(config))
+        engine = load_engine(model, backend=backend, device=device, activations=activations, threads=threads,
+                             **asdict(config))
         name = name or model.name
     else:
-        engine = shape_engine(model, head_bits, backend, config, device)
+        engine = shape_engine(model, head_bits, config, backend, device, threads)
         name = name or f"{model}, random weights, {head_bits}-bit head"
     measure(engine, Row(1, chosen[0].context), steps=1, seconds=0)  # warms up
     measured, roofs = [], engine.backend.roofs()

@@ -18,6 +18,7 @@ import click
 
 import fptq_runtime
 from fptq_runtime.config import MAX_THREADS
+from fptq_runtime.errors import FptqError
 
 Answer = tuple[dict[str, Any], str]  # for --json, and for people
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -59,7 +60,7 @@ def _describe(error: Exception) -> str:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     if isinstance(error, MemoryError):
         return "out of memory"
-    if isinstance(error, (ValueError, OSError)):
+    if isinstance(error, (FptqError, OSError)):
         return _one_line(str(error))
     return _one_line(f"internal error: {type(error).__name__}: {error} (FPTQ_DEBUG=1 shows where)")
 
@@ -231,11 +232,8 @@ class Command(click.Command):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except ValueError as error:
-            text = str(error)
-            if error.args == (text,):
-                names = {str(option.name): option.opts[0] for option in self.params if "_" in str(option.name)}
-                error.args = (re.sub(r"(?<![\w/.-])\w+(?![\w/-])", lambda m: names.get(m[0], m[0]), text),)
+        except FptqError as error:
+            error.args = (error.spelled({str(option.name): option.opts[0] for option in self.params}),)
             raise
 
 
@@ -343,8 +341,8 @@ def serve(artifact: str, host: str, port: int, served_model_name: str | None, ap
     from fptq_runtime.locate import DEMO, find_artifact, find_model
 
     find_model(artifact)
-    from server.config import ServerConfig
-    from server.main import bind, serve
+    from fptq_server.config import ServerConfig
+    from fptq_server.main import bind, serve
 
     config = ServerConfig(host=host, port=port, api_keys=api_keys or _api_key_of_environment(),
                           public_metrics=public_metrics, drain_timeout=drain_timeout)
@@ -354,7 +352,7 @@ def serve(artifact: str, host: str, port: int, served_model_name: str | None, ap
         from fptq_runtime.models.loader import Checkpoint
 
         if not is_artifact(path) and not Checkpoint(path).quantized:
-            raise ValueError(f"{artifact} is not quantized; make an artifact with `fptq quantize {artifact} OUT` first")
+            raise FptqError(f"{artifact} is not quantized; make an artifact with `fptq quantize {artifact} OUT` first")
         name = served_model_name or (DEMO if artifact == DEMO else None)
         serve(path, config, model_id=name, listener=listener, **options)
 

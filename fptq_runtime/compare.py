@@ -19,6 +19,7 @@ from fptq_runtime.analysis import plots
 from fptq_runtime.config import KVCacheDtype
 from fptq_runtime.engine.engine import Engine
 from fptq_runtime.engine.llm import LLM
+from fptq_runtime.errors import FptqError
 from fptq_runtime.kernels.base import Backend
 from fptq_runtime.kernels.select import select_backend
 from fptq_runtime.models.decoder import Decoder
@@ -120,7 +121,7 @@ def compare(
     """Quantize a float model by every recipe, each into a directory that is gone afterwards, and measure it on the
     kernels and with the int8 KV cache that serve it; the float model runs once, with a float32 cache.
 
-    A recipe that this model refuses becomes a row with the reason. Raises ValueError where the float model itself
+    A recipe that this model refuses becomes a row with the reason. Raises FptqError where the float model itself
     cannot be measured.
     """
     source, checkpoint = open_float(model, "compare recipes on the float model")
@@ -144,7 +145,7 @@ def compare(
                 seconds = time.monotonic() - started
                 measured, kl, top1 = work.quantized(out)
                 rows.append(Row(recipe.name, measured, kl, top1, seconds))
-            except (ValueError, NotImplementedError) as error:
+            except FptqError as error:
                 rows.append(Row(recipe.name, error=" ".join(str(error).split())))
             bar.update()
     return Comparison(
@@ -201,7 +202,7 @@ class _Work:
                   ) -> Measured:
         if not math.isfinite(perplexity):
             raise QuantizationError("its perplexity is not finite")
-        prefill, decode = _speed(decoder, backend, kv_dtype, self._threads)
+        prefill, decode = _speed(decoder, backend, kv_dtype)
         return Measured(
             perplexity, sum(file.stat().st_size for file in path.glob("*.safetensors")), backend.name, prefill,
             decode[1], decode.get(8), self._accuracy.run(path, self._backend, self._threads, self._device, kv_dtype),
@@ -212,13 +213,13 @@ def _read(file: IO[bytes], like: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(np.fromfile(file, np.float32, like.numel())).reshape(like.shape)
 
 
-def _speed(decoder: Decoder, backend: Backend, kv_dtype: KVCacheDtype, threads: int) -> tuple[float, dict[int, float]]:
+def _speed(decoder: Decoder, backend: Backend, kv_dtype: KVCacheDtype) -> tuple[float, dict[int, float]]:
     """Prefill tokens per second of one prompt, and decode tokens per second by batch size."""
     model = decoder.config
     context = min(PROMPT, model.max_position_embeddings // 2)
     wanted = [bench.Row(batch, context) for batch in BATCHES]
     rows = [row for row in wanted if context + row.output_tokens(STEPS, PROMPT) <= model.max_position_embeddings]
-    config = bench.bench_config(model, rows or wanted[:1], STEPS, kv_cache_dtype=kv_dtype, threads=threads)
+    config = bench.bench_config(model, rows or wanted[:1], STEPS, kv_cache_dtype=kv_dtype)
     engine = Engine(decoder, backend, config, cast(Tokenizer, bench.NoText()))
     bench.measure(engine, rows[0], steps=1, seconds=0)  # warms up
     measured = [part.against(None) for row in rows

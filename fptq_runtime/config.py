@@ -6,6 +6,8 @@ import os
 from dataclasses import dataclass
 from typing import Literal
 
+from fptq_runtime.errors import FptqError
+
 KVCacheDtype = Literal["float32", "bf16", "int8"]
 # What linears with quantized weights read: what the checkpoint says, or int8 per token where it says float.
 Activations = Literal["checkpoint", "int8"]
@@ -37,7 +39,6 @@ class EngineConfig:
 
     block_size: tokens per KV block, 16, 32, 64 or 128 (what the attention kernels accept).
     max_waiting_requests, max_waiting_tokens: bounds of the queue; past them a request is refused.
-    threads: 0 means what the machine, its affinity mask and its cgroup quota allow.
     """
 
     max_model_len: int
@@ -49,19 +50,16 @@ class EngineConfig:
     enable_prefix_caching: bool = True
     max_waiting_requests: int = 256
     max_waiting_tokens: int = 1 << 20
-    threads: int = 0
 
     def __post_init__(self) -> None:
         for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "kv_cache_memory",
                      "max_waiting_requests", "max_waiting_tokens"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+                raise FptqError(f"{name} must be at least 1, not {getattr(self, name)}", name)
         if self.block_size not in (16, 32, 64, 128):
-            raise ValueError(f"block_size must be 16, 32, 64 or 128, not {self.block_size}")
+            raise FptqError(f"block_size must be 16, 32, 64 or 128, not {self.block_size}", "block_size")
         if self.kv_cache_dtype not in ("float32", "bf16", "int8"):
-            raise ValueError(f"kv_cache_dtype must be bf16 or int8, not {self.kv_cache_dtype!r}")
-        if self.threads < 0:
-            raise ValueError(f"threads must be 0 (automatic) or more, not {self.threads}")
+            raise FptqError(f"kv_cache_dtype must be bf16 or int8, not {self.kv_cache_dtype!r}", "kv_cache_dtype")
 
     @property
     def max_unfinished_seqs(self) -> int:

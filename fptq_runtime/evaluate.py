@@ -54,7 +54,7 @@ def evaluate(
     device: str = "auto", threads: int = 0, progress: bool = False,
 ) -> Evaluation:
     """Measure the model at `path`, in float or quantized. max_tokens: of the text; limit: documents of each lm-eval
-    task. Raises ValueError, one line."""
+    task. Raises FptqError."""
     measured = None
     if text is not None:
         kernels = select_backend(backend, threads, Checkpoint(path, activations).linear_schemes, device)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fptq_runtime import __version__
+from fptq_runtime.errors import FptqError
 
 if TYPE_CHECKING:
     from fptq_runtime.engine.llm import LLM
@@ -21,7 +22,7 @@ DEMO_MODEL = Path(__file__).parent / "demo"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
 
 
-class NotFoundError(ValueError):
+class NotFoundError(FptqError):
     """A name that is no directory, no hub id and not `demo`. One line, for the user."""
 
 
@@ -44,7 +45,7 @@ def find_model(name: str, revision: str | None = None) -> str:
 
 def find_artifact(name: str) -> Path:
     """The directory of a model that is ready to run. `demo` is quantized into the user's cache when first asked for, a
-    hub id fetched into huggingface_hub's. Raises ValueError (NotFoundError, CheckpointError), one line."""
+    hub id fetched into huggingface_hub's. Raises FptqError (NotFoundError, CheckpointError)."""
     if name == DEMO:
         return _quantized_demo()
     model = find_model(name)

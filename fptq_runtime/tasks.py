@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from fptq_runtime.engine.llm import LLM
 from fptq_runtime.engine.request import SamplingParams
+from fptq_runtime.errors import FptqError
 from fptq_runtime.models.tokenizer import Tokenizer
 
 PER_CALL = 64  # sequences given to the engine at a time, which bounds what is held of their logprobs
@@ -22,7 +23,7 @@ MAX_NEW_TOKENS = 256  # of a generated answer, unless the task says otherwise
 Pair = tuple[list[int], list[int]]  # what is given, and what is scored after it
 
 
-class TaskError(ValueError):
+class TaskError(FptqError):
     """A task that cannot be run. One line, for the user."""
 
 

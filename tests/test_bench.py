@@ -26,8 +26,8 @@ def _small_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def engine_for(name: str, row: Row, head_bits: int = 4, budget: int = 512) -> Engine:
-    config = bench_config(SHAPES[name], [row], 3, max_num_batched_tokens=budget, threads=1)
-    return shape_engine(name, head_bits, "auto", config)
+    config = bench_config(SHAPES[name], [row], 3, max_num_batched_tokens=budget)
+    return shape_engine(name, head_bits, config, threads=1)
 
 
 @pytest.mark.parametrize("name", ["llama-3.2-1b", "qwen2.5-0.5b", "llama-2-7b"])

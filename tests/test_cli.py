@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 import fptq_runtime
 from fptq_runtime import cli, locate
 from fptq_runtime.config import EngineConfig
+from fptq_runtime.errors import FptqError
 
 
 def run(*arguments: str) -> int:
@@ -44,9 +45,11 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> dict[str, BaseException]:
 
 
 @pytest.mark.parametrize(("error", "line"), [
-    (ValueError("the model\n  is odd"), "fptq: the model is odd\n"),
+    (FptqError("the model\n  is odd"), "fptq: the model is odd\n"),
     (FileNotFoundError(2, "No such file or directory", "x.json"), "fptq: x.json: No such file or directory\n"),
     (MemoryError(), "fptq: out of memory\n"),
+    (ValueError("operands could not be broadcast"),
+     "fptq: internal error: ValueError: operands could not be broadcast (FPTQ_DEBUG=1 shows where)\n"),
     (KeyError("k"), "fptq: internal error: KeyError: 'k' (FPTQ_DEBUG=1 shows where)\n"),
 ])
 def test_an_error_is_one_line(failing: dict[str, BaseException], capsys: pytest.CaptureFixture[str],
@@ -182,7 +185,7 @@ Served = list[tuple[Any, dict[str, Any]]]
 def served(monkeypatch: pytest.MonkeyPatch) -> Served:
     """What `fptq serve demo --port 0` would serve, by its ServerConfig and options; nothing is loaded."""
     calls: Served = []
-    monkeypatch.setattr("server.main.serve", lambda path, config, **options: calls.append((config, options)))
+    monkeypatch.setattr("fptq_server.main.serve", lambda path, config, **options: calls.append((config, options)))
     monkeypatch.setattr(locate, "find_artifact", lambda name: Path(name))
     monkeypatch.setattr("fptq_runtime.artifact.io.is_artifact", lambda path: True)
     monkeypatch.delenv("FPTQ_API_KEY", raising=False)
@@ -231,11 +234,13 @@ def test_what_serve_cannot_do_is_said_before_a_model_is_fetched(monkeypatch: pyt
 def test_errors_name_options_as_they_are_typed(served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                                capsys: pytest.CaptureFixture[str]) -> None:
     def refuse(path: Path, config: object, **options: object) -> None:
-        raise ValueError("/max_num_seqs/x: max_model_len 9 exceeds 8: lower it, max_tokens or kv_cache_dtype")
+        raise FptqError("/max_num_seqs/x: max_model_len 9 exceeds 8: lower it, max_tokens, port or kv_cache_dtype",
+                        "max_model_len", "max_num_seqs", "max_tokens", "kv_cache_dtype")
 
-    monkeypatch.setattr("server.main.serve", refuse)
+    monkeypatch.setattr("fptq_server.main.serve", refuse)
     for arguments, message in {
-        (): "/max_num_seqs/x: --max-model-len 9 exceeds 8: lower it, max_tokens or --kv-cache-dtype\n",
+        (): "/max_num_seqs/x: --max-model-len 9 exceeds 8: lower it, max_tokens, port or "
+            "--kv-cache-dtype\n",
         ("--drain-timeout", "nan"): "--drain-timeout must be 0 or more seconds, not nan\n",
         ("--kv-cache-memory", "0"): "'--kv-cache-memory': '0' is less than a byte (see",
         ("--kv-cache-memory", "0.1"): "'--kv-cache-memory': '0.1' is less than a byte (see",
@@ -275,7 +280,7 @@ def test_quantize_options_are_the_functions_arguments(tmp_path: Path, monkeypatc
 
     def quantize(*arguments: object, **options: object) -> None:
         given.update(options)
-        raise ValueError("enough")
+        raise FptqError("enough")
 
     signature = inspect.signature(pipeline.quantize)
     monkeypatch.setattr(pipeline, "quantize", quantize)

@@ -44,9 +44,9 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
         names = archive.namelist()
         [metadata] = [archive.read(name).decode() for name in names if name.endswith("METADATA")]
     assert f"\nVersion: {fptq_runtime.__version__}\n" in metadata
-    assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"fptq_runtime", "server"}
+    assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"fptq_runtime", "fptq_server"}
     assert any(re.fullmatch(r"fptq_runtime/_native\..*", name) for name in names)
-    assert {"fptq_runtime/py.typed", "fptq_runtime/demo/model.safetensors"} <= set(names)
+    assert {"fptq_runtime/py.typed", "fptq_server/py.typed", "fptq_runtime/demo/model.safetensors"} <= set(names)
     for folder in ("demo", "quantizer/data"):
         shipped = {f"fptq_runtime/{folder}/{file.name}" for file in (ROOT / "fptq_runtime" / folder).iterdir()
                    if file.is_file()}
@@ -54,34 +54,57 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     assert not [name for name in names if name.endswith((".cpp", ".h", ".pyc"))]
 
 
-@pytest.mark.slow
-def test_wheel_runs_outside_the_clone(wheel: Path, tmp_path: Path) -> None:
-    """In an environment that has the dependencies, but not this checkout."""
-    environment = tmp_path / "venv"
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The Python of an environment that has the wheel and its dependencies, but not this checkout."""
+    environment = tmp_path_factory.mktemp("installed")
     venv.create(environment, with_pip=False)
-    python = environment / "bin" / "python"
     packages = sysconfig.get_path("purelib", vars={"base": str(environment)})
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", packages, str(wheel)]
     subprocess.run(command, check=True)
-    # Only the directory is added: the .pth file of an editable install in it is not run.
-    (Path(packages) / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    # Only the directories are added: the .pth file of an editable install in one is not run.
+    dependencies = [path for path in sys.path if Path(path).name == "site-packages"]
+    (Path(packages) / "dependencies.pth").write_text("\n".join(dependencies) + "\n")
+    return environment / "bin" / "python"
 
+
+def run_outside(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    env = {"PATH": "/usr/bin:/bin", "HOME": str(folder), "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.mark.slow
+def test_wheel_runs_outside_the_clone(installed: Path, tmp_path: Path) -> None:
     def fptq(*arguments: str) -> str:
-        program = [str(python), "-c", "import sys; sys.argv[0] = 'fptq'; from fptq_runtime.cli import main; main()"]
-        env = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
-        return subprocess.run([*program, *arguments], check=True, cwd=tmp_path, env=env, capture_output=True,
-                              text=True).stdout
+        program = "import sys; sys.argv[0] = 'fptq'; from fptq_runtime.cli import main; main()"
+        done = run_outside([str(installed), "-c", program, *arguments], tmp_path)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
 
     assert fptq("--version") == f"fptq {fptq_runtime.__version__}\n"
-    model = Path(packages) / "fptq_runtime" / "demo"
+    [model] = installed.parents[1].rglob("fptq_runtime/demo")
     answer = json.loads(fptq("generate", str(model), "Once upon a time", "--max-tokens", "8", "--backend", "native",
                              "--json"))
     assert len(answer["token_ids"]) == 8
 
 
+@pytest.mark.slow
+def test_serves_beside_files_that_have_our_words_for_names(installed: Path, tmp_path: Path) -> None:
+    """`python -m` looks in the working directory first; nothing of ours has a name that one would give a file there."""
+    for name in ("server", "app", "config", "engine", "errors", "main"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('not ours')\n")
+    serve = [str(installed), "-m", "fptq_runtime.cli", "serve"]
+    shown = run_outside([*serve, "--help"], tmp_path)
+    assert (shown.returncode, shown.stderr) == (0, "")
+    # The address is refused by fptq_server, before the model is looked for.
+    refused = run_outside([*serve, "demo", "--host", "192.0.2.1"], tmp_path)
+    assert (refused.returncode, refused.stdout) == (1, "")
+    assert refused.stderr == "fptq: 192.0.2.1 is not an address of this machine; use --host 127.0.0.1 or 0.0.0.0\n"
+
+
 def test_dashboard_shows_metrics_that_exist() -> None:
     dashboard = (ROOT / "docker/grafana/dashboards/fptq.json").read_text()
-    defined = set(re.findall(r'"(fptq_\w+)"', (ROOT / "server/metrics.py").read_text()))
+    defined = set(re.findall(r'"(fptq_\w+)"', (ROOT / "server/fptq_server/metrics.py").read_text()))
     shown = set(re.findall(r"\bfptq_\w+", dashboard))
     assert shown
     for name in shown:
@@ -106,6 +129,19 @@ def test_compose_starts_one_server_and_scrapes_it() -> None:
     assert (services["fptq"]["profiles"], services["fptq-gpu"]["profiles"]) == (["cpu"], ["gpu"])
     assert services["fptq-gpu"]["networks"]["default"]["aliases"] == ["fptq"]
     assert "COMPOSE_PROFILES=cpu\n" in (ROOT / "docker/.env").read_text()
+
+
+def test_one_dockerfile_makes_both_images() -> None:
+    """A plain build is the CPU's; both run as a user by number, which Kubernetes can tell from root."""
+    dockerfile = (ROOT / "Dockerfile").read_text()
+    stages = re.split(r"^FROM .* AS ", dockerfile, flags=re.MULTILINE)[1:]
+    named = {stage.split("\n", 1)[0]: stage for stage in stages}
+    assert stages[-1] == named["cpu"]
+    for name in ("cpu", "gpu"):
+        assert re.findall(r"^USER (.*)$", named[name], re.MULTILINE) == ["1000"]
+    services = yaml.safe_load((ROOT / "docker/compose.yaml").read_text())["services"]
+    assert services["fptq"]["build"] == ".."
+    assert services["fptq-gpu"]["build"] == {"context": "..", "target": "gpu"}
 
 
 def test_constraints_pin_every_direct_dependency() -> None:

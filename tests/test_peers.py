@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,16 @@ def test_the_plot_is_the_same_for_the_same_numbers(tmp_path: Path) -> None:
     for name in ("one.svg", "two.svg"):
         report.plot(results(row("decode", ours=[20.0], A=[8.0])), tmp_path / name)
     assert (tmp_path / "one.svg").read_bytes() == (tmp_path / "two.svg").read_bytes()
+
+
+def test_pictures_of_results_are_small_and_have_their_numbers_beside_them() -> None:
+    pictures = sorted((Path(report.__file__).parents[1] / "results").glob("*.svg"))
+    assert pictures
+    for picture in pictures:
+        assert picture.stat().st_size < 100_000, picture.name
+        words = " ".join(re.findall(r">([^<>]+)</(?:text|tspan)>", picture.read_text()))
+        for row in json.loads(picture.with_suffix(".json").read_text())["rows"]:
+            assert len(row["runs"]) < 2 or row["label"] in words, (picture.name, row["label"])
 
 
 def test_a_worker_answers_and_its_end_is_told() -> None:

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from fptq_runtime import __version__
 from fptq_runtime.analysis.sensitivity import Loss, Probe, capture
 from fptq_runtime.artifact.io import Manifest, hash_file
+from fptq_runtime.errors import FptqError
 from fptq_runtime.kernels.base import QuantizedWeight
 from fptq_runtime.kernels.reference import dequantized
 from fptq_runtime.models.block import Model
@@ -39,7 +40,7 @@ JOURNAL = "analysis.jsonl"
 EXPONENTS = tuple(range(-12, 13))  # the histograms' bins: |x| from 2^-12 to 2^12
 
 
-class AnalysisError(ValueError):
+class AnalysisError(FptqError):
     """An analysis that cannot start. One line, for the user."""
 
 
@@ -88,7 +89,7 @@ def analyze(
 
     Hidden states at every block boundary are kept, in float and quantized, so that a variant runs from the block where
     it begins to differ. Keys and values stay in float here: what the cache costs belongs to no layer. Raises
-    ValueError, one line.
+    FptqError.
     """
     source, checkpoint = open_float(model, "analyze the float model it was made from")
     layers = _linears(checkpoint.model)
@@ -222,7 +223,7 @@ class _Study:
             started = time.monotonic()
             try:
                 model, _ = capture(self._model, recipe, calibration)
-            except ValueError as error:
+            except FptqError as error:
                 return {"error": " ".join(str(error).split())}
             seconds = time.monotonic() - started
             return {**asdict(Probe(model, self._windows, logits=probe.logits).all()), "seconds": seconds}

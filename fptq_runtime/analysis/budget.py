@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from fptq_runtime.analysis.sensitivity import Captured, Probe, capture
 from fptq_runtime.artifact.io import Manifest
+from fptq_runtime.errors import FptqError
 from fptq_runtime.kernels.base import Linear
 from fptq_runtime.models.block import Block
 from fptq_runtime.models.tokenizer import Tokenizer
@@ -42,7 +43,7 @@ class Budget:
 
     def __post_init__(self) -> None:
         if self.max_loss is None and self.extra_bytes is None:
-            raise ValueError("a budget bounds the loss, the bytes, or both")
+            raise FptqError("a budget bounds the loss, the bytes, or both")
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def quantize_within(
     """`quantize`, with more bits where they gain most. Each linear's gain is the divergence that it makes when it
     alone is quantized; the most gain per byte is bought first, and the fewest purchases that meet max_loss on the text
     are kept. Without max_loss all extra bytes are spent. The artifact is written even where the budget cannot be met;
-    `Spent.met` says so. Raises ValueError, one line.
+    `Spent.met` says so. Raises FptqError.
     """
     if recipe.weights.num_bits == 16:
         raise QuantizationError(f"{recipe.name} leaves the linears in 16 bits, which no budget can raise")

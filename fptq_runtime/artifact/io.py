@@ -27,6 +27,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from fptq_runtime.artifact.scheme import NumberType
+from fptq_runtime.errors import FptqError
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +37,7 @@ _NO_DIGEST = "0" * 64
 _MANIFEST_LIMIT = 256 << 20  # bytes of fptq.json that are read at all
 
 
-class ArtifactError(ValueError):
+class ArtifactError(FptqError):
     """An artifact that is damaged, incomplete or in the way. One line, for the user."""
 
 

@@ -18,6 +18,7 @@ from fptq_runtime.engine.request import FinishReason, Request, RequestStatus, Sa
 from fptq_runtime.engine.sampler import SampleBatch, SampleResult, Sampling
 from fptq_runtime.engine.scheduler import ScheduledRequest, Scheduler, SchedulerOutput
 from fptq_runtime.engine.stats import FinishedStats, StepStats
+from fptq_runtime.errors import FptqError
 from fptq_runtime.kernels.base import Backend, DeviceLostError, Executor, Logits
 from fptq_runtime.models.decoder import Decoder
 from fptq_runtime.models.tokenizer import Tokenizer
@@ -28,7 +29,7 @@ DRAIN_RATE_SECONDS = 30.0  # how far back the measured drain rate looks
 RETRY_AFTER_SECONDS = (1.0, 60.0)
 
 
-class RequestError(ValueError):
+class RequestError(FptqError):
     """A prompt or parameter that can never be served. The message is for the client."""
 
 
@@ -98,7 +99,7 @@ class Engine:
     """Continuous batching over one model.
 
     add_request and abort may be called from any thread, also while a step runs; they take effect at the next step.
-    step belongs to one thread. Raises ValueError where the configuration does not fit the model.
+    step belongs to one thread. Raises FptqError where the configuration does not fit the model.
     eos_token_ids: those of the model's config unless given.
     """
 
@@ -203,19 +204,19 @@ class Engine:
         length, limit = len(prompt_token_ids), self.config.max_model_len
         vocab_size = self.model_config.vocab_size
         if length == 0:
-            raise RequestError("the prompt is empty; it needs at least one token")
+            raise RequestError("the prompt is empty; it needs at least one token", "prompt")
         if length + min(params.max_tokens, 1) > limit:
             raise RequestError(f"the prompt has {length} tokens, but this model's context is {limit} tokens including "
-                               "at least one of output; shorten the prompt")
+                               "at least one of output; shorten the prompt", "prompt")
         if min(prompt_token_ids) < 0 or max(prompt_token_ids) >= vocab_size:
-            raise RequestError(f"prompt token ids must be between 0 and {vocab_size - 1}")
+            raise RequestError(f"prompt token ids must be between 0 and {vocab_size - 1}", "prompt")
         for name, ids in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
             for token_id in ids:
                 if not 0 <= token_id < vocab_size:
-                    raise RequestError(f"{name}: token id {token_id} is not between 0 and {vocab_size - 1}")
+                    raise RequestError(f"{name}: token id {token_id} is not between 0 and {vocab_size - 1}", name)
         if params.n > self.config.max_unfinished_seqs:
             raise RequestError(f"n {params.n} exceeds the {self.config.max_num_seqs} running and "
-                               f"{self.config.max_waiting_requests} waiting sequences that this server takes")
+                               f"{self.config.max_waiting_requests} waiting sequences that this server takes", "n")
 
     def _retry_after(self) -> float:
         rate = self._drain_rate.per_second

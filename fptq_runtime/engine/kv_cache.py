@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fptq_runtime.config import EngineConfig, KVCacheDtype, ModelConfig
+from fptq_runtime.errors import FptqError
 from fptq_runtime.kernels.base import StepLimits
 
 # Rows of logits for echoed prompts are few enough that their buffer stays below this; a vocabulary of 150,000 gets
@@ -34,19 +35,19 @@ def cache_tokens(model: ModelConfig, dtype: KVCacheDtype, block_size: int, memor
 
 
 def step_limits(model: ModelConfig, config: EngineConfig) -> StepLimits:
-    """Raises ValueError where the cache cannot hold one sequence of max_model_len tokens, or the model's positions
+    """Raises FptqError where the cache cannot hold one sequence of max_model_len tokens, or the model's positions
     end before it."""
     if config.max_model_len > model.max_position_embeddings:
-        raise ValueError(f"max_model_len {config.max_model_len} exceeds the model's {model.max_position_embeddings} "
-                         "positions; lower max_model_len")
+        raise FptqError(f"max_model_len {config.max_model_len} exceeds the model's {model.max_position_embeddings} "
+                        "positions; lower max_model_len", "max_model_len")
     tokens = cache_tokens(model, config.kv_cache_dtype, config.block_size, config.kv_cache_memory)
     if tokens < config.max_model_len:
         needed = -(-config.max_model_len // config.block_size) * config.block_size
         needed *= token_bytes(model, config.kv_cache_dtype)
-        raise ValueError(
+        raise FptqError(
             f"a KV cache of {format_bytes(config.kv_cache_memory)} ({config.kv_cache_dtype}) holds {tokens} tokens, "
             f"fewer than max_model_len {config.max_model_len}, which needs {format_bytes(needed)}; raise "
-            "kv_cache_memory or lower max_model_len"
+            "kv_cache_memory or lower max_model_len", "max_model_len", "kv_cache_memory",
         )
     # No step is larger than all sequences at their greatest length.
     max_tokens = min(config.max_num_batched_tokens, config.max_num_seqs * config.max_model_len)
@@ -73,7 +74,7 @@ def _prompt_logits(model: ModelConfig, max_tokens: int) -> int:
 def device_cache_memory(free_before: int, free_now: int, utilization: float, model: ModelConfig,
                         config: EngineConfig) -> int:
     """Bytes for the cache of a GPU that had `free_before` before the weights were loaded and has `free_now`: the
-    `utilization` share of what was free, less the weights and what a step needs. Raises ValueError where that is
+    `utilization` share of what was free, less the weights and what a step needs. Raises FptqError where that is
     nothing."""
     widest = 4 * model.hidden_size + (model.num_heads + 2 * model.num_kv_heads) * model.head_dim \
         + 3 * model.intermediate_size
@@ -81,11 +82,12 @@ def device_cache_memory(free_before: int, free_now: int, utilization: float, mod
     workspace = _DEVICE_OVERHEAD + 8 * config.max_num_batched_tokens * widest + _LOGIT_BYTES * rows * model.vocab_size
     memory = int(free_before * utilization) - (free_before - free_now) - workspace
     if memory <= 0:
-        raise ValueError(
+        raise FptqError(
             f"no GPU memory is left for a KV cache: of {format_bytes(free_before)} that were free, "
             f"{utilization:.0%} may be used, the weights took {format_bytes(free_before - free_now)} and a step needs "
             f"{format_bytes(workspace)}; raise gpu_memory_utilization, lower max_num_seqs or "
-            "max_num_batched_tokens, or free memory on the GPU")
+            "max_num_batched_tokens, or free memory on the GPU",
+            "gpu_memory_utilization", "max_num_seqs", "max_num_batched_tokens")
     return memory
 
 

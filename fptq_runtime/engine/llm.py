@@ -19,6 +19,7 @@ from fptq_runtime.engine.engine import Engine, QueueFullError
 from fptq_runtime.engine.kv_cache import cache_tokens, device_cache_memory, format_bytes, step_limits
 from fptq_runtime.engine.output import RequestOutput, TokenLogprobs
 from fptq_runtime.engine.request import MAX_N, FinishReason, SamplingParams
+from fptq_runtime.errors import FptqError
 from fptq_runtime.kernels.select import select_backend
 from fptq_runtime.models.golden import check_golden
 from fptq_runtime.models.loader import Checkpoint, eos_token_ids, load_model
@@ -46,7 +47,7 @@ class LLM:
     """Offline generation: `LLM("artifact").generate(["Once upon a time"], SamplingParams(max_tokens=64))`.
 
     path: a model directory, quantized or float. device: "cpu", "cuda", or the GPU where there is one. activations:
-    "int8" quantizes, per token, what layers with integer weights and float activations read. Options are
+    "int8" quantizes, per token, what layers with integer weights and float activations read. Options are threads,
     EngineConfig's fields and, for a GPU, gpu_memory_utilization.
     """
 
@@ -66,7 +67,8 @@ class LLM:
         each = [params or SamplingParams()] * len(prompts) if params is None or isinstance(params, SamplingParams) \
             else list(params)
         if len(each) != len(prompts):
-            raise ValueError(f"{len(prompts)} prompts but {len(each)} params; give one for all or one for each")
+            raise FptqError(f"{len(prompts)} prompts but {len(each)} params; give one for all or one for each",
+                            "params")
         token_ids = [self.engine.tokenizer.encode(p) if isinstance(p, str) else list(p) for p in prompts]
         for ids, param in zip(token_ids, each, strict=True):
             self.engine.validate(ids, param)
@@ -96,22 +98,24 @@ class LLM:
 
 
 def load_engine(path: str | Path, *, backend: str = "auto", device: str = "auto",
-                activations: Activations = "checkpoint", max_model_len: int | None = None,
+                activations: Activations = "checkpoint", threads: int = 0, max_model_len: int | None = None,
                 kv_cache_memory: int | None = None, gpu_memory_utilization: float = 0.9, **options: Any) -> Engine:
     """An engine for a model directory; an artifact's files and golden logits are checked first, these only where its
     activations are its own.
 
+    threads: 0 means what the machine, its affinity mask and its cgroup quota allow.
     max_model_len: the model's own unless given, or what the KV cache holds where that is less. kv_cache_memory:
     EngineConfig's default unless given; on a GPU, what the weights and a step leave of the gpu_memory_utilization share
-    of its free memory. options: the other fields of EngineConfig. Raises ValueError (ArtifactError, CheckpointError,
-    GoldenMismatch, …), one line.
+    of its free memory. options: the other fields of EngineConfig. Raises FptqError (ArtifactError, CheckpointError,
+    GoldenMismatch, …).
     """
     manifest = check_files(Path(path)) if is_artifact(Path(path)) else None
     checkpoint = Checkpoint(path, activations)
     model = checkpoint.model_config
     if not 0 < gpu_memory_utilization <= 1:
-        raise ValueError(f"gpu_memory_utilization must be above 0 and at most 1, not {gpu_memory_utilization}")
-    kernels = select_backend(backend, options.get("threads", 0), checkpoint.linear_schemes, device)
+        raise FptqError(f"gpu_memory_utilization must be above 0 and at most 1, not {gpu_memory_utilization}",
+                        "gpu_memory_utilization")
+    kernels = select_backend(backend, threads, checkpoint.linear_schemes, device)
     free = kernels.free_memory()
     most = EngineConfig.kv_cache_memory if free is None else int(free * gpu_memory_utilization)
     config = EngineConfig(max_model_len=max_model_len or model.max_position_embeddings,
@@ -141,8 +145,8 @@ def load_engine(path: str | Path, *, backend: str = "auto", device: str = "auto"
     try:
         engine = Engine(decoder, kernels, config, tokenizer.result(), eos_token_ids(checkpoint))
     except MemoryError:
-        raise ValueError(f"a KV cache of {format_bytes(config.kv_cache_memory)} does not fit into this machine's "
-                         "memory; lower kv_cache_memory") from None
+        raise FptqError(f"a KV cache of {format_bytes(config.kv_cache_memory)} does not fit into this machine's "
+                        "memory; lower kv_cache_memory", "kv_cache_memory") from None
     if free is not None:
         _warm_up(engine)
     return engine

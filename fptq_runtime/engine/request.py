@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from types import NoneType
 from typing import SupportsIndex
 
+from fptq_runtime.errors import FptqError
+
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 16
 MAX_N = 64
@@ -32,7 +34,7 @@ class SamplingParams:
     presence and frequency subtract (output only). seed None draws one for the request. logprobs: how many top
     alternatives to return beside the chosen token's own; prompt_logprobs the same for every prompt token.
     stop strings are cut from the text. min_tokens: until so many are out, neither an end-of-sequence or stop id is
-    drawn nor a stop string looked for. Raises ValueError that names the parameter.
+    drawn nor a stop string looked for. Raises FptqError that names the parameter.
     """
 
     n: int = 1
@@ -57,7 +59,7 @@ class SamplingParams:
     def __post_init__(self) -> None:
         def check(name: str, ok: bool, allowed: str) -> None:
             if not ok:
-                raise ValueError(f"{name} must be {allowed}, not {getattr(self, name)!r}")
+                raise FptqError(f"{name} must be {allowed}, not {getattr(self, name)!r}", name)
 
         for name in ("n", "max_tokens", "min_tokens", "top_k"):
             check(name, isinstance(getattr(self, name), SupportsIndex), "an integer")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import numpy.typing as npt
 from ml_dtypes import bfloat16
 
 import fptq_runtime._native as _native
+from fptq_runtime.errors import FptqError
 from fptq_runtime.kernels.base import (
     PARAMETERS,
     Activation,
@@ -49,7 +51,7 @@ class CpuBackend:
     """Runs on `threads` threads (0: `available_threads()`) over one ISA path.
 
     isa: "generic", "avx2", "avxvnni" or "avx512vnni"; None takes $FPTQ_ISA, or the best that this CPU has. Raises
-    ValueError for a path that is unknown or that this CPU lacks.
+    FptqError for a path that is unknown or that this CPU lacks.
     """
 
     name = "native"
@@ -57,17 +59,18 @@ class CpuBackend:
 
     def __init__(self, threads: int = 0, isa: str | None = None) -> None:
         if threads < 0:
-            raise ValueError(f"threads must be 0 (automatic) or more, not {threads}")
+            raise FptqError(f"threads must be 0 (automatic) or more, not {threads}", "threads")
         forced = os.environ.get("FPTQ_ISA", "") if isa is None else isa
         try:
             self._isa, self._int4, self._int8, self._float = _native.kernel_names(forced)
         except ValueError as error:
-            raise ValueError(f"FPTQ_ISA: {error}" if isa is None else str(error)) from None
+            raise FptqError(f"FPTQ_ISA: {error}" if isa is None else str(error)) from None
         available = available_threads()
         if threads > available:
             logging.getLogger(__name__).warning("%d threads on %d cores (what mask and quota leave): those beyond slow "
                                                 "every step down", threads, available)
-        self._pool = _native.ThreadPool(threads or available)
+        with _refusals():
+            self._pool = _native.ThreadPool(threads or available)
         self._sampler = _native.Sampler(self._pool, self._isa)
         self._linears: dict[str, str] = {}  # the kernel of each kind that was prepared
 
@@ -80,25 +83,27 @@ class CpuBackend:
         if isinstance(parameter, Embedding):
             return _prepare_embedding(parameter)
         if isinstance(parameter, AttentionSpec):
-            return _prepare_attention(parameter)
+            with _refusals():
+                return _prepare_attention(parameter)
         raise TypeError(f"cannot prepare a {type(parameter).__name__}")
 
     def _prepare_linear(self, linear: Linear) -> Any:
         weight, act = linear.weight, _act(linear.act)
         if isinstance(weight, QuantizedWeight):
             if weight.type != "int":
-                raise ValueError(f"{linear.name}: the native backend has no kernel for FP{weight.num_bits} weights; "
-                                 "use the reference backend")
+                raise FptqError(f"{linear.name}: the native backend has no kernel for FP{weight.num_bits} weights; "
+                                "use the reference backend")
             if act is None:
                 self._linears[f"linear int{weight.num_bits}, float input"] = f"{self._float}, codes widened in cache"
             else:
                 self._linears[f"linear int{weight.num_bits}"] = self._int4 if weight.num_bits == 4 else self._int8
-            packed = _native.pack_weight(np.ascontiguousarray(weight.packed), _float32(weight.scale), weight.group_size,
-                                         weight.num_bits, self._pool)
+            with _refusals(f"{linear.name}: "):
+                packed = _native.pack_weight(np.ascontiguousarray(weight.packed), _float32(weight.scale),
+                                             weight.group_size, weight.num_bits, self._pool)
             return _native.Linear(linear.name, packed, None, _floats(linear.bias), act)
         if act is not None:
-            raise ValueError(f"{linear.name}: the native backend has no kernel for float weights with quantized "
-                             f"activations; quantize the weight or use the reference backend")
+            raise FptqError(f"{linear.name}: the native backend has no kernel for float weights with quantized "
+                            f"activations; quantize the weight or use the reference backend")
         self._linears[f"linear {weight.dtype.name}"] = self._float
         values = np.ascontiguousarray(weight)
         kept = _native.pack_float(values.view(np.int16) if weight.dtype == bfloat16 else values, self._pool)
@@ -301,16 +306,25 @@ def _read(path: Path) -> str:
         return ""
 
 
+@contextmanager
+def _refusals(what: str = "") -> Iterator[None]:
+    """Around native calls whose ValueError says what the machine or the kernels cannot do."""
+    try:
+        yield
+    except ValueError as error:
+        raise FptqError(f"{what}{error}") from None
+
+
 def _act(act: ActivationQuant | None) -> float | None:
     """The native form: None is float, 0 dynamic, else the static scale."""
     if act is None:
         return None
     if act.type != "int":
-        raise ValueError("the native backend has no kernel for FP8 activations; use the reference backend")
+        raise FptqError("the native backend has no kernel for FP8 activations; use the reference backend")
     if act.scale is None:
         return 0.0
     if not act.scale > 0:
-        raise ValueError(f"a static activation scale must be positive, not {act.scale}")
+        raise FptqError(f"a static activation scale must be positive, not {act.scale}")
     return act.scale
 
 
@@ -326,13 +340,13 @@ def _float32(array: Array) -> Float32Array:
 
 
 def _int8_rows(name: str, weight: Array) -> QuantizedWeight:
-    """The same numbers as integers times a power of two a row. Raises ValueError where they are not."""
+    """The same numbers as integers times a power of two a row. Raises FptqError where they are not."""
     values = _float32(weight)
     scale = np.ldexp(np.float32(1), np.frexp(np.abs(values).max(1, keepdims=True))[1] - 7)
     codes = values / scale  # the largest of a row is 64 to 127
     if not np.array_equal(codes, codes.round()):
-        raise ValueError(f"{name}: the native backend needs int8 multiples of a power of two in each row; use the "
-                         "reference backend")
+        raise FptqError(f"{name}: the native backend needs int8 multiples of a power of two in each row; use the "
+                        "reference backend")
     octets = np.pad((codes + 128).astype(np.uint8), ((0, 0), (0, -codes.shape[1] % 4)))
     return QuantizedWeight(octets.view(np.int32), scale, 8, codes.shape[1])
 
@@ -361,9 +375,9 @@ def _prepare_attention(spec: AttentionSpec) -> Prepared:
             raise ValueError(f"rope tables must be [positions, at most {spec.head_dim // 2}], not {rope[0].shape} and "
                              f"{rope[1].shape}")
     if spec.sliding_window is not None and spec.sliding_window < 1:
-        raise ValueError(f"sliding_window must be at least 1, not {spec.sliding_window}")
+        raise FptqError(f"sliding_window must be at least 1, not {spec.sliding_window}")
     if spec.softcap is not None and not spec.softcap > 0:
-        raise ValueError(f"softcap must be positive, not {spec.softcap}")
+        raise FptqError(f"softcap must be positive, not {spec.softcap}")
     native = _native.Attention(
         layer=spec.layer,
         num_heads=spec.num_heads,

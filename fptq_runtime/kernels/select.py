@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 from fptq_runtime.artifact.scheme import LayerScheme
 from fptq_runtime.config import MAX_THREADS
+from fptq_runtime.errors import FptqError
 from fptq_runtime.kernels.base import Backend
 
 _BUILD_HINT = "build it with `pip install .` in the source tree (needs a C++17 compiler)"
@@ -20,13 +21,13 @@ def select_backend(name: str = "auto", threads: int = 0, schemes: Mapping[str, L
                    device: str = "cpu") -> Backend:
     """On a CPU "native", "reference", or "auto": native wherever the extension imports and has a kernel for every one
     of a model's `schemes`. On "cuda" there is one backend; device "auto" takes it where it can run and no backend of
-    the CPU's was asked for. Raises ValueError, one line."""
+    the CPU's was asked for. Raises FptqError."""
     if name not in ("auto", "native", "reference"):
-        raise ValueError(f"backend must be auto, native or reference, not {name!r}")
+        raise FptqError(f"backend must be auto, native or reference, not {name!r}", "backend")
     if device not in ("auto", "cpu", "cuda"):
-        raise ValueError(f"device must be auto, cpu or cuda, not {device!r}")
+        raise FptqError(f"device must be auto, cpu or cuda, not {device!r}", "device")
     if device == "cuda" and name != "auto":
-        raise ValueError(f"the {name} backend runs on the CPU; leave out --backend, or --device")
+        raise FptqError(f"the {name} backend runs on the CPU; leave out --backend, or --device")
     if device == "cuda" or (device == "auto" and name == "auto" and _has_cuda_driver()):
         from fptq_runtime.kernels.triton.device import problem
 
@@ -36,17 +37,17 @@ def select_backend(name: str = "auto", threads: int = 0, schemes: Mapping[str, L
 
             return TritonBackend()
         if device == "cuda":
-            raise ValueError(f"cannot run on the GPU: {why_not}")
+            raise FptqError(f"cannot run on the GPU: {why_not}")
         logger.warning("running on the CPU: %s", why_not)
     if threads > MAX_THREADS:
-        raise ValueError(f"threads must be at most {MAX_THREADS}, this machine's CPUs, not {threads}")
+        raise FptqError(f"threads must be at most {MAX_THREADS}, this machine's CPUs, not {threads}", "threads")
     if name != "reference":
         without = without_kernel(schemes or {})
         try:
             from fptq_runtime.kernels.cpu import CpuBackend
         except ImportError as error:
             if name == "native":
-                raise ValueError(f"the native backend is not available ({error}): {_BUILD_HINT}") from None
+                raise FptqError(f"the native backend is not available ({error}): {_BUILD_HINT}") from None
             logger.warning("using the slow reference backend, the native extension cannot be imported (%s): %s", error,
                            _BUILD_HINT)
         else:
@@ -54,8 +55,8 @@ def select_backend(name: str = "auto", threads: int = 0, schemes: Mapping[str, L
                 return CpuBackend(threads)
             layers = f"{', '.join(without[:3])}{f' and {len(without) - 3} more' if len(without) > 3 else ''}"
             if name == "native":
-                raise ValueError(f"the native backend has no kernel for {layers}; use the reference backend, which is "
-                                 "slow")
+                raise FptqError(f"the native backend has no kernel for {layers}; use the reference backend, which is "
+                                "slow")
             logger.warning("using the slow reference backend, the native one has no kernel for %s", layers)
     from fptq_runtime.kernels.reference import ReferenceBackend
 

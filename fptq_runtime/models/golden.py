@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from fptq_runtime.errors import FptqError
 from fptq_runtime.kernels.base import Backend, Float32Array, StepInput, StepLimits, logits_array
 from fptq_runtime.models.decoder import Decoder
 
@@ -19,7 +20,7 @@ MARGIN = 5e-2  # of max |logit|: a top token that leads by more must stay on top
 KEPT = 16  # best logits kept for each position
 
 
-class GoldenMismatch(ValueError):
+class GoldenMismatch(FptqError):
     """This machine's kernels do not reproduce the artifact's logits."""
 
 

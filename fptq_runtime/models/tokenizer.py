@@ -13,6 +13,7 @@ from typing import Any
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
+from fptq_runtime.errors import FptqError
 from fptq_runtime.models.loader import CheckpointError, read_json
 
 REPLACEMENT = "\ufffd"  # what a decoder shows for bytes that make no character, or none yet
@@ -30,7 +31,7 @@ def _byte_alphabet() -> dict[str, int]:
 BYTE_ALPHABET = _byte_alphabet()
 
 
-class ChatTemplateError(ValueError):
+class ChatTemplateError(FptqError):
     """The model has no chat template, or it refuses these messages."""
 
 
@@ -134,11 +135,11 @@ class Tokenizer:
         return {**self._special_tokens, "chat_template": self._chat_template, "vocab_size": self.vocab_size}
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Raises ValueError where the text has lone surrogates, which a command line's bytes become where not UTF-8."""
+        """Raises FptqError where the text has lone surrogates, which a command line's bytes become where not UTF-8."""
         try:
             ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
         except TypeError:
-            raise ValueError("the text is not valid Unicode") from None
+            raise FptqError("the text is not valid Unicode") from None
         return ids
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:

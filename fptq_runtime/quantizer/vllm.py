@@ -45,7 +45,7 @@ class Export:
 def export(path: Path, out: Path, text: Text, backend: Backend, text_tokens: int | None = None,
            overwrite: bool = False, progress: bool = False) -> Export:
     """Write the quantized model at `path` to the directory `out`, whole or not at all; overwrite: in place of an
-    artifact or an earlier export there. Raises ValueError, one line, where vLLM could not run a layer."""
+    artifact or an earlier export there. Raises FptqError where vLLM could not run a layer."""
     if out.resolve() == path.resolve():
         raise ArtifactError(f"{out} is what is exported; choose another output directory")
     if is_artifact(path):

@@ -113,7 +113,7 @@ def test_commands_run_every_artifact(artifacts: dict[str, Path], capsys: pytest.
     text = tmp_path / "text.txt"
     text.write_text("A bright cold day in the wood. " * 10)
     served: list[tuple[Path, Any]] = []
-    monkeypatch.setattr("server.main.serve", lambda path, config, **options: served.append((path, options)))
+    monkeypatch.setattr("fptq_server.main.serve", lambda path, config, **options: served.append((path, options)))
 
     def fptq(*arguments: object) -> str:
         with pytest.raises(SystemExit) as ended:

@@ -27,10 +27,10 @@ from fptq_runtime.locate import find_artifact
 from fptq_runtime.models.decoder import Decoder
 from fptq_runtime.models.loader import Checkpoint, load_model
 from fptq_runtime.models.tokenizer import Tokenizer
-from server.app import create_app
-from server.config import ServerConfig
-from server.main import Server, bind, model_card
-from server.metrics import Metrics
+from fptq_server.app import create_app
+from fptq_server.config import ServerConfig
+from fptq_server.main import Server, bind, model_card
+from fptq_server.metrics import Metrics
 
 EOS = 1  # the demo model's
 

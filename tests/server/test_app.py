@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from server.protocol import (
+from fptq_server.protocol import (
     ChatCompletionRequest,
     CompletionRequest,
     DetokenizeRequest,

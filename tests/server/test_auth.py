@@ -9,8 +9,8 @@ import httpx
 import openai
 import pytest
 
-from server.auth import PUBLIC_PATHS
-from server.config import ServerConfig
+from fptq_server.auth import PUBLIC_PATHS
+from fptq_server.config import ServerConfig
 from tests.server.conftest import Served
 
 KEYS = ("first-key", "second key")

@@ -9,7 +9,7 @@ import pytest
 from tokenizers import Tokenizer as Backend
 
 from fptq_runtime.models.tokenizer import Tokenizer
-from server.logprobs import TextPosition, TokenTexts
+from fptq_server.logprobs import TextPosition, TokenTexts
 from tests.models.test_tokenizer import sentencepiece_bpe, unigram, write
 
 

@@ -16,8 +16,8 @@ from typing import Any
 import httpx
 import pytest
 
-from server.config import ModelCard, ServerConfig
-from server.main import AddressError, bind, describe, raise_open_files
+from fptq_server.config import ModelCard, ServerConfig
+from fptq_server.main import AddressError, bind, describe, raise_open_files
 from tests.server.conftest import Served, events, metric, wait_until
 
 
@@ -131,9 +131,9 @@ def test_a_native_server_needs_neither_torch_nor_transformers(model_path: Path) 
     request."""
     program = f"""
 import sys
-import server.main
+import fptq_server.main
 from fptq_runtime import cli, load
-server.main.Server.run = lambda self, sockets: None
+fptq_server.main.Server.run = lambda self, sockets: None
 try:
     cli.main(["serve", {str(model_path)!r}, "--port", "0", "--backend", "native"])
 except SystemExit as exit:
@@ -148,7 +148,7 @@ print([name for name in ("torch", "transformers", "huggingface_hub") if name in 
 @contextmanager
 def serving(model_path: Path, drain_timeout: float) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """A server process on a free port, and its URL."""
-    program = ("from server.config import ServerConfig\nfrom server.main import serve\n"
+    program = ("from fptq_server.config import ServerConfig\nfrom fptq_server.main import serve\n"
                f"serve({str(model_path)!r}, ServerConfig(port=0, drain_timeout={drain_timeout}), model_id='demo')\n")
     process = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None

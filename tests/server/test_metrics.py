@@ -10,8 +10,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from fptq_runtime import __version__
 from fptq_runtime.engine.stats import FinishedStats, StepStats
-from server.config import ModelCard
-from server.metrics import Metrics
+from fptq_server.config import ModelCard
+from fptq_server.metrics import Metrics
 from tests.server.conftest import Served
 
 CARD = ModelCard("demo", 0, 1024, 4096, {"architecture": "LlamaForCausalLM"})

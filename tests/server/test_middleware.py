@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 from starlette.types import Message, Receive, Scope, Send
 
-from server.config import ModelCard, ServerConfig
-from server.errors import ErrorHandlers
-from server.metrics import Metrics
-from server.middleware import BODY_RATE, RequestContext
+from fptq_server.config import ModelCard, ServerConfig
+from fptq_server.errors import ErrorHandlers
+from fptq_server.metrics import Metrics
+from fptq_server.middleware import BODY_RATE, RequestContext
 from tests.server.conftest import Served, metric, wait_until
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from fptq_runtime.engine.output import RequestOutput, TokenLogprobs
 from fptq_runtime.engine.request import FinishReason
-from server.config import ServerConfig
+from fptq_server.config import ServerConfig
 from tests.server.conftest import Served, events, metric, wait_until
 
 ENDLESS: dict[str, dict[str, Any]] = {

@@ -22,8 +22,8 @@ LARGEST_OF_SMALL = (Row(32, 512), Row(8, 2048))
 
 def main() -> None:
     shape, threads = sys.argv[1], int(sys.argv[2])
-    config = bench_config(SHAPES[shape].config, LARGEST.get(shape, LARGEST_OF_SMALL), STEPS, threads=threads)
-    engine = shape_engine(shape, 4, "native", config)
+    config = bench_config(SHAPES[shape].config, LARGEST.get(shape, LARGEST_OF_SMALL), STEPS)
+    engine = shape_engine(shape, 4, config, "native", threads=threads)
     measure(engine, Row(1, 512), steps=1, seconds=0)  # warms up
     print(json.dumps({"ready": engine.backend.describe()["isa"]}), flush=True)
     for line in sys.stdin:

@@ -25,6 +25,7 @@ import triton
 import triton.language as tl
 
 from fptq_runtime.config import KVCacheDtype
+from fptq_runtime.errors import FptqError
 from fptq_runtime.kernels.base import ActivationQuant, Array, AttentionSpec, StepLimits
 from fptq_runtime.kernels.triton.device import capability
 from fptq_runtime.kernels.triton.fused import (
@@ -78,10 +79,11 @@ class DeviceCache:
     runs along memory, as integer tensor cores ask, and one float scale a token, KV head and K or V."""
 
     def __init__(self, limits: StepLimits, device: torch.device) -> None:
-        """Raises ValueError where a block is not a power of two of at least 16 tokens."""
+        """Raises FptqError where a block is not a power of two of at least 16 tokens."""
         size, dim = limits.block_size, limits.head_dim
         if size < 16 or size & (size - 1):
-            raise ValueError(f"the GPU's KV cache needs blocks of a power of two, 16 tokens or more, not {size}")
+            raise FptqError(f"the GPU's KV cache needs blocks of a power of two, 16 tokens or more, not {size}",
+                            "block_size")
         self.dtype: KVCacheDtype = limits.kv_dtype
         self.block_size = size
         pages = (limits.num_layers, limits.num_blocks, limits.num_kv_heads)
@@ -103,10 +105,10 @@ def prepare_attention(spec: AttentionSpec, device: torch.device,
                       shared: dict[int, tuple[Array, torch.Tensor]] | None = None) -> DeviceAttention:
     """`shared` keeps tables on the device by their arrays' id, so that layers with the same rope hold it once.
 
-    Raises ValueError for an odd head_dim.
+    Raises FptqError for an odd head_dim.
     """
     if spec.head_dim % 2:
-        raise ValueError(f"head_dim {spec.head_dim} is odd")
+        raise FptqError(f"head_dim {spec.head_dim} is odd")
     tables = {} if shared is None else shared
     rope = None if spec.rope is None else (_table(spec.rope[0], tables, device), _table(spec.rope[1], tables, device))
     q_norm, k_norm = (None if norm is None else prepare_norm(norm, device) for norm in (spec.q_norm, spec.k_norm))

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import triton
 
+from fptq_runtime.errors import FptqError
 from fptq_runtime.kernels.base import (
     Activation,
     ActivationQuant,
@@ -55,7 +56,7 @@ ALIGNED = 32  # each array of a step begins at a multiple of so many int32
 
 class TritonBackend:
     """batch_invariant: a row's bits depend on nothing but the row; without it large matrix products may go the fastest
-    way. Raises ValueError, one line, where memory runs out."""
+    way. Raises FptqError where memory runs out."""
 
     name = "triton"
 
@@ -80,8 +81,8 @@ class TritonBackend:
             if isinstance(parameter, AttentionSpec):
                 return prepare_attention(parameter, self.device, self._tables)
         except torch.OutOfMemoryError:
-            raise ValueError("the model's weights do not fit into the GPU's free memory; free some, choose another GPU "
-                             "with CUDA_VISIBLE_DEVICES, or use --device cpu") from None
+            raise FptqError("the model's weights do not fit into the GPU's free memory; free some, choose another GPU "
+                            "with CUDA_VISIBLE_DEVICES, or use --device cpu") from None
         raise TypeError(f"cannot prepare a {type(parameter).__name__}")
 
     def compile(self, forward: Callable[[Ops[Any]], Any], limits: StepLimits) -> TritonExecutor:

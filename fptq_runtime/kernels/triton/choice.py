@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from fptq_runtime.errors import FptqError
 from fptq_runtime.kernels.triton.packing import Codes
 
 Method = Literal["split", "fused", "expand", "int_mm", "cublas"]
@@ -111,13 +112,13 @@ RULES = (  # the first that fits
 
 
 def choose(kind: Kind, m: int, n: int, k: int, capability: int, invariant: bool) -> Choice:
-    """capability: 10 · major + minor. Raises ValueError where a device is too old."""
+    """capability: 10 · major + minor. Raises FptqError where a device is too old."""
     if capability > 89 and capability not in LARGE_SHARED_MEMORY:
         capability = 89
     for rule in RULES:
         if rule.fits(kind, m, n, k, capability, invariant):
             return rule.choice
-    raise ValueError(f"no kernel multiplies {kind.dot} on a device of capability {capability / 10}; 8.0 is needed")
+    raise FptqError(f"no kernel multiplies {kind.dot} on a device of capability {capability / 10}; 8.0 is needed")
 
 
 def segments(n: int, k: int) -> tuple[int, int]:

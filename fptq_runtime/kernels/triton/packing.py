@@ -15,6 +15,7 @@ from typing import Literal
 
 import torch
 
+from fptq_runtime.errors import FptqError
 from fptq_runtime.kernels.base import QuantizedWeight
 from fptq_runtime.kernels.reference import to_torch
 
@@ -65,14 +66,14 @@ class PackedWeight:
 
 def pack_weight(name: str, weight: QuantizedWeight, device: torch.device) -> PackedWeight:
     """Packs on the device; beside the result it needs the packed checkpoint tensor and 2^26 weights there. Raises
-    ValueError, by the layer's name, for a group or a K that the kernels do not take."""
+    FptqError, by the layer's name, for a group or a K that the kernels do not take."""
     scale = to_torch(weight.scale).to(device)
     n, k, group = scale.shape[0], weight.k, weight.group_size
     if k > MAX_K:
-        raise ValueError(f"{name}: K must be at most {MAX_K}, not {k}")
+        raise FptqError(f"{name}: K must be at most {MAX_K}, not {k}")
     if group != k and group % 32:
-        raise ValueError(f"{name}: the Triton backend takes groups of a multiple of 32, not {group}; use the reference "
-                         "backend")
+        raise FptqError(f"{name}: the Triton backend takes groups of a multiple of 32, not {group}; use the reference "
+                        "backend")
     four_bits, integer = weight.num_bits == 4, weight.type == "int"
     codes: Codes = ("int4" if integer else "fp4") if four_bits else ("int8" if integer else "fp8")
     arithmetic: Arithmetic = "row" if group == k else "grouped"

@@ -10,7 +10,7 @@ import openai
 import pytest
 
 from fptq_runtime import __version__
-from server.config import ServerConfig
+from fptq_server.config import ServerConfig
 from tests.server.conftest import Served, wait_until
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from fptq_runtime.errors import FptqError
+
 
 @dataclass(frozen=True)
 class ServerConfig:
@@ -32,15 +34,15 @@ class ServerConfig:
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
-            raise ValueError(f"port must be between 0 and 65535, not {self.port}")
+            raise FptqError(f"port must be between 0 and 65535, not {self.port}", "port")
         if any(not key or not key.isascii() or not key.isprintable() or key != key.strip() for key in self.api_keys):
-            raise ValueError("an api key must be printable ASCII, not empty, and without spaces around it")
+            raise FptqError("an api key must be printable ASCII, not empty, and without spaces around it", "api_keys")
         if not 0 <= self.drain_timeout < float("inf"):
-            raise ValueError(f"drain_timeout must be 0 or more seconds, not {self.drain_timeout}")
+            raise FptqError(f"drain_timeout must be 0 or more seconds, not {self.drain_timeout}", "drain_timeout")
         for name in ("stall_timeout", "keep_alive_interval", "head_timeout", "body_timeout", "max_body_bytes",
                      "max_header_bytes", "max_prompts"):
             if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be more than 0, not {getattr(self, name)}")
+                raise FptqError(f"{name} must be more than 0, not {getattr(self, name)}", name)
 
 
 @dataclass(frozen=True)

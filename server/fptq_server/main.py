@@ -28,18 +28,19 @@ from fptq_runtime.engine.async_engine import AsyncEngine
 from fptq_runtime.engine.engine import Engine
 from fptq_runtime.engine.kv_cache import format_bytes
 from fptq_runtime.engine.llm import load_engine
-from server.config import ModelCard, ServerConfig
-from server.record import peer
+from fptq_runtime.errors import FptqError
+from fptq_server.config import ModelCard, ServerConfig
+from fptq_server.record import peer
 
 if TYPE_CHECKING:
-    from server.metrics import Metrics
+    from fptq_server.metrics import Metrics
 
 log = logging.getLogger("fptq.server")
 
 CLOSE_TIMEOUT = 10  # seconds that connections have to take their last bytes after the drain
 
 
-class AddressError(ValueError):
+class AddressError(FptqError):
     """The host and port cannot be served on."""
 
 
@@ -49,7 +50,7 @@ def serve(path: Path | str, config: ServerConfig, *, model_id: str | None = None
     second signal ends them at once.
 
     model_id: the name clients use, the directory's unless given. listener: what `bind` gave, where the caller did that
-    itself. backend and engine_options are load_engine's. Raises ValueError, one line, where the address, the model or
+    itself. backend and engine_options are load_engine's. Raises FptqError where the address, the model or
     an option cannot be used.
     """
     path = Path(path)
@@ -57,10 +58,10 @@ def serve(path: Path | str, config: ServerConfig, *, model_id: str | None = None
     with listener or bind(config.host, config.port) as listener:  # before the model loads, which can take minutes
         log.info("loading %s", path)
         # What the endpoints import takes a good part of the time that a small model loads in.
-        threading.Thread(target=import_module, args=("server.app",), daemon=True).start()
+        threading.Thread(target=import_module, args=("fptq_server.app",), daemon=True).start()
         engine = load_engine(path, backend=backend, **engine_options)
-        from server.app import create_app
-        from server.metrics import Metrics
+        from fptq_server.app import create_app
+        from fptq_server.metrics import Metrics
 
         model = model_card(model_id or path.resolve().name, engine)
         metrics = Metrics(__version__, model)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from fastapi import APIRouter
 
-from server.config import ModelCard
-from server.errors import ERROR_RESPONSES
-from server.protocol import ModelInfo, ModelList
-from server.validation import check_model
+from fptq_server.config import ModelCard
+from fptq_server.errors import ERROR_RESPONSES
+from fptq_server.protocol import ModelInfo, ModelList
+from fptq_server.validation import check_model
 
 
 def models_router(model: ModelCard) -> APIRouter:

@@ -7,10 +7,11 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from fptq_runtime.engine.request import SamplingParams
+from fptq_runtime.errors import FptqError
 from fptq_runtime.models.tokenizer import ChatTemplateError, Tokenizer
-from server.config import ModelCard
-from server.errors import APIError, bad_parameter
-from server.protocol import ChatMessage, CompletionRequest, SamplingBody, TextPart
+from fptq_server.config import ModelCard
+from fptq_server.errors import APIError, bad_parameter
+from fptq_server.protocol import ChatMessage, CompletionRequest, SamplingBody, TextPart
 
 MAX_CHARACTERS_PER_TOKEN = 64  # of a prompt: far above what text needs, and tokenizing stays quick
 INLINE_SIZE = 4096  # characters or tokens that the tokenizer has done in about a millisecond
@@ -121,7 +122,7 @@ def fold_seed(seed: int | None) -> int | None:
 def make_params(**fields: Any) -> SamplingParams:
     try:
         return SamplingParams(**fields)
-    except ValueError as error:
+    except FptqError as error:
         raise bad_parameter(error) from None
 
 

@@ -12,10 +12,10 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Scope
 
-from fptq_runtime.engine.request import SamplingParams
-from server.metrics import Metrics
-from server.protocol import ErrorInfo, ErrorResponse
-from server.record import record_of
+from fptq_runtime.errors import FptqError
+from fptq_server.metrics import Metrics
+from fptq_server.protocol import ErrorInfo, ErrorResponse
+from fptq_server.record import record_of
 
 MAX_MESSAGE = 400  # characters; a message may quote what the client sent
 
@@ -23,17 +23,16 @@ TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_e
 ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorResponse}, "5XX": {"model": ErrorResponse}}
 
 
-class APIError(Exception):
+class APIError(FptqError):
     """A request that gets `status` and one line for an answer. reason: the label under which it is counted, one of
     metrics.REJECTIONS. retry_after: seconds."""
 
     def __init__(self, status: int, message: str, *, reason: str = "invalid", param: str | None = None,
                  code: str | None = None, retry_after: float | None = None) -> None:
-        super().__init__(message)
+        super().__init__(message, None if param is None else _printable(param))
         self.status = status
         self.message = _printable(message)
         self.reason = reason
-        self.param = None if param is None else _printable(param)
         self.code = code
         self.retry_after = retry_after
 
@@ -65,11 +64,9 @@ class APIError(Exception):
         return Response(self.body(), self.status, headers, media_type="application/json")
 
 
-def bad_parameter(error: ValueError) -> APIError:
-    """The engine's refusal of a prompt or a parameter; its message begins with the parameter's name."""
-    name = str(error).split(" ", 1)[0].rstrip(":")
-    known = name == "prompt" or name in SamplingParams.__dataclass_fields__
-    return APIError(400, str(error), param=name if known else None)
+def bad_parameter(error: FptqError) -> APIError:
+    """The engine's refusal of a prompt or a parameter."""
+    return APIError(400, str(error), param=error.param)
 
 
 class ErrorHandlers:

@@ -11,10 +11,10 @@ from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.auth import PUBLIC_PATHS
-from server.errors import APIError, ErrorHandlers
-from server.metrics import Metrics
-from server.record import peer, record_of
+from fptq_server.auth import PUBLIC_PATHS
+from fptq_server.errors import APIError, ErrorHandlers
+from fptq_server.metrics import Metrics
+from fptq_server.record import peer, record_of
 
 access_log = logging.getLogger("fptq.access")
 log = logging.getLogger("fptq.server")

@@ -13,8 +13,8 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from server.errors import APIError
-from server.record import RequestRecord, record_of
+from fptq_server.errors import APIError
+from fptq_server.record import RequestRecord, record_of
 
 log = logging.getLogger("fptq.server")
 

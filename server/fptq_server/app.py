@@ -13,18 +13,18 @@ from starlette.exceptions import HTTPException
 from fptq_runtime import __version__
 from fptq_runtime.engine.async_engine import AsyncEngine
 from fptq_runtime.models.tokenizer import Tokenizer
-from server.auth import PUBLIC_PATHS, RequireKey
-from server.config import ModelCard, ServerConfig
-from server.errors import APIError, ErrorHandlers
-from server.logprobs import TokenTexts
-from server.metrics import Metrics
-from server.middleware import RequestContext, RequestLimits
-from server.routes.chat import chat_router
-from server.routes.completions import completions_router
-from server.routes.generate import generate_router
-from server.routes.models import models_router
-from server.routes.status import status_router
-from server.routes.tokens import tokens_router
+from fptq_server.auth import PUBLIC_PATHS, RequireKey
+from fptq_server.config import ModelCard, ServerConfig
+from fptq_server.errors import APIError, ErrorHandlers
+from fptq_server.logprobs import TokenTexts
+from fptq_server.metrics import Metrics
+from fptq_server.middleware import RequestContext, RequestLimits
+from fptq_server.routes.chat import chat_router
+from fptq_server.routes.completions import completions_router
+from fptq_server.routes.generate import generate_router
+from fptq_server.routes.models import models_router
+from fptq_server.routes.status import status_router
+from fptq_server.routes.tokens import tokens_router
 
 
 def create_app(engine: AsyncEngine, tokenizer: Tokenizer, config: ServerConfig, model: ModelCard,

@@ -13,14 +13,14 @@ from starlette.responses import Response
 from fptq_runtime.engine.async_engine import AsyncEngine
 from fptq_runtime.engine.output import RequestOutput
 from fptq_runtime.models.tokenizer import Tokenizer
-from server.config import ModelCard, ServerConfig
-from server.errors import ERROR_RESPONSES, APIError
-from server.generation import Generation, openai_reason
-from server.logprobs import LogprobsRenderer, TextPosition, TokenTexts
-from server.protocol import CompletionChoice, CompletionLogprobs, CompletionRequest, CompletionResponse, Usage
-from server.record import record_of
-from server.sse import STREAM_RESPONSE, EventStream, run_while_connected
-from server.validation import (
+from fptq_server.config import ModelCard, ServerConfig
+from fptq_server.errors import ERROR_RESPONSES, APIError
+from fptq_server.generation import Generation, openai_reason
+from fptq_server.logprobs import LogprobsRenderer, TextPosition, TokenTexts
+from fptq_server.protocol import CompletionChoice, CompletionLogprobs, CompletionRequest, CompletionResponse, Usage
+from fptq_server.record import record_of
+from fptq_server.sse import STREAM_RESPONSE, EventStream, run_while_connected
+from fptq_server.validation import (
     check_length,
     check_model,
     completion_prompts,

@@ -10,9 +10,9 @@ from starlette.responses import PlainTextResponse, Response
 
 from fptq_runtime import __version__
 from fptq_runtime.engine.async_engine import AsyncEngine
-from server.config import ModelCard, ServerConfig
-from server.metrics import Metrics
-from server.protocol import Info, Status, Version
+from fptq_server.config import ModelCard, ServerConfig
+from fptq_server.metrics import Metrics
+from fptq_server.protocol import Info, Status, Version
 
 UNAVAILABLE: dict[int | str, dict[str, Any]] = {"5XX": {"model": Status}}
 

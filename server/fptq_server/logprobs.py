@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from fptq_runtime.engine.output import TokenLogprobs
 from fptq_runtime.models.tokenizer import Tokenizer
-from server.protocol import ChatLogprobs, CompletionLogprobs, TokenLogprob, TopLogprob
+from fptq_server.protocol import ChatLogprobs, CompletionLogprobs, TokenLogprob, TopLogprob
 
 CONTEXT = 8  # last tokens of a prompt that shape the text after it
 

@@ -13,11 +13,11 @@ from fptq_runtime.engine.async_engine import AsyncEngine
 from fptq_runtime.engine.output import TokenLogprobs
 from fptq_runtime.engine.request import FinishReason
 from fptq_runtime.models.tokenizer import Tokenizer
-from server.config import ModelCard, ServerConfig
-from server.errors import ERROR_RESPONSES, APIError
-from server.generation import Generation
-from server.logprobs import TokenTexts
-from server.protocol import (
+from fptq_server.config import ModelCard, ServerConfig
+from fptq_server.errors import ERROR_RESPONSES, APIError
+from fptq_server.generation import Generation
+from fptq_server.logprobs import TokenTexts
+from fptq_server.protocol import (
     GenerateDetails,
     GenerateEvent,
     GenerateParameters,
@@ -27,9 +27,9 @@ from server.protocol import (
     PrefillToken,
     StreamDetails,
 )
-from server.record import record_of
-from server.sse import STREAM_RESPONSE, EventStream, run_while_connected
-from server.validation import check_length, check_text, fold_seed, make_params, tokenizing
+from fptq_server.record import record_of
+from fptq_server.sse import STREAM_RESPONSE, EventStream, run_while_connected
+from fptq_server.validation import check_length, check_text, fold_seed, make_params, tokenizing
 
 DEFAULT_MAX_NEW_TOKENS = 100  # TGI's
 

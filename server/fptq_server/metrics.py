@@ -17,7 +17,7 @@ from prometheus_client import (
 
 from fptq_runtime.engine.request import FinishReason
 from fptq_runtime.engine.stats import StepStats
-from server.config import ModelCard
+from fptq_server.config import ModelCard
 
 SECONDS = (0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 0.75, 1, 2.5,
            5, 10, 30, 60, 120)

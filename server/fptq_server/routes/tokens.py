@@ -7,10 +7,10 @@ from typing import Any
 from fastapi import APIRouter
 
 from fptq_runtime.models.tokenizer import Tokenizer
-from server.config import ModelCard
-from server.errors import ERROR_RESPONSES, APIError
-from server.protocol import DetokenizeRequest, DetokenizeResponse, TokenizeRequest, TokenizeResponse
-from server.validation import chat_prompt, check_model, check_text, tokenizing
+from fptq_server.config import ModelCard
+from fptq_server.errors import ERROR_RESPONSES, APIError
+from fptq_server.protocol import DetokenizeRequest, DetokenizeResponse, TokenizeRequest, TokenizeResponse
+from fptq_server.validation import chat_prompt, check_model, check_text, tokenizing
 
 
 def tokens_router(tokenizer: Tokenizer, model: ModelCard) -> APIRouter:

@@ -15,10 +15,10 @@ from fptq_runtime.engine.async_engine import AsyncEngine, EngineDeadError, Reque
 from fptq_runtime.engine.engine import QueueFullError, RequestError
 from fptq_runtime.engine.output import RequestOutput, TokenLogprobs
 from fptq_runtime.engine.request import FinishReason, SamplingParams
-from server.errors import APIError, bad_parameter
-from server.protocol import PromptTokensDetails, Usage
-from server.record import RequestRecord
-from server.sse import TextTemplate
+from fptq_server.errors import APIError, bad_parameter
+from fptq_server.protocol import PromptTokensDetails, Usage
+from fptq_server.record import RequestRecord
+from fptq_server.sse import TextTemplate
 
 SERIAL = itertools.count()  # the engine's ids are unique; those of clients need not be
 

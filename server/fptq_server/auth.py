@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from server.errors import APIError, ErrorHandlers
+from fptq_server.errors import APIError, ErrorHandlers
 
 PUBLIC_PATHS = frozenset({"/livez", "/readyz", "/health"})
 

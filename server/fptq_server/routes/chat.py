@@ -12,11 +12,11 @@ from starlette.responses import Response
 from fptq_runtime.engine.async_engine import AsyncEngine
 from fptq_runtime.engine.output import RequestOutput, TokenLogprobs
 from fptq_runtime.models.tokenizer import Tokenizer
-from server.config import ModelCard, ServerConfig
-from server.errors import ERROR_RESPONSES, APIError
-from server.generation import Generation, openai_reason
-from server.logprobs import LogprobsRenderer, TokenTexts
-from server.protocol import (
+from fptq_server.config import ModelCard, ServerConfig
+from fptq_server.errors import ERROR_RESPONSES, APIError
+from fptq_server.generation import Generation, openai_reason
+from fptq_server.logprobs import LogprobsRenderer, TokenTexts
+from fptq_server.protocol import (
     AssistantMessage,
     ChatChoice,
     ChatChunkChoice,
@@ -27,9 +27,9 @@ from server.protocol import (
     ContentDelta,
     Usage,
 )
-from server.record import record_of
-from server.sse import STREAM_RESPONSE, EventStream, run_while_connected
-from server.validation import chat_prompt, check_length, check_model, max_tokens_of, sampling_params, stream_usage
+from fptq_server.record import record_of
+from fptq_server.sse import STREAM_RESPONSE, EventStream, run_while_connected
+from fptq_server.validation import chat_prompt, check_length, check_model, max_tokens_of, sampling_params, stream_usage
 
 
 @dataclass

@@ -1,0 +1,1 @@
+"""One file an endpoint family; `fptq_server.app` lists them."""

@@ -1,1 +1,0 @@
-"""One file an endpoint family; `server.app` lists them."""
