@@ -6,7 +6,6 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -229,16 +228,6 @@ def load_model(checkpoint: Checkpoint, backend: Backend) -> Decoder:
         blocks,
         prepare_head(head, backend),
     )
-
-
-def eos_token_ids(checkpoint: Checkpoint) -> tuple[int, ...]:
-    """End-of-sequence ids: generation_config.json's where it names some, else config.json's."""
-    with suppress(CheckpointError):
-        value = read_json(checkpoint.path / "generation_config.json").get("eos_token_id")
-        ids = value if isinstance(value, list) else [value]
-        if all(isinstance(i, int) and 0 <= i < checkpoint.model_config.vocab_size for i in ids):
-            return tuple(ids)
-    return checkpoint.model_config.eos_token_ids
 
 
 def _quantization(config: Mapping[str, Any], path: Path) -> ModuleSchemes | UniformScheme | None:

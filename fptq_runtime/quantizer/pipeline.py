@@ -20,7 +20,6 @@ from fptq_runtime.kernels.reference import ReferenceBackend, to_torch
 from fptq_runtime.models.decoder import Block, Decoder, Head, prepare_block, prepare_head, prepare_stem
 from fptq_runtime.models.golden import compute_golden
 from fptq_runtime.models.loader import Checkpoint, load_block, load_head, load_stem
-from fptq_runtime.models.tokenizer import Tokenizer
 from fptq_runtime.quantizer.calibrate import (
     HiddenStates,
     observe_head,
@@ -79,8 +78,6 @@ def quantize(
                 bar.update()
         run.write_config()
         copy_companions(source.path, writer)
-        if tokenizer.serialized != Tokenizer(writer.directory).serialized:
-            writer.add_file("tokenizer.json", tokenizer.serialized)
         before, after, scored = run.perplexity()
         manifest = writer.commit(Manifest(
             recipe=recipe.model_dump(mode="json"),
