@@ -132,6 +132,10 @@ def load_engine(path: str | Path, *, backend: str = "auto", device: str = "auto"
         else:
             logger.warning("golden logits were not checked: they hold for float activations, and %s were asked for",
                            activations)
+    beyond = [token_id for token_id in tokenizer.result().added_tokens if token_id >= model.vocab_size]
+    if beyond:
+        logger.warning("%s: the tokenizer has tokens up to %d, but the model's vocabulary only %d tokens: prompts that "
+                       "hold one of the others are refused", path, max(beyond), model.vocab_size)
     _release_freed_memory()
     if free is not None and kv_cache_memory is None:
         now = kernels.free_memory()

@@ -13,7 +13,15 @@ import torch
 from tqdm import tqdm
 
 from fptq_runtime import __version__
-from fptq_runtime.artifact.io import ArtifactWriter, LayerRecord, Manifest, Provenance, Quality, hash_file
+from fptq_runtime.artifact.io import (
+    ArtifactWriter,
+    LayerRecord,
+    Manifest,
+    Provenance,
+    Quality,
+    check_output,
+    hash_file,
+)
 from fptq_runtime.artifact.scheme import LayerScheme
 from fptq_runtime.kernels.base import Embedding, Linear, Norm, QuantizedWeight
 from fptq_runtime.kernels.reference import ReferenceBackend, to_torch
@@ -61,6 +69,7 @@ def quantize(
     one line; nothing is left at `out` then.
     """
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    check_output(Path(out), overwrite, Path(model))  # before a model is fetched
     source, checkpoint = open_float(model, "quantize the float model it was made from")
     config = checkpoint.model_config
     tokenizer = load_tokenizer(source.path)
