@@ -328,10 +328,9 @@ def quantize(model: str, out: Path, recipe: str, revision: str | None, max_loss:
 
 
 def _limit_torch(threads: int) -> None:
-    if threads:
-        import torch
+    from fptq_runtime.kernels.reference import limit_threads
 
-        torch.set_num_threads(threads)
+    limit_threads(threads)
 
 
 class Interrupted(click.ClickException):
