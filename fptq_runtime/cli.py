@@ -8,10 +8,13 @@ import glob
 import json
 import os
 import re
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from types import FrameType
 from typing import Any, TypeVar
 
 import click
@@ -26,7 +29,11 @@ _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run one command. Exit code 0, 1 (an error), 2 (wrong usage) or 130 (interrupted); errors are one line."""
+    """Run one command. Exit code 0, 1 (an error), 2 (wrong usage), 130 (interrupted) or 143 (told to stop); errors are
+    one line."""
+    if threading.current_thread() is threading.main_thread():
+        # From the first moment on: as a container's first process, SIGTERM is lost on whoever has no handler for it.
+        signal.signal(signal.SIGTERM, _stop)
     try:
         code = cli.main(arguments, prog_name="fptq", standalone_mode=False)
         sys.stdout.flush()
@@ -48,6 +55,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise
         _fail(_describe(error), 1)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    sys.exit(128 + number)
 
 
 def _fail(message: str, code: int) -> None:
@@ -95,16 +106,16 @@ class ExistingFile(click.ParamType[Path]):
         self.words = words
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        path = Path(value).expanduser()
+        from fptq_runtime.locate import did_you_mean, expand
+
+        path = expand(value)
         if value in self.words:
             return value
         if path.is_dir():
             self.fail(f"{value} is a directory, not a file", param, ctx)
         if not path.exists():  # a pipe will do
-            from fptq_runtime.locate import did_you_mean
-
             words = "".join(f" or {word}" for word in self.words)
-            self.fail(f"{value} is no file{words}{did_you_mean(path, *self.words)}", param, ctx)
+            self.fail(f"{value} is no file{words}{did_you_mean(path, *self.words, files='*')}", param, ctx)
         return path
 
 
@@ -114,17 +125,16 @@ class RecipeName(click.ParamType[str]):
     name = "recipe"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        from fptq_runtime.locate import did_you_mean, expand
         from fptq_runtime.quantizer.recipe import PRESETS
 
-        path, presets = Path(value).expanduser(), [preset.name for preset in PRESETS]
+        path, presets = expand(value), [preset.name for preset in PRESETS]
         if value in presets:
             return str(value)
         if path.is_dir():
             self.fail(f"{value} is a directory, not a file", param, ctx)
         if not path.exists():
-            from fptq_runtime.locate import did_you_mean
-
-            meant = did_you_mean(path, *presets) or f"; the presets are {', '.join(presets)}"
+            meant = did_you_mean(path, *presets, files="*.y*ml") or f"; the presets are {', '.join(presets)}"
             self.fail(f"{value} is neither a preset nor a file{meant}", param, ctx)
         return str(path)
 
@@ -219,11 +229,23 @@ def backend_options(command: _Function) -> _Function:
                      show_default=True, help="native: C++; reference: torch, slow; auto: native where it was built."),
         click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True,
                      help="auto: an NVIDIA GPU where torch and Triton can use one."),
-        click.option("--threads", type=Threads(), default=0, help="0: what machine and quota allow; at most as many "
-                     "as it has CPUs."),
+        threads_option,
     ]):
         command = option(command)
     return command
+
+
+def threads_option(command: _Function) -> _Function:
+    return click.option("--threads", type=Threads(), default=0, help="CPU threads that compute; 0: what machine and "
+                        "quota allow; at most as many as it has CPUs.")(command)
+
+
+def text_tokens_option(default: int | None) -> Callable[[_Function], _Function]:
+    """Once --max-tokens in some commands, which is the length of an answer in others."""
+    shown = click.option("--text-tokens", type=click.IntRange(2), default=default, show_default=default is not None,
+                         help="Read only the first tokens of the text.")
+    old = click.option("--max-tokens", "text_tokens", type=click.IntRange(2), hidden=True)
+    return lambda command: old(shown(command))
 
 
 class Command(click.Command):
@@ -262,8 +284,7 @@ def cli() -> None:
               "the samples then have; their tokens stay as many.")
 @click.option("--text", type=ExistingFile(), help="What perplexity is measured on before and after (tales that "
               "calibration never sees).")
-@click.option("--text-tokens", type=click.IntRange(2), default=16384, show_default=True,
-              help="Read only the first tokens of it.")
+@text_tokens_option(16384)
 @click.option("--max-loss", type=Percent(), help="What perplexity may rise by, as 0.5%: the linears that cost most get "
               "8 bits, then 16, until it is met.")
 @click.option("--extra-bytes", type=Percent(), help="What may be spent on that, as 10% of the artifact; alone, all of "
@@ -271,15 +292,20 @@ def cli() -> None:
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--revision", help="Branch, tag or commit of a hub model.")
 @click.option("--overwrite", is_flag=True, help="Replace an artifact at OUT.")
+@threads_option
 @answers
 def quantize(model: str, out: Path, recipe: str, revision: str | None, max_loss: float | None,
              extra_bytes: float | None, calibration: str | Path | None, num_samples: int, sample_length: int | None,
-             lengths: Path | None, seed: int, **options: Any) -> Answer:
+             lengths: Path | None, seed: int, threads: int, **options: Any) -> Answer:
     """Quantize MODEL into the new directory OUT."""
     from fptq_runtime.locate import find_model
 
     source = find_model(model, revision)
+    from fptq_runtime.artifact.io import check_output
+
+    check_output(out, options["overwrite"], Path(source))  # before what takes seconds to import
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch asks for huge pages, which large weights fault in fast
+    _limit_torch(threads)
     from fptq_runtime.quantizer.pipeline import quantize
     from fptq_runtime.quantizer.report import summarize
     from fptq_runtime.quantizer.samples import Calibration
@@ -288,14 +314,20 @@ def quantize(model: str, out: Path, recipe: str, revision: str | None, max_loss:
     with _tells_what_is_left(out):
         if max_loss is None and extra_bytes is None:
             manifest = quantize(source, out, recipe, progress=True, **options)
-            return manifest.model_dump(mode="json"), summarize(manifest)
+            return manifest.model_dump(mode="json"), summarize(manifest, model, recipe)
         from fptq_runtime.analysis.budget import Budget, quantize_within
         from fptq_runtime.quantizer.recipe import load_recipe
 
         budget = Budget(max_loss, extra_bytes)
         manifest, spent = quantize_within(source, out, load_recipe(recipe), budget, progress=True, **options)
     return {**manifest.model_dump(mode="json"), "budget": asdict(spent)}, (
-        f"{spent.summary(budget)}\n\n{summarize(manifest)}")
+        f"{spent.summary(budget)}\n\n{summarize(manifest, model, recipe)}")
+
+
+def _limit_torch(threads: int) -> None:
+    from fptq_runtime.kernels.reference import limit_threads
+
+    limit_threads(threads)
 
 
 class Interrupted(click.ClickException):
@@ -370,7 +402,7 @@ def _api_key_of_environment() -> tuple[str, ...]:
 @cli.command("eval")
 @click.argument("model")
 @click.option("--text", type=ExistingFile(), help="Perplexity on a UTF-8 text file.")
-@click.option("--max-tokens", type=click.IntRange(2), help="Read only the first tokens of the text.")
+@text_tokens_option(None)
 @click.option("--choices", type=ExistingFile(), help='Multiple choice: a JSON object a line, {"context": …, '
               '"choices": […], "answer": index}.')
 @click.option("--last-word", type=ExistingFile(), help='The last word as in LAMBADA: {"text": …} a line.')
@@ -381,8 +413,8 @@ def _api_key_of_environment() -> tuple[str, ...]:
 @activation_option
 @backend_options
 @answers
-def evaluate(model: str, text: Path | None, choices: Path | None, last_word: Path | None, tasks: tuple[str, ...],
-             **options: Any) -> Answer:
+def evaluate(model: str, text: Path | None, text_tokens: int | None, choices: Path | None, last_word: Path | None,
+             tasks: tuple[str, ...], **options: Any) -> Answer:
     """Perplexity of MODEL, in float or quantized, on a text, and its accuracy in tasks."""
     if not (text or choices or last_word or tasks):
         raise click.UsageError("give what to evaluate on: --text, --choices, --last-word or --task")
@@ -391,7 +423,7 @@ def evaluate(model: str, text: Path | None, choices: Path | None, last_word: Pat
     path = find_artifact(model)
     from fptq_runtime.evaluate import evaluate
 
-    result = evaluate(path, text, choices, last_word, tasks, progress=True, **options)
+    result = evaluate(path, text, choices, last_word, tasks, max_tokens=text_tokens, progress=True, **options)
     return result.to_json(), result.summary()
 
 
@@ -402,8 +434,7 @@ def evaluate(model: str, text: Path | None, choices: Path | None, last_word: Pat
 @click.option("--num-samples", type=click.IntRange(1), default=64, show_default=True, help="Calibration samples.")
 @click.option("--text", type=ExistingFile(), help="What perplexity and KL are measured on (tales that calibration "
               "never sees).")
-@click.option("--max-tokens", type=click.IntRange(2), default=16384, show_default=True,
-              help="Read only the first tokens of the text.")
+@text_tokens_option(16384)
 @click.option("--choices", type=ExistingFile(), help="Multiple choice, as for `fptq eval`.")
 @click.option("--last-word", type=ExistingFile(), help="Last words, as for `fptq eval`.")
 @click.option("--task", "tasks", multiple=True, help="An lm-eval task, a YAML file or a name; may be given more than "
@@ -415,12 +446,17 @@ def evaluate(model: str, text: Path | None, choices: Path | None, last_word: Pat
 @backend_options
 @answers
 def compare(model: str, recipes: tuple[str, ...], calibration: str | Path | None, num_samples: int, text: Path | None,
-            max_tokens: int, choices: Path | None, last_word: Path | None, tasks: tuple[str, ...], limit: int | None,
+            text_tokens: int, choices: Path | None, last_word: Path | None, tasks: tuple[str, ...], limit: int | None,
             seed: int, out: Path | None, backend: str, device: str, threads: int) -> Answer:
     """Quantize MODEL by several recipes and measure each: quality, size, time and speed in one table."""
     from fptq_runtime.locate import find_model
 
     source = find_model(model)
+    from fptq_runtime.artifact.io import check_writable
+
+    if out is not None:
+        check_writable(out)
+    _limit_torch(threads)
     from fptq_runtime import compare as comparing
     from fptq_runtime.quantizer.calibrate import packaged_text, read_text
     from fptq_runtime.quantizer.recipe import load_recipe
@@ -428,7 +464,7 @@ def compare(model: str, recipes: tuple[str, ...], calibration: str | Path | None
 
     result = comparing.compare(
         source, [load_recipe(name) for name in recipes], read_text(text) if text else packaged_text("heldout"),
-        backend, name=model, calibration=Calibration(calibration, num_samples, seed=seed), max_tokens=max_tokens,
+        backend, name=model, calibration=Calibration(calibration, num_samples, seed=seed), max_tokens=text_tokens,
         accuracy=comparing.Tasks(tasks, limit, choices, last_word), threads=threads, device=device, progress=True,
     )
     data, table = result.to_json(), comparing.markdown(result)
@@ -448,8 +484,7 @@ def compare(model: str, recipes: tuple[str, ...], calibration: str | Path | None
 @click.option("--calibration", type=ExistingFile("random", "self"), help="As for `fptq quantize`.")
 @click.option("--num-samples", type=click.IntRange(1), default=64, show_default=True, help="Calibration samples.")
 @click.option("--text", type=ExistingFile(), help="What the loss is measured on (tales that calibration never sees).")
-@click.option("--max-tokens", type=click.IntRange(2), default=4096, show_default=True,
-              help="Read only the first tokens of the text.")
+@text_tokens_option(4096)
 @click.option("--only", "studies", multiple=True, type=click.Choice(
     ["one-only", "linears", "leave-one-out", "cumulative", "activations", "sizes", "ranges"]),
     help="Do only this study; may be given more than once.")
@@ -457,15 +492,21 @@ def compare(model: str, recipes: tuple[str, ...], calibration: str | Path | None
 @click.option("--sizes", type=click.IntRange(1), multiple=True, help="Numbers of samples to compare (100, 200, 500).")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--overwrite", is_flag=True, help="Replace another analysis at --out.")
+@threads_option
 @answers
 def analyze(model: str, recipe: str, out: Path, calibration: str | Path | None, num_samples: int, text: Path | None,
-            studies: tuple[str, ...], quick: bool, sizes: tuple[int, ...], seed: int, **options: Any) -> Answer:
+            text_tokens: int, studies: tuple[str, ...], quick: bool, sizes: tuple[int, ...], seed: int, threads: int,
+            **options: Any) -> Answer:
     """Which layers of MODEL a recipe hurts, why, and what to do: a report that opens in a browser."""
     if quick and studies:
         raise click.UsageError("--quick and --only exclude each other")
     from fptq_runtime.locate import find_model
 
     source = find_model(model)
+    from fptq_runtime.artifact.io import check_writable
+
+    check_writable(out)
+    _limit_torch(threads)
     from fptq_runtime.analysis import analyze as analyzing
     from fptq_runtime.analysis.advice import advise
     from fptq_runtime.analysis.page import page
@@ -477,12 +518,13 @@ def analyze(model: str, recipe: str, out: Path, calibration: str | Path | None, 
         source, load_recipe(recipe), read_text(text) if text else packaged_text("heldout"), out, name=model,
         calibration=Calibration(calibration, num_samples, seed=seed),
         studies=studies or (analyzing.QUICK if quick else analyzing.STUDIES), sizes=sizes or analyzing.SIZES,
-        progress=True, **options,
+        max_tokens=text_tokens, progress=True, **options,
     )
-    data["recommendation"] = advice = advise(data)
+    data["recommendation"] = advice = advise(data, recipe)
     (out / "analysis.json").write_text(json.dumps(data, indent=1) + "\n", "utf-8")
     (out / "index.html").write_text(page(data, advice), "utf-8")
     return data, "\n".join([advice["verdict"], "", *(f"- {reason}" for reason in advice["reasons"]), "",
+                            *(f"next: {command}" for command in advice["commands"]),
                             f"the report is {out / 'index.html'}"])
 
 
@@ -523,16 +565,17 @@ def generate(artifact: str, prompt: str, max_tokens: int, temperature: float, to
 @click.option("--target", type=click.Choice(["vllm"]), required=True, help="Who will load it.")
 @click.option("--text", type=ExistingFile(), help="What perplexity is measured on before and after (tales that come "
               "with fptq).")
-@click.option("--text-tokens", type=click.IntRange(2), default=16384, show_default=True,
-              help="Read only the first tokens of it.")
+@text_tokens_option(16384)
 @click.option("--overwrite", is_flag=True, help="Replace an artifact or an earlier export at OUT.")
 @backend_options
 @answers
 def export(artifact: str, out: Path, target: str, text: Path | None, text_tokens: int, overwrite: bool, backend: str,
            device: str, threads: int) -> Answer:
     """Write ARTIFACT into the directory OUT for another runtime, every quantized input dynamic per token."""
+    from fptq_runtime.artifact.io import check_output
     from fptq_runtime.locate import find_artifact
 
+    check_output(out, overwrite, Path(artifact))
     path = find_artifact(artifact)
     from fptq_runtime.kernels.select import select_backend
     from fptq_runtime.models.loader import Checkpoint

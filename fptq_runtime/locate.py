@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import difflib
 import hashlib
 import logging
 import re
+import shutil
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +34,7 @@ def find_model(name: str, revision: str | None = None) -> str:
     Raises NotFoundError where nothing can be meant."""
     if not name:
         raise NotFoundError("the model's name is empty")
-    path = Path(name).expanduser()
+    path = expand(name)
     if name == DEMO or path.is_dir():
         if revision is not None:
             raise NotFoundError(f"{name} is not a hub id, so it has no revision {revision!r}")
@@ -63,33 +66,56 @@ def load(name: str | Path, **options: Any) -> LLM:
     return LLM(find_artifact(str(name)), **options)
 
 
-def did_you_mean(path: Path, *others: str) -> str:
-    """`; did you mean …?` with the similarly named neighbour of a path that does not exist, or nothing."""
-    parent = path.parent
+def expand(name: str) -> Path:
+    """With ~ as the home it stands for, where there is one."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:
+        return Path(name)
+
+
+def did_you_mean(path: Path, *others: str, files: str | None = None) -> str:
+    """`; did you mean …?` with the similarly named neighbour of a path that does not exist, or nothing. files: of
+    files, those that match this pattern, where a file is meant; else of directories. What is missing may be a directory
+    on the way there."""
+    parent, name = path.parent, path.name
     while not parent.is_dir():
-        path, parent = parent, parent.parent
-    names = [*others, *(entry.name for entry in parent.iterdir())]
-    swapped = [name for name in names if sorted(name) == sorted(path.name)]  # fqtp, to which qat is closer than fptq
-    close = swapped or difflib.get_close_matches(path.name, names, n=1)
+        parent, name, files = parent.parent, parent.name, None
+    names = [*others, *(entry.name for entry in parent.iterdir() if (
+        entry.is_dir() if files is None else entry.match(files) and not entry.is_dir()))]
+    swapped = [each for each in names if sorted(each) == sorted(name)]  # fqtp, to which qat is closer than fptq
+    close = swapped or difflib.get_close_matches(name, names, n=1)
     return f"; did you mean {close[0] if close[0] in others else parent / close[0]}?" if close else ""
 
 
 def _quantized_demo() -> Path:
-    """Keyed by version, model and the quantizer's own code; one process makes it while others wait."""
-    from fptq_runtime.artifact.io import cache_directory, hash_file, is_artifact
+    """Keyed by version, model and the quantizer's own code; one process makes it while others wait. Where there is no
+    home to keep it in, it lives as long as this process."""
+    from fptq_runtime.artifact.io import ArtifactError, cache_directory, check_writable, hash_file, is_artifact
 
     key = hashlib.sha256()
     for file in (*sorted(DEMO_MODEL.iterdir()), *sorted(Path(__file__).parent.glob("quantizer/**/*.py"))):
         key.update(hash_file(file).encode())
-    out = cache_directory() / f"demo-{__version__}-{key.hexdigest()[:12]}"
-    if not is_artifact(out):
-        from filelock import FileLock
+    name = f"demo-{__version__}-{key.hexdigest()[:12]}"
+    cache = cache_directory()
+    if cache is not None and is_artifact(cache / name):
+        return cache / name
+    try:
+        if cache is not None:
+            check_writable(cache)
+    except ArtifactError:
+        cache = None
+    if cache is None:
+        cache = Path(tempfile.mkdtemp(prefix="fptq-"))
+        atexit.register(shutil.rmtree, cache, ignore_errors=True)
+    out = cache / name
+    from filelock import FileLock
 
-        from fptq_runtime.quantizer.pipeline import quantize
+    from fptq_runtime.quantizer.pipeline import quantize
 
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{out}.lock"):
-            if not is_artifact(out):
-                logger.warning("quantizing the demo model into %s, once", out)
-                quantize(DEMO_MODEL, out, "fptq", progress=True)  # a third of the default's time, on first use
+    cache.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{out}.lock"):
+        if not is_artifact(out):
+            logger.warning("quantizing the demo model into %s, once", out)
+            quantize(DEMO_MODEL, out, "fptq", progress=True)  # a third of the default's time, on first use
     return out

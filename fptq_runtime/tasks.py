@@ -64,8 +64,9 @@ class Scorer:
     @property
     def prefix(self) -> int:
         """What stands before a text without a context: BOS, else the end of a text before. Raises TaskError."""
-        bos = self.tokenizer.bos_token_id
-        prefix = bos if bos is not None else next(iter(self.llm.engine.model_config.eos_token_ids), None)
+        candidates = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id,
+                      *self.llm.engine.model_config.eos_token_ids)
+        prefix = next((token_id for token_id in candidates if token_id is not None), None)
         if prefix is None:
             raise TaskError("this model has neither a BOS nor an EOS token to begin a text with; give every context")
         return prefix

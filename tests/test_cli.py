@@ -159,6 +159,7 @@ def test_public_names() -> None:
 def test_find_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models" / "tales").mkdir(parents=True)
+    (tmp_path / "models" / "readme").touch()
     (tmp_path / "demo").mkdir()
     assert locate.find_model("demo") == str(locate.DEMO_MODEL)
     assert locate.find_model("./demo") == "demo"
@@ -169,6 +170,8 @@ def test_find_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "models/tale": r"did you mean models/tales\?",
         "model/tales/deep/er": r"did you mean models\?",
         "dmo": r"did you mean demo\?",
+        "models/readme2": r"no model at models/readme2$",  # readme is a file
+        "~nobody-of-that-name/x": "no model at",
         "nothing like it": r"no model at nothing like it$",
         "": "empty",
     }.items():
@@ -309,3 +312,66 @@ def test_wrong_calibration_options(arguments: list[str], named: str, capsys: pyt
     err = capsys.readouterr().err
     assert named in err
     assert err.count("\n") == 1
+
+
+def test_a_recipe_is_never_taken_for_a_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                 capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("node", "mine.yaml", "texts"):
+        (tmp_path / name).mkdir() if "." not in name else (tmp_path / name).touch()
+    for recipe, meant in {"none": "the presets are", "mine.yam": "did you mean mine.yaml?"}.items():
+        assert run("quantize", "demo", "out", "--recipe", recipe) == 2
+        assert meant in (said := capsys.readouterr().err)
+        assert "node" not in said
+    assert run("quantize", "demo", "out", "--text", "text") == 2
+    assert "did you mean" not in capsys.readouterr().err
+
+
+def test_an_option_means_the_same_in_every_command() -> None:
+    shown = {(name, option.opts[0]): option.help for name, command in cli.cli.commands.items()
+             for option in command.params if isinstance(option, click.Option) and not option.hidden}
+    for option in ("--threads", "--max-tokens", "--text-tokens", "--num-samples"):
+        texts = {text.partition(" (")[0] for (_, name), text in shown.items() if name == option and text}
+        assert len(texts) <= 1, option
+    computing = {"quantize", "serve", "eval", "compare", "analyze", "generate", "export", "verify", "bench"}
+    assert {name for name, option in shown if option == "--threads"} == computing
+    assert [name for name, option in shown if option == "--max-tokens"] == ["generate"]
+
+
+@pytest.mark.parametrize("option", ["--text-tokens", "--max-tokens"])
+def test_the_older_name_of_text_tokens_is_taken(option: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fptq_runtime import evaluate
+
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(evaluate, "evaluate", lambda *_, **options: given.update(options))
+    assert run("eval", str(locate.DEMO_MODEL), "--text", os.devnull, option, "12") == 1
+    assert given["max_tokens"] == 12
+
+
+@pytest.mark.parametrize("command", [
+    ["quantize", "demo", "."], ["quantize", "demo", ".", "--max-loss", "5%"],
+    ["export", "demo", ".", "--target", "vllm"],
+    ["compare", "demo", "--recipes", "rtn", "--out", "mine.txt/x"], ["analyze", "demo", "--out", "mine.txt/x"],
+])
+def test_an_output_in_the_way_is_noticed_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: list[str],
+                                               capsys: pytest.CaptureFixture[str]) -> None:
+    def no_work(*_: Any, **__: Any) -> None:
+        raise AssertionError
+
+    (tmp_path / "mine.txt").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("fptq_runtime.models.loader.Checkpoint.__init__", no_work)
+    monkeypatch.setattr("fptq_runtime.quantizer.calibrate.packaged_text", no_work)
+    monkeypatch.setattr(locate, "find_artifact", no_work)
+    assert run(*command) == 1
+    assert ("mine.txt is a file" if "mine.txt/x" in command else "choose another output") in capsys.readouterr().err
+
+
+def test_whoever_is_told_to_stop_stops(tmp_path: Path) -> None:
+    """At any time, also as a container's first process, for which the signal has no default."""
+    program = ("import os, signal, sys, click\nfrom fptq_runtime import cli\n"
+               "cli.cli.add_command(click.Command('wait', callback=lambda: (os.kill(os.getpid(), 15), print('no'))))\n"
+               "cli.main(['wait'])")
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True,
+                          cwd=Path(fptq_runtime.__file__).parent.parent)
+    assert (done.returncode, done.stdout, done.stderr) == (143, "", "")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fptq_runtime.quantizer.recipe import PRESETS
+from fptq_runtime.quantizer.report import quantize_command
 
 GOOD = 0.01  # a loss that nobody notices
 BAD = 0.05  # a loss that rounding alone seldom mends
@@ -20,10 +22,13 @@ FOR_INPUTS = ("fptq-best", "fptq", "os+", "rtn-dynamic")
 Data = Mapping[str, Any]
 
 
-def advise(data: Data) -> dict[str, Any]:
+def advise(data: Data, recipe: str | None = None) -> dict[str, Any]:
     """verdict: a sentence. path: the questions of the workflow that were asked, each with its answer, and where they
     led. reasons: what else the numbers say. keep: `Weights.keep` for the linears that cost most. next_recipe: a preset,
-    or None. qat: whether quantization-aware training is worth its time."""
+    or None. qat: whether quantization-aware training is worth its time. commands: what to run next, in a shell.
+
+    recipe: how the user named it, where that is not its own name but a file.
+    """
     loss, share = loss_of(data), weights_share(data)
     ranking, few = rank(data)
     concentrated = few is not None and len(few) <= max(1, FEW * len(ranking))
@@ -41,7 +46,18 @@ def advise(data: Data) -> dict[str, Any]:
         "reasons": [*_kinds(data), *_keeping(few, ranking, data), *_outliers(data), *_calibration(data), _qat(
             loss, share, outcome, following)],
         "keep": keep, "next_recipe": following, "qat": outcome == "qat",
+        "commands": [] if outcome == "serve" else _commands(data["model"], recipe or current, following,
+                                                            outcome == "qat"),
     }
+
+
+def _commands(model: str, recipe: str, following: str | None, qat: bool) -> list[str]:
+    commands = []
+    if following:
+        commands.append(f"fptq compare {shlex.quote(model)} --recipes {shlex.quote(f'{recipe},{following}')}")
+    if qat:
+        commands.append(quantize_command(model, "qat", "qat"))
+    return [*commands, f"{quantize_command(model, recipe, 'max-loss')} --max-loss 1%"]
 
 
 def loss_of(data: Data) -> float:

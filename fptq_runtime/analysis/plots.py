@@ -122,8 +122,14 @@ def histograms(edges: Sequence[float], series: Sequence[tuple[str, Sequence[floa
     bottom, top = height - 20, 8
     step = width / max(1, len(edges) - 1)
     parts = [f'<line class="grid" x1="0" x2="{width}" y1="{bottom}" y2="{bottom}"/>']
-    parts += [f'<text class="soft middle" x="{min(width - 12, max(12, i * step)):.1f}" y="{height - 6}">'
-              f'{_power(edge)}</text>' for i, edge in enumerate(edges) if edge % 4 == 0]
+    end = -math.inf  # of the last tick's text
+    for i, edge in enumerate(edges):
+        text = _power(edge)
+        half = len(text) * CHARACTER / 2
+        x = min(width - half, max(half, i * step))
+        if edge % 4 == 0 and x - half > end:
+            parts.append(f'<text class="soft middle" x="{x:.1f}" y="{height - 6}">{text}</text>')
+            end = x + half + CHARACTER
     for (name, values), kind in zip(series, ("one", "two"), strict=False):
         corners = [(0.0, float(bottom))]
         for i, value in enumerate(values):

@@ -207,20 +207,23 @@ def _fault(file: Path, record: FileRecord) -> str | None:
 def check_files(path: Path) -> Manifest:
     """`verify`, skipped where this user verified the same artifact before and no size or mtime has changed since."""
     manifest = read_manifest(path)
-    stamp = cache_directory() / "verified" / f"{hashlib.sha256(str(path.resolve()).encode()).hexdigest()}.json"
+    cache, key = cache_directory(), hashlib.sha256(str(path.resolve()).encode()).hexdigest()
+    stamp = None if cache is None else cache / "verified" / f"{key}.json"
     try:
         state = {name: [s.st_size, s.st_mtime_ns] for name in manifest.files for s in ((path / name).stat(),)}
     except FileNotFoundError as error:
         raise ArtifactError(f"{path} is damaged: {Path(error.filename).name} is missing") from None
     expected = json.dumps({"digest": manifest.digest, "files": state})
     try:
-        if stamp.read_text() == expected:
+        if stamp is not None and stamp.read_text() == expected:
             logger.info("%s: %d files unchanged since their hashes were checked", path, len(manifest.files))
             return manifest
     except OSError:
         pass
     verify(path)
     logger.info("%s: hashes of %d files checked", path, len(manifest.files))
+    if stamp is None:
+        return manifest
     try:
         stamp.parent.mkdir(parents=True, exist_ok=True)
         _write_file(stamp.with_suffix(f".{os.getpid()}"), expected).replace(stamp)
@@ -229,9 +232,13 @@ def check_files(path: Path) -> Manifest:
     return manifest
 
 
-def cache_directory() -> Path:
-    """Where fptq keeps what it can rebuild: $XDG_CACHE_HOME/fptq, by default ~/.cache/fptq."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fptq"
+def cache_directory() -> Path | None:
+    """Where fptq keeps what it can rebuild: $XDG_CACHE_HOME/fptq, by default ~/.cache/fptq; None where the user has no
+    home, as a container's number without a passwd entry."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fptq"
+    except RuntimeError:
+        return None
 
 
 def hash_file(path: Path) -> str:
@@ -243,28 +250,53 @@ def hash_file(path: Path) -> str:
     return digest.hexdigest()
 
 
+def check_output(out: Path, overwrite: bool = False, source: Path | None = None) -> None:
+    """Raises ArtifactError where nothing can be written at `out`, so that it is said before any work is done: it
+    exists, unless empty or an artifact or export that `overwrite` allows to replace; it, or what it would lie in,
+    cannot be written; it and the model directory `source` are one, or one lies in the other."""
+    at = out.resolve()
+    if at.is_mount():
+        raise ArtifactError(f"{out} is a mount point, which cannot be replaced; choose a directory in it")
+    if source is not None and (origin := source.resolve()).is_dir():
+        if at == origin:
+            raise ArtifactError(f"{out} is the model itself; choose another output directory")
+        if origin in at.parents or at in origin.parents:
+            raise ArtifactError(f"{out} lies {'in' if origin in at.parents else 'around'} the model's own directory; "
+                                "choose another output directory")
+    if at.exists() and not (at.is_dir() and not any(at.iterdir())):
+        if not _is_ours(at):
+            raise ArtifactError(f"{out} exists and is not an fptq artifact; choose another output directory")
+        if not overwrite:
+            raise ArtifactError(f"{out} exists; choose another output directory or pass --overwrite")
+    check_writable(at.parent)
+
+
+def check_writable(directory: Path) -> None:
+    """Raises ArtifactError where files cannot be made in `directory`, which need not exist yet."""
+    above = directory.resolve()
+    while not above.exists():
+        above = above.parent
+    if not above.is_dir():
+        raise ArtifactError(f"cannot write to {directory}: {above} is a file")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise ArtifactError(f"cannot write to {directory}: {above} is not yours to write to, or read-only")
+
+
 class ArtifactWriter:
     """Builds an artifact in a hidden sibling of `out` and renames it into place on `commit`.
 
     Leaving the `with` block without a commit removes everything. Tensors are written in shards of at most shard_bytes,
-    each as soon as it is full. Raises ArtifactError where `out` exists, unless it is empty or an artifact or export
-    that `overwrite` allows to replace.
+    each as soon as it is full. Raises ArtifactError where `check_output` does.
     """
 
     def __init__(self, out: Path, overwrite: bool = False, shard_bytes: int = 4 << 30) -> None:
+        check_output(out, overwrite)
         self._out = out.resolve()  # a link stays, and what it points to is written
         self._shard_bytes = shard_bytes
         self._pending: dict[str, npt.NDArray[Any]] = {}
         self._pending_bytes = 0
         self._shards: list[list[str]] = []
         self._total_bytes = 0
-        if self._out.is_mount():
-            raise ArtifactError(f"{out} is a mount point, which cannot be replaced; choose a directory in it")
-        if self._out.exists() and not (self._out.is_dir() and not any(self._out.iterdir())):
-            if not _is_ours(self._out):
-                raise ArtifactError(f"{out} exists and is not an fptq artifact; choose another output directory")
-            if not overwrite:
-                raise ArtifactError(f"{out} exists; choose another output directory or pass --overwrite")
 
     def __enter__(self) -> ArtifactWriter:
         with self._writing():

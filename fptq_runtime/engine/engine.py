@@ -208,8 +208,10 @@ class Engine:
         if length + min(params.max_tokens, 1) > limit:
             raise RequestError(f"the prompt has {length} tokens, but this model's context is {limit} tokens including "
                                "at least one of output; shorten the prompt", "prompt")
-        if min(prompt_token_ids) < 0 or max(prompt_token_ids) >= vocab_size:
-            raise RequestError(f"prompt token ids must be between 0 and {vocab_size - 1}", "prompt")
+        for token_id in (min(prompt_token_ids), max(prompt_token_ids)):
+            if not 0 <= token_id < vocab_size:
+                raise RequestError(f"prompt: token id {token_id} is not between 0 and {vocab_size - 1}: the model's "
+                                   f"vocabulary has {vocab_size} tokens", "prompt")
         for name, ids in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
             for token_id in ids:
                 if not 0 <= token_id < vocab_size:

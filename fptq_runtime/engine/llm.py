@@ -22,8 +22,8 @@ from fptq_runtime.engine.request import MAX_N, FinishReason, SamplingParams
 from fptq_runtime.errors import FptqError
 from fptq_runtime.kernels.select import select_backend
 from fptq_runtime.models.golden import check_golden
-from fptq_runtime.models.loader import Checkpoint, eos_token_ids, load_model
-from fptq_runtime.models.tokenizer import Tokenizer
+from fptq_runtime.models.loader import Checkpoint, load_model
+from fptq_runtime.models.tokenizer import Tokenizer, eos_token_ids
 
 logger = logging.getLogger(__name__)
 
@@ -136,6 +136,10 @@ def load_engine(path: str | Path, *, backend: str = "auto", device: str = "auto"
         else:
             logger.warning("golden logits were not checked: they hold for float activations, and %s were asked for",
                            activations)
+    beyond = [token_id for token_id in tokenizer.result().added_tokens if token_id >= model.vocab_size]
+    if beyond:
+        logger.warning("%s: the tokenizer has tokens up to %d, but the model's vocabulary only %d tokens: prompts that "
+                       "hold one of the others are refused", path, max(beyond), model.vocab_size)
     _release_freed_memory()
     if free is not None and kv_cache_memory is None:
         now = kernels.free_memory()
@@ -143,7 +147,8 @@ def load_engine(path: str | Path, *, backend: str = "auto", device: str = "auto"
         config = replace(config, kv_cache_memory=device_cache_memory(free, now, gpu_memory_utilization, model, config))
         config = _fit(config, model) if max_model_len is None else config
     try:
-        engine = Engine(decoder, kernels, config, tokenizer.result(), eos_token_ids(checkpoint))
+        engine = Engine(decoder, kernels, config, tokenizer.result(),
+                        eos_token_ids(Path(path), model.eos_token_ids, tokenizer.result(), model.vocab_size))
     except MemoryError:
         raise FptqError(f"a KV cache of {format_bytes(config.kv_cache_memory)} does not fit into this machine's "
                         "memory; lower kv_cache_memory", "kv_cache_memory") from None

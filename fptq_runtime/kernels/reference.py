@@ -41,9 +41,18 @@ from fptq_runtime.kernels.sampling import sample_reference
 _ML_DTYPES = {np.dtype(bfloat16): torch.bfloat16, np.dtype(float8_e4m3fn): torch.float8_e4m3fn}
 
 
+def limit_threads(threads: int) -> None:
+    """Of torch, in the whole process; 0 leaves them as they are."""
+    if threads:
+        torch.set_num_threads(threads)
+
+
 class ReferenceBackend:
     name = "reference"
     asynchronous = False
+
+    def __init__(self, threads: int = 0) -> None:
+        limit_threads(threads)
 
     def prepare(self, parameter: Any) -> Any:
         """The same classes with torch tensors, all but the embedding in float32."""

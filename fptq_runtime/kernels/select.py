@@ -60,7 +60,7 @@ def select_backend(name: str = "auto", threads: int = 0, schemes: Mapping[str, L
             logger.warning("using the slow reference backend, the native one has no kernel for %s", layers)
     from fptq_runtime.kernels.reference import ReferenceBackend
 
-    return ReferenceBackend()
+    return ReferenceBackend(threads)
 
 
 def _has_cuda_driver() -> bool:

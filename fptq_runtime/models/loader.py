@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -274,13 +273,3 @@ def load_model(checkpoint: Checkpoint, backend: Backend) -> Decoder:
     for note, count in checkpoint.notes.items():
         logger.warning("%s: %d linear layers have %s", checkpoint.path.name, count, note)
     return Decoder(checkpoint.model_config, prepare_stem(stem, backend), blocks, prepare_block(head, backend))
-
-
-def eos_token_ids(checkpoint: Checkpoint) -> tuple[int, ...]:
-    """End-of-sequence ids: generation_config.json's where it names some, else config.json's."""
-    with suppress(CheckpointError):
-        value = read_json(checkpoint.path / "generation_config.json").get("eos_token_id")
-        ids = value if isinstance(value, list) else [value]
-        if all(isinstance(i, int) and 0 <= i < checkpoint.model_config.vocab_size for i in ids):
-            return tuple(ids)
-    return checkpoint.model_config.eos_token_ids

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
@@ -19,6 +20,9 @@ from fptq_runtime.models.loader import CheckpointError, read_json
 REPLACEMENT = "\ufffd"  # what a decoder shows for bytes that make no character, or none yet
 MAX_CHARACTER_TOKENS = 4  # a character has at most four bytes, a token at least one
 BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")  # SentencePiece's, for what its vocabulary lacks
+MAX_RENDERED = 1 << 26  # characters of a conversation
+MAX_LOOPS = 1 << 20  # that a template may count through in one conversation, all ranges together
+MAX_NUMBER_BITS = 1 << 16
 
 
 def _byte_alphabet() -> dict[str, int]:
@@ -32,7 +36,7 @@ BYTE_ALPHABET = _byte_alphabet()
 
 
 class ChatTemplateError(FptqError):
-    """The model has no chat template, or it refuses these messages."""
+    """The model has no chat template, or it cannot render these messages."""
 
 
 class TokenStream:
@@ -76,23 +80,21 @@ class TokenStream:
 
 
 class Tokenizer:
-    """tokenizer.json with the special tokens and the chat template that lie beside it, read as transformers reads them
-    but without importing it.
+    """tokenizer.json as it stands, with the special tokens and the chat template that lie beside it, read as
+    transformers reads them but without importing it. Raises CheckpointError where the directory has no usable
+    tokenizer."""
 
-    serialized: a tokenizer.json to take in place of the directory's own. Raises CheckpointError where the directory has
-    no usable tokenizer.
-    """
-
-    def __init__(self, path: Path | str, serialized: str | None = None) -> None:
+    def __init__(self, path: Path | str) -> None:
         path = Path(path)
         file = path / "tokenizer.json"
         if not file.is_file():
             raise CheckpointError(f"{path} has no tokenizer.json; save the model's fast tokenizer beside its weights")
         try:
-            self._backend = Backend.from_file(str(file)) if serialized is None else Backend.from_str(serialized)
+            self._backend = Backend.from_file(str(file))
             config = read_json(path / "tokenizer_config.json") if (path / "tokenizer_config.json").is_file() else {}
-            self._special_tokens = _special_tokens(path, config)
-            self._configure(config)
+            roles = _special_tokens(path, config)
+            self._special_tokens = {role: str(token.content) for role, token in roles.items()}
+            self._configure(config, list(roles.values()))
             self._added = self._backend.get_added_tokens_decoder()
             decoder = self._backend.decoder
             self._byte_level = decoder is not None and decoder.decode(["Ġ"]) == " "
@@ -101,7 +103,7 @@ class Tokenizer:
         except Exception as error:  # the library raises bare Exception for a malformed file
             raise CheckpointError(f"the tokenizer of {path} cannot be loaded: {_first_line(error)}") from None
 
-    def _configure(self, config: Mapping[str, Any]) -> None:
+    def _configure(self, config: Mapping[str, Any], special: list[AddedToken]) -> None:
         """What tokenizer_config.json adds to tokenizer.json, whose own post-processor says what is put around a text:
         add_bos_token and add_eos_token are of tokenizers without that file."""
         self._backend.no_truncation()
@@ -111,13 +113,8 @@ class Tokenizer:
         self._backend.add_tokens([token for index, token in sorted(added.items()) if index not in known])
         extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
         marked = {token.content for token in known.values() if token.special}
-        special = map(_added_token, (*self._special_tokens.values(), *(extra if isinstance(extra, list) else ())))
+        special += map(_added_token, extra if isinstance(extra, list) else ())
         self._backend.add_special_tokens([token for token in special if token.content not in marked])
-
-    @property
-    def serialized(self) -> str:
-        """A tokenizer.json that says everything: special tokens and what is put around a text included."""
-        return str(self._backend.to_str())
 
     @property
     def vocab_size(self) -> int:
@@ -126,9 +123,21 @@ class Tokenizer:
 
     @property
     def bos_token_id(self) -> int | None:
-        token = self._special_tokens.get("bos_token")
+        return self._role("bos_token")
+
+    @property
+    def eos_token_id(self) -> int | None:
+        return self._role("eos_token")
+
+    def _role(self, role: str) -> int | None:
+        token = self._special_tokens.get(role)
         token_id: int | None = None if token is None else self._backend.token_to_id(token)
         return token_id
+
+    @property
+    def added_tokens(self) -> dict[int, str]:
+        """Tokens that are found in a text before anything else is, special or not."""
+        return {token_id: str(token.content) for token_id, token in self._added.items()}
 
     def info(self) -> dict[str, Any]:
         """The special tokens by their role, and the chat template."""
@@ -174,20 +183,64 @@ class Tokenizer:
 
     def apply_chat_template(self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool = True,
                             **kwargs: Any) -> list[int]:
-        """Token ids of the conversation; the template writes the special tokens, nothing adds them again."""
+        """Token ids of the conversation; the template writes the special tokens, nothing adds them again. Raises
+        ChatTemplateError."""
+        return self.encode(self._render(messages, add_generation_prompt, kwargs), add_special_tokens=False)
+
+    def _render(self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool, variables: Mapping[str, Any]
+                ) -> str:
         if not self._chat_template:
             raise ChatTemplateError("this model has no chat template; use /v1/completions")
-        from jinja2 import TemplateError
-
         # A key without a value is left out: templates ask whether a key is there and would write "None".
         given = [{key: value for key, value in message.items() if value is not None} for message in messages]
-        variables = {"tools": None, "documents": None, **self._special_tokens, **kwargs}
+        variables = {"tools": None, "documents": None, "range": _counted_range(), **self._special_tokens, **variables}
+        parts: list[str] = []
+        length = 0
         try:
-            text = _compiled(self._chat_template).render(
-                messages=given, add_generation_prompt=add_generation_prompt, **variables)
-        except (TemplateError, TypeError, ValueError, KeyError) as error:
+            for part in _compiled(self._chat_template).generate(
+                    messages=given, add_generation_prompt=add_generation_prompt, **variables):
+                parts.append(part)
+                length += len(part)
+                if length > MAX_RENDERED:
+                    raise ValueError(f"it writes more than {MAX_RENDERED} characters")
+        except Exception as error:  # a template is a foreign program: it fails in whatever way it likes
             raise ChatTemplateError(f"the chat template refuses these messages: {_first_line(error)}") from None
-        return self.encode(text, add_special_tokens=False)
+        return "".join(parts)
+
+    def end_of_turn(self) -> int | None:
+        """The token that the chat template puts right after what the assistant said: a model trained on it ends its
+        answers so, whatever its configs name."""
+        asked, said = "question", "answer"
+        turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]
+        for messages in (turns, [*turns, turns[0]]):  # some write the end of a turn where the next one begins
+            try:
+                text = self._render(messages, False, {})
+            except ChatTemplateError:
+                return None
+            rest = text.rpartition(said)[2].lstrip()
+            ends = [(len(token), token_id) for token_id, token in self.added_tokens.items()
+                    if token.strip() and rest.startswith(token.strip())]
+            if ends:
+                return max(ends)[1]
+        return None
+
+
+def eos_token_ids(path: Path, configured: Sequence[int], tokenizer: Tokenizer, vocab_size: int) -> tuple[int, ...]:
+    """Tokens that end an answer: those of generation_config.json, of config.json (`configured`) and of the tokenizer
+    together, since a fine-tune renews one of them and leaves its base model's in the others; and where
+    generation_config.json names none, what ends a turn in the chat template. Without ids that the model does not have.
+    """
+    named: list[Any] = []
+    with suppress(CheckpointError):
+        value = read_json(path / "generation_config.json").get("eos_token_id")
+        named = value if isinstance(value, list) else [value]
+
+    def known(ids: Sequence[Any]) -> list[int]:
+        return [i for i in ids if isinstance(i, int) and not isinstance(i, bool) and 0 <= i < vocab_size]
+
+    ids = known(named)
+    turn = [] if ids else [tokenizer.end_of_turn()]
+    return tuple(dict.fromkeys([*ids, *known([*configured, tokenizer.eos_token_id, *turn])]))
 
 
 def _added_token(token: str | Mapping[str, Any]) -> AddedToken:
@@ -196,14 +249,13 @@ def _added_token(token: str | Mapping[str, Any]) -> AddedToken:
     return AddedToken(**{key: value for key, value in token.items() if key != "__type"})
 
 
-def _special_tokens(path: Path, config: Mapping[str, Any]) -> dict[str, str]:
+def _special_tokens(path: Path, config: Mapping[str, Any]) -> dict[str, AddedToken]:
     """By role: bos_token, eos_token, … special_tokens_map.json is of the time before added_tokens_decoder."""
     roles = dict(config)
     if "added_tokens_decoder" not in config and (path / "special_tokens_map.json").is_file():
         roles |= read_json(path / "special_tokens_map.json")
-    tokens = {role: token.get("content") if isinstance(token, Mapping) else token
-              for role, token in roles.items() if role.endswith("_token")}
-    return {role: token for role, token in tokens.items() if isinstance(token, str)}
+    return {role: _added_token(token) for role, token in roles.items() if role.endswith("_token") and (
+        isinstance(token, str) or (isinstance(token, Mapping) and isinstance(token.get("content"), str)))}
 
 
 def _chat_template(path: Path, config: Mapping[str, Any]) -> str | None:
@@ -217,7 +269,8 @@ def _chat_template(path: Path, config: Mapping[str, Any]) -> str | None:
 
 @lru_cache(maxsize=8)
 def _compiled(template: str) -> Any:
-    """With what transformers gives to chat templates, which are written for it; they are foreign, hence the sandbox."""
+    """With what transformers gives to chat templates, which are written for it; they are foreign, hence the sandbox,
+    which also bounds what one expression makes."""
     import jinja2.ext
     import jinja2.sandbox
 
@@ -238,12 +291,44 @@ def _compiled(template: str) -> Any:
         """Without Jinja's escapes for HTML."""
         return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+    class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
+        intercepted_binops = frozenset({"*", "**"})
+
+        def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+            if operator == "**" and isinstance(left, int) and isinstance(right, int):
+                size, most = left.bit_length() * right, MAX_NUMBER_BITS
+            else:
+                size, most = max(_repeated(left, right), _repeated(right, left)), MAX_RENDERED
+            if size > most:
+                raise OverflowError("it makes a value that is too large")
+            return super().call_binop(context, operator, left, right)
+
+    environment = Sandbox(
         trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, Generation])
     environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     return environment.from_string(template)
+
+
+def _counted_range() -> Callable[..., range]:
+    """Jinja's sandbox bounds one range, not one within another."""
+    left = MAX_LOOPS
+
+    def counted(*bounds: int) -> range:
+        nonlocal left
+        numbers = range(*bounds)
+        left -= len(numbers)
+        if left < 0:
+            raise OverflowError(f"it counts through more than {MAX_LOOPS} numbers")
+        return numbers
+
+    return counted
+
+
+def _repeated(value: Any, times: Any) -> int:
+    """How long value * times gets, where that repeats."""
+    return len(value) * times if isinstance(value, (str, list, tuple)) and isinstance(times, int) else 0
 
 
 def _first_line(error: Exception) -> str:

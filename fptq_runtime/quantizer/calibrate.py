@@ -64,9 +64,10 @@ def _text(name: str, data: bytes) -> Text:
 
 
 def bos_prefix(tokenizer: Tokenizer) -> list[int]:
-    """[BOS] where the tokenizer puts one before a prompt, as it will when the model is served; else []."""
-    first = tokenizer.encode("")[:1]
-    return first if first == [tokenizer.bos_token_id] else []
+    """What the tokenizer puts before a prompt, as it will when the model is served: [BOS], or nothing."""
+    text = "a"
+    whole, plain = tokenizer.encode(text), tokenizer.encode(text, add_special_tokens=False)
+    return whole[: next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), 0)]
 
 
 def sample_windows(text: Text, tokenizer: Tokenizer, lengths: Sequence[int], seed: int) -> list[list[int]]:
@@ -91,6 +92,16 @@ def random_windows(tokenizer: Tokenizer, vocab_size: int, lengths: Sequence[int]
     return [bos + torch.randint(known, (length - len(bos),), generator=generator).tolist() for length in lengths]
 
 
+def check_token_ids(windows: Sequence[Sequence[int]], vocab_size: int) -> None:
+    """Raises CalibrationError where a token, which a tokenizer may have that the model was not resized for, has no
+    embedding."""
+    largest = max((max(window) for window in windows if window), default=0)
+    if largest >= vocab_size:
+        raise CalibrationError(f"the tokenizer gives token {largest}, but the model's vocabulary has {vocab_size} "
+                               f"tokens, 0 to {vocab_size - 1}; resize its embeddings to the tokenizer, or take the "
+                               "text or the special token that it stands for out")
+
+
 def in_bf16(linear: Linear) -> Linear:
     """A block's linear as a walk over many rows computes it: a large one with bfloat16 weights, where this CPU
     multiplies those faster. An input code of eight bits is exact in bfloat16; what is rounded is a fraction of its
@@ -113,6 +124,7 @@ class HiddenStates:
     """The hidden states of a set of windows, in minibatches, taken through the model one part at a time."""
 
     def __init__(self, model: Model, windows: Sequence[Sequence[int]]) -> None:
+        check_token_ids(windows, model.config.vocab_size)
         self.model = model
         widest = max(max(linear.n, linear.k) for block in model.blocks for linear in block.linears)
         rows = max(MINIBATCH_ROWS, MINIBATCH_FLOATS // widest)

@@ -22,6 +22,7 @@ from fptq_runtime.quantizer.calibrate import (
     CalibrationError,
     Text,
     bos_prefix,
+    check_token_ids,
     next_tokens,
     sum_nll,
 )
@@ -66,6 +67,7 @@ def window_logits(
     """Logits [R, V] of all rows that have a next token, and these tokens [R], window by window. Memory is bounded: a
     window runs in chunks, the same ones for every model of one vocabulary."""
     config = decoder.config
+    check_token_ids(windows, config.vocab_size)
     longest = max(map(len, windows))
     chunk = max(1, min(longest, LOGITS_FLOATS // config.vocab_size))
     limits = StepLimits.of(

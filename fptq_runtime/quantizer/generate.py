@@ -11,7 +11,7 @@ import numpy as np
 from fptq_runtime.kernels.base import PARAMETERS, Backend, Executor, Logits, SampleInput, StepInput, StepLimits
 from fptq_runtime.models.decoder import Decoder
 from fptq_runtime.models.tokenizer import Tokenizer
-from fptq_runtime.quantizer.calibrate import CalibrationError, bos_prefix
+from fptq_runtime.quantizer.calibrate import CalibrationError, bos_prefix, check_token_ids
 
 GREEDY_TOKENS = (3, 5)  # fewest and most
 BATCH = 32
@@ -28,6 +28,7 @@ def generate_windows(decoder: Decoder, backend: Backend, tokenizer: Tokenizer, l
     """
     config = decoder.config
     bos = bos_prefix(tokenizer)
+    check_token_ids([bos], config.vocab_size)
     longest = max(lengths)
     if longest > config.max_position_embeddings:
         raise CalibrationError(f"a sample of {longest} tokens exceeds the model's context of "

@@ -14,7 +14,15 @@ import torch
 from tqdm import tqdm
 
 from fptq_runtime import __version__
-from fptq_runtime.artifact.io import ArtifactWriter, LayerRecord, Manifest, Provenance, Quality, hash_file
+from fptq_runtime.artifact.io import (
+    ArtifactWriter,
+    LayerRecord,
+    Manifest,
+    Provenance,
+    Quality,
+    check_output,
+    hash_file,
+)
 from fptq_runtime.artifact.scheme import LayerScheme
 from fptq_runtime.kernels.base import Linear, QuantizedWeight
 from fptq_runtime.kernels.reference import ReferenceBackend
@@ -23,7 +31,6 @@ from fptq_runtime.models.decoder import Decoder
 from fptq_runtime.models.formats.compressed_tensors import linear_scheme, quantization_config
 from fptq_runtime.models.golden import compute_golden
 from fptq_runtime.models.loader import Checkpoint, load_head
-from fptq_runtime.models.tokenizer import Tokenizer
 from fptq_runtime.quantizer.calibrate import HiddenStates, packaged_text, read_text
 from fptq_runtime.quantizer.evaluate import MAX_WINDOW, text_windows
 from fptq_runtime.quantizer.export import block_modules, block_tensors, copy_companions, stem_modules, tensors_of
@@ -64,6 +71,7 @@ def quantize(
     one line; nothing is left at `out` then.
     """
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    check_output(Path(out), overwrite, Path(model))  # before a model is fetched
     source, checkpoint = open_float(model, "quantize the float model it was made from")
     config = checkpoint.model_config
     tokenizer = load_tokenizer(source.path)
@@ -81,8 +89,6 @@ def quantize(
                 bar.update()
         run.write_config()
         copy_companions(source.path, writer)
-        if tokenizer.serialized != Tokenizer(writer.directory).serialized:
-            writer.add_file("tokenizer.json", tokenizer.serialized)
         before, after, scored = run.perplexity()
         manifest = writer.commit(Manifest(
             recipe=recipe.model_dump(mode="json"),

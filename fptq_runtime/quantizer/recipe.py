@@ -125,4 +125,4 @@ def _one_line(error: ValidationError) -> str:
     first = error.errors()[0]
     where = ".".join(map(str, first["loc"]))
     message = "unknown field" if first["type"] == "extra_forbidden" else first["msg"].removeprefix("Value error, ")
-    return f"{where}: {message}"
+    return f"{where}: {message.replace(' after validation', '')}"

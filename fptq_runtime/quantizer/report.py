@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 
 from fptq_runtime.artifact.io import LayerRecord, Manifest, Provenance, TextRecord
+
+NOTABLE = 0.05  # a loss that few uses tolerate unseen, and a better recipe often mends
+SEVERE = 0.2  # more than a model of half the size loses (Llama 2: 4.88 with 13 billion weights, 5.47 with 7)
 
 ORDER = ("static", "{}+static", "dynamic", "{}+dynamic", "fp8 static", "fp8 dynamic", "float")
 
@@ -21,19 +26,72 @@ def _scaled(manifest: Manifest) -> str:
     return "lae" if any(step["type"] == "fptq" for step in manifest.recipe["steps"]) else "scaled"
 
 
-def summarize(manifest: Manifest) -> str:
-    """What quantization did and cost: perplexity before and after, the policy table and the size."""
+def summarize(manifest: Manifest, model: str | None = None, recipe: str | None = None) -> str:
+    """What quantization did and cost: perplexity before and after, the policy table and the size; where it cost too
+    much, that it did and what to do next. model and recipe: as the user named them, where that is known."""
     quality = manifest.quality
-    change = quality.perplexity_after / quality.perplexity_before - 1
+    change = _loss(manifest)
     return "\n".join((
         f"perplexity {quality.perplexity_before:.3f} before, {quality.perplexity_after:.3f} after ({change:+.2%}) on "
         f"{_text(quality.text)}, windows of {quality.window}",
         "",
         *_policy_table(manifest.layers, _scaled(manifest)),
         *_first_token_warning(manifest.layers),
+        *_group_warning(manifest),
         "",
         f"size {format_size(manifest.size)} in {len(manifest.files)} files",
+        *_loss_warning(manifest, model or manifest.provenance.source, recipe or manifest.recipe["name"]),
     ))
+
+
+def _loss(manifest: Manifest) -> float:
+    return manifest.quality.perplexity_after / manifest.quality.perplexity_before - 1
+
+
+def _loss_warning(manifest: Manifest, model: str, recipe: str) -> list[str]:
+    """Last, where it is read first."""
+    loss = _loss(manifest)
+    if loss <= NOTABLE:
+        return []
+    said = f"note: perplexity rose by {loss:.1%}, which may be noticed"
+    if loss > SEVERE:
+        said = (f"warning: perplexity rose by {loss:.0%}, more than what a model of half the size loses: this will be "
+                "noticed, do not serve it as it is")
+    stronger = stronger_recipe(manifest)
+    steps = [] if stronger is None else [f"{quantize_command(model, stronger, stronger)}  # loses less"]
+    steps.append(f"fptq analyze {shlex.quote(model)} --recipe {shlex.quote(recipe)}  # which layers lose it, and why")
+    if min(layer.num_bits for layer in manifest.layers) < 16:
+        steps.append(f"{quantize_command(model, recipe, 'max-loss')} --max-loss 5%  # more bits where they gain most")
+    return ["", said, "next, one of:", *(f"  {step}" for step in steps)]
+
+
+def quantize_command(model: str, recipe: str, suffix: str) -> str:
+    """For a shell, into a directory that is named after the model."""
+    out = f"{Path(model).resolve().name}-{suffix}"
+    return f"fptq quantize {shlex.quote(model)} {shlex.quote(out)} --recipe {shlex.quote(recipe)}"
+
+
+def stronger_recipe(manifest: Manifest) -> str | None:
+    """The preset that loses less than what was done: of 4-bit weights with 8-bit inputs the best one, then 8-bit
+    weights with inputs per token."""
+    bits = Counter(layer.num_bits for layer in manifest.layers if layer.kind != "head").most_common(1)[0][0]
+    activations = {layer.activations for layer in manifest.layers if layer.kind != "head"}
+    if bits == 4:
+        return "fptq-best" if activations != {"float"} and manifest.recipe["name"] != "fptq-best" else "w8a8-dynamic"
+    return "w8a8-dynamic" if bits == 8 and "static" in activations else None
+
+
+def _group_warning(manifest: Manifest) -> list[str]:
+    """Where 4-bit weights were to have a scale a group, and have one a row."""
+    if manifest.recipe["steps"][-1].get("group_size") is None:
+        return []
+    four = [layer for layer in manifest.layers if layer.num_bits == 4]
+    whole = [layer for layer in four if layer.group_size is None]
+    if not whole:
+        return []
+    kinds = ", ".join(dict.fromkeys(layer.kind for layer in whole))
+    return ["", f"note: {len(whole)} of {len(four)} linears with 4-bit weights ({kinds}) have one scale a row, since "
+            "no group divides their rows; they lose more so, and --max-loss gives them 8 bits where it shows"]
 
 
 def inspect_text(manifest: Manifest) -> str:

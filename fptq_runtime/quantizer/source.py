@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import logging
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,8 +15,14 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from fptq_runtime.models.loader import CheckpointError
 from fptq_runtime.models.tokenizer import Tokenizer
 
+logger = logging.getLogger(__name__)
+
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
-SAMPLE = "Once upon a time, 3 \u00e9migr\u00e9s \u6f22\u5b57 \U0001f600:\n\n\tif (x != 42) { return; }  <s>[INST] "
+SAMPLES = (
+    "hello world, this is a test",
+    "Once upon a time, 3 \u00e9migr\u00e9s \u6f22\u5b57 \U0001f600:\n\n\tif (x != 42) { return; }  <s>[INST] ",
+    "  two spaces   three\nIt's 12345.678, don't \ufb01x e\u0301 \u00bd\r\n\n\n    indented</s> \u2581a",
+)
 DOWNLOADED = ("*.safetensors", "*.json", "tokenizer.model", "merges.txt", "*.jinja", "LICENSE*", "NOTICE*")
 
 
@@ -27,22 +36,45 @@ class Source:
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """The source's tokenizer as transformers makes it, which for some classes is another than tokenizer.json says.
-    Raises CheckpointError."""
-    ours = Tokenizer(path)
-    from transformers import AutoTokenizer
+    """The source's tokenizer, by the one reading of tokenizer.json that calibration, the artifact and its server share.
+    A warning says where the installed transformers reads it otherwise, as it does for classes that it rebuilds by rules
+    of their own. Raises CheckpointError."""
+    tokenizer = Tokenizer(path)
+    if (difference := _difference(tokenizer, path)) is not None:
+        logger.warning("%s: %s; the artifact keeps tokenizer.json as it stands, which is what it is calibrated and "
+                       "served with", path.name, difference)
+    return tokenizer
 
+
+def _difference(ours: Tokenizer, path: Path) -> str | None:
+    """What transformers makes of the tokenizer otherwise, on texts that hold what tokenizers differ in."""
+    import transformers
+
+    them = f"transformers {transformers.__version__}"
     try:
-        theirs = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-        serialized = theirs.backend_tokenizer.to_str()
-    except Exception as error:  # whatever a malformed file leads to
+        theirs = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        theirs.backend_tokenizer.no_truncation()
+        theirs.backend_tokenizer.no_padding()
+        added = list(ours.added_tokens.values())
+        texts = [*SAMPLES, *(" a ".join(added[i : i + 64]) for i in range(0, len(added), 64))]
+        for text, special in itertools.product(texts, (False, True)):
+            a, b = (each.encode(text, add_special_tokens=special) for each in (ours, theirs))
+            if a != b:
+                at = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+                return (f"tokenizer.json gives other tokens than {them} ({type(theirs).__name__}): after "
+                        f"{ours.decode(a[:at], False)[-24:]!r} {_tokens(ours, a[at:])}, not {_tokens(ours, b[at:])}")
+            shown, meant = ours.decode(a, False), theirs.backend_tokenizer.decode(a, skip_special_tokens=False)
+            if shown != meant:
+                return f"tokenizer.json decodes {text[:40]!r} to {shown[:40]!r}, {them} to {meant[:40]!r}"
+    except Exception as error:  # whatever a tokenizer of another class, version or format leads to
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"the tokenizer of {path} cannot be loaded: {reason}") from None
-    if serialized != ours.serialized:
-        ours = Tokenizer(path, serialized)
-    if ours.encode(SAMPLE) != theirs.encode(SAMPLE):
-        raise CheckpointError(f"the tokenizer of {path} works in transformers only: its tokenizer.json gives other ids")
-    return ours
+        return f"{them} cannot load this tokenizer ({reason})"
+    return None
+
+
+def _tokens(tokenizer: Tokenizer, token_ids: Sequence[int]) -> str:
+    shown = token_ids[:3]
+    return f"{list(shown)} ({' '.join(map(tokenizer.token, shown))})" if shown else "nothing"
 
 
 def resolve_model(model: str) -> Source:

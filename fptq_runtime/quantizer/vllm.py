@@ -16,7 +16,7 @@ from typing import Any
 from ml_dtypes import bfloat16
 
 from fptq_runtime import __version__
-from fptq_runtime.artifact.io import ArtifactError, ArtifactWriter, check_files, is_artifact
+from fptq_runtime.artifact.io import ArtifactWriter, check_files, check_output, is_artifact
 from fptq_runtime.artifact.scheme import LayerScheme
 from fptq_runtime.kernels.base import ActivationQuant, Backend, Embedding, Linear, Norm, QuantizedWeight
 from fptq_runtime.models.formats.compressed_tensors import linear_scheme, quantization_config
@@ -46,8 +46,7 @@ def export(path: Path, out: Path, text: Text, backend: Backend, text_tokens: int
            overwrite: bool = False, progress: bool = False) -> Export:
     """Write the quantized model at `path` to the directory `out`, whole or not at all; overwrite: in place of an
     artifact or an earlier export there. Raises FptqError where vLLM could not run a layer."""
-    if out.resolve() == path.resolve():
-        raise ArtifactError(f"{out} is what is exported; choose another output directory")
+    check_output(out, overwrite, path)
     if is_artifact(path):
         check_files(path)
     checkpoint = Checkpoint(path)

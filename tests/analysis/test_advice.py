@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from fptq_runtime import cli
 from fptq_runtime.analysis.advice import advise, loss_of
 
 KINDS = ("qkv", "o", "up", "down")
@@ -18,7 +21,7 @@ def data(loss: float, *, worst: float = 1.0, weights: float = 0.9, **changes: An
     quantization = [{"name": f"layers.{layer}.{kind}", "kind": kind, "modules": [f"m.{layer}.{kind}_proj"]}
                     for layer in range(8) for kind in KINDS]
     return {
-        "recipe": {"name": "rtn"}, "float": {"perplexity": 10.0},
+        "model": "my models/a", "recipe": {"name": "rtn"}, "float": {"perplexity": 10.0},
         "quantized": {"perplexity": 10 * (1 + loss), "kl": 0.0},
         "parts": {"weights": {"kl": weights}, "activations": {"kl": 1 - weights}},
         "one_only": {"kinds": {}, "layers": []}, "linears": linears, "activations": [], "sizes": [], "ranges": [],
@@ -68,3 +71,14 @@ def test_words_for_what_was_measured() -> None:
     for words in ("4 of 4 inputs have a channel over 20 times", "The first token sets the maximum of 4 of 4",
                   "500 give 0.1000", "range: mse", "up costs most", "75%"):
         assert words in said
+
+
+def test_the_next_commands_can_be_pasted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my recipe.yaml").touch()
+    assert advise(data(0.004))["commands"] == []
+    for command in (commands := advise(data(0.30), "my recipe.yaml")["commands"]):
+        given = shlex.split(command)[1:]
+        assert "my models/a" in given
+        cli.cli.commands[given[0]].make_context(given[0], given[1:])
+    assert [command.split()[1] for command in commands] == ["compare", "quantize", "quantize"]

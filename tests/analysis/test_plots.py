@@ -52,3 +52,15 @@ def test_lines_and_histograms() -> None:
                                              (123.4, "123"), (98765.0, "98765")])
 def test_numbers(value: float, text: str) -> None:
     assert plots.number(value) == text
+
+
+@given(st.integers(-40, 20), st.integers(1, 60), st.floats(60, 400))
+def test_the_ticks_of_a_histogram_are_within_it_and_apart(first: int, bins: int, width: float) -> None:
+    edges = range(first, first + bins + 1)
+    svg = plots.histograms(edges, [("", [1.0] * bins)], width=width)
+    end = 0.0
+    for tick in ElementTree.fromstring(svg).iter(f"{SVG}text"):
+        x, half = float(tick.get("x", "nan")), len(tick.text or "") * plots.CHARACTER / 2
+        assert x - half >= end - 0.1
+        end = x + half
+    assert end <= width + 0.1

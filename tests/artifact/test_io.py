@@ -289,3 +289,15 @@ def test_what_a_killed_run_left_goes_with_the_next(tmp_path: Path) -> None:
     write(tmp_path / "my-out")
     assert not abandoned.exists()
     assert living.exists()
+
+
+def test_without_a_home_nothing_is_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A container's number that no passwd entry names."""
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", no_home)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    assert io.cache_directory() is None
+    manifest = write(tmp_path / "out")
+    assert check_files(tmp_path / "out") == check_files(tmp_path / "out") == manifest

@@ -178,3 +178,31 @@ def test_the_end_of_sequence_is_generation_configs(tmp_path: Path) -> None:
     [[ended]] = llm.generate([PROMPTS[0]], SamplingParams(max_tokens=6, temperature=0))
     assert ended.finish_reason is FinishReason.STOP
     assert ended.token_ids == free.token_ids[: free.token_ids.index(free.token_ids[3]) + 1]
+
+
+def test_a_finetune_ends_at_its_tokenizers_token(tmp_path: Path) -> None:
+    """Its configs still name the base model's."""
+    model = tmp_path / "model"
+    shutil.copytree(DEMO, model)
+    llm = LLM(model, backend="reference", kv_cache_memory=32 << 20)
+    [[free]] = llm.generate([PROMPTS[0]], SamplingParams(max_tokens=6, temperature=0))
+    config = json.loads((model / "tokenizer_config.json").read_text())
+    config["eos_token"] = llm.engine.tokenizer.token(free.token_ids[3])
+    (model / "tokenizer_config.json").write_text(json.dumps(config))
+    llm = LLM(model, backend="reference", kv_cache_memory=32 << 20)
+    [[ended]] = llm.generate([PROMPTS[0]], SamplingParams(max_tokens=6, temperature=0))
+    assert ended.finish_reason is FinishReason.STOP
+    assert ended.token_ids == free.token_ids[: free.token_ids.index(free.token_ids[3]) + 1]
+
+
+def test_tokens_that_the_model_lacks_are_refused_by_both_numbers(tmp_path: Path, caplog: pytest.LogCaptureFixture
+                                                                 ) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(DEMO, model)
+    config = json.loads((model / "tokenizer_config.json").read_text())
+    (model / "tokenizer_config.json").write_text(json.dumps({**config, "pad_token": "<new>"}))
+    llm = LLM(model, backend="reference", kv_cache_memory=32 << 20)
+    assert "tokens up to 4096, but the model's vocabulary only 4096" in caplog.text
+    with pytest.raises(RequestError, match=r"token id 4096 .*vocabulary has 4096 tokens"):
+        llm.generate(["Once <new> upon"])
+    llm.generate(["Once upon"], SamplingParams(max_tokens=1))

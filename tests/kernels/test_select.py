@@ -6,6 +6,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from fptq_runtime.artifact.scheme import LayerScheme, QuantizationArgs
 from fptq_runtime.kernels.select import select_backend
@@ -107,3 +108,14 @@ def test_what_keeps_a_gpu_from_being_used(monkeypatch: pytest.MonkeyPatch) -> No
     assert "built without CUDA" in str(device.problem())
     monkeypatch.setattr(device, "find_spec", lambda name: None)
     assert "triton is not installed" in str(device.problem())
+
+
+def test_the_reference_backend_takes_threads_too() -> None:
+    before = torch.get_num_threads()
+    try:
+        select_backend("reference", threads=1)
+        assert torch.get_num_threads() == 1
+        select_backend("reference")
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)

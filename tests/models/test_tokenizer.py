@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Callable
@@ -9,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from fptq_runtime.models.tokenizer import ChatTemplateError, Tokenizer
+from fptq_runtime.models.tokenizer import ChatTemplateError, Tokenizer, eos_token_ids
 from fptq_runtime.quantizer.source import load_tokenizer
 
 DEMO = Path(__file__).parents[2] / "fptq_runtime" / "demo"
@@ -116,7 +117,7 @@ CASES: dict[str, tuple[Callable[[], Backend], dict[str, Any]]] = {
         {"name": "default", "template": "{{ bos_token }}{% for m in messages %}{{ m.content }}\n{% endfor %}"},
         {"name": "rag", "template": "{{ documents }}"}]}),
 }
-TEXTS = st.text(st.sampled_from("the a\n漢é😀<s>") | st.characters(codec="utf-8"), max_size=40)
+TEXTS = st.text(st.sampled_from("the a\n漢é😀<s>/") | st.characters(codec="utf-8"), max_size=40)
 MESSAGES = [{"role": "system", "content": " Be brief. "}, {"role": "user", "content": "<s>the \n", "name": "a"},
             {"role": "assistant", "content": "the", "tool_calls": None}, {"role": "user", "content": "a\té"}]
 
@@ -153,6 +154,7 @@ def theirs(directory: Path) -> PreTrainedTokenizerFast:
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(text=TEXTS)
+@example(text="the</s> the</s>\n<s> a")
 def test_ids_and_texts(ours: Tokenizer, theirs: PreTrainedTokenizerFast, text: str) -> None:
     for add_special_tokens in (True, False):
         ids = ours.encode(text, add_special_tokens)
@@ -167,7 +169,7 @@ def test_ids_and_texts(ours: Tokenizer, theirs: PreTrainedTokenizerFast, text: s
 def test_bytes_of_tokens_make_the_text(ours: Tokenizer, text: str) -> None:
     ids = ours.encode(text, add_special_tokens=False)
     made = b"".join(map(ours.token_bytes, ids)).decode()
-    assert made.removeprefix(" ") == ours.decode(ids, skip_special_tokens=False).removeprefix(" ")
+    assert ours.decode(ids, skip_special_tokens=False) in (made, made.removeprefix(" "))
 
 
 def test_special_tokens(ours: Tokenizer, theirs: PreTrainedTokenizerFast) -> None:
@@ -191,27 +193,97 @@ def test_chat_templates(ours: Tokenizer, theirs: PreTrainedTokenizerFast, add_ge
     assert ours.apply_chat_template(MESSAGES[:count], add_generation_prompt, **variables) == expected
 
 
-def test_the_quantizer_writes_what_transformers_reads(directory: Path, theirs: PreTrainedTokenizerFast) -> None:
+def test_the_quantizer_reads_what_transformers_reads(directory: Path, theirs: PreTrainedTokenizerFast,
+                                                     caplog: pytest.LogCaptureFixture) -> None:
     text = "the a\n <s>the"
     assert load_tokenizer(directory).encode(text) == theirs.encode(text)
+    assert caplog.messages == []
 
 
-def test_a_class_of_transformers_that_rebuilds_its_tokenizer(tmp_path: Path) -> None:
-    """LlamaTokenizer keeps vocabulary and merges and takes its own rules for spaces."""
-    path = write(tmp_path / "model", sentencepiece_bpe(), {"bos_token": "<s>", "tokenizer_class": "LlamaTokenizer"})
+@pytest.mark.parametrize(("backend", "config", "text", "said"), [
+    (sentencepiece_bpe, {"bos_token": "<s>", "tokenizer_class": "LlamaTokenizer"}, "the <s> the", "(LlamaTokenizer)"),
+    (byte_level, {"tokenizer_class": "GemmaTokenizer"}, "the the", "cannot load"),
+    (unigram, {"tokenizer_class": "LlamaTokenizer"}, "the the", "(LlamaTokenizer)"),
+])
+def test_where_transformers_disagrees_tokenizer_json_stands_and_it_is_said(
+        tmp_path: Path, caplog: pytest.LogCaptureFixture, backend: Callable[[], Backend], config: dict[str, Any],
+        text: str, said: str) -> None:
+    """Some classes keep vocabulary and merges, and take their own rules for spaces and bytes."""
+    path = write(tmp_path / "model", backend(), config)
     (path / "config.json").write_text('{"model_type": "llama"}')
-    theirs = AutoTokenizer.from_pretrained(path, local_files_only=True)
-    text = "the <s> the"
-    assert Tokenizer(path).encode(text) != theirs.encode(text)
-    assert Tokenizer(path, load_tokenizer(path).serialized).encode(text) == theirs.encode(text)
+    stored = Backend.from_file(str(path / "tokenizer.json"))
+    with contextlib.suppress(Exception):
+        theirs = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        assert stored.encode(text).ids != theirs.encode(text)
+    assert load_tokenizer(path).encode(text) == stored.encode(text).ids
+    [line] = caplog.messages
+    assert said in line
+    assert "tokenizer.json as it stands" in line
+    assert "\n" not in line
 
 
-@pytest.mark.parametrize("template", ["{{ messages[9].content }}", "{{ raise_exception('no') }}", "{% if %}",
-                                      "{{ ''.__class__.__mro__ }}", "{{ messages.append(1) }}"])
-def test_a_template_that_fails_or_reaches_out_is_refused(tmp_path: Path, template: str) -> None:
+CHATML = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+          "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+INST = ("{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
+        "{% else %} {{ m.content }}</s>{% endif %}{% endfor %}")
+GLM = "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{% endfor %}"
+ALPACA = "{% for m in messages %}### {{ m.role }}:\n{{ m.content }}\n\n{% endfor %}"
+PHI = "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}{{ eos_token }}"
+BETWEEN = ("{% for m in messages %}<|im_start|>{{ m.content | trim }}{% if not loop.last %}<|im_end|>{% endif %}"
+           "{% endfor %}")
+
+
+@pytest.mark.parametrize(("template", "end"), [
+    (CHATML, "<|im_end|>"), (QWEN_TEMPLATE, "<|im_end|>"), (LLAMA3_TEMPLATE, "<|eot_id|>"), (INST, "</s>"),
+    (GLM, "<|user|>"), (PHI, "<|end|>"), (BETWEEN, "<|im_end|>"), (ALPACA, None), ("{{ 1 / 0 }}", None), (None, None),
+])
+def test_the_end_of_a_turn_is_what_the_template_writes_there(tmp_path: Path, template: str | None, end: str | None
+                                                             ) -> None:
+    extra = ["<|im_start|>", "<|im_end|>", "<|eot_id|>", "<|end|>", "<|user|>", "\n\n", "<|end"]
+    path = write(tmp_path / "model", byte_level(), {
+        "bos_token": "<s>", "eos_token": "</s>", "extra_special_tokens": extra, "chat_template": template})
+    tokenizer = Tokenizer(path)
+    found = tokenizer.end_of_turn()
+    assert (found and tokenizer.token(found)) == end
+
+
+@pytest.mark.parametrize(("generation", "config", "token", "ends"), [
+    ({"eos_token_id": 5}, (5,), "<|im_end|>", {5, "<|im_end|>"}),  # a ChatML fine-tune over its base model's configs
+    ({"eos_token_id": [5, 6]}, (7,), "</s>", {5, 6, 7, "</s>"}),
+    ({"eos_token_id": [5, 10**6, True, "x"]}, (), None, {5}),
+    ({"eos_token_id": None}, (7,), "</s>", {7, "</s>", "<|im_end|>"}),
+    ({}, (), None, {"<|im_end|>"}),
+    (None, (7,), "</s>", {7, "</s>", "<|im_end|>"}),
+    ("not a mapping", (), "</s>", {"</s>", "<|im_end|>"}),
+])
+def test_every_token_that_ends_an_answer(tmp_path: Path, generation: Any, config: tuple[int, ...], token: str | None,
+                                         ends: set[int | str]) -> None:
+    path = write(tmp_path / "model", byte_level(), {
+        "eos_token": token, "extra_special_tokens": ["<|im_start|>", "<|im_end|>", "</s>"], "chat_template": CHATML})
+    if generation is not None:
+        (path / "generation_config.json").write_text(json.dumps(generation))
+    tokenizer = Tokenizer(path)
+    expected = {end if isinstance(end, int) else tokenizer.encode(end, False)[0] for end in ends}
+    size = tokenizer.vocab_size
+    assert set(eos_token_ids(path, config, tokenizer, size)) == expected
+    base = min(tokenizer.encode("<|im_start|><|im_end|>", False))
+    assert set(eos_token_ids(path, config, tokenizer, base)) == {end for end in expected if end < base}
+
+
+@pytest.mark.parametrize("template", [
+    "{{ messages[9].content }}", "{{ raise_exception('no') }}", "{% if %}", "{{ ''.__class__.__mro__ }}",
+    "{{ messages.append(1) }}", "{{ 1 // 0 }}", "{{ 2.0 ** 10000 }}",
+    "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "{{ " + "(" * 500 + "1" + ")" * 500 + " }}",
+    "{{ 'é'.encode('ascii') }}", "{{ messages.x.y.z }}", "{{ strftime_now(3) }}", "{{ 10 ** (10 ** 10) }}",
+    "{{ 'x' * 10 ** 12 }}", "{% for i in range(10 ** 9) %}{% endfor %}",
+    "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+    "{% set x = 'x' * 10 ** 6 %}{% for i in range(99999) %}{{ x }}{% endfor %}",
+])
+def test_a_template_that_fails_reaches_out_or_never_ends_is_refused(tmp_path: Path, template: str) -> None:
     path = write(tmp_path / "model", sentencepiece_bpe(), {"chat_template": template})
-    with pytest.raises(ChatTemplateError, match="refuses these messages"):
+    with pytest.raises(ChatTemplateError, match="refuses these messages") as error:
         Tokenizer(path).apply_chat_template(MESSAGES)
+    assert "\n" not in str(error.value)
 
 
 def test_special_tokens_map_of_old_checkpoints(tmp_path: Path) -> None:

@@ -12,16 +12,20 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer as Backend
+from tokenizers import processors
 from transformers import AutoModelForCausalLM
 
-from fptq_runtime.artifact.io import Manifest, read_manifest, verify
+from fptq_runtime.artifact.io import ArtifactError, Manifest, read_manifest, verify
 from fptq_runtime.config import ModelConfig
 from fptq_runtime.kernels.reference import ReferenceBackend
 from fptq_runtime.models.golden import check_golden, prompt_logits
 from fptq_runtime.models.loader import Checkpoint, load_model
+from fptq_runtime.quantizer import pipeline
+from fptq_runtime.quantizer.calibrate import CalibrationError
 from fptq_runtime.quantizer.pipeline import quantize
-from fptq_runtime.quantizer.recipe import Recipe
-from fptq_runtime.quantizer.report import inspect_text, policy
+from fptq_runtime.quantizer.recipe import Recipe, load_recipe
+from fptq_runtime.quantizer.report import inspect_text, policy, summarize
 from fptq_runtime.quantizer.samples import Calibration
 from fptq_runtime.quantizer.steps.activations import Activations
 from fptq_runtime.quantizer.steps.base import BlockWork, Rounding
@@ -333,6 +337,82 @@ def test_an_artifact_is_not_quantized_again(source: Path, text: Path, tmp_path: 
     quantize(source, tmp_path / "out", text=text, **SMALL)
     with pytest.raises(ValueError, match="quantized already"):
         quantize(tmp_path / "out", tmp_path / "again", text=text, **SMALL)
+
+
+def test_an_output_in_the_way_is_noticed_first(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline, "open_float", None)  # neither fetched nor opened
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").touch()
+    for out, message in ((tmp_path / "full", "exists and is not"), (source, "is the model itself"),
+                         (source / "out", "lies in the model's"), (tmp_path, "lies around the model's"),
+                         (tmp_path / "full" / "mine.txt" / "out", "is a file")):
+        with pytest.raises(ArtifactError, match=message):
+            quantize(source, out, overwrite=True)
+    with pytest.raises(ArtifactError, match="exists and is not"):
+        quantize("owner/name", tmp_path / "full")
+
+
+def test_the_tokenizer_is_copied_as_it_stands(source: Path, text: Path, tmp_path: Path,
+                                              caplog: pytest.LogCaptureFixture) -> None:
+    """Whatever transformers makes of it, which for this class is another."""
+    config = json.loads((source / "tokenizer_config.json").read_text())
+    (source / "tokenizer_config.json").write_text(json.dumps({**config, "tokenizer_class": "GemmaTokenizer"}))
+    quantize(source, tmp_path / "out", "rtn", text=text, **SMALL)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes()
+    assert "tokenizer.json as it stands" in caplog.text
+
+
+@pytest.mark.parametrize("calibration", [None, "random", "self", "text"])
+@pytest.mark.parametrize("where", ["bos", "text"])
+def test_tokens_beyond_the_vocabulary_are_named(source: Path, text: Path, tmp_path: Path, where: str,
+                                                calibration: str | None) -> None:
+    """Added to a tokenizer whose model was not resized."""
+    backend = Backend.from_file(str(source / "tokenizer.json"))
+    backend.add_special_tokens(["<new>" if where == "bos" else "the"])
+    assert backend.get_vocab_size() == 260
+    if where == "bos":
+        backend.post_processor = processors.TemplateProcessing(single="<new> $A", special_tokens=[("<new>", 259)])
+    backend.save(str(source / "tokenizer.json"))
+    cut = json.loads((source / "config.json").read_text())
+    tensors = load_file(source / "model.safetensors")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        tensors[name] = tensors[name][:259].clone()
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    (source / "config.json").write_text(json.dumps({**cut, "vocab_size": 259}))
+    with pytest.raises(CalibrationError, match="gives token 259, but the model's vocabulary has 259 tokens"):
+        quantize(source, tmp_path / "out", "rtn", text=text, text_tokens=400,
+                 calibration=Calibration(text if calibration == "text" else calibration, 4, 32))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_loss_that_will_be_noticed_is_said_and_what_to_do(demo: tuple[Path, Manifest]) -> None:
+    manifest = demo[1]
+
+    def shown(loss: float, recipe: Recipe | None = None, **layer: Any) -> str:
+        quality = manifest.quality.model_copy(update={"perplexity_after": manifest.quality.perplexity_before * loss})
+        layers = tuple(each.model_copy(update=layer) for each in manifest.layers)
+        used = manifest.recipe if recipe is None else recipe.model_dump(mode="json")
+        return summarize(manifest.model_copy(update={"quality": quality, "layers": layers, "recipe": used}),
+                         "a model", recipe and recipe.name)
+
+    assert "next" not in shown(1.04)
+    notable = shown(1.07)
+    assert "note: perplexity rose by 7.0%" in notable
+    severe = shown(1.43, load_recipe("rtn"))
+    assert "warning: perplexity rose by 43%" in severe
+    assert "fptq quantize 'a model' 'a model-fptq-best' --recipe fptq-best" in severe
+    assert "fptq analyze 'a model' --recipe rtn" in severe
+    assert "--recipe rtn --max-loss 5%" in severe
+    assert "--recipe w8a8-dynamic" in shown(1.43, load_recipe("fptq-best"))
+    assert "--recipe w8a8-dynamic" in shown(1.43, load_recipe("gptq"), activations="float")
+    assert "--recipe w8a8-dynamic" in shown(1.43, load_recipe("w8a8-static"), num_bits=8, activations="static")
+    assert shown(1.43, load_recipe("w8a8-dynamic"), num_bits=8, activations="dynamic").count("fptq quantize") == 1
+    assert "one scale a row" not in severe
+    whole = shown(1.0, load_recipe("rtn"), group_size=None)
+    assert "linears with 4-bit weights (qkv, o, up, down) have one scale a row" in whole
+    assert "int4 per channel" in whole
+    assert "int4 group 64" in shown(1.0, load_recipe("rtn"), group_size=64)
 
 
 def test_an_existing_output_is_kept(source: Path, text: Path, tmp_path: Path) -> None:

@@ -96,7 +96,7 @@ def test_what_an_export_may_replace(tmp_path: Path, heldout: Text) -> None:
         about = json.loads((out / "fptq-export.json").read_text())
         assert (about["target"], about["perplexity_after"]) == ("vllm", result.perplexity_after)
         assert not (out / "fptq.json").exists() and len(Checkpoint(out).linear_schemes)
-    with pytest.raises(ArtifactError, match="is what is exported"):
+    with pytest.raises(ArtifactError, match="is the model itself"):
         export(source, tmp_path / "old" / ".." / "artifact", heldout, ReferenceBackend(), 100, overwrite=True)
     with pytest.raises(ArtifactError, match="not an fptq artifact"):
         export(source, tmp_path / "source", heldout, ReferenceBackend(), 100, overwrite=True)
