@@ -1,0 +1,197 @@
+"""Records what models/gate.py compares with, from an artifact's tensors as written: in double precision where an op is
+linear, by the reference backend otherwise."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from ml_dtypes import bfloat16
+
+from fptq_runtime.artifact.numerics import token_scale
+from fptq_runtime.config import KVCacheDtype, ModelConfig
+from fptq_runtime.kernels.base import (
+    Activation,
+    ActivationQuant,
+    Array,
+    AttentionSpec,
+    Embedding,
+    Linear,
+    Norm,
+    Ops,
+    StepInput,
+)
+from fptq_runtime.kernels.reference import ReferenceBackend, ReferenceOps, quantize_activations
+from fptq_runtime.models.decoder import Block, prepare_block, prepare_head, prepare_stem, run_block, run_stem
+from fptq_runtime.models.gate import (
+    PREFIX,
+    PREFIX_ROWS,
+    ROPE_POSITIONS,
+    ROUNDING,
+    SCALARS,
+    AttentionFacts,
+    Golden,
+    LinearFacts,
+    Part,
+    attend,
+    block_part,
+    head_part,
+    norm_row,
+    probe_limits,
+    rotate,
+)
+from fptq_runtime.models.loader import Checkpoint, load_block, load_head, load_stem
+
+TOKENS = 6  # of the prompt that blocks are recorded with
+STEM_ROWS = 16
+TIPPED = 0.02  # of a code's width, what is added to inputs: about a hundredth of the codes tips, many more than rounding
+RUNS = 4
+SAFETY = 4.0  # times the greatest deviation of them
+FLOOR = 1e-2  # of what a block adds, since that is recorded in bfloat16; faults in its wiring are of its own size
+CHUNK = 1 << 22  # elements of a weight in double precision at a time
+
+
+@torch.inference_mode()
+def record(checkpoint: Checkpoint, prompt_token_ids: Sequence[int]) -> Golden:
+    """The probes of a whole checkpoint, read block by block. Of the prompt the first TOKENS tokens are used."""
+    backend, config = ReferenceBackend(), checkpoint.model_config
+    prompt = [int(token) for token in prompt_token_ids[:TOKENS]]
+    whole = StepInput.whole([prompt])
+    stem = prepare_stem(load_stem(checkpoint), backend)
+    spread = np.linspace(0, config.vocab_size - 1, STEM_ROWS).astype(int).tolist()
+    golden = Golden(len(prompt), stem_ids=tuple(sorted({*prompt, *spread})))
+    golden.arrays["stem"] = stem.embedding.weight[list(golden.stem_ids)].float().numpy()
+    if stem.norm is not None:
+        _record_norm(golden, "stem.norm", stem.norm)
+    x = run_stem(ReferenceOps(whole, None), stem)
+    previous = ""
+    for index in range(config.num_layers):
+        block = prepare_block(load_block(checkpoint, index), backend)
+        part = block_part(index, block)
+        _record_part(golden, part)
+        _record_attention(golden, part.name, block.attention, config, previous)
+        previous = part.name if part.name in golden.attention else previous
+        x = _record_block(golden, part.name, block, config, whole, x)
+    _record_part(golden, head_part(prepare_head(load_head(checkpoint), backend)))
+    return golden
+
+
+def _record_part(golden: Golden, part: Part) -> None:
+    for name, norm in part.norms.items():
+        _record_norm(golden, f"{part.name}.{name}", norm)
+    for name, (linear, act) in part.linears.items():
+        _record_linear(golden, f"{part.name}.{name}", linear, act)
+
+
+def _record_norm(golden: Golden, name: str, norm: Norm) -> None:
+    exact = replace(norm, weight=norm.weight.double(), bias=None if norm.bias is None else norm.bias.double())
+    ops = ReferenceOps(StepInput.whole([[0]]), None)
+    y = ops.norm(torch.from_numpy(norm_row(name, norm.weight.numel())).double()[None], exact, None)[0]
+    plain = y if norm.bias is None else y - norm.bias
+    added = torch.zeros_like(y) if norm.bias is None else norm.bias.abs()
+    _keep(golden, name, expected=y, tolerance=SCALARS * (plain.abs() + added))
+
+
+def _record_linear(golden: Golden, name: str, linear: Linear, act: ActivationQuant | None) -> None:
+    """linear: prepared, so that its weight is float32 [N, K]."""
+    weight: torch.Tensor = linear.weight
+    facts = golden.linears[name] = LinearFacts(weight.shape[1], act)
+    x = torch.from_numpy(facts.read_row(name))
+    rows = max(1, CHUNK // weight.shape[1])
+    y, magnitude = (torch.cat(parts) for parts in zip(*(
+        (part @ x, part.abs() @ x.abs()) for part in (chunk.double() for chunk in weight.split(rows))), strict=True))
+    if linear.low_rank is not None:
+        down, up = (matrix.double() for matrix in linear.low_rank)
+        y += up @ (down @ x)
+        magnitude += up.abs() @ (down.abs() @ x.abs())
+    _keep(golden, name, expected=y, tolerance=ROUNDING * magnitude)
+    if linear.bias is not None:
+        golden.arrays[f"{name}.bias"] = linear.bias.float().numpy()
+
+
+def _keep(golden: Golden, name: str, expected: torch.Tensor, tolerance: torch.Tensor) -> None:
+    golden.arrays[f"{name}.expected"] = expected.float().numpy()
+    golden.arrays[f"{name}.tolerance"] = tolerance.float().numpy().astype(bfloat16)
+
+
+def _record_attention(golden: Golden, name: str, spec: AttentionSpec, config: ModelConfig, previous: str) -> None:
+    longest = config.max_position_embeddings
+    facts = AttentionFacts(spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.sliding_window,
+                           min(PREFIX, longest), tuple(p for p in ROPE_POSITIONS if p < longest))
+    backend = ReferenceBackend()
+    table = backend.prepare(Embedding(facts.rows))
+    spec = replace(spec, layer=0)
+
+    def turn(ops: Ops[Any]) -> Any:
+        return ops.select_rows(ops.rope_and_cache(ops.embed(table), spec))
+
+    def look(ops: Ops[Any]) -> Any:
+        return ops.attention(ops.rope_and_cache(ops.embed(table), spec), spec, None, True)
+
+    positions = facts.rope_positions
+    limits = probe_limits(len(positions), facts, 1, positions[-1] + 1, len(positions))
+    found = {"rope": rotate(backend.compile(turn, limits), positions)}
+    far = facts.has_far and facts.far < longest
+    outputs: dict[KVCacheDtype, Array] = {}
+    for dtype in ("float32", "int8"):
+        limits = probe_limits(facts.prefix, facts, 1, facts.far + 1 if far else facts.prefix, 1, dtype)
+        passes, last = attend(backend.compile(look, limits), facts, far)
+        rows = [passes[0][row] for row in PREFIX_ROWS if row < facts.prefix]
+        outputs[dtype] = np.stack([*rows, *([] if last is None else [last])])
+    exact, coarse = outputs["float32"], outputs["int8"]
+    found["attention"] = exact
+    # kernels also round what they weight values with to 8 bits
+    found["attention_tolerance"] = 3 * np.abs(exact - coarse).max(-1) + 0.01 * np.abs(exact).max(-1)
+    if golden.attention.get(previous) == facts and all(
+            np.array_equal(array, golden.arrays[f"{previous}.{key}"]) for key, array in found.items()):
+        return
+    golden.attention[name] = facts
+    golden.arrays.update({f"{name}.{key}": array for key, array in found.items()})
+
+
+def _record_block(golden: Golden, name: str, block: Block, config: ModelConfig, whole: StepInput, x: torch.Tensor
+                  ) -> torch.Tensor:
+    """From its input as bfloat16 holds it. Returns its output for the input as it is."""
+    rows = x.bfloat16().float()
+    added = run_block(ReferenceOps(whole, None), config, block, rows) - rows
+    deviations = []
+    for seed in range(RUNS):
+        tipped = run_block(_TippingOps(whole, seed), config, block, rows) - rows
+        deviations.append((tipped - added).square().mean(-1).sqrt())
+    tolerance = (SAFETY * torch.stack(deviations).amax(0)).maximum(FLOOR * _rms(added)) + 1e-6 * _rms(rows)
+    golden.arrays[f"{name}.input"] = x.numpy().astype(bfloat16)
+    golden.arrays[f"{name}.added"] = added.numpy().astype(bfloat16)
+    golden.arrays[f"{name}.block_tolerance"] = tolerance.numpy()
+    return run_block(ReferenceOps(whole, None), config, block, x)
+
+
+def _rms(x: torch.Tensor) -> torch.Tensor:
+    return x.square().mean(-1).sqrt()
+
+
+class _TippingOps(ReferenceOps):
+    """Moves what is quantized by up to TIPPED of a code's width, so that some codes tip."""
+
+    def __init__(self, batch: StepInput, seed: int) -> None:
+        super().__init__(batch, None)
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def quantize(self, x: torch.Tensor, act: ActivationQuant | None) -> torch.Tensor:
+        if act is None:
+            return x
+        width = x.abs() / 8 if act.type == "float" else token_scale(x) if act.scale is None else act.scale
+        noise = torch.rand(x.shape, generator=self._generator) * 2 - 1
+        return quantize_activations(x + TIPPED * noise * width, act)
+
+    def norm(self, x: torch.Tensor, norm: Norm, act: ActivationQuant | None) -> torch.Tensor:
+        return self.quantize(super().norm(x, norm, None), act)
+
+    def activation(self, x: torch.Tensor, activation: Activation, act: ActivationQuant | None) -> torch.Tensor:
+        return self.quantize(super().activation(x, activation, None), act)
+
+    def attention(self, q: torch.Tensor, attention: AttentionSpec, act: ActivationQuant | None,
+                  selected: bool = False) -> torch.Tensor:
+        return self.quantize(super().attention(q, attention, None, selected), act)
