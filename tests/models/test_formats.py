@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM
 from fptq_runtime.artifact.scheme import SchemeError
 from fptq_runtime.kernels.base import QuantizedWeight
 from fptq_runtime.kernels.reference import ReferenceBackend
-from fptq_runtime.models.families import ModelError
-from fptq_runtime.models.formats import align, dequantize, pack, unpack
+from fptq_runtime.models.fields import ModelError
+from fptq_runtime.models.weights import align, dequantize, pack, unpack
 from fptq_runtime.models.golden import prompt_logits
 from fptq_runtime.models.loader import Checkpoint, CheckpointError, load_block, load_model
 from tests.models.hf import save_random
@@ -152,7 +152,7 @@ def test_codes_stay_codes_where_that_is_exact(source: Path, tmp_path: Path, weig
     path = tmp_path / "model"
     meant = compress(source, path, "pack-quantized", weights, "a16")
     checkpoint = Checkpoint(path)
-    down = load_block(checkpoint, 0).down.weight
+    down = load_block(checkpoint, 0).linears["down"].weight
     assert (down.num_bits if isinstance(down, QuantizedWeight) else None) == bits
     floats = dequantize(down) if isinstance(down, QuantizedWeight) else down
     np.testing.assert_array_equal(floats, meant["model.layers.0.mlp.down_proj.weight"])
@@ -216,7 +216,7 @@ def test_scattered_groups_of_compressed_tensors(source: Path, tmp_path: Path) ->
     save_file({**tensors, f"{name}.weight_g_idx": order}, path / "model.safetensors")
     codes = unpack(tensors[f"{name}.weight_packed"].numpy(), 4, 160)
     expected = codes * tensors[f"{name}.weight_scale"].numpy()[:, order]
-    np.testing.assert_array_equal(load_block(Checkpoint(path), 0).down.weight, expected)
+    np.testing.assert_array_equal(load_block(Checkpoint(path), 0).linears["down"].weight, expected)
 
 
 # GPTQ and AWQ
@@ -309,7 +309,7 @@ def test_gptq_of_sizes_that_fill_no_words(tmp_path: Path, symmetric: bool) -> No
 def test_symmetric_gptq_stays_four_bits(source: Path, tmp_path: Path) -> None:
     meant = gptq(source, tmp_path / "model")
     checkpoint = Checkpoint(tmp_path / "model")
-    weight = load_block(checkpoint, 1).down.weight
+    weight = load_block(checkpoint, 1).linears["down"].weight
     assert isinstance(weight, QuantizedWeight)
     assert (weight.num_bits, weight.group_size) == (4, 32)
     np.testing.assert_array_equal(dequantize(weight), meant["model.layers.1.mlp.down_proj.weight"])
@@ -395,13 +395,13 @@ def test_mixed_bits_within_a_fused_layer(source: Path, tmp_path: Path) -> None:
     mixed["model.layers.1.self_attn.k_proj.weight"] = floats["model.layers.1.self_attn.k_proj.weight"]
     save_file(mixed, tmp_path / "four" / "model.safetensors")
     checkpoint = Checkpoint(tmp_path / "four")
-    parts = [checkpoint.linear(f"model.layers.0.self_attn.{m}_proj", n, 96).weight
+    parts = [checkpoint.linear(f"model.layers.0.self_attn.{m}_proj", n, 96, False).weight
              for m, n in (("q", 96), ("k", 32), ("v", 32))]
-    fused = load_block(checkpoint, 0).qkv.weight
+    fused = load_block(checkpoint, 0).linears["qkv"].weight
     assert isinstance(fused, QuantizedWeight)
     assert fused.num_bits == 8
     np.testing.assert_array_equal(dequantize(fused), np.concatenate([dequantize(part) for part in parts]))
-    assert load_block(checkpoint, 1).qkv.weight.shape == (160, 96)
+    assert load_block(checkpoint, 1).linears["qkv"].weight.shape == (160, 96)
 
 
 def test_different_activations_of_one_input_are_refused(source: Path, tmp_path: Path) -> None:
