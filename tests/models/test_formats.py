@@ -21,10 +21,10 @@ from fptq_runtime.artifact.scheme import SchemeError
 from fptq_runtime.kernels.base import QuantizedWeight
 from fptq_runtime.kernels.reference import ReferenceBackend
 from fptq_runtime.models.fields import ModelError
-from fptq_runtime.models.weights import align, dequantize, pack, unpack
 from fptq_runtime.models.golden import prompt_logits
 from fptq_runtime.models.loader import Checkpoint, CheckpointError, load_block, load_model
-from tests.models.hf import save_random
+from fptq_runtime.models.weights import align, dequantize, pack, unpack
+from tests.models.hf import change_config, save_random
 
 PROMPT = [1, 17, 99, 4, 180, 33, 7, 62]
 SIZES = {"num_hidden_layers": 2, "intermediate_size": 160}
@@ -364,6 +364,61 @@ def test_foreign_configs_are_refused_by_name(source: Path, tmp_path: Path, chang
     (tmp_path / "model" / "config.json").write_text(json.dumps(config))
     with pytest.raises(SchemeError, match=message):
         Checkpoint(tmp_path / "model")
+
+
+CT_FACTS: list[tuple[str, str, Any]] = [
+    ("quantization_config", "transform_config", {"config_groups": {"u": {"type": "hadamard", "apply": []}}}),
+    ("quantization_config", "sparsity_config", {"format": "sparse-24-bitmask", "targets": ["Linear"]}),
+    ("quantization_config", "kv_cache_scheme", {"num_bits": 8, "type": "float"}),
+    ("quantization_config", "residual_scale", 0.5),
+    ("group", "output_activations", {"num_bits": 8}),
+    ("group", "rotation", "hadamard"),
+    ("weights", "block_structure", [128, 128]),
+    ("weights", "exponent_bias", 3),
+    ("weights", "dynamic", "local"),
+    ("input_activations", "smoothing", {"alpha": 0.5}),
+]
+
+
+@pytest.mark.parametrize(("place", "fact", "value"), CT_FACTS)
+def test_facts_that_would_be_ignored_are_refused_by_name(source: Path, tmp_path: Path, place: str, fact: str,
+                                                         value: Any) -> None:
+    compress(source, tmp_path / "model", "int-quantized", "w8", "a8")
+    quantization = json.loads((tmp_path / "model" / "config.json").read_text())["quantization_config"]
+    group = quantization["config_groups"]["group_0"]
+    places = {"quantization_config": quantization, "group": group}
+    (places.get(place) or group[place])[fact] = value
+    change_config(tmp_path / "model", quantization_config=quantization)
+    with pytest.raises(SchemeError, match=fact.split("_")[0]) as error:
+        Checkpoint(tmp_path / "model")
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 300
+
+
+@pytest.mark.parametrize(("fact", "value"), [
+    ("transform_config", {}), ("transform_config", None), ("sparsity_config", {}),
+    ("sparsity_config", {"format": "dense"}), ("version", "0.99"), ("global_compression_ratio", 1.5),
+    ("residual_scale", None), ("anything", False),
+])
+def test_facts_that_change_no_number_are_not(source: Path, tmp_path: Path, fact: str, value: Any) -> None:
+    compress(source, tmp_path / "model", "pack-quantized", "w4", "a16")
+    expected = ours(tmp_path / "model")
+    quantization = json.loads((tmp_path / "model" / "config.json").read_text())["quantization_config"]
+    change_config(tmp_path / "model", quantization_config={**quantization, fact: value})
+    assert torch.equal(ours(tmp_path / "model"), expected)
+
+
+@pytest.mark.parametrize(("fact", "value"), [
+    ("rotation", "hadamard"), ("adapter", {"lora": {"rank": 8}}), ("residual_scale", 0.5)])
+@pytest.mark.parametrize("method", [gptq, awq])
+def test_facts_of_gptq_and_awq(source: Path, tmp_path: Path, method: Callable[[Path, Path], Linears], fact: str,
+                               value: Any) -> None:
+    method(source, tmp_path / "model")
+    quantization = json.loads((tmp_path / "model" / "config.json").read_text())["quantization_config"]
+    change_config(tmp_path / "model", quantization_config={**quantization, fact: value})
+    with pytest.raises(SchemeError, match=f"{method.__name__}.*{fact}") as error:
+        Checkpoint(tmp_path / "model")
+    assert "\n" not in str(error.value)
 
 
 # Fused layers

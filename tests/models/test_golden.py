@@ -44,7 +44,8 @@ def test_a_fault_is_noticed(fault: str, decoder: Decoder, golden: dict[str, Any]
     elif fault == "a panel of one layer lost":
         block.linears["o"].weight[:64] = 0
     elif fault == "gate and up swapped":
-        block.linears["up"].weight = torch.roll(block.linears["up"].weight, block.linears["up"].weight.shape[0] // 2, dims=0)
+        up = block.linears["up"]
+        up.weight = torch.roll(up.weight, up.weight.shape[0] // 2, dims=0)
     else:
         block.linears["down"].weight[0, 0] = float("nan")
     with pytest.raises(GoldenMismatch):

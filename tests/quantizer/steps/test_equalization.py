@@ -13,14 +13,14 @@ from fptq_runtime.models.block import Block
 from fptq_runtime.quantizer.steps.activations import Activations
 from fptq_runtime.quantizer.steps.equalization import Aweq, CrossLayer
 from fptq_runtime.quantizer.steps.weights import Weights
-from tests.quantizer.steps.small import as_it_is, quantize_block, small_model
+from tests.quantizer.steps.small import as_it_is, normed, quantize_block, small_model
 
 W4A8 = (Activations(scheme="static"), Weights())
 
 
 def unbalanced_columns(block: Block) -> None:
     """Three columns of qkv and up fiftyfold, their inputs as much smaller: the same function."""
-    for norm, reader in ((block.norms["input_norm"], block.linears["qkv"]), (block.norms["mlp_norm"], block.linears["up"])):
+    for norm, reader in normed(block):
         factor = torch.ones(norm.weight.numel())
         factor[[5, 40, 101]] = 50
         norm.weight = norm.weight / factor

@@ -13,7 +13,7 @@ from fptq_runtime.quantizer.steps.base import Step
 from fptq_runtime.quantizer.steps.outlier_suppression import OutlierSuppression
 from fptq_runtime.quantizer.steps.smoothquant import SmoothQuant
 from fptq_runtime.quantizer.steps.weights import Weights
-from tests.quantizer.steps.small import as_it_is, quantize_block, small_model
+from tests.quantizer.steps.small import as_it_is, normed, quantize_block, small_model
 from tests.quantizer.steps.test_smoothquant import outlier_channels
 
 STATIC = Activations(scheme="static")
@@ -23,7 +23,7 @@ W8A8 = (STATIC, Weights(num_bits=8, group_size=None))
 
 def asymmetric_channels(block: Block) -> None:
     """Five channels of each norm around ±100, which the readers' biases take back: the same function."""
-    for norm, reader in ((block.norms["input_norm"], block.linears["qkv"]), (block.norms["mlp_norm"], block.linears["up"])):
+    for norm, reader in normed(block):
         offset = torch.zeros(norm.weight.numel())
         offset[[3, 20, 64, 90, 111]] = torch.tensor([100.0, -100.0, 90.0, -80.0, 70.0])
         norm.bias = norm.bias + offset

@@ -12,7 +12,7 @@ from fptq_runtime.models.block import Block
 from fptq_runtime.quantizer.steps.activations import Activations
 from fptq_runtime.quantizer.steps.smoothquant import ALPHAS, SmoothQuant, smoothing_scale
 from fptq_runtime.quantizer.steps.weights import Weights
-from tests.quantizer.steps.small import as_it_is, quantize_block, small_model
+from tests.quantizer.steps.small import as_it_is, normed, quantize_block, small_model
 from tests.quantizer.test_folds import work_on
 
 W8A8 = (Activations(scheme="static"), Weights(num_bits=8, group_size=None))
@@ -20,7 +20,7 @@ W8A8 = (Activations(scheme="static"), Weights(num_bits=8, group_size=None))
 
 def outlier_channels(block: Block) -> None:
     """Three channels of each norm a hundredfold, what reads them as much smaller: the same function."""
-    for norm, reader in ((block.norms["input_norm"], block.linears["qkv"]), (block.norms["mlp_norm"], block.linears["up"])):
+    for norm, reader in normed(block):
         factor = torch.ones(norm.weight.numel())
         factor[[5, 40, 101]] = 100
         norm.weight = norm.weight * factor
