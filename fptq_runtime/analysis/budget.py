@@ -130,7 +130,7 @@ def _plan(captured: Captured, windows: Sequence[Sequence[int]], recipe: Recipe, 
     order = 0
     for layer in range(probe.num_layers):
         for kind in captured.exact[layer].linears:
-            if any(matches(pattern, (modules[f"layers.{layer}.{kind}"],)) for pattern in weights.keep):
+            if any(matches(pattern, (kind, modules[f"layers.{layer}.{kind}"])) for pattern in weights.keep):
                 continue
             divergence = probe.only(layer, (kind,)).kl
             raised = _mixture(captured, layer, {kind: 8}, weights, others=False)

@@ -6,8 +6,8 @@ from __future__ import annotations
 import torch
 
 from fptq_runtime.kernels.base import Linear, Norm
-from fptq_runtime.models.block import Attention, Block, Edge
-from fptq_runtime.quantizer.steps.base import BlockWork, Target, float_weight
+from fptq_runtime.models.block import Attention, Block, Edge, Model
+from fptq_runtime.quantizer.steps.base import BlockWork, QuantizationError, Target, float_weight
 
 
 def foldable_scale(block: Block, reader: str, scale: torch.Tensor) -> torch.Tensor:
@@ -45,6 +45,13 @@ def fold(work: BlockWork, reader: str, scale: torch.Tensor) -> None:
     for name in edge.readers:
         work.targets[name].stats.divide(scale)
     work.targets[reader].equalized = True
+
+
+def refuse_without_norms(step: str, model: Model) -> None:
+    """Raise QuantizationError where no norm writes what a block's linear reads, so that `step` has nothing to fold."""
+    if not any(edge.through is None for block in model.blocks for edge in block.edges):
+        raise QuantizationError(f"{step} does not work on {model.config.architecture}: its linears read the residual "
+                                "stream, not a norm that could take their scales; leave the step out")
 
 
 def by_heads(block: Block, x: torch.Tensor) -> torch.Tensor:

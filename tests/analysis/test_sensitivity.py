@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from fptq_runtime.analysis.sensitivity import KINDS, Captured, Probe, capture
+from fptq_runtime.analysis.sensitivity import Captured, Probe, capture
 from fptq_runtime.kernels.reference import ReferenceBackend
 from fptq_runtime.models.loader import Checkpoint, load_model
 from fptq_runtime.models.tokenizer import Tokenizer
-from fptq_runtime.quantizer.calibrate import BLOCK_KINDS, Text
+from fptq_runtime.quantizer.calibrate import Text
 from fptq_runtime.quantizer.evaluate import evaluate, sum_kl, text_windows, window_logits
 from fptq_runtime.quantizer.pipeline import quantize
 from fptq_runtime.quantizer.recipe import Recipe, load_recipe
@@ -71,7 +71,7 @@ def test_runs_from_a_boundary_are_runs_from_the_start(probe: Probe) -> None:
     layers = range(probe.num_layers)
 
     def from_the_start(chosen: set[int], head: bool) -> float:
-        return probe.run(0, probe.exact[0], lambda i: probe.model.block(i, BLOCK_KINDS if i in chosen else ()),
+        return probe.run(0, probe.exact[0], lambda i: probe.model.block(i, probe.model.names if i in chosen else ()),
                          probe.model.head(head)).kl
 
     for layer in layers:
@@ -84,7 +84,7 @@ def test_parts_are_less_than_the_whole(probe: Probe) -> None:
     whole = probe.all().kl
     assert 0 < probe.part(weights=False, acts=True).kl < whole
     assert 0 < probe.part(weights=True, acts=False).kl < 1.2 * whole
-    for kind in KINDS:
+    for kind in (*probe.model.names, "head"):
         assert 0 < probe.only_kind(kind).kl < whole
     assert probe.all_but_kind("head").kl == pytest.approx(probe.up_to(probe.num_layers - 1).kl, rel=1e-4)
 
@@ -99,9 +99,10 @@ def test_float_mixes_are_exact_with_other_recipes(model: Path) -> None:
 
 def test_a_capture_leaves_nothing_behind(captured: Captured) -> None:
     for exact, quantized in zip(captured.exact, captured.quantized, strict=True):
-        for kind in BLOCK_KINDS:
-            assert isinstance(getattr(exact, kind).weight, torch.Tensor) and getattr(exact, kind).act is None
-            assert not isinstance(getattr(quantized, kind).weight, torch.Tensor)
+        assert list(exact.linears) == list(quantized.linears)
+        for linear in exact.linears.values():
+            assert isinstance(linear.weight, torch.Tensor) and linear.act is None
+        assert not any(isinstance(linear.weight, torch.Tensor) for linear in quantized.linears.values())
 
 
 def test_training_is_refused(model: Path) -> None:

@@ -20,8 +20,7 @@ VOCAB = 97
 EOS = 0
 MODEL = ModelConfig(
     architecture="FakeForCausalLM", vocab_size=VOCAB, hidden_size=1, intermediate_size=1, num_layers=1, num_heads=1,
-    num_kv_heads=1, head_dim=1, max_position_embeddings=1 << 20, norm="rms", norm_eps=1e-5, activation="silu_mul",
-    eos_token_ids=(EOS,),
+    num_kv_heads=1, head_dim=1, max_position_embeddings=1 << 20, eos_token_ids=(EOS,),
 )
 TOKEN_BYTES = 28  # a key of 4 bytes, a value of 16, and their two scales
 

@@ -19,7 +19,8 @@ from fptq_runtime.engine.output import RequestOutput
 from fptq_runtime.engine.request import SamplingParams
 from fptq_runtime.kernels.base import ActivationQuant, Backend, Linear, QuantizedWeight
 from fptq_runtime.kernels.reference import to_numpy, to_torch
-from fptq_runtime.models.decoder import Block, Decoder, Head, Stem, prepare_block
+from fptq_runtime.models.block import Block, prepare_block, prepare_stem
+from fptq_runtime.models.decoder import Decoder
 from fptq_runtime.models.loader import Checkpoint, load_block, load_head, load_stem
 from fptq_runtime.models.tokenizer import Tokenizer
 from tests.engine.fake import gist, run
@@ -40,20 +41,18 @@ def w4a8_decoder(backend: Backend) -> Decoder:
     float."""
     checkpoint = Checkpoint(DEMO)
     config = checkpoint.model_config
-    stem, head = load_stem(checkpoint), load_head(checkpoint)
 
     def block(index: int) -> Block:
         loaded = load_block(checkpoint, index)
         if index == config.num_layers - 1:
             return loaded
         act = ActivationQuant() if index % 2 else ActivationQuant(0.05)
-        return replace(loaded, qkv=quantized(loaded.qkv, act), o=quantized(loaded.o, ActivationQuant()),
-                       up=quantized(loaded.up, act), down=quantized(loaded.down, ActivationQuant()))
+        return loaded.with_linears(
+            lambda name, linear: quantized(linear, act if name in ("qkv", "up") else ActivationQuant()))
 
-    lm_head = quantized(head.lm_head, ActivationQuant(), num_bits=8)
-    return Decoder(config, Stem(backend.prepare(stem.embedding)),
-                   [prepare_block(block(i), backend) for i in range(config.num_layers)],
-                   Head(backend.prepare(head.norm), backend.prepare(lm_head), lm_head.act))
+    head = load_head(checkpoint).with_linears(lambda _, linear: quantized(linear, ActivationQuant(), num_bits=8))
+    return Decoder(config, prepare_stem(load_stem(checkpoint), backend),
+                   [prepare_block(block(i), backend) for i in range(config.num_layers)], prepare_block(head, backend))
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -75,3 +76,8 @@ def save_random(name: str, path: Path, seed: int = 0, shard: str = "5GB", **chan
                 parameter.copy_(torch.randn_like(parameter) * 2 / parameter.shape[1] ** 0.5)
     model.save_pretrained(path, max_shard_size=shard)
     return model
+
+
+def change_config(path: Path, **changes: Any) -> None:
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, **changes}))

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from fptq_runtime.kernels.base import Array, Linear
-from fptq_runtime.models.families import ModelError, fuse, unfuse
+from fptq_runtime.models.block import LinearSpec
+from fptq_runtime.models.fields import ModelError
+from fptq_runtime.models.weights import fuse, unfuse
 
 K = 12
 
@@ -38,7 +40,8 @@ def test_fused_is_each_parts_own(order: Array | None, ranks: tuple[int, ...], do
     assert fused.low_rank[0].shape == (rank, K)
     expected = np.concatenate([whole(p) for p in parts])
     assert np.allclose(whole(fused), expected if order is None else expected[order], atol=1e-5)
-    for original, (name, restored) in zip(parts, unfuse(fused, "abc", (8, 4, 6), order), strict=True):
+    spec = LinearSpec("qkv", ("a", "b", "c"), (8, 4, 6), K, order=order)
+    for original, (name, restored) in zip(parts, unfuse(fused, spec), strict=True):
         assert restored.name == name
         assert np.allclose(whole(restored), whole(original), atol=1e-5)
 

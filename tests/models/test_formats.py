@@ -20,11 +20,11 @@ from transformers import AutoModelForCausalLM
 from fptq_runtime.artifact.scheme import SchemeError
 from fptq_runtime.kernels.base import QuantizedWeight
 from fptq_runtime.kernels.reference import ReferenceBackend
-from fptq_runtime.models.families import ModelError
-from fptq_runtime.models.formats import align, dequantize, pack, unpack
+from fptq_runtime.models.fields import ModelError
 from fptq_runtime.models.golden import prompt_logits
 from fptq_runtime.models.loader import Checkpoint, CheckpointError, load_block, load_model
-from tests.models.hf import save_random
+from fptq_runtime.models.weights import align, dequantize, pack, unpack
+from tests.models.hf import change_config, save_random
 
 PROMPT = [1, 17, 99, 4, 180, 33, 7, 62]
 SIZES = {"num_hidden_layers": 2, "intermediate_size": 160}
@@ -152,7 +152,7 @@ def test_codes_stay_codes_where_that_is_exact(source: Path, tmp_path: Path, weig
     path = tmp_path / "model"
     meant = compress(source, path, "pack-quantized", weights, "a16")
     checkpoint = Checkpoint(path)
-    down = load_block(checkpoint, 0).down.weight
+    down = load_block(checkpoint, 0).linears["down"].weight
     assert (down.num_bits if isinstance(down, QuantizedWeight) else None) == bits
     floats = dequantize(down) if isinstance(down, QuantizedWeight) else down
     np.testing.assert_array_equal(floats, meant["model.layers.0.mlp.down_proj.weight"])
@@ -216,7 +216,7 @@ def test_scattered_groups_of_compressed_tensors(source: Path, tmp_path: Path) ->
     save_file({**tensors, f"{name}.weight_g_idx": order}, path / "model.safetensors")
     codes = unpack(tensors[f"{name}.weight_packed"].numpy(), 4, 160)
     expected = codes * tensors[f"{name}.weight_scale"].numpy()[:, order]
-    np.testing.assert_array_equal(load_block(Checkpoint(path), 0).down.weight, expected)
+    np.testing.assert_array_equal(load_block(Checkpoint(path), 0).linears["down"].weight, expected)
 
 
 # GPTQ and AWQ
@@ -309,7 +309,7 @@ def test_gptq_of_sizes_that_fill_no_words(tmp_path: Path, symmetric: bool) -> No
 def test_symmetric_gptq_stays_four_bits(source: Path, tmp_path: Path) -> None:
     meant = gptq(source, tmp_path / "model")
     checkpoint = Checkpoint(tmp_path / "model")
-    weight = load_block(checkpoint, 1).down.weight
+    weight = load_block(checkpoint, 1).linears["down"].weight
     assert isinstance(weight, QuantizedWeight)
     assert (weight.num_bits, weight.group_size) == (4, 32)
     np.testing.assert_array_equal(dequantize(weight), meant["model.layers.1.mlp.down_proj.weight"])
@@ -366,6 +366,61 @@ def test_foreign_configs_are_refused_by_name(source: Path, tmp_path: Path, chang
         Checkpoint(tmp_path / "model")
 
 
+CT_FACTS: list[tuple[str, str, Any]] = [
+    ("quantization_config", "transform_config", {"config_groups": {"u": {"type": "hadamard", "apply": []}}}),
+    ("quantization_config", "sparsity_config", {"format": "sparse-24-bitmask", "targets": ["Linear"]}),
+    ("quantization_config", "kv_cache_scheme", {"num_bits": 8, "type": "float"}),
+    ("quantization_config", "residual_scale", 0.5),
+    ("group", "output_activations", {"num_bits": 8}),
+    ("group", "rotation", "hadamard"),
+    ("weights", "block_structure", [128, 128]),
+    ("weights", "exponent_bias", 3),
+    ("weights", "dynamic", "local"),
+    ("input_activations", "smoothing", {"alpha": 0.5}),
+]
+
+
+@pytest.mark.parametrize(("place", "fact", "value"), CT_FACTS)
+def test_facts_that_would_be_ignored_are_refused_by_name(source: Path, tmp_path: Path, place: str, fact: str,
+                                                         value: Any) -> None:
+    compress(source, tmp_path / "model", "int-quantized", "w8", "a8")
+    quantization = json.loads((tmp_path / "model" / "config.json").read_text())["quantization_config"]
+    group = quantization["config_groups"]["group_0"]
+    places = {"quantization_config": quantization, "group": group}
+    (places.get(place) or group[place])[fact] = value
+    change_config(tmp_path / "model", quantization_config=quantization)
+    with pytest.raises(SchemeError, match=fact.split("_")[0]) as error:
+        Checkpoint(tmp_path / "model")
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 300
+
+
+@pytest.mark.parametrize(("fact", "value"), [
+    ("transform_config", {}), ("transform_config", None), ("sparsity_config", {}),
+    ("sparsity_config", {"format": "dense"}), ("version", "0.99"), ("global_compression_ratio", 1.5),
+    ("residual_scale", None), ("anything", False),
+])
+def test_facts_that_change_no_number_are_not(source: Path, tmp_path: Path, fact: str, value: Any) -> None:
+    compress(source, tmp_path / "model", "pack-quantized", "w4", "a16")
+    expected = ours(tmp_path / "model")
+    quantization = json.loads((tmp_path / "model" / "config.json").read_text())["quantization_config"]
+    change_config(tmp_path / "model", quantization_config={**quantization, fact: value})
+    assert torch.equal(ours(tmp_path / "model"), expected)
+
+
+@pytest.mark.parametrize(("fact", "value"), [
+    ("rotation", "hadamard"), ("adapter", {"lora": {"rank": 8}}), ("residual_scale", 0.5)])
+@pytest.mark.parametrize("method", [gptq, awq])
+def test_facts_of_gptq_and_awq(source: Path, tmp_path: Path, method: Callable[[Path, Path], Linears], fact: str,
+                               value: Any) -> None:
+    method(source, tmp_path / "model")
+    quantization = json.loads((tmp_path / "model" / "config.json").read_text())["quantization_config"]
+    change_config(tmp_path / "model", quantization_config={**quantization, fact: value})
+    with pytest.raises(SchemeError, match=f"{method.__name__}.*{fact}") as error:
+        Checkpoint(tmp_path / "model")
+    assert "\n" not in str(error.value)
+
+
 # Fused layers
 
 def test_aligned_weights_are_the_same_weights() -> None:
@@ -395,13 +450,13 @@ def test_mixed_bits_within_a_fused_layer(source: Path, tmp_path: Path) -> None:
     mixed["model.layers.1.self_attn.k_proj.weight"] = floats["model.layers.1.self_attn.k_proj.weight"]
     save_file(mixed, tmp_path / "four" / "model.safetensors")
     checkpoint = Checkpoint(tmp_path / "four")
-    parts = [checkpoint.linear(f"model.layers.0.self_attn.{m}_proj", n, 96).weight
+    parts = [checkpoint.linear(f"model.layers.0.self_attn.{m}_proj", n, 96, False).weight
              for m, n in (("q", 96), ("k", 32), ("v", 32))]
-    fused = load_block(checkpoint, 0).qkv.weight
+    fused = load_block(checkpoint, 0).linears["qkv"].weight
     assert isinstance(fused, QuantizedWeight)
     assert fused.num_bits == 8
     np.testing.assert_array_equal(dequantize(fused), np.concatenate([dequantize(part) for part in parts]))
-    assert load_block(checkpoint, 1).qkv.weight.shape == (160, 96)
+    assert load_block(checkpoint, 1).linears["qkv"].weight.shape == (160, 96)
 
 
 def test_different_activations_of_one_input_are_refused(source: Path, tmp_path: Path) -> None:

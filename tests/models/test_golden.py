@@ -42,11 +42,12 @@ def test_a_fault_is_noticed(fault: str, decoder: Decoder, golden: dict[str, Any]
     if fault == "one layer skipped":
         del broken.blocks[3]
     elif fault == "a panel of one layer lost":
-        block.o.weight[:64] = 0
+        block.linears["o"].weight[:64] = 0
     elif fault == "gate and up swapped":
-        block.up.weight = torch.roll(block.up.weight, block.up.weight.shape[0] // 2, dims=0)
+        up = block.linears["up"]
+        up.weight = torch.roll(up.weight, up.weight.shape[0] // 2, dims=0)
     else:
-        block.down.weight[0, 0] = float("nan")
+        block.linears["down"].weight[0, 0] = float("nan")
     with pytest.raises(GoldenMismatch):
         check_golden(broken, BACKEND, golden)
 

@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from fptq_runtime.kernels.reference import ReferenceBackend
-from fptq_runtime.models.decoder import prepare_block, prepare_head, prepare_stem
-from fptq_runtime.models.loader import Checkpoint, load_block, load_head, load_stem
+from fptq_runtime.kernels.base import StepInput
+from fptq_runtime.models.loader import Checkpoint
 from fptq_runtime.models.tokenizer import Tokenizer
 from fptq_runtime.quantizer import calibrate
 from fptq_runtime.quantizer.calibrate import (
@@ -19,12 +18,12 @@ from fptq_runtime.quantizer.calibrate import (
     Text,
     bos_prefix,
     observe_block,
-    pack_windows,
     packaged_text,
     random_windows,
     read_text,
     sample_windows,
 )
+from fptq_runtime.quantizer.walk import float_part, float_stem
 from tests.quantizer.models import save_model
 
 
@@ -43,7 +42,7 @@ def test_observed_inputs_are_what_transformers_feeds_its_linears(
     windows = torch.randint(3, 260, (3, 20), generator=torch.Generator().manual_seed(0)).tolist()
     monkeypatch.setattr(calibrate, "MINIBATCH_FLOATS", 2 * 20 * 2 * 136)
     monkeypatch.setattr(calibrate, "MINIBATCH_ROWS", 1)
-    states = HiddenStates(checkpoint.model_config, windows)
+    states = HiddenStates(checkpoint.model, windows)
     assert [len(batch.token_ids) for batch in states.batches] == [40, 20]
 
     seen: dict[str, torch.Tensor] = {}
@@ -53,10 +52,10 @@ def test_observed_inputs_are_what_transformers_feeds_its_linears(
     with torch.no_grad():
         expected_loss = float(model(torch.tensor(windows), labels=torch.tensor(windows)).loss)
 
-    states.run_stem(prepare_stem(load_stem(checkpoint), ReferenceBackend()))
+    states.run_stem(float_stem(checkpoint))
     names = {"qkv": "self_attn.q_proj", "o": "self_attn.o_proj", "up": "mlp.gate_proj", "down": "mlp.down_proj"}
     for index in range(checkpoint.model_config.num_layers):
-        block = prepare_block(load_block(checkpoint, index), ReferenceBackend())
+        block = float_part(checkpoint, index)
         for kind, stats in observe_block(states, block).items():
             x = seen[f"model.layers.{index}.{names[kind]}"]
             torch.testing.assert_close(stats.amax, x.abs().amax(0), rtol=1e-4, atol=1e-5)
@@ -64,18 +63,17 @@ def test_observed_inputs_are_what_transformers_feeds_its_linears(
             assert stats.peak_position == int(x.abs().amax(-1).argmax()) % 20
             assert stats.rows == 60
         states.run_block(block)
-    head, backend = load_head(checkpoint), ReferenceBackend()
-    loss, count = states.negative_log_likelihood(prepare_head(head, backend))
+    loss, count = states.negative_log_likelihood(float_part(checkpoint, checkpoint.model_config.num_layers))
     assert count == 3 * 19
     assert loss / count == pytest.approx(expected_loss, rel=1e-5)
 
 
 def test_damaged_activations_are_refused(llama: tuple[Path, torch.nn.Module]) -> None:
     checkpoint = Checkpoint(llama[0])
-    states = HiddenStates(checkpoint.model_config, [[1, 2, 3]])
-    states.run_stem(prepare_stem(load_stem(checkpoint), ReferenceBackend()))
-    block = prepare_block(load_block(checkpoint, 0), ReferenceBackend())
-    block.up.weight = block.up.weight * float("nan")
+    states = HiddenStates(checkpoint.model, [[1, 2, 3]])
+    states.run_stem(float_stem(checkpoint))
+    block = float_part(checkpoint, 0)
+    block.linears["up"].weight = block.linears["up"].weight * float("nan")
     with pytest.raises(CalibrationError, match=r"layers\.0\.down is not finite"):
         observe_block(states, block)
 
@@ -99,7 +97,7 @@ def test_windows_are_as_served(llama: tuple[Path, torch.nn.Module]) -> None:
 
 
 def test_packed_windows_do_not_overlap() -> None:
-    batch = pack_windows([[5, 6, 7], [8], [9, 10]])
+    batch = StepInput.whole([[5, 6, 7], [8], [9, 10]])
     assert batch.token_ids.tolist() == [5, 6, 7, 8, 9, 10]
     assert batch.positions.tolist() == [0, 1, 2, 0, 0, 1]
     assert batch.query_start_loc.tolist() == [0, 3, 4, 6]
@@ -127,17 +125,17 @@ def test_large_linears_multiply_in_bfloat16(llama: tuple[Path, torch.nn.Module],
     path, _ = llama
     checkpoint = Checkpoint(path)
     windows = torch.randint(3, 260, (3, 20), generator=torch.Generator().manual_seed(0)).tolist()
-    block = prepare_block(load_block(checkpoint, 0), ReferenceBackend())
+    block = float_part(checkpoint, 0)
     found = []
     for smallest in (1 << 30, 1):
         monkeypatch.setattr(calibrate, "BF16_WEIGHTS", smallest)
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
-        states = HiddenStates(checkpoint.model_config, windows)
-        states.run_stem(prepare_stem(load_stem(checkpoint), ReferenceBackend()))
+        states = HiddenStates(checkpoint.model, windows)
+        states.run_stem(float_stem(checkpoint))
         stats = observe_block(states, block)["down"]
         states.run_block(block)
         found.append((stats.amax, torch.cat(states.states)))
     for exact, rounded in zip(*found, strict=True):
         error = (exact - rounded).norm() / exact.norm()
         assert 1e-5 < float(error) < 2e-2
-    assert block.up.weight.dtype == torch.float32
+    assert block.linears["up"].weight.dtype == torch.float32

@@ -14,15 +14,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fptq_runtime.artifact.numerics import pack_codes, quantize_weight
-from fptq_runtime.artifact.scheme import ModuleSchemes, QuantizationArgs, SchemeError
+from fptq_runtime.artifact.scheme import QuantizationArgs, SchemeError
 from fptq_runtime.kernels.base import ActivationQuant, Linear, QuantizedWeight
 from fptq_runtime.kernels.reference import dequantized, to_torch
-from fptq_runtime.quantizer.export import linear_scheme, module_tensors, quantization_config
+from fptq_runtime.models.formats.compressed_tensors import CompressedTensors, linear_scheme, quantization_config
+from fptq_runtime.quantizer.export import tensors_of
 
 
 def quantized(n: int, k: int, num_bits: Literal[4, 8], group: int | None, act: ActivationQuant | None) -> Linear:
     codes, scale = quantize_weight(torch.randn(n, k), num_bits, group, None, torch.bfloat16)
     return Linear("x", QuantizedWeight(pack_codes(codes, num_bits), scale, num_bits, group or k), torch.randn(n), act)
+
+
+def schemes_in(config: dict[str, Any]) -> CompressedTensors:
+    """What its config alone says."""
+    return CompressedTensors(config, tensors=None)  # type: ignore[arg-type]
 
 
 @settings(max_examples=60)
@@ -34,7 +40,7 @@ def test_compressed_tensors_reads_our_weights(n: int, groups: int, k: int, num_b
     linear = quantized(n, k if group is None else group * groups, num_bits, group, ActivationQuant(0.25))
     weight = linear.weight
     assert isinstance(weight, QuantizedWeight)
-    tensors = {name: to_torch(array) for name, array in module_tensors("m", linear).items()}
+    tensors = {name: to_torch(array) for name, array in tensors_of("m", linear).items()}
     shape = torch.Size(tensors["m.weight_shape"].tolist())
     codes = unpack_from_int32(tensors["m.weight_packed"], num_bits, shape)
     assert torch.equal(pack_to_int32(codes, num_bits), tensors["m.weight_packed"])
@@ -59,7 +65,7 @@ def test_config_is_theirs_and_ours() -> None:
     theirs = QuantizationConfig.model_validate(config)
     assert set(theirs.config_groups) == {"static", "dynamic", "static_channel", "head"}
     assert all(group.format == "pack-quantized" for group in theirs.config_groups.values())
-    ours = ModuleSchemes(config)
+    ours = schemes_in(config)
     assert {name: ours.scheme(name) for name in linears} == schemes
     assert ours.scheme("other") is None
 
@@ -87,7 +93,7 @@ def test_every_format_is_a_group_of_its_own() -> None:
     formats = {group.targets[0]: group.format for group in theirs.config_groups.values()}
     assert formats == {"a": "nvfp4-pack-quantized", "b": "nvfp4-pack-quantized", "c": "float-quantized",
                        "d": "pack-quantized", "e": "pack-quantized"}
-    ours = ModuleSchemes(config)
+    ours = schemes_in(config)
     assert {name: ours.scheme(name) for name in linears} == schemes
 
 
@@ -106,11 +112,11 @@ def test_other_floats_are_refused_by_name(changes: dict[str, Any], message: str)
     weights = {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 128}
     group = {"format": "nvfp4-pack-quantized", "weights": weights, "targets": ["Linear"], **changes}
     with pytest.raises(SchemeError, match=message):
-        ModuleSchemes({"quant_method": "compressed-tensors", "config_groups": {"group_0": group}})
+        schemes_in({"quant_method": "compressed-tensors", "config_groups": {"group_0": group}})
 
 
 def test_float_modules() -> None:
     weight = torch.randn(3, 5)
     linear = Linear("x", weight)
     assert linear_scheme(linear) is None
-    assert list(module_tensors("m", linear)) == ["m.weight"]
+    assert list(tensors_of("m", linear)) == ["m.weight"]

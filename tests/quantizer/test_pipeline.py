@@ -18,21 +18,24 @@ from transformers import AutoModelForCausalLM
 
 from fptq_runtime.artifact.io import ArtifactError, Manifest, read_manifest, verify
 from fptq_runtime.config import ModelConfig
-from fptq_runtime.kernels.reference import ReferenceBackend
+from fptq_runtime.kernels.base import QuantizedWeight
+from fptq_runtime.kernels.reference import ReferenceBackend, dequantized
 from fptq_runtime.models.golden import check_golden, prompt_logits
 from fptq_runtime.models.loader import Checkpoint, load_model
 from fptq_runtime.quantizer import pipeline
 from fptq_runtime.quantizer.calibrate import CalibrationError
+from fptq_runtime.quantizer.export import block_modules
 from fptq_runtime.quantizer.pipeline import quantize
-from fptq_runtime.quantizer.recipe import Recipe, load_recipe
+from fptq_runtime.quantizer.recipe import PRESETS, Recipe, load_recipe
 from fptq_runtime.quantizer.report import inspect_text, policy, summarize
 from fptq_runtime.quantizer.samples import Calibration
 from fptq_runtime.quantizer.steps.activations import Activations
-from fptq_runtime.quantizer.steps.base import BlockWork, Rounding
+from fptq_runtime.quantizer.steps.base import BlockWork, QuantizationError, Rounding, Target
 from fptq_runtime.quantizer.steps.fptq import Fptq
 from fptq_runtime.quantizer.steps.gptq import Gptq
 from fptq_runtime.quantizer.steps.rotation import Rotation
 from fptq_runtime.quantizer.steps.weights import Weights
+from fptq_runtime.quantizer.walk import float_part
 from tests.models.hf import FAMILIES
 from tests.quantizer.models import DEMO, STORIES, save_model, transplant_outliers
 
@@ -48,7 +51,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def recipe(**settings: Any) -> Recipe:
     """Static and per-token layers, folds of every kind: layer 1 is equalized, the MLP of layer 2 goes per token."""
-    overrides = {"*.1.*": "lae", "*.2.mlp*": "dynamic", "*": "static"}
+    overrides = {"*.1.*": "lae", "*.2.*att*": "static", "*.2.*": "dynamic", "*": "static"}
     return Recipe(name="mixed", steps=(Fptq(overrides=overrides), Weights(**settings)))
 
 
@@ -132,6 +135,28 @@ def test_steps_are_told_how_the_last_one_rounds(tmp_path: Path, text: Path, monk
     assert list(told.values()) == [*[Rounding(4, 32)] * 3, Rounding(8, 32)]
 
 
+@pytest.mark.parametrize(("asked", "expected"), [
+    (128, {"qkv": 64, "o": 32, "up": 64, "down": None}), (64, {"qkv": 64, "o": 32, "up": 64, "down": None}),
+    (32, {"qkv": 32, "o": 32, "up": 32, "down": None}), (None, dict.fromkeys(("qkv", "o", "up", "down"))),
+])
+@pytest.mark.parametrize("scheme", ["dynamic", "float"])
+def test_the_largest_group_that_divides(tmp_path: Path, text: Path, asked: Any, expected: dict[str, int | None],
+                                        scheme: Any) -> None:
+    """K = 192, 96 and 172, in an artifact that compressed-tensors reads as we do, and in what inspect shows."""
+    save_model("llama", tmp_path / "float", num_hidden_layers=1, hidden_size=192, intermediate_size=172)
+    made = Recipe(name="x", steps=(Activations(scheme=scheme), Weights(group_size=asked, keep={"o": 8})))
+    manifest = quantize(tmp_path / "float", tmp_path / "out", made, text=text, **SMALL)
+    assert {record.kind: record.group_size for record in manifest.layers[:-1]} == expected
+    assert {record.kind: record.num_bits for record in manifest.layers[:-1]} == {"qkv": 4, "o": 8, "up": 4, "down": 4}
+    groups = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["config_groups"]
+    stored = {module: group["weights"]["group_size"] for group in groups.values() for module in group["targets"]}
+    assert {record.kind: stored[record.modules[0]] for record in manifest.layers[:-1]} == expected
+    shown = inspect_text(manifest)
+    for size in expected.values():
+        assert ("per channel" if size is None else f"group {size}") in shown
+    assert_transformers_agrees(tmp_path / "out", [1, *range(3, 43)])
+
+
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Manifest]:
     out = tmp_path_factory.mktemp("demo") / "out"
@@ -152,9 +177,10 @@ def test_demo(demo: tuple[Path, Manifest]) -> None:
 
 @pytest.mark.skipif(not STORIES.is_dir(), reason="../shared is absent")
 def test_stories260k(tmp_path: Path, text: Path) -> None:
-    """K = 64 and 172: per channel."""
+    """K = 64 is a group, 172 goes per channel."""
     manifest = quantize(STORIES, tmp_path / "out", calibration=Calibration(None, 16, 32), text=text, text_tokens=400)
-    assert all(record.group_size is None for record in manifest.layers)
+    assert {(record.kind, record.group_size) for record in manifest.layers} == {
+        ("qkv", 64), ("o", 64), ("up", 64), ("down", None), ("head", None)}
     assert_transformers_agrees(tmp_path / "out", manifest.golden["prompt_token_ids"])
 
 
@@ -219,8 +245,6 @@ def damage(path: Path, name: str, value: float) -> None:
     ("model.layers.0.mlp.down_proj.weight", float("nan"), "down_proj.weight holds NaN"),
     ("model.embed_tokens.weight", float("nan"), "embed_tokens.weight holds NaN"),
     ("model.norm.weight", float("nan"), "model.norm.weight holds NaN"),
-    ("model.layers.0.self_attn.o_proj.weight", 0.0, "every weight is the same"),
-    ("model.layers.0.self_attn.o_proj.weight", 1.0, "every weight is the same"),
 ])
 def test_damaged_weights_are_refused(source: Path, text: Path, tmp_path: Path, name: str, value: float,
                                      message: str) -> None:
@@ -231,21 +255,70 @@ def test_damaged_weights_are_refused(source: Path, text: Path, tmp_path: Path, n
     assert [file.name for file in tmp_path.iterdir()] == ["float"], "nothing is left"
 
 
+def change_weights(source: Path, changes: dict[str, Callable[[torch.Tensor], torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Of modules of layer 0. Returns all tensors."""
+    tensors = load_file(source / "model.safetensors")
+    for module, change in changes.items():
+        name = f"model.layers.0.{module}.weight"
+        tensors[name] = change(tensors[name])
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    return tensors
+
+
+@pytest.mark.parametrize("preset", [recipe.name for recipe in PRESETS if recipe.name != "qat"])
+def test_zeros_stay_zeros(source: Path, text: Path, tmp_path: Path, preset: str) -> None:
+    """A block that adds nothing, as layers are grown or cut: every method keeps it exactly, and transformers agrees."""
+    change_weights(source, {"self_attn.o_proj": torch.zeros_like, "mlp.down_proj": torch.zeros_like})
+    quantize(source, tmp_path / "out", preset, text=text, **SMALL)
+    block = float_part(Checkpoint(tmp_path / "out"), 0)
+    for name in ("o", "down"):
+        weight, low_rank = block.linears[name].weight, block.linears[name].low_rank
+        assert not (dequantized(weight) if isinstance(weight, QuantizedWeight) else weight).any()
+        assert low_rank is None or not (low_rank[1].float() @ low_rank[0].float()).any()
+    if preset != "zeroquant-fp":  # whose low-rank factors transformers does not read
+        assert_transformers_agrees(tmp_path / "out", [1, *range(3, 43)])
+
+
+@pytest.mark.parametrize("preset", ["rtn", "w8a8-static", "zeroquant-fp"])
+@pytest.mark.parametrize(("module", "change"), [
+    ("mlp.down_proj", torch.sign), ("self_attn.o_proj", torch.ones_like), ("self_attn.q_proj", lambda w: 0 * w + 0.3),
+])
+def test_weights_of_one_magnitude(source: Path, text: Path, tmp_path: Path, preset: str, module: str,
+                                  change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Every code is at an end of its range, half a step from the weight at most."""
+    tensors = change_weights(source, {module: change})
+    quantize(source, tmp_path / "out", preset, text=text, **SMALL)
+    parts = dict(block_modules(float_part(Checkpoint(tmp_path / "out"), 0)))
+    made, exact = parts[f"model.layers.0.{module}"], tensors[f"model.layers.0.{module}.weight"]
+    read = dequantized(made.weight)
+    if made.low_rank is not None:
+        read = read + made.low_rank[1].float() @ made.low_rank[0].float()
+    assert float((read - exact).abs().max()) <= 1 / 15 * float(exact.abs().max()) * 1.01
+
+
+def test_a_rounding_that_loses_the_weights_is_refused(source: Path, text: Path, tmp_path: Path,
+                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    round_ = Weights._round
+
+    def lost(self: Weights, target: Target) -> tuple[torch.Tensor, torch.Tensor]:
+        codes, scale = round_(self, target)
+        return (torch.zeros_like(codes) if target.name == "up" else codes), scale
+
+    monkeypatch.setattr(Weights, "_round", lost)
+    with pytest.raises(QuantizationError, match=r"layers\.0\.up: .* off by 100%") as error:
+        quantize(source, tmp_path / "out", "rtn", text=text, **SMALL)
+    assert "\n" not in str(error.value)
+    assert [file.name for file in tmp_path.iterdir()] == ["float"], "nothing is left"
+
+
 @pytest.mark.parametrize("preset", ["rtn", "w8a8-static", "zeroquant-fp"])
 @pytest.mark.parametrize(("module", "change", "message"), [
-    ("mlp.down_proj", torch.sign, "ends of their range"),
-    ("self_attn.o_proj", torch.ones_like, "every weight is the same"),
     ("mlp.up_proj", lambda weight: weight * 1e38, "not finite"),
     ("input_layernorm", lambda weight: weight * 1e30, "not finite"),
 ])
-def test_saturated_constant_and_overflowing_layers(
-    source: Path, text: Path, tmp_path: Path, preset: str, module: str, change: Callable[[torch.Tensor], torch.Tensor],
-    message: str,
-) -> None:
-    tensors = load_file(source / "model.safetensors")
-    name = f"model.layers.0.{module}.weight"
-    tensors[name] = change(tensors[name])
-    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+def test_overflowing_layers(source: Path, text: Path, tmp_path: Path, preset: str, module: str,
+                            change: Callable[[torch.Tensor], torch.Tensor], message: str) -> None:
+    change_weights(source, {module: change})
     with pytest.raises(ValueError, match=message) as error:
         quantize(source, tmp_path / "out", preset, text=text, **SMALL)
     assert "\n" not in str(error.value)

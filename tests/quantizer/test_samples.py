@@ -12,15 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fptq_runtime.kernels.base import ActivationQuant
-from fptq_runtime.kernels.reference import ReferenceBackend, quantize_activations
-from fptq_runtime.models.decoder import prepare_block, prepare_stem
-from fptq_runtime.models.loader import Checkpoint, load_block, load_stem
+from fptq_runtime.kernels.reference import quantize_activations
+from fptq_runtime.models.loader import Checkpoint
 from fptq_runtime.models.tokenizer import Tokenizer
 from fptq_runtime.quantizer.calibrate import CalibrationError, HiddenStates
 from fptq_runtime.quantizer.samples import Calibration, CalibrationSet, Lengths, read_lengths
-from fptq_runtime.quantizer.steps.base import relative_error, static_act
+from fptq_runtime.quantizer.steps.base import observe, relative_error, static_act
+from fptq_runtime.quantizer.walk import float_part, float_stem
 from tests.quantizer.models import SHARED, save_model
-from tests.quantizer.walk import targets_of
 
 TRACE = "TIMESTAMP,ContextTokens,GeneratedTokens\r\n2023-11-16 18:15:46.68,374,44\r\n2023-11-16 18:15:50.99,20,30\r\n"
 
@@ -150,11 +149,11 @@ def test_errors(llama: Path, tmp_path: Path, settings: dict[str, object], messag
 def static_scale_and_inputs(path: Path, windows: list[list[int]]) -> tuple[ActivationQuant, torch.Tensor]:
     """For the first linear of a block whose hidden states have a channel that grows with the position."""
     checkpoint = Checkpoint(path)
-    states = HiddenStates(checkpoint.model_config, windows)
-    states.run_stem(prepare_stem(load_stem(checkpoint), ReferenceBackend()))
+    states = HiddenStates(checkpoint.model, windows)
+    states.run_stem(float_stem(checkpoint))
     for batch, state in zip(states.batches, states.states, strict=True):
         state[:, 0] += torch.from_numpy(batch.positions) / 4
-    target = targets_of(states, prepare_block(load_block(checkpoint, 0), ReferenceBackend()))["qkv"]
+    target = observe(checkpoint.model, float_part(checkpoint, 0), states).targets["qkv"]
     return static_act(target.stats.amax), target.stats.sample
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fptq_runtime.models.families import SPECS
+from fptq_runtime.models.families import FAMILIES as BY_ARCHITECTURE
 from fptq_runtime.models.loader import Checkpoint
 from fptq_runtime.quantizer.pipeline import quantize
 from fptq_runtime.quantizer.steps.awq import Awq
@@ -25,24 +25,27 @@ from tests.quantizer.models import save_model
 from tests.quantizer.test_pipeline import SMALL, assert_transformers_agrees
 from tests.quantizer.walk import float_logits
 
-RMS = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"}
-ALL = RMS | {"BloomForCausalLM"}
+ROTATED = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Phi3ForCausalLM",
+           "GraniteForCausalLM", "SmolLM3ForCausalLM"}
+GATED = ROTATED | {"Gemma2ForCausalLM", "Gemma3ForCausalLM", "Olmo2ForCausalLM"}
+ALL = GATED | {"GPTNeoXForCausalLM", "OPTForCausalLM", "GPT2LMHeadModel", "BloomForCausalLM"}
+PRE_NORMED = ALL - {"Olmo2ForCausalLM"}
 LAE = {"*": "lae"}
 
 TRANSFORMS: dict[str, tuple[Step, set[str]]] = {  # and the architectures that it supports
     "lae": (Fptq(overrides=LAE), ALL),
     "lae-paper": (Fptq(overrides=LAE, floor=1e-5, search=False), ALL),
-    "smoothquant": (SmoothQuant(), ALL),
-    "smoothquant-0.85": (SmoothQuant(alpha=0.85), ALL),
-    "os+": (OutlierSuppression(), ALL),
-    "os+-scale": (OutlierSuppression(shift=False, thresholds=10), ALL),
-    "aweq": (Aweq(), ALL),
+    "smoothquant": (SmoothQuant(), PRE_NORMED),
+    "smoothquant-0.85": (SmoothQuant(alpha=0.85), PRE_NORMED),
+    "os+": (OutlierSuppression(), PRE_NORMED),
+    "os+-scale": (OutlierSuppression(shift=False, thresholds=10), PRE_NORMED),
+    "aweq": (Aweq(), PRE_NORMED),
     "cle": (CrossLayer(), ALL),
     "awq": (Awq(), ALL),
-    "rotation": (Rotation(), RMS),
-    "rotation-residual": (Rotation(heads=False, seed=1), RMS),
-    "ocs": (ChannelSplitting(), RMS),
-    "ocs-channels": (ChannelSplitting(ratio=0.3, group_size=None), RMS),
+    "rotation": (Rotation(), ROTATED),
+    "rotation-residual": (Rotation(heads=False, seed=1), ROTATED),
+    "ocs": (ChannelSplitting(), GATED),
+    "ocs-channels": (ChannelSplitting(ratio=0.3, group_size=None), GATED),
 }
 
 WINDOWS = torch.randint(3, 260, (3, 40), generator=torch.Generator().manual_seed(0))
@@ -97,7 +100,7 @@ def test_transforms_combine(saved: Saved, order: int) -> None:
 
 
 def test_every_architecture_is_here() -> None:
-    assert {spec.architecture for spec in SPECS} == ALL
+    assert set(BY_ARCHITECTURE) == ALL
 
 
 @pytest.mark.parametrize("family", ["qwen2", "bloom"])

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from fptq_runtime.artifact.io import ArtifactError
@@ -51,20 +52,23 @@ def test_others_load_it_and_agree(tmp_path: Path, heldout: Text, weights: dict[s
 
 
 def test_what_vllm_matches(tmp_path: Path, heldout: Text) -> None:
-    """Int-quantized, symmetric, dynamic per token, the head in float: nothing else is in the directory."""
+    """Pack-quantized, symmetric, dynamic per token, the head in float: nothing else is in the directory."""
     source = artifact(tmp_path)
     export(source, tmp_path / "out", heldout, ReferenceBackend(), 100)
     quantization = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert quantization["ignore"] == ["lm_head"]
     for group in quantization["config_groups"].values():
-        assert group["format"] == "int-quantized"
+        assert group["format"] == "pack-quantized"
         assert (group["weights"]["num_bits"], group["weights"]["symmetric"]) == (4, True)
         act = group["input_activations"]
         assert (act["num_bits"], act["strategy"], act["dynamic"], act["symmetric"]) == (8, "token", True, True)
     tensors = load_file(tmp_path / "out" / "model.safetensors")
     assert str(tensors["lm_head.weight"].dtype) == "torch.bfloat16"
-    assert not any("input_scale" in name or "packed" in name for name in tensors)
-    assert tensors["model.layers.0.mlp.up_proj.weight"].abs().max() <= 8
+    assert not any("input_scale" in name for name in tensors)
+    quantized = {name.rpartition(".")[0] for name in tensors if name.endswith("weight_packed")}
+    assert len(quantized) == 3 * 7
+    assert not any(f"{name}.weight" in tensors for name in quantized)
+    assert tensors["model.layers.0.mlp.up_proj.weight_packed"].dtype == torch.int32
     assert not (tmp_path / "out" / "fptq.json").exists()
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
 

@@ -43,7 +43,7 @@ class Activations(Step):
     def apply(self, work: BlockWork) -> None:
         for target in work.targets.values():
             overridden = ((scheme, "override") for pattern, scheme in self.overrides.items()
-                          if matches(pattern, (target.name, *target.modules)))
+                          if matches(pattern, target.names))
             scheme, reason = next(overridden, (self.scheme, "recipe"))
             target.set_act(self._act(target, scheme), reason)
 

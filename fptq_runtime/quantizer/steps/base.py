@@ -91,6 +91,11 @@ class Target:
         self.range = self.stats.range
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """What a recipe's patterns may call it."""
+        return self.name, *self.modules
+
+    @property
     def weight(self) -> torch.Tensor:
         """The float32 weight [N, K]; a step that needs it runs before the weights are quantized."""
         return float_weight(self.linear)
@@ -208,13 +213,13 @@ def observe(model: Model, block: Block, states: HiddenStates, weights: Rounds | 
                for name, linear in block.linears.items()}
     if weights is not None:
         for target in targets.values():
-            target.rounding = weights.rounding(target.modules, block.spec is model.head)
+            target.rounding = weights.rounding(target.names, block.spec is model.head)
     return BlockWork(model, block, targets, states)
 
 
 class Rounds(Protocol):
-    def rounding(self, modules: tuple[str, ...], head: bool) -> Rounding:
-        """Of a linear by the checkpoint's names of its modules."""
+    def rounding(self, names: tuple[str, ...], head: bool) -> Rounding:
+        """Of a linear by its `Target.names`."""
         ...
 
 
@@ -258,10 +263,10 @@ class Step(BaseModel):
         """Change the head. Raises QuantizationError."""
 
     def patterns(self) -> tuple[str, ...]:
-        """Module-name patterns among the settings; each must name a module of the model."""
+        """Patterns of `Target.names` among the settings; each must name a linear of the model."""
         return ()
 
 
-def matches(pattern: str, modules: tuple[str, ...]) -> bool:
-    """Shell-style, as in "*.down_proj" or "model.layers.[01].*"."""
-    return any(fnmatchcase(module, pattern) for module in modules)
+def matches(pattern: str, names: tuple[str, ...]) -> bool:
+    """Shell-style, as in "down", "*.down_proj" or "model.layers.[01].*"."""
+    return any(fnmatchcase(name, pattern) for name in names)

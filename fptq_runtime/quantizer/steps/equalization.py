@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 
 from fptq_runtime.models.block import Block, Edge, Model
-from fptq_runtime.quantizer.folds import by_heads, fold, fold_block, foldable_scale
+from fptq_runtime.quantizer.folds import by_heads, fold, fold_block, foldable_scale, refuse_without_norms
 from fptq_runtime.quantizer.steps.base import BlockWork, Step
 from fptq_runtime.quantizer.steps.smoothquant import smoothing_scale
 
@@ -19,6 +19,9 @@ class Aweq(Step):
     that have a bias."""
 
     type: Literal["aweq"] = "aweq"
+
+    def check(self, model: Model) -> None:
+        refuse_without_norms(self.type, model)
 
     def apply(self, work: BlockWork) -> None:
         for name, target in work.targets.items():

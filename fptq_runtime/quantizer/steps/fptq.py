@@ -38,7 +38,8 @@ class Fptq(Step):
     (with LAE or without), the input goes per token instead. None never asks.
     favour: "static" doubles v0, v1 and what safety allows (faster), "dynamic" halves them (more accurate).
     range, quantile: how large a range a static scale covers, as in `activations`; the policy asks v alone.
-    overrides: module-name pattern to policy, whatever the range or the error; the first match wins.
+    overrides: a linear by its name in the block or a module-name pattern to policy, whatever the range or the error;
+    the first match wins.
     """
 
     type: Literal["fptq"] = "fptq"
@@ -110,7 +111,7 @@ class Fptq(Step):
 
     def _policy(self, target: Target) -> tuple[Policy, str]:
         for pattern, policy in self.overrides.items():
-            if matches(pattern, target.modules):
+            if matches(pattern, target.names):
                 return policy, "override"
         if target.range <= self.v0 * self._leniency:
             return "static", "v <= v0"

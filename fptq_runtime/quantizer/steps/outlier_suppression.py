@@ -7,7 +7,8 @@ from typing import Literal
 import torch
 from pydantic import PositiveInt
 
-from fptq_runtime.quantizer.folds import can_shift, fold, shift
+from fptq_runtime.models.block import Model
+from fptq_runtime.quantizer.folds import can_shift, fold, refuse_without_norms, shift
 from fptq_runtime.quantizer.steps.base import BlockWork, Step, Target
 from fptq_runtime.quantizer.steps.search import Activations, Trial, plain_act
 
@@ -29,6 +30,9 @@ class OutlierSuppression(Step):
     shift: bool = True
     thresholds: PositiveInt | None = None
     activations: Activations = "static"
+
+    def check(self, model: Model) -> None:
+        refuse_without_norms(self.type, model)
 
     def apply(self, work: BlockWork) -> None:
         for name, target in work.targets.items():

@@ -7,7 +7,8 @@ from typing import Annotated, Literal
 import torch
 from pydantic import Field
 
-from fptq_runtime.quantizer.folds import fold
+from fptq_runtime.models.block import Model
+from fptq_runtime.quantizer.folds import fold, refuse_without_norms
 from fptq_runtime.quantizer.steps.base import BlockWork, Step, Target
 from fptq_runtime.quantizer.steps.search import Activations, Trial, plain_act
 
@@ -27,6 +28,9 @@ class SmoothQuant(Step):
     type: Literal["smoothquant"] = "smoothquant"
     alpha: Annotated[float, Field(ge=0, le=1)] | Literal["search"] = "search"
     activations: Activations = "static"
+
+    def check(self, model: Model) -> None:
+        refuse_without_norms(self.type, model)
 
     def apply(self, work: BlockWork) -> None:
         for name, target in work.targets.items():

@@ -37,8 +37,8 @@ class Weights(Step):
     bias_correction: the bias of a linear that has one makes up for what rounding the weights does to the mean output:
     bias -= (Ŵ - W) · E[x] (DFQ, arXiv 1906.04721).
     head_bits: 8 per channel; 4 as the blocks; 16 leaves the head in float.
-    keep: module-name pattern to more bits than num_bits; the first match wins. Linears that read one input are kept
-    together.
+    keep: a linear by its name in the block or a module-name pattern to more bits than num_bits; the first match wins.
+    Linears that read one input are kept together.
     grid: "float" rounds to FP4 E2M1 where it says 4 bits, and to FP8 E4M3 per channel where it says 8.
     scales: of 4 bits on the float grid, rounded up to powers of two, so that a GPU casts FP4 to FP8 by adding to the
     exponent: "m1" each by itself, "m2" to the row's largest scale times 2^-k (ZeroQuant-FP, arXiv 2307.09782). Of 4-bit
@@ -74,12 +74,12 @@ class Weights(Step):
     def patterns(self) -> tuple[str, ...]:
         return tuple(self.keep)
 
-    def rounding(self, modules: tuple[str, ...], head: bool = False) -> Rounding:
-        """How a linear is rounded, by the checkpoint's names of its modules: the one place that decides it."""
+    def rounding(self, names: tuple[str, ...], head: bool = False) -> Rounding:
+        """How a linear is rounded, by its `Target.names`: the one place that decides it."""
         if head:
             bits, group = self.head_bits, None if self.head_bits == 8 else self.group_size
         else:
-            kept = (bits for pattern, bits in self.keep.items() if matches(pattern, modules))
+            kept = (bits for pattern, bits in self.keep.items() if matches(pattern, names))
             bits, group = next(kept, self.num_bits), self.group_size
         if self.grid == "float" and bits == 8:
             group = None

@@ -17,14 +17,15 @@ import torch
 import triton
 
 from fptq_runtime.artifact import numerics
-from fptq_runtime.config import KVCacheDtype, RopeConfig
+from fptq_runtime.config import KVCacheDtype
 from fptq_runtime.kernels.base import ActivationQuant, AttentionSpec, Norm, StepInput, StepLimits
 from fptq_runtime.kernels.reference import ReferenceBackend, ReferenceCache, ReferenceOps, round_kv
 from fptq_runtime.kernels.triton import attention as kernels
 from fptq_runtime.kernels.triton import fused
 from fptq_runtime.kernels.triton.attention import DeviceAttention, DeviceCache, Tiling
 from fptq_runtime.kernels.triton.values import DeviceBatch, Quantized
-from fptq_runtime.models.layers import alibi_slopes, rope_tables
+from fptq_runtime.models.layers import alibi_slopes
+from fptq_runtime.models.rope import RopeConfig, rope_tables
 from tests.kernels.small import Batcher
 
 CPU = torch.device("cpu")
@@ -38,7 +39,7 @@ def make_spec(heads: int, kv_heads: int, dim: int, window: int | None = None, al
         return Norm("rms", np.random.default_rng(seed).random(dim, np.float32), None, 1e-6) if qk_norm else None
 
     return AttentionSpec(layer, heads, kv_heads, dim, dim**-0.5, window,
-                         rope_tables(RopeConfig(10000.0), dim, 2048) if rope else None,
+                         rope_tables(RopeConfig(10000.0, dim), 2048) if rope else None,
                          alibi_slopes(heads) if alibi else None, norm(1), norm(2))
 
 
@@ -373,7 +374,7 @@ def test_a_nan_stays_in_its_own_sequence(kv_dtype: KVCacheDtype) -> None:
 
 
 def test_layers_share_tables() -> None:
-    rope = rope_tables(RopeConfig(10000.0), 16, 64)
+    rope = rope_tables(RopeConfig(10000.0, 16), 64)
     shared: dict[int, Any] = {}
     first, second = (kernels.prepare_attention(replace(make_spec(2, 1, 16, layer=layer), rope=rope), CPU, shared)
                      for layer in range(2))

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from fptq_runtime.kernels.base import Linear, Norm
 from fptq_runtime.kernels.reference import ReferenceBackend
 from fptq_runtime.models.block import Block, prepare_block
 from fptq_runtime.models.families import parse_config
@@ -54,6 +55,11 @@ def quantize_block(model: Path, bend: Callable[[Block], None], *steps: Step) -> 
         step.apply(work)
     output = torch.cat(list(states.block_outputs(prepare_block(block, ReferenceBackend()))))
     return work, float((output - exact).square().sum() / (exact - entering).square().sum())
+
+
+def normed(block: Block) -> list[tuple[Norm, Linear]]:
+    """Each norm with the linear that reads it."""
+    return [(block.norms[name], block.linears[reader]) for name, reader in (("input_norm", "qkv"), ("mlp_norm", "up"))]
 
 
 def as_it_is(block: Block) -> None:

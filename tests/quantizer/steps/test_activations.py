@@ -7,7 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from fptq_runtime.models.loader import Checkpoint
 from fptq_runtime.quantizer.steps.activations import Activations, Scheme
+from fptq_runtime.quantizer.steps.base import RecipeError
+from fptq_runtime.quantizer.steps.weights import Weights
+from fptq_runtime.quantizer.walk import Walk
+from tests.models.hf import FAMILIES, save_random
 from tests.quantizer.test_folds import work_on
 
 
@@ -21,7 +26,6 @@ from tests.quantizer.test_folds import work_on
 def test_overrides(overrides: dict[str, Scheme], expected: dict[str, Scheme], tmp_path: Path) -> None:
     """By kind and by module name; the first match wins."""
     _, work = work_on("llama", tmp_path)
-    work.targets["down"].modules = ("model.layers.0.mlp.down_proj",)
     with torch.inference_mode():
         Activations(scheme="static", overrides=overrides).apply(work)
     for kind, scheme in expected.items():
@@ -29,6 +33,13 @@ def test_overrides(overrides: dict[str, Scheme], expected: dict[str, Scheme], tm
         assert ("float" if act is None else "dynamic" if act.scale is None else "static") == scheme, kind
 
 
-def test_kinds_are_no_module_patterns() -> None:
-    """Every family has them, so a recipe that names one fits every family."""
-    assert Activations(scheme="static", overrides={"down": "dynamic", "*.o_proj": "float"}).patterns() == ("*.o_proj",)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_linears_name_in_its_block_fits_every_family(family: str, tmp_path: Path) -> None:
+    """As recipes use it; a name that no linear has is refused before any work is done."""
+    save_random(family, tmp_path)
+    checkpoint = Checkpoint(tmp_path)
+    Walk(checkpoint, [Activations(scheme="static", overrides={"down": "dynamic", "o": "float"}),
+                      Weights(keep={"up": 8})], [[1, 2, 3]])
+    for step in (Activations(scheme="static", overrides={"dwon": "dynamic"}), Weights(keep={"dwon": 8})):
+        with pytest.raises(RecipeError, match="'dwon'"):
+            Walk(checkpoint, [step], [[1, 2, 3]])

@@ -9,18 +9,18 @@ import torch
 
 from fptq_runtime.kernels.base import QuantizedWeight
 from fptq_runtime.kernels.reference import dequantized
-from fptq_runtime.models.decoder import Block
+from fptq_runtime.models.block import Block
 from fptq_runtime.quantizer.steps.activations import Activations
 from fptq_runtime.quantizer.steps.equalization import Aweq, CrossLayer
 from fptq_runtime.quantizer.steps.weights import Weights
-from tests.quantizer.steps.small import as_it_is, quantize_block, small_model
+from tests.quantizer.steps.small import as_it_is, normed, quantize_block, small_model
 
 W4A8 = (Activations(scheme="static"), Weights())
 
 
 def unbalanced_columns(block: Block) -> None:
     """Three columns of qkv and up fiftyfold, their inputs as much smaller: the same function."""
-    for norm, reader in ((block.input_norm, block.qkv), (block.mlp_norm, block.up)):
+    for norm, reader in normed(block):
         factor = torch.ones(norm.weight.numel())
         factor[[5, 40, 101]] = 50
         norm.weight = norm.weight / factor
@@ -72,17 +72,17 @@ def test_bias_correction_keeps_the_mean_output(family: str, tmp_path: Path) -> N
 
 def unbalanced_heads(block: Block) -> None:
     """Each row of v and the columns of o that read it, apart by up to 32 in either direction: the same function."""
-    hidden = block.o.weight.shape[1]
-    rows = (block.qkv.weight.shape[0] - hidden) // 2  # of v, which is as long as k
+    hidden = block.linears["o"].weight.shape[1]
+    rows = (block.linears["qkv"].weight.shape[0] - hidden) // 2  # of v, which is as long as k
     factor = torch.exp2(torch.empty(rows).uniform_(-5, 5, generator=torch.Generator().manual_seed(0)))
     dim = block.attention.head_dim
     columns = factor.reshape(-1, 1, dim).expand(-1, hidden // rows, dim).flatten()
-    scale = torch.ones(block.qkv.weight.shape[0])
+    scale = torch.ones(block.linears["qkv"].weight.shape[0])
     scale[-rows:] = factor
-    block.qkv.weight = block.qkv.weight * scale[:, None]
-    if block.qkv.bias is not None:
-        block.qkv.bias = block.qkv.bias * scale
-    block.o.weight = block.o.weight / columns
+    block.linears["qkv"].weight = block.linears["qkv"].weight * scale[:, None]
+    if block.linears["qkv"].bias is not None:
+        block.linears["qkv"].bias = block.linears["qkv"].bias * scale
+    block.linears["o"].weight = block.linears["o"].weight / columns
 
 
 @pytest.mark.parametrize("family", ["llama", "llama-tied-bias", "bloom"])
@@ -100,10 +100,11 @@ def test_cross_layer_makes_ranges_equal_and_stays(tmp_path: Path) -> None:
     """Row i of up and column i of down have one range; v's row, that of the columns that read it together."""
     model = small_model("llama", tmp_path)
     work, _ = quantize_block(model, unbalanced_heads, CrossLayer())
-    block, config = work.block, work.config
-    torch.testing.assert_close(block.up.weight[-256:].abs().amax(1), block.down.weight.abs().amax(0))
-    v = block.qkv.weight[-config.num_kv_heads * config.head_dim:].abs().amax(1)
-    o = block.o.weight.abs().amax(0).reshape(config.num_kv_heads, -1, config.head_dim).amax(1).flatten()
+    block, config = work.block, work.model.config
+    up, down = block.linears["up"].weight, block.linears["down"].weight
+    torch.testing.assert_close(up[-256:].abs().amax(1), down.abs().amax(0))
+    v = block.linears["qkv"].weight[-config.num_kv_heads * config.head_dim:].abs().amax(1)
+    o = block.linears["o"].weight.abs().amax(0).reshape(config.num_kv_heads, -1, config.head_dim).amax(1).flatten()
     torch.testing.assert_close(v, o)
     again, _ = quantize_block(model, unbalanced_heads, CrossLayer(), CrossLayer())
     for kind, target in again.targets.items():
@@ -112,11 +113,11 @@ def test_cross_layer_makes_ranges_equal_and_stays(tmp_path: Path) -> None:
 
 def test_cross_layer_leaves_dead_channels(tmp_path: Path) -> None:
     def dead(block: Block) -> None:
-        weight = block.down.weight.clone()
+        weight = block.linears["down"].weight.clone()
         weight[:, 7] = 0
-        block.down.weight = weight
+        block.linears["down"].weight = weight
 
     work, _ = quantize_block(small_model("llama", tmp_path), dead, CrossLayer())
-    assert bool(torch.isfinite(work.block.up.weight).all())
-    assert bool((work.block.down.weight[:, 7] == 0).all())
-    assert bool((work.block.up.weight[-256 + 7] != 0).any())
+    assert bool(torch.isfinite(work.block.linears["up"].weight).all())
+    assert bool((work.block.linears["down"].weight[:, 7] == 0).all())
+    assert bool((work.block.linears["up"].weight[-256 + 7] != 0).any())

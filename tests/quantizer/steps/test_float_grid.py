@@ -17,9 +17,8 @@ from fptq_runtime.artifact.numerics import absmax_scale, dequantize, quantize_we
 from fptq_runtime.kernels.base import ActivationQuant, QuantizedWeight
 from fptq_runtime.kernels.cpu import CpuBackend
 from fptq_runtime.kernels.reference import ReferenceBackend, dequantized, quantize_activations
-from fptq_runtime.models.decoder import prepare_block, prepare_head, prepare_stem
 from fptq_runtime.models.golden import check_golden, prompt_logits
-from fptq_runtime.models.loader import Checkpoint, load_block, load_head, load_model, load_stem
+from fptq_runtime.models.loader import Checkpoint, load_block, load_model
 from fptq_runtime.models.tokenizer import Tokenizer
 from fptq_runtime.quantizer.calibrate import HiddenStates, read_text
 from fptq_runtime.quantizer.evaluate import text_windows
@@ -30,6 +29,7 @@ from fptq_runtime.quantizer.samples import Calibration
 from fptq_runtime.quantizer.steps.activations import Activations
 from fptq_runtime.quantizer.steps.base import relative_error
 from fptq_runtime.quantizer.steps.weights import Weights, low_rank_factors
+from fptq_runtime.quantizer.walk import float_part, float_stem
 from tests.quantizer.models import save_model
 from tests.quantizer.test_folds import work_on
 
@@ -139,11 +139,11 @@ def test_the_artifact_computes_what_the_quantizer_measured(tmp_path: Path, text:
     checkpoint, backend = Checkpoint(tmp_path / "out"), ReferenceBackend()
     config = checkpoint.model_config
     windows = text_windows(read_text(text), Tokenizer(tmp_path / "out"), config.max_position_embeddings, 400)
-    states = HiddenStates(config, windows)
-    states.run_stem(prepare_stem(load_stem(checkpoint), backend))
+    states = HiddenStates(checkpoint.model, windows)
+    states.run_stem(float_stem(checkpoint))
     for index in range(config.num_layers):
-        states.run_block(prepare_block(load_block(checkpoint, index), backend))
-    loss, tokens = states.negative_log_likelihood(prepare_head(load_head(checkpoint), backend))
+        states.run_block(float_part(checkpoint, index))
+    loss, tokens = states.negative_log_likelihood(float_part(checkpoint, config.num_layers))
     assert math.exp(loss / tokens) == pytest.approx(manifest.quality.perplexity_after, rel=1e-5)
     check_golden(load_model(checkpoint, backend), backend, manifest.golden)
 
@@ -195,7 +195,7 @@ def test_the_preset(tmp_path: Path, text: Path) -> None:
     for word in ("fp4 group 128 + rank 8", "fp8 per channel", "fp8 dynamic"):
         assert word in shown
     block = load_block(Checkpoint(tmp_path / "out"), 0)
-    assert block.qkv.low_rank[0].shape[0] == 8, "q, k and v share one factor"
+    assert block.linears["qkv"].low_rank[0].shape[0] == 8, "q, k and v share one factor"
 
 
 def test_weights_and_inputs_are_on_their_grids(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from fptq_runtime.kernels.base import Linear, QuantizedWeight
 from fptq_runtime.quantizer.calibrate import InputStats, block_inputs
 from fptq_runtime.quantizer.steps import gptq
 from fptq_runtime.quantizer.steps.activations import Activations
-from fptq_runtime.quantizer.steps.base import Moments, QuantizationError, Target
+from fptq_runtime.quantizer.steps.base import Moments, QuantizationError, Rounding, Target
 from fptq_runtime.quantizer.steps.gptq import Gptq, fit_scale, round_columns, triangular_factor
 from fptq_runtime.quantizer.steps.weights import Weights
 from tests.quantizer.test_folds import work_on
@@ -30,9 +30,10 @@ def correlated(rows: int, k: int, seed: int) -> torch.Tensor:
     return shared + 0.3 * torch.randn(rows, k, generator=generator)
 
 
-def target_of(weight: torch.Tensor, x: torch.Tensor) -> Target:
+def target_of(weight: torch.Tensor, x: torch.Tensor, num_bits: Literal[4, 8] = 4, group: int | None = 32) -> Target:
     stats = InputStats(x.amin(0), x.amax(0), x.sum(0).double(), x.square().sum(0).double(), x.shape[0], 0, x)
-    return Target("down", Linear("layers.0.down", weight), ("down",), stats, None, moments=Moments(2 * x.T @ x))
+    return Target("down", Linear("layers.0.down", weight), ("down",), stats, Rounding(num_bits, group),
+                  moments=Moments(2 * x.T @ x))
 
 
 def textbook(weight: np.ndarray, scale: np.ndarray, hessian: np.ndarray, damp: float, order: np.ndarray) -> np.ndarray:
@@ -75,8 +76,8 @@ def test_textbook(seed: int, k: int, ordered: bool) -> None:
 def test_uncorrelated_inputs_are_rounded_to_nearest(num_bits: Literal[4, 8], group: int | None) -> None:
     torch.manual_seed(0)
     weight, spread = torch.randn(5, 96), torch.rand(96) + 0.1
-    target = target_of(weight, torch.diag(spread))
-    codes, scale = Gptq(clip="none")._round(target, num_bits, group)
+    target = target_of(weight, torch.diag(spread), num_bits, group)
+    codes, scale = Gptq(clip="none")._round(target)
     nearest, same = quantize_weight(weight, num_bits, group, None, torch.bfloat16)
     assert torch.equal(codes, nearest)
     assert torch.equal(scale, same)
@@ -88,7 +89,7 @@ def test_beats_nearest_on_correlated_inputs(refits: int) -> None:
     weight, x = torch.randn(64, 128), correlated(1000, 128, 0)
     error = []
     for step in (Weights(clip="mse"), Gptq(refits=refits)):
-        codes, scale = step._round(target_of(weight, x), 4, 32)
+        codes, scale = step._round(target_of(weight, x))
         error.append(float(((dequantize(codes, scale) - weight) @ x.T).square().sum()))
     assert error[1] < 0.4 * error[0]
 
@@ -112,7 +113,7 @@ def test_dead_inputs_get_zero_weights() -> None:
     weight, x = torch.randn(5, 64), correlated(200, 64, 0)
     weight[:, 7] = 100  # would take its group's whole range
     x[:, 7] = 0
-    codes, scale = Gptq()._round(target_of(weight, x), 4, 32)
+    codes, scale = Gptq()._round(target_of(weight, x))
     assert not codes[:, 7].any()
     assert scale.max() < 1
 
@@ -124,7 +125,7 @@ def test_a_singular_hessian_is_damped_more_and_says_so() -> None:
     values, vectors = torch.linalg.eigh(target.moments.hessian)
     values[0] = -0.05 * values.mean()
     target.moments = Moments(vectors @ values.diag() @ vectors.T)
-    codes, _ = Gptq()._round(target, 4, 32)
+    codes, _ = Gptq()._round(target)
     assert "damped by 0.1" in target.reason
     assert codes.any()
 
@@ -136,7 +137,7 @@ def test_a_hopeless_hessian_is_an_error(value: float) -> None:
     assert target.moments is not None
     target.moments.hessian[3, 4] = target.moments.hessian[4, 3] = value
     with pytest.raises(QuantizationError, match="down: the Hessian") as error:
-        Gptq()._round(target, 4, 32)
+        Gptq()._round(target)
     assert "\n" not in str(error.value)
 
 
@@ -146,10 +147,10 @@ def test_hessians_are_of_the_quantized_inputs(tmp_path: Path, monkeypatch: pytes
     seen: dict[str, torch.Tensor] = {}
     rounded = Gptq._round
 
-    def spy(self: Gptq, target: Target, *rest: object) -> object:
+    def spy(self: Gptq, target: Target) -> object:
         assert target.moments is not None
-        seen[target.kind] = target.moments.hessian.clone()
-        return rounded(self, target, *rest)  # type: ignore[arg-type]
+        seen[target.name] = target.moments.hessian.clone()
+        return rounded(self, target)
 
     monkeypatch.setattr(Gptq, "_round", spy)
     with torch.inference_mode():
@@ -164,7 +165,7 @@ def test_hessians_are_of_the_quantized_inputs(tmp_path: Path, monkeypatch: pytes
         assert isinstance(weight, QuantizedWeight)
         codes = unpack_codes(weight.packed, 4, weight.k)
         error = (dequantize(codes, weight.scale) - floats[kind]) @ x.T
-        nearest = dequantize(*quantize_weight(floats[kind], 4, None)) - floats[kind]
+        nearest = Rounding()(floats[kind]) - floats[kind]
         assert error.square().sum() < (nearest @ x.T).square().sum()
 
 
@@ -180,7 +181,7 @@ def test_bands_of_a_hessian(monkeypatch: pytest.MonkeyPatch) -> None:
     assert banded.moments is not None and whole.moments is not None
     torch.testing.assert_close(banded.moments.hessian.triu(), whole.moments.hessian.triu(), rtol=1e-4, atol=1e-3)
     assert not torch.allclose(banded.moments.hessian, whole.moments.hessian)
-    codes = [Gptq()._round(target, 4, 32)[0] for target in (whole, banded)]
+    codes = [Gptq()._round(target)[0] for target in (whole, banded)]
     assert (codes[0] == codes[1]).float().mean() > 0.9
 
 
@@ -192,9 +193,9 @@ def test_asymmetric_aims_for_what_the_float_model_computes() -> None:
     drift = 2 * (exact - x).T @ x
 
     def rounded(num_bits: Literal[4, 8], moments: Moments) -> torch.Tensor:
-        target = target_of(weight, x)
+        target = target_of(weight, x, num_bits)
         target.moments = moments
-        return dequantize(*Gptq(damp=1e-4)._round(target, num_bits, 32))
+        return dequantize(*Gptq(damp=1e-4)._round(target))
 
     wanted = exact @ weight.T
     eight = rounded(8, Moments(2 * x.T @ x, drift))
@@ -213,10 +214,10 @@ def test_asymmetric_observes_what_is_quantized_before(tmp_path: Path, monkeypatc
     seen: dict[str, Moments] = {}
     rounded = Gptq._round
 
-    def spy(self: Gptq, target: Target, *rest: object) -> object:
+    def spy(self: Gptq, target: Target) -> object:
         assert target.moments is not None
-        seen[target.kind] = copy.deepcopy(target.moments)
-        return rounded(self, target, *rest)  # type: ignore[arg-type]
+        seen[target.name] = copy.deepcopy(target.moments)
+        return rounded(self, target)
 
     monkeypatch.setattr(Gptq, "_round", spy)
     with torch.inference_mode():

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from fptq_runtime.models.decoder import Block
+from fptq_runtime.models.block import Block
 from fptq_runtime.quantizer.steps.activations import Activations
 from fptq_runtime.quantizer.steps.base import Step
 from fptq_runtime.quantizer.steps.outlier_suppression import OutlierSuppression
 from fptq_runtime.quantizer.steps.smoothquant import SmoothQuant
 from fptq_runtime.quantizer.steps.weights import Weights
-from tests.quantizer.steps.small import as_it_is, quantize_block, small_model
+from tests.quantizer.steps.small import as_it_is, normed, quantize_block, small_model
 from tests.quantizer.steps.test_smoothquant import outlier_channels
 
 STATIC = Activations(scheme="static")
@@ -23,7 +23,7 @@ W8A8 = (STATIC, Weights(num_bits=8, group_size=None))
 
 def asymmetric_channels(block: Block) -> None:
     """Five channels of each norm around ±100, which the readers' biases take back: the same function."""
-    for norm, reader in ((block.input_norm, block.qkv), (block.mlp_norm, block.up)):
+    for norm, reader in normed(block):
         offset = torch.zeros(norm.weight.numel())
         offset[[3, 20, 64, 90, 111]] = torch.tensor([100.0, -100.0, 90.0, -80.0, 70.0])
         norm.bias = norm.bias + offset
@@ -59,7 +59,7 @@ def test_outlier_channels_are_scaled(family: str, tmp_path: Path) -> None:
     work, scaled = quantize_block(model, outlier_channels, OutlierSuppression(), *W8A8)
     assert plain > 100 * without_outliers
     assert scaled < 2 * without_outliers
-    assert (work.block.qkv.bias is None) == (family == "llama")
+    assert (work.block.linears["qkv"].bias is None) == (family == "llama")
 
 
 def test_formula(tmp_path: Path) -> None:

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from fptq_runtime.artifact.io import verify
+from fptq_runtime.kernels.base import StepInput
 from fptq_runtime.kernels.reference import ReferenceBackend, ReferenceOps
 from fptq_runtime.models.golden import check_golden
 from fptq_runtime.models.loader import Checkpoint, load_model
 from fptq_runtime.models.tokenizer import Tokenizer
-from fptq_runtime.quantizer.calibrate import pack_windows
 from fptq_runtime.quantizer.pipeline import quantize
 from fptq_runtime.quantizer.recipe import Recipe, RecipeError
 from fptq_runtime.quantizer.samples import Calibration
@@ -73,7 +73,7 @@ def test_every_family(family: str, tmp_path: Path, text: Path) -> None:
     check_golden(load_model(Checkpoint(tmp_path / "out"), backend), backend, manifest.golden)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["float", "out", "plain"], "no state is left"
     student = student_of(tmp_path / "float")
-    student(pack_windows(windows(2, 24))).square().sum().backward()
+    student(StepInput.whole(windows(2, 24))).square().sum().backward()
     assert all(p.grad is not None and bool(p.grad.abs().max() > 0) for p in student.parameters)
     trained = sum(p.numel() for p in student.parameters)
     source = Checkpoint(tmp_path / "float")
@@ -95,7 +95,7 @@ def test_the_student_computes_what_the_artifact_will(tmp_path: Path, text: Path,
     save_model("llama-tied-bias", tmp_path / "float", hidden_size=128, num_attention_heads=8)
     student = student_of(tmp_path / "float", scheme, weights, clip=True, kv_dtype="float32")
     optimizer = torch.optim.AdamW(student.parameters, lr=1e-3)
-    batch = pack_windows(windows(2, 24, seed=1))
+    batch = StepInput.whole(windows(2, 24, seed=1))
     for _ in range(3):
         student(batch).square().mean().backward()
         optimizer.step()
@@ -118,7 +118,7 @@ def test_gradients_are_finite_differences(tmp_path: Path) -> None:
     save_model("qwen3", tmp_path)
     student = student_of(tmp_path, "float", {"num_bits": 16, "head_bits": 16}, kv_dtype="float32")
     student._rounded = lambda linear, bits, per_channel=False: linear  # type: ignore[method-assign]
-    batch = pack_windows(windows(2, 12))
+    batch = StepInput.whole(windows(2, 12))
 
     def loss() -> torch.Tensor:
         return student(batch).log_softmax(-1)[:, 5].double().mean()
@@ -145,7 +145,7 @@ def test_no_tensor_is_made_elsewhere(tmp_path: Path) -> None:
     for family in ("qwen2-window", "bloom"):
         save_model(family, tmp_path / family)
         student = student_of(tmp_path / family, device="meta")
-        logits = student(pack_windows(windows(2, 24)))
+        logits = student(StepInput.whole(windows(2, 24)))
         logits.sum().backward()
         assert logits.shape == (48, 260)
         assert {p.grad.device.type for p in student.parameters if p.grad is not None} == {"meta"}
@@ -211,7 +211,7 @@ def test_training_lowers_the_loss(source: Path, tmp_path: Path, scheme: Any) -> 
     def divergence() -> float:
         with torch.no_grad():
             expected, logits = (model.log_softmax(-1) for model in (
-                teacher(ReferenceOps(pack_windows(batch), None)), student(pack_windows(batch))))
+                teacher(ReferenceOps(StepInput.whole(batch), None)), student(StepInput.whole(batch))))
         return float((expected.exp() * (expected - logits)).sum(-1).mean())
 
     before = divergence()

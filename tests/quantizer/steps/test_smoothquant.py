@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from fptq_runtime.models.decoder import Block
+from fptq_runtime.models.block import Block
 from fptq_runtime.quantizer.steps.activations import Activations
 from fptq_runtime.quantizer.steps.smoothquant import ALPHAS, SmoothQuant, smoothing_scale
 from fptq_runtime.quantizer.steps.weights import Weights
-from tests.quantizer.steps.small import as_it_is, quantize_block, small_model
+from tests.quantizer.steps.small import as_it_is, normed, quantize_block, small_model
 from tests.quantizer.test_folds import work_on
 
 W8A8 = (Activations(scheme="static"), Weights(num_bits=8, group_size=None))
@@ -20,7 +20,7 @@ W8A8 = (Activations(scheme="static"), Weights(num_bits=8, group_size=None))
 
 def outlier_channels(block: Block) -> None:
     """Three channels of each norm a hundredfold, what reads them as much smaller: the same function."""
-    for norm, reader in ((block.input_norm, block.qkv), (block.mlp_norm, block.up)):
+    for norm, reader in normed(block):
         factor = torch.ones(norm.weight.numel())
         factor[[5, 40, 101]] = 100
         norm.weight = norm.weight * factor
@@ -47,7 +47,7 @@ def test_formula(alpha: float, tmp_path: Path) -> None:
     """In double precision, with the weights' maximum taken over q, k and v."""
     _, work = work_on("llama", tmp_path)
     target = work.targets["qkv"]
-    config = work.config
+    config = work.model.config
     q, k, v = np.split(target.weight.double().numpy(), np.cumsum([config.num_heads * config.head_dim,
                                                                   config.num_kv_heads * config.head_dim]))
     weights = np.maximum.reduce([np.abs(part).max(0) for part in (q, k, v)])

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fptq_runtime.models.decoder import Block
+from fptq_runtime.models.block import Block
 from fptq_runtime.quantizer.pipeline import quantize
 from fptq_runtime.quantizer.recipe import Recipe
 from fptq_runtime.quantizer.steps.activations import Activations
@@ -27,12 +27,12 @@ W4 = (Activations(scheme="float"), Weights())
 
 def outlier_channel(block: Block) -> None:
     """Channel 17 is read fortyfold and written as much smaller: the same function."""
-    columns, rows = torch.ones(block.down.weight.shape[1]), torch.ones(block.up.weight.shape[0])
+    columns, rows = torch.ones(block.linears["down"].weight.shape[1]), torch.ones(block.linears["up"].weight.shape[0])
     columns[17] = rows[-columns.numel() + 17] = 40
-    block.down.weight = block.down.weight * columns
-    block.up.weight = block.up.weight / rows[:, None]
-    if block.up.bias is not None:
-        block.up.bias = block.up.bias / rows
+    block.linears["down"].weight = block.linears["down"].weight * columns
+    block.linears["up"].weight = block.linears["up"].weight / rows[:, None]
+    if block.linears["up"].bias is not None:
+        block.linears["up"].bias = block.linears["up"].bias / rows
 
 
 @pytest.mark.parametrize("family", ["llama", "llama-tied-bias"])
@@ -43,7 +43,7 @@ def test_one_outlier_channel(family: str, tmp_path: Path) -> None:
     clean, without_outlier = quantize_block(model, as_it_is, *W4)
     plain, with_outlier = quantize_block(model, outlier_channel, *W4)
     split, rescued = quantize_block(model, outlier_channel, ChannelSplitting(), *W4)
-    assert split.block.down.weight.k == 384
+    assert split.block.linears["down"].weight.k == 384
     without, with_it, after = (work.targets["down"].error for work in (clean, plain, split))
     assert with_it > 10 * without
     assert after < without

@@ -18,7 +18,7 @@ from fptq_runtime.quantizer.ranges import choose_range
 from fptq_runtime.quantizer.steps import base, search
 from fptq_runtime.quantizer.steps import weights as weights_module
 from fptq_runtime.quantizer.steps.activations import Activations
-from fptq_runtime.quantizer.steps.base import QuantizationError, relative_error, static_act
+from fptq_runtime.quantizer.steps.base import QuantizationError, Rounding, relative_error, static_act
 from fptq_runtime.quantizer.steps.fptq import Fptq, log_scale
 from fptq_runtime.quantizer.steps.search import Trial
 from fptq_runtime.quantizer.steps.weights import Weights, search_clip
@@ -118,7 +118,7 @@ def test_clip_search_finds_each_groups_best(seed: int, num_bits: int, group: int
     torch.manual_seed(seed)
     weight = torch.randn(3, 96) * torch.rand(96).exp()
     importance = torch.rand(96) ** 4
-    clip = search_clip(weight, importance, num_bits, group)
+    clip = search_clip(weight, importance, Rounding(num_bits, group))
 
     def errors(ratio: torch.Tensor) -> torch.Tensor:
         codes, scale = quantize_weight(weight, num_bits, group, ratio, torch.bfloat16)
@@ -159,7 +159,7 @@ def test_a_clipping_range_is_used_wherever_errors_are_compared(tmp_path: Path, m
     target = work.targets["qkv"]
     trial, fptq = Trial(target), Fptq(range=method, quantile=0.95)
     act = static_act(target.stats.amax, target.stats.sample, method, 0.95)
-    weight = dequantize(*quantize_weight(target.weight, 4, None, scale_dtype=torch.bfloat16))
+    weight = dequantize(*quantize_weight(target.weight, 4, 32, scale_dtype=torch.bfloat16))
     output = quantize_activations(target.stats.sample, act) @ weight.T
     assert trial.error(torch.ones(()), fptq._act(False)) == pytest.approx(
         relative_error(output, target.stats.sample @ target.weight.T))
@@ -186,7 +186,9 @@ def test_large_linears_are_probed_in_part(tmp_path: Path, monkeypatch: pytest.Mo
 def test_searches_round_as_the_last_step_does(tmp_path: Path, settings: Any) -> None:
     _, work = work_on("llama", tmp_path)
     weights = Weights(**settings)
-    expected = {kind: weights.rounding(target.modules)(target.weight) for kind, target in work.targets.items()}
+    for target in work.targets.values():
+        target.rounding = weights.rounding(target.names)
+    expected = {kind: target.rounding(target.weight) for kind, target in work.targets.items()}
     with torch.inference_mode():
         weights.apply(work)
     for kind, target in work.targets.items():
@@ -202,12 +204,12 @@ def test_clip_search_in_parts(threads: int, monkeypatch: pytest.MonkeyPatch) -> 
     """Bit by bit what it is in one part; the caller's threads stay as many."""
     torch.manual_seed(0)
     weight, importance = torch.randn(37, 64), torch.rand(64)
-    whole = search_clip(weight, importance, 4, 32)
+    whole = search_clip(weight, importance, Rounding(4, 32))
     monkeypatch.setattr(weights_module, "CHUNK_WEIGHTS", 5 * 64)
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(threads)
-        assert torch.equal(search_clip(weight, importance, 4, 32), whole)
+        assert torch.equal(search_clip(weight, importance, Rounding(4, 32)), whole)
         assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)
