@@ -17,7 +17,7 @@ MAX_THREADS = os.cpu_count() or 1  # beyond the machine's logical CPUs each step
 @dataclass(frozen=True)
 class ModelConfig:
     """What an engine and a server need to know of a model, whichever family it comes from; models/block.py has the
-    rest."""
+    rest. rope: how queries and keys are turned, for people, with what was chosen by the longest sequence."""
 
     architecture: str
     vocab_size: int
@@ -31,6 +31,7 @@ class ModelConfig:
     tie_word_embeddings: bool = False
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
+    rope: str = "none"
 
 
 @dataclass(frozen=True)

@@ -192,6 +192,11 @@ class Checkpoint:
             weight = weight.astype(np.float32) + np.float32(spec.offset)
         return Norm(spec.kind, weight, parameter("bias") if spec.bias else None, spec.eps)
 
+    @property
+    def rope_description(self) -> str:
+        """Of every rope of the model."""
+        return "; ".join(dict.fromkeys(rope.describe(self.max_positions) for rope in self.model.ropes)) or "none"
+
     def rope(self, config: RopeConfig | None) -> tuple[Array, Array] | None:
         """Tables that layers with the same rope share."""
         if config is None:
@@ -272,4 +277,5 @@ def load_model(checkpoint: Checkpoint, backend: Backend) -> Decoder:
     blocks = [prepare_block(load_block(checkpoint, index), backend) for index in range(len(checkpoint.model.blocks))]
     for note, count in checkpoint.notes.items():
         logger.warning("%s: %d linear layers have %s", checkpoint.path.name, count, note)
-    return Decoder(checkpoint.model_config, prepare_stem(stem, backend), blocks, prepare_block(head, backend))
+    config = replace(checkpoint.model_config, rope=checkpoint.rope_description)
+    return Decoder(config, prepare_stem(stem, backend), blocks, prepare_block(head, backend))

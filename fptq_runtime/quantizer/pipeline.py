@@ -78,6 +78,7 @@ def quantize(
     measured_on = packaged_text("heldout") if text is None else read_text(text)
     measured = text_windows(measured_on, tokenizer, config.max_position_embeddings, text_tokens)
     calibrated = calibration.draw(checkpoint, tokenizer)
+    checkpoint.max_positions = max(map(len, (*calibrated.windows, *measured)))
 
     with ArtifactWriter(Path(out), overwrite) as writer:
         run = _Run(checkpoint, recipe, writer, calibrated.windows, measured, watcher)

@@ -84,6 +84,7 @@ def model_card(model_id: str, engine: Engine) -> ModelCard:
             "num_layers": config.num_layers,
             "hidden_size": config.hidden_size,
             "vocab_size": config.vocab_size,
+            "rope": config.rope,
         },
         engine=asdict(engine.config),
         kernels={"backend": engine.backend.name, **engine.backend.describe()},

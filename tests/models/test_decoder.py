@@ -111,7 +111,8 @@ def test_biases_that_are_not_announced_are_not_loaded(tmp_path: Path, family: st
     save_random(family, tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     generator = torch.Generator().manual_seed(0)
-    for module, rows in (("self_attn.q_proj", 96), ("self_attn.o_proj", 96), ("mlp.up_proj", 136), ("mlp.down_proj", 96)):
+    stray = {"self_attn.q_proj": 96, "self_attn.o_proj": 96, "mlp.up_proj": 136, "mlp.down_proj": 96}
+    for module, rows in stray.items():
         tensors.setdefault(f"model.layers.1.{module}.bias", torch.randn(rows, generator=generator))
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
