@@ -65,7 +65,7 @@ class Checkpoint:
         self.notes: Counter[str] = Counter()
         self._tensors = Tensors(self.path, self.model.bare_prefix)
         self._format = open_format(self.config, self.path, self._tensors)
-        self._ropes: dict[RopeConfig, tuple[Array, Array]] = {}
+        self._ropes: dict[tuple[RopeConfig, int], tuple[Array, Array]] = {}
         self.activations: Activations = "checkpoint"
         if activations == "int8":
             stored = self.linear_schemes
@@ -201,9 +201,10 @@ class Checkpoint:
         """Tables that layers with the same rope share."""
         if config is None:
             return None
-        if config not in self._ropes:
-            self._ropes[config] = rope_tables(config, self.max_positions)
-        return self._ropes[config]
+        key = config, self.max_positions
+        if key not in self._ropes:
+            self._ropes[key] = rope_tables(*key)
+        return self._ropes[key]
 
 
 def load_stem(checkpoint: Checkpoint) -> Stem:
