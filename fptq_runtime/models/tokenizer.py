@@ -210,14 +210,15 @@ class Tokenizer:
     def end_of_turn(self) -> int | None:
         """The token that the chat template puts right after what the assistant said: a model trained on it ends its
         answers so, whatever its configs name."""
-        asked, said = "question", "answer"
+        asked, said = "question", "answer 7319"  # nothing that a template says of itself
         turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]
         for messages in (turns, [*turns, turns[0]]):  # some write the end of a turn where the next one begins
             try:
                 text = self._render(messages, False, {})
             except ChatTemplateError:
                 return None
-            rest = text.rpartition(said)[2].lstrip()
+            _, found, rest = text.rpartition(said)
+            rest = rest.lstrip() if found else ""
             ends = [(len(token), token_id) for token_id, token in self.added_tokens.items()
                     if token.strip() and rest.startswith(token.strip())]
             if ends:

@@ -235,7 +235,8 @@ BETWEEN = ("{% for m in messages %}<|im_start|>{{ m.content | trim }}{% if not l
 
 @pytest.mark.parametrize(("template", "end"), [
     (CHATML, "<|im_end|>"), (QWEN_TEMPLATE, "<|im_end|>"), (LLAMA3_TEMPLATE, "<|eot_id|>"), (INST, "</s>"),
-    (GLM, "<|user|>"), (PHI, "<|end|>"), (BETWEEN, "<|im_end|>"), (ALPACA, None), ("{{ 1 / 0 }}", None), (None, None),
+    (GLM, "<|user|>"), (PHI, "<|end|>"), (BETWEEN, "<|im_end|>"), (ALPACA, None),
+    ("<|im_start|>{{ messages[0].content }}", None), ("{{ 1 / 0 }}", None), (None, None),
 ])
 def test_the_end_of_a_turn_is_what_the_template_writes_there(tmp_path: Path, template: str | None, end: str | None
                                                              ) -> None:
