@@ -253,16 +253,15 @@ def hash_file(path: Path) -> str:
 def check_output(out: Path, overwrite: bool = False, source: Path | None = None) -> None:
     """Raises ArtifactError where nothing can be written at `out`, so that it is said before any work is done: it
     exists, unless empty or an artifact or export that `overwrite` allows to replace; it, or what it would lie in,
-    cannot be written; it and the model directory `source` are one, or one lies in the other."""
+    cannot be written; it is the model directory `source`, or holds it."""
     at = out.resolve()
     if at.is_mount():
         raise ArtifactError(f"{out} is a mount point, which cannot be replaced; choose a directory in it")
     if source is not None and (origin := source.resolve()).is_dir():
         if at == origin:
             raise ArtifactError(f"{out} is the model itself; choose another output directory")
-        if origin in at.parents or at in origin.parents:
-            raise ArtifactError(f"{out} lies {'in' if origin in at.parents else 'around'} the model's own directory; "
-                                "choose another output directory")
+        if at in origin.parents:
+            raise ArtifactError(f"{out} lies around the model's own directory; choose another output directory")
     if at.exists() and not (at.is_dir() and not any(at.iterdir())):
         if not _is_ours(at):
             raise ArtifactError(f"{out} exists and is not an fptq artifact; choose another output directory")
