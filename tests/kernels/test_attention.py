@@ -53,9 +53,12 @@ def attend(qkv: torch.Tensor, spec: AttentionSpec, kv_dtype: KVCacheDtype) -> tu
         for h in range(heads):
             g = h // (heads // kv_heads)
             scores = k[first : t + 1, g] @ q[t, h] * spec.softmax_scale
+            if spec.softcap is not None:
+                scores = spec.softcap * torch.tanh(scores / spec.softcap)
             if spec.alibi_slopes is not None:
                 scores += float(spec.alibi_slopes[h]) * torch.arange(first, t + 1)
-            probabilities = torch.softmax(scores, 0)
+            sink = torch.tensor([-torch.inf if spec.sinks is None else float(spec.sinks[h])], dtype=torch.float64)
+            probabilities = torch.softmax(torch.cat((scores, sink)), 0)[:-1]
             out[t, h] = probabilities @ v[first : t + 1, g]
             if kv_dtype == "int8":
                 for chunk in range(first // 128, t // 128 + 1):
@@ -112,7 +115,9 @@ def test_attention(isa: str, data: st.DataObject) -> None:
     kv_dtype = draw(st.sampled_from(["float32", "bf16", "int8"]))
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
     slopes = rng.random(heads).astype(np.float32) / 10 if draw(st.booleans()) else None
-    spec = AttentionSpec(0, heads, kv_heads, dim, dim**-0.5, window, None, slopes)
+    sinks = (3 * rng.standard_normal(heads)).astype(np.float32) if draw(st.booleans()) else None
+    spec = AttentionSpec(0, heads, kv_heads, dim, dim**-0.5, window, None, slopes, sinks=sinks,
+                         softcap=draw(st.sampled_from([None, None, 1.0, 50.0])))
     table = torch.from_numpy(rng.standard_normal((2 * length, (heads + 2 * kv_heads) * dim)).astype(np.float32))
     table[length:] = torch.nan
     got = run(table, spec, kv_dtype, isa, draw(st.sampled_from([1, 2])), draw(st.sampled_from([16, 32, 64, 128])),
@@ -132,8 +137,10 @@ def test_bits_depend_on_neither_threads_nor_steps_nor_blocks(isa: str, data: st.
     heads = kv_heads * draw(st.sampled_from([1, 4, 7, 16]))
     length = draw(st.integers(520, 1100))
     kv_dtype = draw(st.sampled_from(["float32", "bf16", "int8"]))
-    spec = AttentionSpec(0, heads, kv_heads, 128, 128**-0.5, draw(st.none() | st.integers(1, 1000)), None, None)
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    sinks = rng.standard_normal(heads).astype(np.float32) if draw(st.booleans()) else None
+    spec = AttentionSpec(0, heads, kv_heads, 128, 128**-0.5, draw(st.none() | st.integers(1, 1000)), sinks=sinks,
+                         softcap=draw(st.sampled_from([None, 5.0])))
     table = torch.from_numpy(rng.standard_normal((length, (heads + 2 * kv_heads) * 128)).astype(np.float32))
     whole = run(table, spec, kv_dtype, isa, 1, 32, [length])
     tail = draw(st.integers(1, 5))
