@@ -1,4 +1,4 @@
-"""The script itself: its parity parts run here in the interpreter, its report with made-up parts."""
+"""The check itself: its parity parts run here in the interpreter, its report with made-up parts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from typing import Any, get_args
 
 import pytest
 
-from benchmarks.gpu_check import Check, Part, Report, Row, main, run
+from benchmarks.gpu_check.__main__ import main
+from benchmarks.gpu_check.check import Check, Row
+from benchmarks.gpu_check.report import Part, Report, run
 from fptq_runtime.kernels.base import Curve
 
 FACTS = {"name": "made-up", "device": "a device", "torch": "2"}
