@@ -5,12 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from ml_dtypes import bfloat16
 
+from fptq_runtime.artifact.io import GOLDEN, ArtifactError, ArtifactWriter, Manifest, renew
 from fptq_runtime.artifact.numerics import token_scale
 from fptq_runtime.config import KVCacheDtype, ModelConfig
 from fptq_runtime.kernels.base import (
@@ -25,6 +27,7 @@ from fptq_runtime.kernels.base import (
     StepInput,
 )
 from fptq_runtime.kernels.reference import ReferenceBackend, ReferenceOps, quantize_activations
+from fptq_runtime.kernels.select import select_backend, without_kernel
 from fptq_runtime.models.decoder import Block, prepare_block, prepare_head, prepare_stem, run_block, run_stem
 from fptq_runtime.models.gate import (
     PREFIX,
@@ -38,20 +41,49 @@ from fptq_runtime.models.gate import (
     Part,
     attend,
     block_part,
+    check,
     head_part,
     norm_row,
     probe_limits,
     rotate,
 )
-from fptq_runtime.models.loader import Checkpoint, load_block, load_head, load_stem
+from fptq_runtime.models.loader import Checkpoint, load_block, load_head, load_model, load_stem
 
+PROMPT = 32  # tokens kept in the manifest
 TOKENS = 6  # of the prompt that blocks are recorded with
 STEM_ROWS = 16
-TIPPED = 0.02  # of a code's width, what is added to inputs: about a hundredth of the codes tips, many more than rounding
+TIPPED = 0.02  # of a code's width, added to inputs: a hundredth of the codes tips, many more than rounding tips
 RUNS = 4
 SAFETY = 4.0  # times the greatest deviation of them
 FLOOR = 1e-2  # of what a block adds, since that is recorded in bfloat16; faults in its wiring are of its own size
 CHUNK = 1 << 22  # elements of a weight in double precision at a time
+
+
+def write_golden(writer: ArtifactWriter, prompt_token_ids: Sequence[int]) -> dict[str, Any]:
+    """Record what was written, after its tensors and config.json, and let this machine's kernels through the gate.
+    Returns what the manifest says of it; raises GateError."""
+    checkpoint = Checkpoint(writer.directory)
+    golden = record(checkpoint, prompt_token_ids)
+    writer.add_file(GOLDEN, golden.to_bytes())
+    schemes = checkpoint.linear_schemes
+    if not without_kernel(schemes):
+        backend = select_backend(schemes=schemes)
+        if backend.name != "reference":
+            check(load_model(checkpoint, backend), backend, golden, checkpoint.max_positions)
+    return golden_facts(prompt_token_ids)
+
+
+def golden_facts(prompt_token_ids: Sequence[int]) -> dict[str, Any]:
+    return {"prompt_token_ids": [int(token) for token in prompt_token_ids[:PROMPT]]}
+
+
+def renew_golden(path: Path, manifest: Manifest) -> Manifest:
+    """New golden values for an artifact of format 1 whose files were verified. Raises ArtifactError."""
+    if manifest.format_version > 1:
+        raise ArtifactError(f"{path} has golden values of every block already, which are not replaced; if they are "
+                            "refused, quantize the model again")
+    prompt = manifest.golden["prompt_token_ids"]
+    return renew(path, record(Checkpoint(path), prompt).to_bytes(), golden_facts(prompt))
 
 
 @torch.inference_mode()
@@ -97,7 +129,7 @@ def _record_norm(golden: Golden, name: str, norm: Norm) -> None:
 
 def _record_linear(golden: Golden, name: str, linear: Linear, act: ActivationQuant | None) -> None:
     """linear: prepared, so that its weight is float32 [N, K]."""
-    weight: torch.Tensor = linear.weight
+    weight: Any = linear.weight
     facts = golden.linears[name] = LinearFacts(weight.shape[1], act)
     x = torch.from_numpy(facts.read_row(name))
     rows = max(1, CHUNK // weight.shape[1])
