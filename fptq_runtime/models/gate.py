@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import math
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -48,7 +49,7 @@ Kind = Literal["stem", "norm", "linear", "rope", "attention", "order", "block"]
 # A linear's input: one row of codes times these, which no rounding touches. The row of zeros shows the bias alone.
 SIGNS = np.array([1, -1, 1, -1, -1, 0, 1, -1], np.float32)
 POWERS = np.array([1, 2**-3, 4, 2**-6, 2, 0, 0.5, 16], np.float32)
-ROUNDING = 2.0**-22  # of the magnitudes that a float32 sum adds
+ROUNDING = 2.0**-24  # of a float32
 SCALARS = 1e-5  # of a norm or a rotation, relative
 
 BLOCK = 16
@@ -89,10 +90,18 @@ def head_part(head: Head) -> Part:
 
 @dataclass(frozen=True)
 class LinearFacts:
-    """What a linear reads: K columns quantized as `act` said when it was recorded."""
+    """What a linear reads: K columns quantized as `act` said when it was recorded, of which each `group` gives one
+    exact integer; 1 where it sums floats."""
 
     k: int
     act: ActivationQuant | None
+    group: int = 1
+
+    @property
+    def roundings(self) -> float:
+        """That a sum of its groups may collect. Where one term is far greater than all others each addition after it
+        rounds by that term's last bit, half of it at most; lanes and tiles share the additions of floats."""
+        return 4 + 2 * math.sqrt(self.k / max(self.group, 32))
 
     def row(self, name: str) -> Float32Array:
         """[k], of codes with magnitudes from 64 to 127, which bfloat16 holds too, or of FP8's from 64 to 448.
@@ -183,7 +192,7 @@ class Golden:
         """A safetensors file."""
         facts = {
             "prompt_length": self.prompt_length,
-            "linears": {name: [facts.k, None if facts.act is None else [facts.act.scale, facts.act.type]]
+            "linears": {name: [facts.k, None if facts.act is None else [facts.act.scale, facts.act.type], facts.group]
                         for name, facts in self.linears.items()},
             "attention": {name: [f.num_heads, f.num_kv_heads, f.head_dim, f.window, f.prefix, f.rope_positions]
                           for name, f in self.attention.items()},
@@ -203,8 +212,8 @@ class Golden:
                 facts = json.loads(file.metadata()["fptq"])
             return cls(
                 facts["prompt_length"],
-                {name: LinearFacts(k, None if act is None else ActivationQuant(*act))
-                 for name, (k, act) in facts["linears"].items()},
+                {name: LinearFacts(k, None if act is None else ActivationQuant(*act), group)
+                 for name, (k, act, group) in facts["linears"].items()},
                 {name: AttentionFacts(heads, kv_heads, dim, window, prefix, tuple(positions))
                  for name, (heads, kv_heads, dim, window, prefix, positions) in facts["attention"].items()},
                 tuple(facts["stem_ids"]),
@@ -347,7 +356,9 @@ class _Gate:
         factor = np.concatenate([factors[np.arange(h) % len(factors)] for h in heights]).astype(np.float64)[:, None]
         bias = arrays[f"{name}.bias"].astype(np.float64) if f"{name}.bias" in arrays else np.zeros(1)
         expected = factor * arrays[f"{name}.expected"] + bias
-        tolerance = np.abs(factor) * arrays[f"{name}.tolerance"].astype(np.float64) + ROUNDING * np.abs(bias)
+        tolerance = np.abs(factor) * arrays[f"{name}.tolerance"].astype(np.float64) + 4 * ROUNDING * np.abs(bias)
+        if self._backend.name == "reference":  # a group's products are floats too, at most so many times its sum
+            tolerance *= math.sqrt(facts.group)
         yield _outcome("linear", name, y, expected, tolerance)
 
     def rope(self, name: str, attention: Any) -> Iterator[Outcome]:

@@ -24,6 +24,7 @@ from fptq_runtime.kernels.base import (
     Linear,
     Norm,
     Ops,
+    QuantizedWeight,
     StepInput,
 )
 from fptq_runtime.kernels.reference import ReferenceBackend, ReferenceOps, quantize_activations
@@ -101,21 +102,26 @@ def record(checkpoint: Checkpoint, prompt_token_ids: Sequence[int]) -> Golden:
     x = run_stem(ReferenceOps(whole, None), stem)
     previous = ""
     for index in range(config.num_layers):
-        block = prepare_block(load_block(checkpoint, index), backend)
+        loaded = load_block(checkpoint, index)
+        block = prepare_block(loaded, backend)
         part = block_part(index, block)
-        _record_part(golden, part)
+        _record_part(golden, part, block_part(index, loaded))
         _record_attention(golden, part.name, block.attention, config, previous)
         previous = part.name if part.name in golden.attention else previous
         x = _record_block(golden, part.name, block, config, whole, x)
-    _record_part(golden, head_part(prepare_head(load_head(checkpoint), backend)))
+    head = load_head(checkpoint)
+    _record_part(golden, head_part(prepare_head(head, backend)), head_part(head))
     return golden
 
 
-def _record_part(golden: Golden, part: Part) -> None:
+def _record_part(golden: Golden, part: Part, loaded: Part) -> None:
+    """A part as the reference backend has it, and as it was loaded."""
     for name, norm in part.norms.items():
         _record_norm(golden, f"{part.name}.{name}", norm)
     for name, (linear, act) in part.linears.items():
-        _record_linear(golden, f"{part.name}.{name}", linear, act)
+        stored = loaded.linears[name][0].weight
+        exact = isinstance(stored, QuantizedWeight) and stored.type == "int" and act is not None and act.type == "int"
+        _record_linear(golden, f"{part.name}.{name}", linear, act, stored.group_size if exact else 1)
 
 
 def _record_norm(golden: Golden, name: str, norm: Norm) -> None:
@@ -127,19 +133,24 @@ def _record_norm(golden: Golden, name: str, norm: Norm) -> None:
     _keep(golden, name, expected=y, tolerance=SCALARS * (plain.abs() + added))
 
 
-def _record_linear(golden: Golden, name: str, linear: Linear, act: ActivationQuant | None) -> None:
-    """linear: prepared, so that its weight is float32 [N, K]."""
+def _record_linear(golden: Golden, name: str, linear: Linear, act: ActivationQuant | None, group: int) -> None:
+    """linear: prepared, so that its weight is float32 [N, K]. Of a group's exact sum at least what independent signs
+    would make it is taken for its size, so that sqrt(group) times that is no less than the sum of magnitudes."""
     weight: Any = linear.weight
-    facts = golden.linears[name] = LinearFacts(weight.shape[1], act)
+    facts = golden.linears[name] = LinearFacts(weight.shape[1], act, group)
     x = torch.from_numpy(facts.read_row(name))
-    rows = max(1, CHUNK // weight.shape[1])
-    y, magnitude = (torch.cat(parts) for parts in zip(*(
-        (part @ x, part.abs() @ x.abs()) for part in (chunk.double() for chunk in weight.split(rows))), strict=True))
+    sums, sizes = [], []
+    for chunk in weight.split(max(1, CHUNK // facts.k)):
+        products = (chunk.double() * x).unflatten(1, (-1, group))  # [rows, K / group, group]
+        of_groups = products.sum(-1)
+        sums.append(of_groups.sum(-1))
+        sizes.append(of_groups.abs().maximum(products.square().sum(-1).sqrt()).sum(-1))
+    y, magnitude = torch.cat(sums), torch.cat(sizes)
     if linear.low_rank is not None:
         down, up = (matrix.double() for matrix in linear.low_rank)
         y += up @ (down @ x)
         magnitude += up.abs() @ (down.abs() @ x.abs())
-    _keep(golden, name, expected=y, tolerance=ROUNDING * magnitude)
+    _keep(golden, name, expected=y, tolerance=facts.roundings * ROUNDING * magnitude)
     if linear.bias is not None:
         golden.arrays[f"{name}.bias"] = linear.bias.float().numpy()
 
