@@ -610,25 +610,33 @@ def inspect(artifact: str) -> Answer:
 
 @cli.command()
 @click.argument("artifact")
+@click.option("--renew", is_flag=True, help="After its hashes hold, record golden values of every block in an artifact "
+              "made before there were any.")
 @backend_options
 @answers
-def verify(artifact: str, backend: str, device: str, threads: int) -> Answer:
-    """Check every hash of ARTIFACT, and its golden logits on this machine's kernels."""
+def verify(artifact: str, renew: bool, backend: str, device: str, threads: int) -> Answer:
+    """Check every hash of ARTIFACT, and its golden values on this machine's kernels."""
     from fptq_runtime.locate import find_artifact
 
     path = find_artifact(artifact)
     from fptq_runtime.artifact import io
     from fptq_runtime.kernels.select import select_backend
-    from fptq_runtime.models.golden import check_golden
+    from fptq_runtime.models.gate import check_artifact
     from fptq_runtime.models.loader import Checkpoint, load_model
 
     manifest = io.verify(path)
+    if renew:
+        from fptq_runtime.quantizer.record import renew_golden
+
+        manifest = renew_golden(path, manifest)
     checkpoint = Checkpoint(path)
     kernels = select_backend(backend, threads, checkpoint.linear_schemes, device)
-    deviation = check_golden(load_model(checkpoint, kernels), kernels, manifest.golden)
-    return {"files": len(manifest.files), "bytes": manifest.size, "golden_deviation": deviation}, (
-        f"{len(manifest.files)} files match their hashes; golden logits differ by {deviation:.1e} of "
-        "max |logit|"
+    ratio = check_artifact(path, manifest, load_model(checkpoint, kernels), kernels, checkpoint.max_positions)
+    golden = f"golden values agree, at most {ratio:.2f} of what is tolerated" if ratio is not None else (
+        f"it holds golden logits alone, which cannot tell a fault of a deep model from rounding: "
+        f"`fptq verify {artifact} --renew` records golden values of every block")
+    return {"files": len(manifest.files), "bytes": manifest.size, "golden_deviation": ratio}, (
+        f"{len(manifest.files)} files match their hashes; {golden}"
     )
 
 

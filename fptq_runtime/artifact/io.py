@@ -26,12 +26,15 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
+from fptq_runtime import __version__
 from fptq_runtime.artifact.scheme import NumberType
 from fptq_runtime.errors import FptqError
 
 logger = logging.getLogger(__name__)
 
 MANIFEST = "fptq.json"
+GOLDEN = "fptq.golden"  # what models/gate.py compares with; no *.safetensors, which loaders take for weights
+FORMAT_VERSION: Literal[2] = 2
 EXPORT = "fptq-export.json"  # in place of it, in a directory for another runtime
 _NO_DIGEST = "0" * 64
 _MANIFEST_LIMIT = 256 << 20  # bytes of fptq.json that are read at all
@@ -123,9 +126,11 @@ class FileRecord(_Record):
 
 
 class Manifest(_Record):
-    """fptq.json."""
+    """fptq.json. Format 1 has golden logits in `golden`, format 2 a prompt, and the file `GOLDEN` beside it.
+    fptq_version wrote the manifest; format 1 names only the version that quantized."""
 
-    format_version: Literal[1] = 1
+    format_version: Literal[1, 2] = FORMAT_VERSION
+    fptq_version: str = ""
     recipe: dict[str, Any]
     provenance: Provenance
     layers: tuple[LayerRecord, ...]
@@ -168,7 +173,7 @@ def read_manifest(path: Path) -> Manifest:
         text = file.read_text(encoding="utf-8")
         if not text:
             raise ArtifactError(f"{path} is unfinished: the run that was writing it stopped before its end")
-        manifest = Manifest.model_validate(json.loads(text))
+        manifest = Manifest.model_validate(_readable(file, json.loads(text)))
     except FileNotFoundError:
         raise ArtifactError(f"{path} is not an fptq artifact: it has no {MANIFEST}") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
@@ -181,6 +186,36 @@ def read_manifest(path: Path) -> Manifest:
     if hashlib.sha256(f'{head}"{_NO_DIGEST}"{tail}'.encode()).hexdigest() != manifest.digest:
         raise ArtifactError(f"{file} is damaged: its contents do not match its digest")
     return manifest
+
+
+def _readable(file: Path, manifest: Any) -> Any:
+    """The manifest, unless a newer fptq wrote it."""
+    version = manifest.get("format_version") if isinstance(manifest, dict) else None
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        writer = manifest.get("fptq_version")
+        needed = f"fptq {writer}" if isinstance(writer, str) else "a newer fptq"
+        raise ArtifactError(f"{file} has format {version}, which {needed} reads; this is fptq {__version__}, which "
+                            f"reads formats up to {FORMAT_VERSION}: upgrade it")
+    return manifest
+
+
+def renew(path: Path, golden: bytes, facts: Mapping[str, Any]) -> Manifest:
+    """Give an artifact whose hashes hold new golden values. Until fptq.json is replaced, last and at once, it is what
+    it was. Raises ArtifactError."""
+    old = read_manifest(path)
+    record = FileRecord(size=len(golden), sha256=hashlib.sha256(golden).hexdigest())
+    new = old.model_copy(update={"format_version": FORMAT_VERSION, "fptq_version": __version__, "golden": dict(facts),
+                                 "files": {**old.files, GOLDEN: record}})
+    try:
+        for name, content in ((GOLDEN, golden), (MANIFEST, new.to_json())):
+            partial = path / f".{name}.{os.getpid()}"
+            _write_file(partial, content)
+            shutil.copymode(path / MANIFEST, partial)
+            partial.replace(path / name)
+            _sync(path)
+    except OSError as error:
+        raise ArtifactError(f"cannot write to {path}: {error.strerror}") from None
+    return read_manifest(path)
 
 
 def verify(path: Path) -> Manifest:
@@ -336,9 +371,9 @@ class ArtifactWriter:
             self._pending[name] = np.array(tensor, order="C")
             self._pending_bytes += tensor.nbytes
 
-    def add_file(self, name: str, text: str) -> None:
+    def add_file(self, name: str, content: str | bytes) -> None:
         with self._writing():
-            _write_file(self.directory / name, text)
+            _write_file(self.directory / name, content)
 
     def copy_file(self, source: Path) -> None:
         with self._writing():
@@ -371,7 +406,7 @@ class ArtifactWriter:
         for file in files:
             _sync(file)
         records = {file.name: FileRecord(size=file.stat().st_size, sha256=hash_file(file)) for file in files}
-        unsigned = manifest.model_copy(update={"files": records})
+        unsigned = manifest.model_copy(update={"files": records, "fptq_version": __version__})
         _write_file(self.directory / MANIFEST, unsigned.to_json())
         self._move()
 
@@ -419,9 +454,9 @@ class ArtifactWriter:
         self._pending_bytes = 0
 
 
-def _write_file(path: Path, text: str) -> Path:
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
+def _write_file(path: Path, content: str | bytes) -> Path:
+    with path.open("wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
         file.flush()
         os.fsync(file.fileno())
     return path

@@ -21,7 +21,7 @@ from fptq_runtime.engine.output import RequestOutput, TokenLogprobs
 from fptq_runtime.engine.request import MAX_N, FinishReason, SamplingParams
 from fptq_runtime.errors import FptqError
 from fptq_runtime.kernels.select import select_backend
-from fptq_runtime.models.golden import check_golden
+from fptq_runtime.models.gate import PREFIX, check_artifact
 from fptq_runtime.models.loader import Checkpoint, load_model
 from fptq_runtime.models.tokenizer import Tokenizer, eos_token_ids
 
@@ -100,14 +100,14 @@ class LLM:
 def load_engine(path: str | Path, *, backend: str = "auto", device: str = "auto",
                 activations: Activations = "checkpoint", threads: int = 0, max_model_len: int | None = None,
                 kv_cache_memory: int | None = None, gpu_memory_utilization: float = 0.9, **options: Any) -> Engine:
-    """An engine for a model directory; an artifact's files and golden logits are checked first, these only where its
-    activations are its own.
+    """An engine for a model directory; an artifact's files and golden values are checked first, of these what
+    activations that are not its own leave as it was.
 
     threads: 0 means what the machine, its affinity mask and its cgroup quota allow.
     max_model_len: the model's own unless given, or what the KV cache holds where that is less. kv_cache_memory:
     EngineConfig's default unless given; on a GPU, what the weights and a step leave of the gpu_memory_utilization share
     of its free memory. options: the other fields of EngineConfig. Raises FptqError (ArtifactError, CheckpointError,
-    GoldenMismatch, …).
+    GateError, …).
     """
     manifest = check_files(Path(path)) if is_artifact(Path(path)) else None
     checkpoint = Checkpoint(path, activations)
@@ -123,7 +123,7 @@ def load_engine(path: str | Path, *, backend: str = "auto", device: str = "auto"
     config = _fit(config, model) if max_model_len is None else config
     step_limits(model, config)  # says what is wrong with it before minutes of loading
     prompt = () if manifest is None else manifest.golden.get("prompt_token_ids", ())
-    checkpoint.max_positions = min(model.max_position_embeddings, max(config.max_model_len, len(prompt)))
+    checkpoint.max_positions = min(model.max_position_embeddings, max(config.max_model_len, PREFIX, len(prompt)))
     with ThreadPoolExecutor(1) as executor:
         tokenizer = executor.submit(Tokenizer, path)  # half a second for a large vocabulary
         decoder = load_model(checkpoint, kernels)
@@ -131,11 +131,16 @@ def load_engine(path: str | Path, *, backend: str = "auto", device: str = "auto"
             if checkpoint.quantized:
                 logger.warning("%s has no %s: neither its files nor its logits were checked", path, MANIFEST)
         elif activations == "checkpoint":
-            deviation = check_golden(decoder, kernels, manifest.golden)
-            logger.info("golden logits agree within %.1e of max |logit|", deviation)
+            ratio = check_artifact(Path(path), manifest, decoder, kernels, checkpoint.max_positions,
+                                   config.kv_cache_dtype)
+            if ratio is not None:
+                logger.info("golden values agree: at most %.2f of what is tolerated", ratio)
         else:
-            logger.warning("golden logits were not checked: they hold for float activations, and %s were asked for",
-                           activations)
+            logger.warning("golden values of linear layers were not checked: they hold for float activations, and %s "
+                           "were asked for", activations)
+            if manifest.format_version > 1:
+                check_artifact(Path(path), manifest, decoder, kernels, checkpoint.max_positions, config.kv_cache_dtype,
+                               ("stem", "norm", "rope", "attention", "order"))
     beyond = [token_id for token_id in tokenizer.result().added_tokens if token_id >= model.vocab_size]
     if beyond:
         logger.warning("%s: the tokenizer has tokens up to %d, but the model's vocabulary only %d tokens: prompts that "

@@ -29,18 +29,16 @@ from fptq_runtime.kernels.reference import ReferenceBackend
 from fptq_runtime.models.block import Block, Model, Stem, prepare_block
 from fptq_runtime.models.decoder import Decoder
 from fptq_runtime.models.formats.compressed_tensors import linear_scheme, quantization_config
-from fptq_runtime.models.golden import compute_golden
 from fptq_runtime.models.loader import Checkpoint, load_head
 from fptq_runtime.quantizer.calibrate import HiddenStates, packaged_text, read_text
 from fptq_runtime.quantizer.evaluate import MAX_WINDOW, text_windows
 from fptq_runtime.quantizer.export import block_modules, block_tensors, copy_companions, stem_modules, tensors_of
 from fptq_runtime.quantizer.recipe import Recipe, load_recipe
+from fptq_runtime.quantizer.record import write_golden
 from fptq_runtime.quantizer.samples import Calibration, CalibrationSet
 from fptq_runtime.quantizer.source import Source, load_tokenizer, resolve_model
 from fptq_runtime.quantizer.steps.base import BlockWork, QuantizationError, Target, TuneWork
 from fptq_runtime.quantizer.walk import Walk, float_part, float_stem
-
-GOLDEN_TOKENS = 32
 
 
 @dataclass(frozen=True)
@@ -101,7 +99,7 @@ def quantize(
                 perplexity_before=before,
                 perplexity_after=after,
             ),
-            golden=_golden(writer.directory, measured[0][:GOLDEN_TOKENS]),
+            golden=write_golden(writer, measured[0]),
         ))
     if run.tuned:
         shutil.rmtree(state, ignore_errors=True)
@@ -277,22 +275,3 @@ def _provenance(source: Source, architecture: str, calibration: Calibration, cal
         seed=calibration.seed,
         fptq_version=__version__,
     )
-
-
-class _StreamedBlocks:
-    """Blocks that are loaded when they are reached: a pass over a model that does not fit in memory as floats."""
-
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self._checkpoint = checkpoint
-
-    def __iter__(self) -> Iterator[Block]:
-        for index in range(len(self._checkpoint.model.blocks)):
-            yield float_part(self._checkpoint, index)
-
-
-def _golden(directory: Path, prompt: Sequence[int]) -> dict[str, object]:
-    """From the tensors as written, so that they are read back once before anybody else does."""
-    checkpoint = Checkpoint(directory)
-    head = float_part(checkpoint, len(checkpoint.model.blocks))
-    decoder = Decoder(checkpoint.model_config, float_stem(checkpoint), _StreamedBlocks(checkpoint), head)
-    return compute_golden(decoder, ReferenceBackend(), prompt)

@@ -5,12 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from ml_dtypes import bfloat16
 
+from fptq_runtime.artifact.io import GOLDEN, ArtifactError, ArtifactWriter, Manifest, renew
 from fptq_runtime.artifact.numerics import token_scale
 from fptq_runtime.config import KVCacheDtype, ModelConfig
 from fptq_runtime.kernels.base import (
@@ -22,9 +24,11 @@ from fptq_runtime.kernels.base import (
     Linear,
     Norm,
     Ops,
+    QuantizedWeight,
     StepInput,
 )
 from fptq_runtime.kernels.reference import ReferenceBackend, ReferenceOps, quantize_activations
+from fptq_runtime.kernels.select import select_backend, without_kernel
 from fptq_runtime.models.decoder import Block, prepare_block, prepare_head, prepare_stem, run_block, run_stem
 from fptq_runtime.models.gate import (
     PREFIX,
@@ -38,20 +42,49 @@ from fptq_runtime.models.gate import (
     Part,
     attend,
     block_part,
+    check,
     head_part,
     norm_row,
     probe_limits,
     rotate,
 )
-from fptq_runtime.models.loader import Checkpoint, load_block, load_head, load_stem
+from fptq_runtime.models.loader import Checkpoint, load_block, load_head, load_model, load_stem
 
+PROMPT = 32  # tokens kept in the manifest
 TOKENS = 6  # of the prompt that blocks are recorded with
 STEM_ROWS = 16
-TIPPED = 0.02  # of a code's width, what is added to inputs: about a hundredth of the codes tips, many more than rounding
+TIPPED = 0.02  # of a code's width, added to inputs: a hundredth of the codes tips, many more than rounding tips
 RUNS = 4
 SAFETY = 4.0  # times the greatest deviation of them
 FLOOR = 1e-2  # of what a block adds, since that is recorded in bfloat16; faults in its wiring are of its own size
 CHUNK = 1 << 22  # elements of a weight in double precision at a time
+
+
+def write_golden(writer: ArtifactWriter, prompt_token_ids: Sequence[int]) -> dict[str, Any]:
+    """Record what was written, after its tensors and config.json, and let this machine's kernels through the gate.
+    Returns what the manifest says of it; raises GateError."""
+    checkpoint = Checkpoint(writer.directory)
+    golden = record(checkpoint, prompt_token_ids)
+    writer.add_file(GOLDEN, golden.to_bytes())
+    schemes = checkpoint.linear_schemes
+    if not without_kernel(schemes):
+        backend = select_backend(schemes=schemes)
+        if backend.name != "reference":
+            check(load_model(checkpoint, backend), backend, golden, checkpoint.max_positions)
+    return golden_facts(prompt_token_ids)
+
+
+def golden_facts(prompt_token_ids: Sequence[int]) -> dict[str, Any]:
+    return {"prompt_token_ids": [int(token) for token in prompt_token_ids[:PROMPT]]}
+
+
+def renew_golden(path: Path, manifest: Manifest) -> Manifest:
+    """New golden values for an artifact of format 1 whose files were verified. Raises ArtifactError."""
+    if manifest.format_version > 1:
+        raise ArtifactError(f"{path} has golden values of every block already, which are not replaced; if they are "
+                            "refused, quantize the model again")
+    prompt = manifest.golden["prompt_token_ids"]
+    return renew(path, record(Checkpoint(path), prompt).to_bytes(), golden_facts(prompt))
 
 
 @torch.inference_mode()
@@ -69,21 +102,26 @@ def record(checkpoint: Checkpoint, prompt_token_ids: Sequence[int]) -> Golden:
     x = run_stem(ReferenceOps(whole, None), stem)
     previous = ""
     for index in range(config.num_layers):
-        block = prepare_block(load_block(checkpoint, index), backend)
+        loaded = load_block(checkpoint, index)
+        block = prepare_block(loaded, backend)
         part = block_part(index, block)
-        _record_part(golden, part)
+        _record_part(golden, part, block_part(index, loaded))
         _record_attention(golden, part.name, block.attention, config, previous)
         previous = part.name if part.name in golden.attention else previous
         x = _record_block(golden, part.name, block, config, whole, x)
-    _record_part(golden, head_part(prepare_head(load_head(checkpoint), backend)))
+    head = load_head(checkpoint)
+    _record_part(golden, head_part(prepare_head(head, backend)), head_part(head))
     return golden
 
 
-def _record_part(golden: Golden, part: Part) -> None:
+def _record_part(golden: Golden, part: Part, loaded: Part) -> None:
+    """A part as the reference backend has it, and as it was loaded."""
     for name, norm in part.norms.items():
         _record_norm(golden, f"{part.name}.{name}", norm)
     for name, (linear, act) in part.linears.items():
-        _record_linear(golden, f"{part.name}.{name}", linear, act)
+        stored = loaded.linears[name][0].weight
+        exact = isinstance(stored, QuantizedWeight) and stored.type == "int" and act is not None and act.type == "int"
+        _record_linear(golden, f"{part.name}.{name}", linear, act, stored.group_size if exact else 1)
 
 
 def _record_norm(golden: Golden, name: str, norm: Norm) -> None:
@@ -95,19 +133,24 @@ def _record_norm(golden: Golden, name: str, norm: Norm) -> None:
     _keep(golden, name, expected=y, tolerance=SCALARS * (plain.abs() + added))
 
 
-def _record_linear(golden: Golden, name: str, linear: Linear, act: ActivationQuant | None) -> None:
-    """linear: prepared, so that its weight is float32 [N, K]."""
-    weight: torch.Tensor = linear.weight
-    facts = golden.linears[name] = LinearFacts(weight.shape[1], act)
+def _record_linear(golden: Golden, name: str, linear: Linear, act: ActivationQuant | None, group: int) -> None:
+    """linear: prepared, so that its weight is float32 [N, K]. Of a group's exact sum at least what independent signs
+    would make it is taken for its size, so that sqrt(group) times that is no less than the sum of magnitudes."""
+    weight: Any = linear.weight
+    facts = golden.linears[name] = LinearFacts(weight.shape[1], act, group)
     x = torch.from_numpy(facts.read_row(name))
-    rows = max(1, CHUNK // weight.shape[1])
-    y, magnitude = (torch.cat(parts) for parts in zip(*(
-        (part @ x, part.abs() @ x.abs()) for part in (chunk.double() for chunk in weight.split(rows))), strict=True))
+    sums, sizes = [], []
+    for chunk in weight.split(max(1, CHUNK // facts.k)):
+        products = (chunk.double() * x).unflatten(1, (-1, group))  # [rows, K / group, group]
+        of_groups = products.sum(-1)
+        sums.append(of_groups.sum(-1))
+        sizes.append(of_groups.abs().maximum(products.square().sum(-1).sqrt()).sum(-1))
+    y, magnitude = torch.cat(sums), torch.cat(sizes)
     if linear.low_rank is not None:
         down, up = (matrix.double() for matrix in linear.low_rank)
         y += up @ (down @ x)
         magnitude += up.abs() @ (down.abs() @ x.abs())
-    _keep(golden, name, expected=y, tolerance=ROUNDING * magnitude)
+    _keep(golden, name, expected=y, tolerance=facts.roundings * ROUNDING * magnitude)
     if linear.bias is not None:
         golden.arrays[f"{name}.bias"] = linear.bias.float().numpy()
 
