@@ -188,8 +188,9 @@ def _samples(check: Check) -> Iterator[Row]:
     import numpy as np
     import torch
 
-    from fptq_runtime.engine.request import Request, SamplingParams
+    from fptq_runtime.engine.request import SamplingParams
     from fptq_runtime.engine.sampler import SampleBatch, Sampling
+    from fptq_runtime.engine.sequence import Sequence as EngineSequence
     from fptq_runtime.kernels.sampling import sample_reference
 
     vocab, count = (3000, 2) if check.tiny else (128256, 64)
@@ -203,9 +204,10 @@ def _samples(check: Check) -> Iterator[Row]:
         logits = (3 * rng.standard_normal((count, vocab))).astype(np.float32)
         batch = SampleBatch()
         for i in range(count):
-            request = Request("r", 0, [1, 2, 3], SamplingParams(**{"max_tokens": 9, "logprobs": 3, **params}), i, 0.0)
+            asked = SamplingParams(**{"max_tokens": 9, "logprobs": 3, **params})
+            request = EngineSequence("r", 0, [1, 2, 3], asked, i, 0.0)
             request.token_ids.extend([5, 7, 5])
-            batch.draw(i, Sampling(request, ()))
+            batch.draw(i, request, Sampling(request, ()))
         made = batch.build()
         backend = check.backend
         on_device = torch.from_numpy(logits).to(backend.device)
@@ -557,12 +559,14 @@ def _decode_step(seqs: int, context: int, block: int) -> Any:
 
 
 def _greedy(count: int) -> Any:
-    from fptq_runtime.engine.request import Request, SamplingParams
+    from fptq_runtime.engine.request import SamplingParams
     from fptq_runtime.engine.sampler import SampleBatch, Sampling
+    from fptq_runtime.engine.sequence import Sequence as EngineSequence
 
     batch = SampleBatch()
     for i in range(count):
-        batch.draw(i, Sampling(Request("r", 0, [1], SamplingParams(max_tokens=9, temperature=0), 0, 0.0), ()))
+        sequence = EngineSequence("r", 0, [1], SamplingParams(max_tokens=9, temperature=0), 0, 0.0)
+        batch.draw(i, sequence, Sampling(sequence, ()))
     return batch.build()
 
 
