@@ -376,11 +376,10 @@ def _company(backend: Any, decoder: Any, tokenizer: Any, rng: Any) -> tuple[floa
     """The share of requests that give the same alone."""
     from fptq_runtime.config import EngineConfig
     from fptq_runtime.engine.engine import Engine
-    from fptq_runtime.engine.kv_cache import token_bytes
     from fptq_runtime.engine.request import SamplingParams
 
-    def engine(tokens: int, **options: Any) -> Engine:
-        memory = tokens * token_bytes(decoder.config, "int8")
+    def engine(tokens: int, **options: Any) -> Engine[Any]:
+        memory = tokens * backend.token_bytes(decoder.config, "int8")
         return Engine(decoder, backend, EngineConfig(max_model_len=192, block_size=16, kv_cache_memory=memory,
                                                      **options), tokenizer)
 
@@ -389,7 +388,7 @@ def _company(backend: Any, decoder: Any, tokenizer: Any, rng: Any) -> tuple[floa
              SamplingParams(max_tokens=int(rng.integers(1, 60)), temperature=float(i % 2), seed=i, ignore_eos=True,
                             logprobs=i % 3, top_p=0.9 if i % 4 == 1 else 1.0)) for i in range(24)]
 
-    def outputs(engine: Engine, requests: Sequence[int]) -> tuple[dict[int, list[Any]], int]:
+    def outputs(engine: Engine[Any], requests: Sequence[int]) -> tuple[dict[int, list[Any]], int]:
         found: dict[int, list[Any]] = {i: [] for i in requests}
         preemptions = 0
         for i in requests:
@@ -597,7 +596,6 @@ def two_level(check: Check) -> Iterator[Row]:
 
 
 def _decode(check: Check, profile: str, batches: Sequence[int]) -> Iterator[Row]:
-    from fptq_runtime.engine.kv_cache import token_bytes
     from fptq_runtime.shapes import SHAPES
 
     backend, executor = _executor(check, profile)
@@ -611,7 +609,8 @@ def _decode(check: Check, profile: str, batches: Sequence[int]) -> Iterator[Row]
             backend.sample(executor.step(step, reuse=True), draws)
         wall = (time.perf_counter() - started) / count
         device = (executor.seconds["forward"] - before) / count
-        moved = executor.work(batch, batch).weight_bytes + batch * CONTEXT * token_bytes(SHAPES[SHAPE].config, "int8")
+        cached = batch * CONTEXT * backend.token_bytes(SHAPES[SHAPE].config, "int8")
+        moved = executor.work(batch, batch).weight_bytes + cached
         yield {"profile": profile, "batch": batch, "ms": 1e3 * wall, "device ms": 1e3 * device,
                **_roofline(check, moved, executor.work(batch, batch).multiply_adds, device)}
 
@@ -694,8 +693,8 @@ def overhead(check: Check) -> Iterator[Row]:
     backend, decoder = _model(check, "grouped")
     for batch in (1, 16, 64):
         row = bench.Row(batch, 256)
-        config = bench.bench_config(SHAPES[SHAPE].config, [row], 32, max_num_batched_tokens=2048)
-        engine = Engine(decoder, backend, config, cast(Any, bench.NoText()))
+        config = bench.bench_config(SHAPES[SHAPE].config, [row], 32, backend, max_num_batched_tokens=2048)
+        engine = Engine(decoder, backend, config, bench.NoText())
         bench.measure(engine, row, ("decode",), steps=4, seconds=0)
         [steps] = bench.measure(engine, row, ("decode",), steps=32, seconds=0)
         measured = steps.against(check.roofs)

@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -219,8 +219,8 @@ def _speed(decoder: Decoder, backend: Backend, kv_dtype: KVCacheDtype) -> tuple[
     context = min(PROMPT, model.max_position_embeddings // 2)
     wanted = [bench.Row(batch, context) for batch in BATCHES]
     rows = [row for row in wanted if context + row.output_tokens(STEPS, PROMPT) <= model.max_position_embeddings]
-    config = bench.bench_config(model, rows or wanted[:1], STEPS, kv_cache_dtype=kv_dtype)
-    engine = Engine(decoder, backend, config, cast(Tokenizer, bench.NoText()))
+    config = bench.bench_config(model, rows or wanted[:1], STEPS, backend, kv_cache_dtype=kv_dtype)
+    engine = Engine(decoder, backend, config, bench.NoText())
     bench.measure(engine, rows[0], steps=1, seconds=0)  # warms up
     measured = [part.against(None) for row in rows
                 for part in bench.measure(engine, row, steps=STEPS, seconds=SECONDS)]

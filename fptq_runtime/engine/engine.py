@@ -8,23 +8,25 @@ import threading
 import time
 from collections import abc
 from dataclasses import dataclass, field
+from typing import Generic, TypeVar
 
 from fptq_runtime.config import EngineConfig
 from fptq_runtime.engine.batch import build_step_input
 from fptq_runtime.engine.block_manager import BlockManager
-from fptq_runtime.engine.kv_cache import step_limits
-from fptq_runtime.engine.output import RequestOutput, TextStream, TokenLogprobs
+from fptq_runtime.engine.output import Detokenizer, RequestOutput, TextStream, TokenLogprobs
 from fptq_runtime.engine.request import FinishReason, SamplingParams
 from fptq_runtime.engine.sampler import SampleBatch, SampleResult, Sampling
 from fptq_runtime.engine.scheduler import ScheduledSequence, Scheduler, SchedulerOutput
 from fptq_runtime.engine.sequence import Sequence, SequenceStatus
+from fptq_runtime.engine.sizing import step_limits
 from fptq_runtime.engine.stats import FinishedStats, StepStats
 from fptq_runtime.errors import FptqError
 from fptq_runtime.kernels.base import Backend, DeviceLostError, Executor, Logits
 from fptq_runtime.models.decoder import Decoder
-from fptq_runtime.models.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T", bound=Detokenizer)
 
 DRAIN_RATE_SECONDS = 30.0  # how far back the measured drain rate looks
 RETRY_AFTER_SECONDS = (1.0, 60.0)
@@ -78,7 +80,7 @@ class _Step:
     stats: StepStats = field(default_factory=StepStats)
 
 
-class Engine:
+class Engine(Generic[T]):
     """Continuous batching over one model.
 
     add_request and abort may be called from any thread, also while a step runs; they take effect at the next step.
@@ -86,14 +88,14 @@ class Engine:
     eos_token_ids: those of the model's config unless given.
     """
 
-    def __init__(self, decoder: Decoder, backend: Backend, config: EngineConfig, tokenizer: Tokenizer,
+    def __init__(self, decoder: Decoder, backend: Backend, config: EngineConfig, tokenizer: T,
                  eos_token_ids: abc.Sequence[int] | None = None) -> None:
         self.config = config
         self.model_config = decoder.config
         self.backend = backend
         self.tokenizer = tokenizer
         self._eos_token_ids = frozenset(decoder.config.eos_token_ids if eos_token_ids is None else eos_token_ids)
-        limits = step_limits(decoder.config, config)
+        limits = step_limits(decoder.config, config, backend.token_bytes(decoder.config, config.kv_cache_dtype))
         self.num_blocks = limits.num_blocks
         self._scheduler = Scheduler(
             BlockManager(limits.num_blocks, config.block_size, config.enable_prefix_caching),
