@@ -449,7 +449,7 @@ def others(check: Check) -> Iterator[Row]:
 
     from fptq_runtime.kernels.base import Activation, ActivationQuant
     from fptq_runtime.kernels.triton import fused
-    from fptq_runtime.shapes import SHAPES
+    from fptq_runtime.measure.shapes import SHAPES
 
     config, device, act = SHAPES[SHAPE].config, check.backend.device, ActivationQuant()
     hidden, inner = config.hidden_size, config.intermediate_size
@@ -480,7 +480,7 @@ def attend(check: Check) -> Iterator[Row]:
         rope_and_cache,
     )
     from fptq_runtime.kernels.triton.values import DeviceBatch
-    from fptq_runtime.shapes import SHAPES
+    from fptq_runtime.measure.shapes import SHAPES
 
     config, device = SHAPES[SHAPE].config, check.backend.device
     heads, kv_heads, dim, block = config.num_heads, config.num_kv_heads, config.head_dim, 32
@@ -523,7 +523,7 @@ def _model(check: Check, profile: str) -> Any:
 
     from fptq_runtime.kernels.base import Linear, QuantizedWeight
     from fptq_runtime.kernels.triton.backend import TritonBackend
-    from fptq_runtime.shapes import SHAPES, random_decoder
+    from fptq_runtime.measure.shapes import SHAPES, random_decoder
 
     if profile not in check.models:
         check.models.clear()
@@ -571,7 +571,7 @@ def _greedy(count: int) -> Any:
 
 def _executor(check: Check, profile: str) -> tuple[Any, Any]:
     from fptq_runtime.kernels.base import StepLimits
-    from fptq_runtime.shapes import SHAPES
+    from fptq_runtime.measure.shapes import SHAPES
 
     config = SHAPES[SHAPE].config
     backend, decoder = _model(check, profile)
@@ -596,7 +596,7 @@ def two_level(check: Check) -> Iterator[Row]:
 
 
 def _decode(check: Check, profile: str, batches: Sequence[int]) -> Iterator[Row]:
-    from fptq_runtime.shapes import SHAPES
+    from fptq_runtime.measure.shapes import SHAPES
 
     backend, executor = _executor(check, profile)
     for batch in batches:
@@ -621,7 +621,7 @@ def baseline(check: Check) -> Iterator[Row]:
     import torch.nn.functional as F
 
     from fptq_runtime.kernels.triton.device import fastest
-    from fptq_runtime.shapes import SHAPES
+    from fptq_runtime.measure.shapes import SHAPES
 
     check.models.clear()
     torch.cuda.empty_cache()
@@ -686,9 +686,9 @@ def _prefill(check: Check, profile: str) -> Iterator[Row]:
 
 def overhead(check: Check) -> Iterator[Row]:
     """Steps of the engine that serves: the share of their time that the device does not compute."""
-    from fptq_runtime import bench
     from fptq_runtime.engine.engine import Engine
-    from fptq_runtime.shapes import SHAPES
+    from fptq_runtime.measure import bench
+    from fptq_runtime.measure.shapes import SHAPES
 
     backend, decoder = _model(check, "grouped")
     for batch in (1, 16, 64):

@@ -9,7 +9,7 @@ from pathlib import Path
 import fptq_runtime
 from benchmarks.peers.base import STEPS, Row, WorkerPeer, made_once, run
 from fptq_runtime.kernels.cpu import CpuBackend
-from fptq_runtime.shapes import SHAPES
+from fptq_runtime.measure.shapes import SHAPES
 
 
 class Ours(WorkerPeer):

@@ -12,11 +12,11 @@ import time
 from typing import Any
 
 from benchmarks.peers.base import STEPS
-from fptq_runtime.bench import Row, bench_config, measure, shape_engine
 from fptq_runtime.engine.engine import Engine
 from fptq_runtime.engine.request import SamplingParams
 from fptq_runtime.kernels.select import select_backend
-from fptq_runtime.shapes import SHAPES
+from fptq_runtime.measure.bench import Row, bench_config, measure, shape_engine
+from fptq_runtime.measure.shapes import SHAPES
 
 LARGEST = {"llama-2-7b": (Row(8, 512), Row(1, 2048))}
 LARGEST_OF_SMALL = (Row(32, 512), Row(8, 2048))

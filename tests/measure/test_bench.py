@@ -9,13 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fptq_runtime import bench, cli
-from fptq_runtime.bench import NoText, Row, bench_config, measure, shape_engine
+from fptq_runtime import cli
 from fptq_runtime.engine.engine import Engine
 from fptq_runtime.engine.stats import StepStats
 from fptq_runtime.kernels.base import Roofs
 from fptq_runtime.kernels.select import select_backend
-from fptq_runtime.shapes import SHAPES
+from fptq_runtime.measure import bench
+from fptq_runtime.measure.bench import NoText, Row, bench_config, measure, shape_engine
+from fptq_runtime.measure.shapes import SHAPES
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from fptq_runtime import __version__, bench, tasks
+from fptq_runtime import __version__
 from fptq_runtime.analysis import plots
 from fptq_runtime.config import KVCacheDtype
 from fptq_runtime.engine.engine import Engine
@@ -22,6 +22,7 @@ from fptq_runtime.engine.llm import LLM
 from fptq_runtime.errors import FptqError
 from fptq_runtime.kernels.base import Backend
 from fptq_runtime.kernels.select import select_backend
+from fptq_runtime.measure import bench, tasks
 from fptq_runtime.models.decoder import Decoder
 from fptq_runtime.models.loader import Checkpoint, load_model
 from fptq_runtime.models.tokenizer import Tokenizer

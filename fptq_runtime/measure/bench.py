@@ -21,8 +21,8 @@ from fptq_runtime.engine.request import SamplingParams
 from fptq_runtime.errors import FptqError
 from fptq_runtime.kernels.base import Backend, Roofs
 from fptq_runtime.kernels.select import select_backend
+from fptq_runtime.measure.shapes import SHAPES, random_decoder
 from fptq_runtime.models.loader import Checkpoint
-from fptq_runtime.shapes import SHAPES, random_decoder
 
 Phase = Literal["prefill", "decode"]
 PHASES: tuple[Phase, ...] = ("prefill", "decode")
