@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from fptq_runtime import _native
-from fptq_runtime.shapes import SHAPES
+from fptq_runtime.measure.shapes import SHAPES
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 512)
 COLD_BYTES = 96 << 20

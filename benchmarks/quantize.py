@@ -25,8 +25,8 @@ from ml_dtypes import bfloat16
 from safetensors.numpy import save_file
 
 from fptq_runtime.locate import DEMO_MODEL
+from fptq_runtime.measure.shapes import CONFIGS
 from fptq_runtime.models.families import parse_config
-from fptq_runtime.shapes import CONFIGS
 
 CONTEXT = 4096
 

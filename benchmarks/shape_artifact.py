@@ -12,12 +12,12 @@ from fptq_runtime.artifact.io import ArtifactWriter, Manifest, Provenance, Quali
 from fptq_runtime.artifact.scheme import LayerScheme
 from fptq_runtime.kernels.base import Backend, Linear
 from fptq_runtime.locate import DEMO_MODEL
+from fptq_runtime.measure.shapes import CONFIGS, SHAPES, random_parameters
 from fptq_runtime.models.block import Block
 from fptq_runtime.models.formats.compressed_tensors import linear_scheme, quantization_config
 from fptq_runtime.models.golden import compute_golden
 from fptq_runtime.models.loader import Checkpoint, load_model
 from fptq_runtime.quantizer.export import block_modules, stem_modules, tensors_of
-from fptq_runtime.shapes import CONFIGS, SHAPES, random_parameters
 
 
 def write_shape_artifact(name: str, path: Path, backend: Backend, head_bits: int = 8, overwrite: bool = False) -> Path:

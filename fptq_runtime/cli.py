@@ -421,7 +421,7 @@ def evaluate(model: str, text: Path | None, text_tokens: int | None, choices: Pa
     from fptq_runtime.locate import find_artifact
 
     path = find_artifact(model)
-    from fptq_runtime.evaluate import evaluate
+    from fptq_runtime.measure.evaluate import evaluate
 
     result = evaluate(path, text, choices, last_word, tasks, max_tokens=text_tokens, progress=True, **options)
     return result.to_json(), result.summary()
@@ -457,7 +457,7 @@ def compare(model: str, recipes: tuple[str, ...], calibration: str | Path | None
     if out is not None:
         check_writable(out)
     _limit_torch(threads)
-    from fptq_runtime import compare as comparing
+    from fptq_runtime.measure import compare as comparing
     from fptq_runtime.quantizer.calibrate import packaged_text, read_text
     from fptq_runtime.quantizer.recipe import load_recipe
     from fptq_runtime.quantizer.samples import Calibration
@@ -666,8 +666,8 @@ def bench(artifact: str | None, shape: str | None, head_bits: str, activations: 
         raise click.UsageError("give either an ARTIFACT or --shape")
     if shape is not None and activations != "checkpoint":
         raise click.UsageError("--activations is for an ARTIFACT; a --shape has int8 activations")
-    from fptq_runtime.bench import bench
     from fptq_runtime.locate import find_artifact
+    from fptq_runtime.measure.bench import bench
 
     model = shape or find_artifact(str(artifact))
     result = bench(model, name=artifact, head_bits=int(head_bits), activations=activations, progress=True, **options)

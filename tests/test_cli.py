@@ -340,7 +340,7 @@ def test_an_option_means_the_same_in_every_command() -> None:
 
 @pytest.mark.parametrize("option", ["--text-tokens", "--max-tokens"])
 def test_the_older_name_of_text_tokens_is_taken(option: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fptq_runtime import evaluate
+    from fptq_runtime.measure import evaluate
 
     given: dict[str, Any] = {}
     monkeypatch.setattr(evaluate, "evaluate", lambda *_, **options: given.update(options))

@@ -13,7 +13,7 @@ import pytest
 
 from benchmarks.peers import report
 from benchmarks.peers.base import Row, Worker, made_once, sizes
-from fptq_runtime.shapes import SHAPES
+from fptq_runtime.measure.shapes import SHAPES
 
 ECHO = """
 import json, sys

@@ -17,9 +17,9 @@ from benchmarks.gpu_check.networks import KINDS, Batcher, limits, network, rando
 from fptq_runtime.artifact.numerics import dequantize, pack_codes, quantize_weight
 from fptq_runtime.config import EngineConfig, KVCacheDtype
 from fptq_runtime.engine.engine import Engine
-from fptq_runtime.engine.kv_cache import token_bytes
-from fptq_runtime.engine.request import Request, SamplingParams
+from fptq_runtime.engine.request import SamplingParams
 from fptq_runtime.engine.sampler import SampleBatch, Sampling
+from fptq_runtime.engine.sequence import Sequence as EngineSequence
 from fptq_runtime.kernels.base import (
     Activation,
     ActivationQuant,
@@ -155,9 +155,10 @@ def _samples(check: Check) -> Iterator[Row]:
         logits = (3 * rng.standard_normal((count, vocab))).astype(np.float32)
         batch = SampleBatch()
         for i in range(count):
-            request = Request("r", 0, [1, 2, 3], SamplingParams(**{"max_tokens": 9, "logprobs": 3, **params}), i, 0.0)
+            asked = SamplingParams(**{"max_tokens": 9, "logprobs": 3, **params})
+            request = EngineSequence("r", 0, [1, 2, 3], asked, i, 0.0)
             request.token_ids.extend([5, 7, 5])
-            batch.draw(i, Sampling(request, ()))
+            batch.draw(i, request, Sampling(request, ()))
         made = batch.build()
         backend = check.backend
         on_device = torch.from_numpy(logits).to(backend.device)
@@ -292,8 +293,8 @@ def _rounded(path: Path, backend: Any) -> Any:
 def _company(backend: Any, decoder: Any, tokenizer: Any, rng: Any) -> tuple[float, int]:
     """The share of requests that give the same alone."""
 
-    def engine(tokens: int, **options: Any) -> Engine:
-        memory = tokens * token_bytes(decoder.config, "int8")
+    def engine(tokens: int, **options: Any) -> Engine[Any]:
+        memory = tokens * backend.token_bytes(decoder.config, "int8")
         return Engine(decoder, backend, EngineConfig(max_model_len=192, block_size=16, kv_cache_memory=memory,
                                                      **options), tokenizer)
 
@@ -302,7 +303,7 @@ def _company(backend: Any, decoder: Any, tokenizer: Any, rng: Any) -> tuple[floa
              SamplingParams(max_tokens=int(rng.integers(1, 60)), temperature=float(i % 2), seed=i, ignore_eos=True,
                             logprobs=i % 3, top_p=0.9 if i % 4 == 1 else 1.0)) for i in range(24)]
 
-    def outputs(engine: Engine, requests: Sequence[int]) -> tuple[dict[int, list[Any]], int]:
+    def outputs(engine: Engine[Any], requests: Sequence[int]) -> tuple[dict[int, list[Any]], int]:
         found: dict[int, list[Any]] = {i: [] for i in requests}
         preemptions = 0
         for i in requests:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,9 +18,9 @@ from benchmarks.gpu_check.check import Check, Row, graphed
 from benchmarks.gpu_check.compiled import launched_kernels
 from fptq_runtime.config import EngineConfig
 from fptq_runtime.engine.engine import Engine
-from fptq_runtime.engine.kv_cache import token_bytes
-from fptq_runtime.engine.request import Request, SamplingParams
+from fptq_runtime.engine.request import SamplingParams
 from fptq_runtime.engine.sampler import SampleBatch, Sampling
+from fptq_runtime.engine.sequence import Sequence as EngineSequence
 from fptq_runtime.kernels.base import (
     Activation,
     ActivationQuant,
@@ -43,7 +43,7 @@ from fptq_runtime.kernels.triton.choice import linear_cases
 from fptq_runtime.kernels.triton.device import capability, fastest
 from fptq_runtime.kernels.triton.linear import kind, random_case, run_choice, run_linear
 from fptq_runtime.kernels.triton.values import DeviceBatch
-from fptq_runtime.shapes import SHAPES, random_decoder
+from fptq_runtime.measure.shapes import SHAPES, random_decoder
 
 SHAPE = "llama-3-8b"
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -87,7 +87,7 @@ def _roofline(check: Check, moved: int, multiply_adds: int, took: float) -> Row:
 def others(check: Check) -> Iterator[Row]:
     """What lies between the linears, at decode and prefill."""
 
-    config, device, act = SHAPES[SHAPE], check.backend.device, ActivationQuant()
+    config, device, act = SHAPES[SHAPE].config, check.backend.device, ActivationQuant()
     hidden, inner = config.hidden_size, config.intermediate_size
     weight = torch.ones(hidden, device=device)
     for m in (1, 16, 128, 2048):
@@ -106,7 +106,7 @@ def others(check: Check) -> Iterator[Row]:
 def attend(check: Check) -> Iterator[Row]:
     """Paged attention of one layer over an int8 cache, a different one each time."""
 
-    config, device = SHAPES[SHAPE], check.backend.device
+    config, device = SHAPES[SHAPE].config, check.backend.device
     heads, kv_heads, dim, block = config.num_heads, config.num_kv_heads, config.head_dim, 32
     for seqs, context, query in ((1, LONG, 1), (8, LONG, 1), (1, CONTEXT, 1), (64, CONTEXT, 1), (1, 8192, 8192),
                                  (1, LONG, 512)):
@@ -175,12 +175,13 @@ def _decode_step(seqs: int, context: int, block: int) -> Any:
 def _greedy(count: int) -> Any:
     batch = SampleBatch()
     for i in range(count):
-        batch.draw(i, Sampling(Request("r", 0, [1], SamplingParams(max_tokens=9, temperature=0), 0, 0.0), ()))
+        sequence = EngineSequence("r", 0, [1], SamplingParams(max_tokens=9, temperature=0), 0, 0.0)
+        batch.draw(i, sequence, Sampling(sequence, ()))
     return batch.build()
 
 
 def _executor(check: Check, profile: str) -> tuple[Any, Any]:
-    config = SHAPES[SHAPE]
+    config = SHAPES[SHAPE].config
     backend, decoder = _model(check, profile)
     blocks = max(BATCHES) * CONTEXT // 32
     limits = StepLimits(PREFILL, max(BATCHES), max(BATCHES), PREFILL, blocks, 32, "int8", config.num_layers,
@@ -214,7 +215,8 @@ def _decode(check: Check, profile: str, batches: Sequence[int]) -> Iterator[Row]
             backend.sample(executor.step(step, reuse=True), draws)
         wall = (time.perf_counter() - started) / count
         device = (executor.seconds["forward"] - before) / count
-        moved = executor.work(batch, batch).weight_bytes + batch * CONTEXT * token_bytes(SHAPES[SHAPE], "int8")
+        cached = batch * CONTEXT * backend.token_bytes(SHAPES[SHAPE].config, "int8")
+        moved = executor.work(batch, batch).weight_bytes + cached
         yield {"profile": profile, "batch": batch, "ms": 1e3 * wall, "device ms": 1e3 * device,
                **_roofline(check, moved, executor.work(batch, batch).multiply_adds, device)}
 
@@ -224,7 +226,7 @@ def baseline(check: Check) -> Iterator[Row]:
 
     check.models.clear()
     torch.cuda.empty_cache()
-    config = SHAPES[SHAPE]
+    config = SHAPES[SHAPE].config
     hidden, dim, heads, kv_heads = config.hidden_size, config.head_dim, config.num_heads, config.num_kv_heads
     options: dict[str, Any] = {"device": check.backend.device, "dtype": torch.bfloat16}
 
@@ -296,12 +298,12 @@ def overhead(check: Check) -> Iterator[Row]:
     compute."""
     backend, decoder = _model(check, "grouped")
     context, steps, block = 256, 32, 32
-    length, per_token = context + 2 * steps, token_bytes(SHAPES[SHAPE], "int8")
+    length, per_token = context + 2 * steps, backend.token_bytes(SHAPES[SHAPE].config, "int8")
     for batch in (1, 16, 64):
         config = EngineConfig(max_model_len=length, max_num_seqs=batch, max_num_batched_tokens=2048, block_size=block,
                               kv_cache_memory=batch * (length // block + 1) * block * per_token,
                               enable_prefix_caching=False)
-        engine = Engine(decoder, backend, config, cast(Any, NoText()))
+        engine = Engine(decoder, backend, config, NoText())
         for index in range(batch):
             engine.add_request(str(index), [(7 * index + p) % 1000 for p in range(context)],
                                SamplingParams(temperature=0, max_tokens=length - context, ignore_eos=True))

@@ -21,8 +21,8 @@ from benchmarks.peers.llama_cpp import LlamaCpp
 from benchmarks.peers.openvino import OpenVino
 from benchmarks.peers.ours import Ours
 from benchmarks.peers.vllm import Vllm
-from fptq_runtime.bench import machine
-from fptq_runtime.shapes import SHAPES
+from fptq_runtime.measure.bench import machine
+from fptq_runtime.measure.shapes import SHAPES
 
 RESULTS = Path(__file__).parent.parent / "results"
 ROWS = {

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from fptq_runtime.shapes import CONFIGS
+from fptq_runtime.measure.shapes import CONFIGS
 
 STEPS = 24  # of decoding, with every sequence
 WORKERS = Path(__file__).parent / "workers"  # programs, some of them for a peer's own environment

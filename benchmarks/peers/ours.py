@@ -8,8 +8,8 @@ from pathlib import Path
 
 import fptq_runtime
 from benchmarks.peers.base import STEPS, Row, WorkerPeer, made_once, run
-from fptq_runtime.engine.kv_cache import token_bytes
-from fptq_runtime.shapes import SHAPES
+from fptq_runtime.kernels.cpu import CpuBackend
+from fptq_runtime.measure.shapes import SHAPES
 
 
 class Ours(WorkerPeer):
@@ -39,7 +39,7 @@ class Ours(WorkerPeer):
 
     def server(self, port: int, slots: int, tokens: int) -> list[str]:
         """tokens: of context, for each slot, and memory for them."""
-        memory = slots * tokens * token_bytes(SHAPES[self._shape].config, "int8")
+        memory = slots * tokens * CpuBackend(1).token_bytes(SHAPES[self._shape].config, "int8")
         return [sys.executable, "-m", "fptq_runtime.cli", "serve", str(make_artifact(self._work_dir, self._shape)),
                 "--port", str(port), "--served-model-name", self._shape, "--threads", str(self._threads),
                 "--max-num-seqs", str(slots), "--max-model-len", str(tokens), "--kv-cache-memory", str(memory)]

@@ -127,6 +127,10 @@ NB_MODULE(_native, m) {
     return std::vector<std::string>{kernels.isa, kernels.gemm_int4_name, kernels.gemm_int8_name,
                                     kernels.gemm_float_name};
   }, "isa"_a, "[ISA path, int4 GEMM, int8 GEMM, float GEMM]. Empty: the best path. Raises ValueError.");
+  m.def("kv_token_bytes", [](const std::string& kv_dtype, int num_kv_heads, int head_dim) {
+    const KvCache one{kv_type(kv_dtype), 1, num_kv_heads, head_dim, 0, nullptr};
+    return num_kv_heads * one.head_bytes();
+  }, "kv_dtype"_a, "num_kv_heads"_a, "head_dim"_a, "What a layer's cache takes for a token.");
 
   bind_gemm(m);
 

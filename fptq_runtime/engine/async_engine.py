@@ -8,6 +8,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from fptq_runtime.engine.engine import Engine, QueueFullError
 from fptq_runtime.engine.output import RequestOutput
@@ -70,7 +71,7 @@ class AsyncEngine:
     error: what ended the thread, if anything did; every open stream has then ended with FinishReason.ERROR.
     """
 
-    def __init__(self, engine: Engine, on_stats: Callable[[StepStats], None] | None = None) -> None:
+    def __init__(self, engine: Engine[Any], on_stats: Callable[[StepStats], None] | None = None) -> None:
         self.engine = engine
         self.error: BaseException | None = None
         self.draining = False

@@ -17,12 +17,12 @@ def build_step_input(output: SchedulerOutput, block_size: int) -> StepInput:
     items = output.scheduled
     token_ids, positions, slots, logits_rows = array("i"), array("i"), array("i"), array("i")
     query_start_loc, seq_lens = array("i", [0]), array("i")
-    block_tables = np.zeros((len(items), max(len(item.request.block_table) for item in items)), dtype=np.int32)
+    block_tables = np.zeros((len(items), max(len(item.sequence.block_table) for item in items)), dtype=np.int32)
     for row, item in enumerate(items):
-        request, start, end = item.request, item.start, item.start + item.num_tokens
-        table = request.block_table
+        sequence, start, end = item.sequence, item.start, item.start + item.num_tokens
+        table = sequence.block_table
         block_tables[row, : len(table)] = table
-        token_ids.extend(request.token_ids[start:end])
+        token_ids.extend(sequence.token_ids[start:end])
         positions.extend(range(start, end))
         slots.extend([table[p // block_size] * block_size + p % block_size for p in range(start, end)])
         rows = len(token_ids)

@@ -11,7 +11,7 @@ from collections import OrderedDict
 from collections.abc import Iterable
 from hashlib import blake2b
 
-from fptq_runtime.engine.request import Request
+from fptq_runtime.engine.sequence import Sequence
 
 
 class BlockManager:
@@ -37,13 +37,13 @@ class BlockManager:
     def blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
 
-    def find_prefix(self, request: Request) -> list[int]:
+    def find_prefix(self, sequence: Sequence) -> list[int]:
         """Cached blocks of the longest known prefix that leaves at least one token to compute."""
         if not self.enable_prefix_caching:
             return []
         blocks = []
-        for index in range((request.num_tokens - 1) // self.block_size):
-            block = self._block_of.get(self._block_hash(request, index))
+        for index in range((sequence.num_tokens - 1) // self.block_size):
+            block = self._block_of.get(self._block_hash(sequence, index))
             if block is None:
                 break
             blocks.append(block)
@@ -53,16 +53,16 @@ class BlockManager:
         """How many blocks would still be free, were these cached ones taken."""
         return self.num_free_blocks - sum(block in self._evictable for block in prefix)
 
-    def share(self, request: Request, prefix: Iterable[int]) -> None:
+    def share(self, sequence: Sequence, prefix: Iterable[int]) -> None:
         """Start a sequence's block table with cached blocks."""
         for block in prefix:
             self._ref_counts[block] += 1
             self._evictable.pop(block, None)
-            request.block_table.append(block)
+            sequence.block_table.append(block)
 
-    def allocate(self, request: Request, num_tokens: int) -> bool:
+    def allocate(self, sequence: Sequence, num_tokens: int) -> bool:
         """Let the block table hold num_tokens. False, and nothing changes, where too few blocks are free."""
-        missing = self.blocks_for(num_tokens) - len(request.block_table)
+        missing = self.blocks_for(num_tokens) - len(sequence.block_table)
         if missing > self.num_free_blocks:
             return False
         for _ in range(missing):
@@ -72,36 +72,36 @@ class BlockManager:
                 block, _ = self._evictable.popitem(last=False)
                 del self._block_of[self._hash_of.pop(block)]
             self._ref_counts[block] = 1
-            request.block_table.append(block)
+            sequence.block_table.append(block)
         return True
 
-    def publish(self, request: Request, num_computed_before: int) -> None:
+    def publish(self, sequence: Sequence, num_computed_before: int) -> None:
         """Offer for sharing the blocks that became full since num_computed_before tokens were computed."""
         if not self.enable_prefix_caching:
             return
-        for index in range(num_computed_before // self.block_size, request.num_computed_tokens // self.block_size):
-            digest, block = self._block_hash(request, index), request.block_table[index]
+        for index in range(num_computed_before // self.block_size, sequence.num_computed_tokens // self.block_size):
+            digest, block = self._block_hash(sequence, index), sequence.block_table[index]
             if digest not in self._block_of and block not in self._hash_of:
                 self._block_of[digest] = block
                 self._hash_of[block] = digest
 
-    def free(self, request: Request) -> None:
+    def free(self, sequence: Sequence) -> None:
         """Give back a sequence's blocks. Its last ones are the first to be evicted: a prefix is shared more often."""
-        for block in reversed(request.block_table):
+        for block in reversed(sequence.block_table):
             self._ref_counts[block] -= 1
             if self._ref_counts[block] == 0:
                 if block in self._hash_of:
                     self._evictable[block] = None
                 else:
                     self._blank.append(block)
-        request.block_table = array("i")
+        sequence.block_table = array("i")
 
-    def check_integrity(self, holders: Iterable[Request]) -> None:
+    def check_integrity(self, holders: Iterable[Sequence]) -> None:
         """Raise AssertionError unless the books agree with the sequences that hold blocks."""
         counts = [0] * self.num_blocks
-        for request in holders:
-            assert len(set(request.block_table)) == len(request.block_table), "a block stands twice in a table"
-            for block in request.block_table:
+        for sequence in holders:
+            assert len(set(sequence.block_table)) == len(sequence.block_table), "a block stands twice in a table"
+            for block in sequence.block_table:
                 counts[block] += 1
         assert counts == self._ref_counts, "reference counts differ from the block tables"
         free = [*self._blank, *self._evictable]
@@ -111,13 +111,13 @@ class BlockManager:
         assert not self._hash_of.keys() & set(self._blank), "a blank block is cached"
         assert self._evictable.keys() <= self._hash_of.keys(), "an evictable block is not cached"
 
-    def _block_hash(self, request: Request, index: int) -> bytes:
+    def _block_hash(self, sequence: Sequence, index: int) -> bytes:
         """What block `index` holds: a digest of its tokens and, through its parent's digest, of all before them.
         128 bits, so that two texts never share a block by chance."""
-        hashes, size = request.block_hashes, self.block_size
+        hashes, size = sequence.block_hashes, self.block_size
         while len(hashes) <= index:
             start = len(hashes) * size
             parent = hashes[-1] if hashes else b""
-            tokens = array("i", request.token_ids[start : start + size]).tobytes()
+            tokens = array("i", sequence.token_ids[start : start + size]).tobytes()
             hashes.append(blake2b(parent + tokens, digest_size=16).digest())
         return hashes[index]

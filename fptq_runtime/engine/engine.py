@@ -6,24 +6,27 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Sequence
+from collections import abc
 from dataclasses import dataclass, field
+from typing import Generic, TypeVar
 
 from fptq_runtime.config import EngineConfig
 from fptq_runtime.engine.batch import build_step_input
 from fptq_runtime.engine.block_manager import BlockManager
-from fptq_runtime.engine.kv_cache import step_limits
-from fptq_runtime.engine.output import RequestOutput, TextStream, TokenLogprobs
-from fptq_runtime.engine.request import FinishReason, Request, RequestStatus, SamplingParams
+from fptq_runtime.engine.output import Detokenizer, RequestOutput, TextStream, TokenLogprobs
+from fptq_runtime.engine.request import FinishReason, SamplingParams
 from fptq_runtime.engine.sampler import SampleBatch, SampleResult, Sampling
-from fptq_runtime.engine.scheduler import ScheduledRequest, Scheduler, SchedulerOutput
+from fptq_runtime.engine.scheduler import ScheduledSequence, Scheduler, SchedulerOutput
+from fptq_runtime.engine.sequence import Sequence, SequenceStatus
+from fptq_runtime.engine.sizing import step_limits
 from fptq_runtime.engine.stats import FinishedStats, StepStats
 from fptq_runtime.errors import FptqError
 from fptq_runtime.kernels.base import Backend, DeviceLostError, Executor, Logits
 from fptq_runtime.models.decoder import Decoder
-from fptq_runtime.models.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T", bound=Detokenizer)
 
 DRAIN_RATE_SECONDS = 30.0  # how far back the measured drain rate looks
 RETRY_AFTER_SECONDS = (1.0, 60.0)
@@ -41,24 +44,6 @@ class QueueFullError(Exception):
         super().__init__(f"{reason}: retry after {retry_after:.0f} s")
         self.retry_after = retry_after
         self.reason = reason
-
-
-@dataclass
-class _Sequence:
-    """What the engine keeps of a request beside what the scheduler needs."""
-
-    request: Request
-    text: TextStream
-    sampling: Sampling
-    prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=lambda: [None])
-
-    def unscored(self, item: ScheduledRequest) -> range:
-        """Positions whose rows of logits tell of a prompt token, the next one, that has no log-probability yet: after a
-        preemption rows may come a second time."""
-        if not self.request.needs_prompt_logits:
-            return range(0)
-        end = min(item.start + item.num_tokens, self.request.num_prompt_tokens - 1)
-        return range(max(item.start, len(self.prompt_logprobs) - 1), end)
 
 
 @dataclass(frozen=True)
@@ -81,7 +66,7 @@ class _Draws:
 class _Gain:
     """What a step drew for one sequence, if anything. end: why it ends whatever its text says, and the stop id."""
 
-    sequence: _Sequence
+    sequence: Sequence
     token_id: int | None
     logprobs: tuple[TokenLogprobs, ...]
     end: tuple[FinishReason, int | None] | None
@@ -95,7 +80,7 @@ class _Step:
     stats: StepStats = field(default_factory=StepStats)
 
 
-class Engine:
+class Engine(Generic[T]):
     """Continuous batching over one model.
 
     add_request and abort may be called from any thread, also while a step runs; they take effect at the next step.
@@ -103,14 +88,14 @@ class Engine:
     eos_token_ids: those of the model's config unless given.
     """
 
-    def __init__(self, decoder: Decoder, backend: Backend, config: EngineConfig, tokenizer: Tokenizer,
-                 eos_token_ids: Sequence[int] | None = None) -> None:
+    def __init__(self, decoder: Decoder, backend: Backend, config: EngineConfig, tokenizer: T,
+                 eos_token_ids: abc.Sequence[int] | None = None) -> None:
         self.config = config
         self.model_config = decoder.config
         self.backend = backend
         self.tokenizer = tokenizer
         self._eos_token_ids = frozenset(decoder.config.eos_token_ids if eos_token_ids is None else eos_token_ids)
-        limits = step_limits(decoder.config, config)
+        limits = step_limits(decoder.config, config, backend.token_bytes(decoder.config, config.kv_cache_dtype))
         self.num_blocks = limits.num_blocks
         self._scheduler = Scheduler(
             BlockManager(limits.num_blocks, config.block_size, config.enable_prefix_caching),
@@ -120,11 +105,11 @@ class Engine:
         )
         self._executor = backend.compile(decoder, limits)
         self._launched: _Batch | None = None  # between steps, with an asynchronous backend
-        self._live: dict[tuple[str, int], _Sequence] = {}
+        self._live: dict[tuple[str, int], Sequence] = {}
         self._drain_rate = _DrainRate()
         # Shared between threads, under the lock.
         self._lock = threading.Lock()
-        self._inbox: list[_Sequence] = []
+        self._inbox: list[Sequence] = []
         self._to_abort: list[str] = []
         self._unfinished: dict[str, int] = {}  # sequences by request
         self._num_unfinished = 0
@@ -147,14 +132,14 @@ class Engine:
     def num_waiting(self) -> int:
         return len(self._scheduler.waiting) + len(self._inbox)
 
-    def add_request(self, request_id: str, prompt_token_ids: Sequence[int], params: SamplingParams) -> None:
+    def add_request(self, request_id: str, prompt_token_ids: abc.Sequence[int], params: SamplingParams) -> None:
         """Queue a request. Raises RequestError where it can never run, QueueFullError where it cannot now."""
         self.validate(prompt_token_ids, params)
-        sequences = []
-        for request in Request.expand(request_id, prompt_token_ids, params):
+        sequences = Sequence.expand(request_id, prompt_token_ids, params)
+        for sequence in sequences:
             stream = self.tokenizer.stream(params.skip_special_tokens, prompt_token_ids)
-            sequences.append(_Sequence(request, TextStream(stream, params.stop),
-                                       Sampling(request, self._eos_token_ids)))
+            sequence.text = TextStream(stream, params.stop)
+            sequence.sampling = Sampling(sequence, self._eos_token_ids)
         tokens = len(prompt_token_ids) * params.n
         with self._lock:
             if request_id in self._unfinished:
@@ -197,10 +182,10 @@ class Engine:
         """Raise AssertionError where an invariant is broken. For tests, between steps."""
         self._scheduler.check_integrity()
         queued = [*self._scheduler.running, *self._scheduler.waiting]
-        assert {request.key for request in queued} == self._live.keys()
+        assert {sequence.key: sequence for sequence in queued} == self._live
         assert self._num_unfinished == sum(self._unfinished.values()) == len(queued) + len(self._inbox)
 
-    def validate(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> None:
+    def validate(self, prompt_token_ids: abc.Sequence[int], params: SamplingParams) -> None:
         length, limit = len(prompt_token_ids), self.config.max_model_len
         vocab_size = self.model_config.vocab_size
         if length == 0:
@@ -231,17 +216,17 @@ class Engine:
             added, self._inbox = self._inbox, []
             aborted, self._to_abort = set(self._to_abort), []
         for sequence in added:
-            self._live[sequence.request.key] = sequence
-            self._scheduler.add(sequence.request)
+            self._live[sequence.key] = sequence
+            self._scheduler.add(sequence)
         if aborted:
-            for sequence in [s for s in self._live.values() if s.request.request_id in aborted]:
+            for sequence in [s for s in self._live.values() if s.request_id in aborted]:
                 self._emit(step, sequence, finish_reason=FinishReason.ABORT)
 
     def _launch(self) -> _Batch:
         plan = self._scheduler.schedule()
         now = time.monotonic()
-        for request in plan.admitted:
-            request.scheduled_time = now
+        for sequence in plan.admitted:
+            sequence.scheduled_time = now
         if not plan.scheduled:
             if self._scheduler.running or self._scheduler.waiting:
                 raise RuntimeError("sequences are left but none can be scheduled")
@@ -272,13 +257,13 @@ class Engine:
         row = 0
         for item in plan.scheduled:
             first = len(batch)
-            if item.num_logits and item.request.status is not RequestStatus.FINISHED:
-                sequence = self._live[item.request.key]
-                for position in sequence.unscored(item):
-                    batch.score(row + position - item.start, item.request.token_ids[position + 1],
-                                item.request.params.prompt_logprobs or 0)
+            sequence = item.sequence
+            if item.num_logits and sequence.status is not SequenceStatus.FINISHED:
+                for position in sequence.unscored(item.start, item.num_tokens):
+                    batch.score(row + position - item.start, sequence.token_ids[position + 1],
+                                sequence.params.prompt_logprobs or 0)
                 if item.samples:
-                    batch.draw(row + item.num_logits - 1, sequence.sampling)
+                    batch.draw(row + item.num_logits - 1, sequence, sequence.sampling)
             row += item.num_logits
             spans.append((first, len(batch)))
         return _Draws(spans, SampleResult(self.backend.sample(logits, batch.build()), logits.shape[1]))
@@ -289,8 +274,8 @@ class Engine:
         draws, items = self._draw_all(batch), batch.plan.scheduled
         if draws is None:
             for item in items:
-                if item.request.status is not RequestStatus.FINISHED:
-                    self._emit(step, self._live[item.request.key], finish_reason=FinishReason.ERROR)
+                if item.sequence.status is not SequenceStatus.FINISHED:
+                    self._emit(step, item.sequence, finish_reason=FinishReason.ERROR)
             return []
         drawn: list[int | None] = []
         chosen: list[tuple[TokenLogprobs, ...]] = []
@@ -301,40 +286,40 @@ class Engine:
                 try:
                     token_id, logprobs = self._draw(item, draws.result, first, end)
                 except Exception:
-                    self._fail(step, item.request)
+                    self._fail(step, item.sequence)
             drawn.append(token_id)
             chosen.append(logprobs)
         self._scheduler.update(batch.plan, drawn)
         gains = []
         for item, token_id, logprobs in zip(items, drawn, chosen, strict=True):
-            request = item.request
-            if request.status is not RequestStatus.FINISHED:
-                why = self._end(request, token_id)
-                gains.append(_Gain(self._live[request.key], token_id, logprobs, why))
+            sequence = item.sequence
+            if sequence.status is not SequenceStatus.FINISHED:
+                why = self._end(sequence, token_id)
+                gains.append(_Gain(sequence, token_id, logprobs, why))
                 if why is not None:
-                    self._scheduler.finish(request)
+                    self._scheduler.finish(sequence)
         return gains
 
-    def _report(self, step: _Step, gains: Sequence[_Gain]) -> None:
+    def _report(self, step: _Step, gains: abc.Sequence[_Gain]) -> None:
         now = time.monotonic()
         for gain in gains:
             try:
                 self._tell(step, gain, now)
             except Exception:
-                self._fail(step, gain.sequence.request)
+                self._fail(step, gain.sequence)
 
-    def _fail(self, step: _Step, request: Request) -> None:
+    def _fail(self, step: _Step, sequence: Sequence) -> None:
         """What went wrong concerns one sequence alone: it ends, and nothing else does."""
-        logger.exception("request %s, sequence %d ends with an error", request.request_id, request.index)
-        self._emit(step, self._live[request.key], finish_reason=FinishReason.ERROR)
+        logger.exception("request %s, sequence %d ends with an error", sequence.request_id, sequence.index)
+        self._emit(step, sequence, finish_reason=FinishReason.ERROR)
 
-    def _draw(self, item: ScheduledRequest, result: SampleResult, first: int,
+    def _draw(self, item: ScheduledSequence, result: SampleResult, first: int,
               end: int) -> tuple[int | None, tuple[TokenLogprobs, ...]]:
         """Draws first to end - 1 are the item's: prompt tokens scored, then the next token where it `samples`. Raises
         ValueError where logits were not finite."""
-        params = item.request.params
+        params = item.sequence.params
         if params.prompt_logprobs is not None and first < end - item.samples:
-            self._live[item.request.key].prompt_logprobs += [
+            item.sequence.prompt_logprobs += [
                 result.logprobs(draw, params.prompt_logprobs) for draw in range(first, end - item.samples)]
         if not item.samples:
             return None, ()
@@ -344,82 +329,81 @@ class Engine:
     def _tell(self, step: _Step, gain: _Gain, now: float) -> None:
         sequence, token_id = gain.sequence, gain.token_id
         if token_id is not None:
-            self._note_token(step, sequence.request, now)
+            self._note_token(step, sequence, now)
             text, reason, stop_reason = self._read(sequence, token_id, gain.end)
             self._emit(step, sequence, (token_id,), text, gain.logprobs, reason, stop_reason)
         elif gain.end is not None:
             self._emit(step, sequence, finish_reason=gain.end[0])
 
-    def _end(self, request: Request, token_id: int | None) -> tuple[FinishReason, int | None] | None:
+    def _end(self, sequence: Sequence, token_id: int | None) -> tuple[FinishReason, int | None] | None:
         """Why a sequence ends with the token that was drawn, or without one, whatever the text says; and the stop
         id."""
-        params = request.params
+        params = sequence.params
         if token_id is None:
-            scored = params.max_tokens == 0 and request.num_computed_tokens == request.num_tokens
+            scored = params.max_tokens == 0 and sequence.num_computed_tokens == sequence.num_tokens
             return (FinishReason.LENGTH, None) if scored else None
         if token_id in self._eos_token_ids and not params.ignore_eos:
             return FinishReason.STOP, None
         if token_id in params.stop_token_ids:
             return FinishReason.STOP, token_id
-        if request.num_output_tokens >= params.max_tokens or request.num_tokens >= self.config.max_model_len:
+        if sequence.num_output_tokens >= params.max_tokens or sequence.num_tokens >= self.config.max_model_len:
             return FinishReason.LENGTH, None
         return None
 
-    def _read(self, sequence: _Sequence, token_id: int, end: tuple[FinishReason, int | None] | None
+    def _read(self, sequence: Sequence, token_id: int, end: tuple[FinishReason, int | None] | None
               ) -> tuple[str, FinishReason | None, str | int | None]:
         """The text that a drawn token makes certain, and whether and why the sequence ends with it; `end`, unless the
         text says otherwise."""
-        request, params = sequence.request, sequence.request.params
+        params = sequence.params
         reason, stop_id = end or (None, None)
         if reason is FinishReason.STOP:
             return sequence.text.flush(), reason, stop_id
-        stoppable = params.min_tokens == 0 or request.num_output_tokens > params.min_tokens
+        stoppable = params.min_tokens == 0 or sequence.num_output_tokens > params.min_tokens
         text, stop = sequence.text.step(token_id, stoppable)
         if stop is not None:
             return text, FinishReason.STOP, stop
         return (text if reason is None else text + sequence.text.flush()), reason, None
 
-    def _emit(self, step: _Step, sequence: _Sequence, token_ids: tuple[int, ...] = (), text: str = "",
+    def _emit(self, step: _Step, sequence: Sequence, token_ids: tuple[int, ...] = (), text: str = "",
               logprobs: tuple[TokenLogprobs, ...] = (), finish_reason: FinishReason | None = None,
               stop_reason: str | int | None = None) -> None:
         """Report an event and, with a finish_reason, let go of the sequence."""
-        request = sequence.request
         prompt_logprobs = None
-        if request.params.prompt_logprobs is not None and request.index == 0 \
-                and request.num_output_tokens == len(token_ids) \
-                and len(sequence.prompt_logprobs) == request.num_prompt_tokens:
+        if sequence.params.prompt_logprobs is not None and sequence.index == 0 \
+                and sequence.num_output_tokens == len(token_ids) \
+                and len(sequence.prompt_logprobs) == sequence.num_prompt_tokens:
             prompt_logprobs = tuple(sequence.prompt_logprobs)
         step.outputs.append(RequestOutput(
-            request_id=request.request_id,
-            index=request.index,
+            request_id=sequence.request_id,
+            index=sequence.index,
             token_ids=token_ids,
             text=text,
             logprobs=logprobs,
             finish_reason=finish_reason,
             stop_reason=stop_reason,
-            num_prompt_tokens=request.num_prompt_tokens,
-            num_cached_tokens=request.num_cached_tokens,
-            num_output_tokens=request.num_output_tokens,
+            num_prompt_tokens=sequence.num_prompt_tokens,
+            num_cached_tokens=sequence.num_cached_tokens,
+            num_output_tokens=sequence.num_output_tokens,
             prompt_logprobs=prompt_logprobs,
         ))
         if finish_reason is None:
             return
-        self._scheduler.finish(request)
-        del self._live[request.key]
+        self._scheduler.finish(sequence)
+        del self._live[sequence.key]
         with self._lock:
             self._num_unfinished -= 1
-            self._unfinished[request.request_id] -= 1
-            if self._unfinished[request.request_id] == 0:
-                del self._unfinished[request.request_id]
-        step.stats.finished.append(FinishedStats(finish_reason.value, time.monotonic() - request.arrival_time))
+            self._unfinished[sequence.request_id] -= 1
+            if self._unfinished[sequence.request_id] == 0:
+                del self._unfinished[sequence.request_id]
+        step.stats.finished.append(FinishedStats(finish_reason.value, time.monotonic() - sequence.arrival_time))
 
-    def _note_token(self, step: _Step, request: Request, now: float) -> None:
+    def _note_token(self, step: _Step, sequence: Sequence, now: float) -> None:
         step.stats.generated_tokens += 1
-        if request.last_token_time is None:
-            step.stats.time_to_first_token.append(now - request.arrival_time)
+        if sequence.last_token_time is None:
+            step.stats.time_to_first_token.append(now - sequence.arrival_time)
         else:
-            step.stats.inter_token_seconds.append(now - request.last_token_time)
-        request.last_token_time = now
+            step.stats.inter_token_seconds.append(now - sequence.last_token_time)
+        sequence.last_token_time = now
 
     def _account(self, step: _Step, plan: SchedulerOutput, seconds: float) -> None:
         scheduler, stats = self._scheduler, step.stats
@@ -427,23 +411,23 @@ class Engine:
         stats.num_waiting = self.num_waiting
         stats.kv_usage = scheduler.blocks.usage
         stats.batch_tokens = plan.num_tokens
-        stats.queue_seconds = [request.scheduled_time - request.arrival_time for request in plan.admitted
-                               if request.scheduled_time is not None]
+        stats.queue_seconds = [sequence.scheduled_time - sequence.arrival_time for sequence in plan.admitted
+                               if sequence.scheduled_time is not None]
         stats.step_seconds = seconds
         for item in plan.scheduled:
-            request, end = item.request, item.start + item.num_tokens
-            known = max(request.num_accounted_tokens, item.start)
-            stats.prompt_tokens += max(0, min(end, request.num_prompt_tokens) - known)
+            sequence, end = item.sequence, item.start + item.num_tokens
+            known = max(sequence.num_accounted_tokens, item.start)
+            stats.prompt_tokens += max(0, min(end, sequence.num_prompt_tokens) - known)
             stats.recomputed_tokens += min(end, known) - item.start
-            request.num_accounted_tokens = max(end, known)
+            sequence.num_accounted_tokens = max(end, known)
         stats.preemptions = len(plan.preempted)
         if self.config.enable_prefix_caching:
-            stats.prefix_query_tokens = sum(request.num_prompt_tokens for request in plan.admitted)
-            stats.prefix_hit_tokens = sum(request.num_cached_tokens for request in plan.admitted)
+            stats.prefix_query_tokens = sum(sequence.num_prompt_tokens for sequence in plan.admitted)
+            stats.prefix_hit_tokens = sum(sequence.num_cached_tokens for sequence in plan.admitted)
         self._drain_rate.add(len(stats.finished), seconds)
         with self._lock:
-            queued = [*scheduler.waiting, *(sequence.request for sequence in self._inbox)]
-            self._waiting_tokens = sum(request.num_tokens for request in queued)
+            queued = [*scheduler.waiting, *self._inbox]
+            self._waiting_tokens = sum(sequence.num_tokens for sequence in queued)
 
 
 class _DrainRate:

@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from fptq_runtime.artifact.io import MANIFEST, check_files, is_artifact
-from fptq_runtime.config import Activations, EngineConfig, ModelConfig
+from fptq_runtime.config import Activations, EngineConfig
 from fptq_runtime.engine.engine import Engine, QueueFullError
-from fptq_runtime.engine.kv_cache import cache_tokens, device_cache_memory, format_bytes, step_limits
 from fptq_runtime.engine.output import RequestOutput, TokenLogprobs
 from fptq_runtime.engine.request import MAX_N, FinishReason, SamplingParams
+from fptq_runtime.engine.sizing import cache_tokens, device_cache_memory, format_bytes, step_limits
 from fptq_runtime.errors import FptqError
+from fptq_runtime.kernels.base import Backend
 from fptq_runtime.kernels.select import select_backend
 from fptq_runtime.models.gate import PREFIX, check_artifact
 from fptq_runtime.models.loader import Checkpoint, load_model
@@ -97,17 +98,18 @@ class LLM:
         ]
 
 
-def load_engine(path: str | Path, *, backend: str = "auto", device: str = "auto",
+def load_engine(path: str | Path, *, backend: str | Backend = "auto", device: str = "auto",
                 activations: Activations = "checkpoint", threads: int = 0, max_model_len: int | None = None,
-                kv_cache_memory: int | None = None, gpu_memory_utilization: float = 0.9, **options: Any) -> Engine:
+                kv_cache_memory: int | None = None, gpu_memory_utilization: float = 0.9, **options: Any
+                ) -> Engine[Tokenizer]:
     """An engine for a model directory; an artifact's files and golden values are checked first, of these what
     activations that are not its own leave as it was.
 
-    threads: 0 means what the machine, its affinity mask and its cgroup quota allow.
-    max_model_len: the model's own unless given, or what the KV cache holds where that is less. kv_cache_memory:
-    EngineConfig's default unless given; on a GPU, what the weights and a step leave of the gpu_memory_utilization share
-    of its free memory. options: the other fields of EngineConfig. Raises FptqError (ArtifactError, CheckpointError,
-    GateError, …).
+    backend: its name, or what `select_backend` gave for a device and so many threads. threads: 0 means what
+    the machine, its affinity mask and its cgroup quota allow. max_model_len: the model's own unless given, or what the
+    KV cache holds where that is less. kv_cache_memory: EngineConfig's default unless given; on a GPU, what the weights
+    and a step leave of the gpu_memory_utilization share of its free memory. options: the other fields of EngineConfig.
+    Raises FptqError (ArtifactError, CheckpointError, GateError, …).
     """
     manifest = check_files(Path(path)) if is_artifact(Path(path)) else None
     checkpoint = Checkpoint(path, activations)
@@ -115,13 +117,15 @@ def load_engine(path: str | Path, *, backend: str = "auto", device: str = "auto"
     if not 0 < gpu_memory_utilization <= 1:
         raise FptqError(f"gpu_memory_utilization must be above 0 and at most 1, not {gpu_memory_utilization}",
                         "gpu_memory_utilization")
-    kernels = select_backend(backend, threads, checkpoint.linear_schemes, device)
+    kernels = select_backend(backend, threads, checkpoint.linear_schemes, device) if isinstance(backend, str) \
+        else backend
     free = kernels.free_memory()
     most = EngineConfig.kv_cache_memory if free is None else int(free * gpu_memory_utilization)
     config = EngineConfig(max_model_len=max_model_len or model.max_position_embeddings,
                           kv_cache_memory=most if kv_cache_memory is None else kv_cache_memory, **options)
-    config = _fit(config, model) if max_model_len is None else config
-    step_limits(model, config)  # says what is wrong with it before minutes of loading
+    token_bytes = kernels.token_bytes(model, config.kv_cache_dtype)
+    config = _fit(config, token_bytes) if max_model_len is None else config
+    limits = step_limits(model, config, token_bytes)  # says what is wrong with it before minutes of loading
     prompt = () if manifest is None else manifest.golden.get("prompt_token_ids", ())
     checkpoint.max_positions = min(model.max_position_embeddings, max(config.max_model_len, PREFIX, len(prompt)))
     with ThreadPoolExecutor(1) as executor:
@@ -149,8 +153,9 @@ def load_engine(path: str | Path, *, backend: str = "auto", device: str = "auto"
     if free is not None and kv_cache_memory is None:
         now = kernels.free_memory()
         assert now is not None
-        config = replace(config, kv_cache_memory=device_cache_memory(free, now, gpu_memory_utilization, model, config))
-        config = _fit(config, model) if max_model_len is None else config
+        memory = device_cache_memory(free, now, gpu_memory_utilization, kernels.step_bytes(model, limits))
+        config = replace(config, kv_cache_memory=memory)
+        config = _fit(config, token_bytes) if max_model_len is None else config
     try:
         engine = Engine(decoder, kernels, config, tokenizer.result(),
                         eos_token_ids(Path(path), model.eos_token_ids, tokenizer.result(), model.vocab_size))
@@ -162,7 +167,7 @@ def load_engine(path: str | Path, *, backend: str = "auto", device: str = "auto"
     return engine
 
 
-def _warm_up(engine: Engine) -> None:
+def _warm_up(engine: Engine[Any]) -> None:
     """A GPU's kernels are compiled when first launched, and which they are depends on a step's size: prompts and
     batches of every power of two, each of which then decodes, before anyone waits for them."""
     config, vocab_size = engine.config, engine.model_config.vocab_size
@@ -185,9 +190,9 @@ def _release_freed_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def _fit(config: EngineConfig, model: ModelConfig) -> EngineConfig:
+def _fit(config: EngineConfig, token_bytes: int) -> EngineConfig:
     """Lower max_model_len to what the KV cache holds."""
-    tokens = cache_tokens(model, config.kv_cache_dtype, config.block_size, config.kv_cache_memory)
+    tokens = cache_tokens(token_bytes, config.block_size, config.kv_cache_memory)
     if not 0 < tokens < config.max_model_len:
         return config
     logger.warning("the model's context of %d tokens is lowered to %d, what a KV cache of %s holds; raise "

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from fptq_runtime.engine.request import FinishReason
-from fptq_runtime.models.tokenizer import TokenStream
 
 
 @dataclass(frozen=True)
@@ -42,13 +42,29 @@ class RequestOutput:
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
 
 
+class TokenTexts(Protocol):
+    """The text of a sequence's tokens, one after the other."""
+
+    def step(self, token_id: int) -> str | None:
+        """What is certain with this token; None where it needs the next one."""
+        ...
+
+
+class Detokenizer(Protocol):
+    """What the engine asks of a tokenizer."""
+
+    def stream(self, skip_special_tokens: bool = True, prompt_token_ids: Sequence[int] = ()) -> TokenTexts:
+        """The text of what follows the prompt."""
+        ...
+
+
 class TextStream:
     """A sequence's text, token by token, cut before the first stop string that completes.
 
     Characters that may be the beginning of a stop string are held back until the next token decides.
     """
 
-    def __init__(self, stream: TokenStream, stop: Sequence[str]) -> None:
+    def __init__(self, stream: TokenTexts, stop: Sequence[str]) -> None:
         self._stream = stream
         self._stop = stop
         self._held = ""

@@ -1,13 +1,10 @@
-"""A request and what its sender asked for. No torch."""
+"""What a request's sender asks for, and how it ends. No torch."""
 
 from __future__ import annotations
 
 import enum
 import math
-import secrets
-import time
-from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import NoneType
 from typing import SupportsIndex
@@ -83,61 +80,3 @@ class SamplingParams:
         for name in ("logprobs", "prompt_logprobs"):
             value = getattr(self, name)
             check(name, value is None or 0 <= value <= MAX_LOGPROBS, f"between 0 and {MAX_LOGPROBS}")
-
-
-class RequestStatus(enum.Enum):
-    WAITING = "waiting"
-    RUNNING = "running"
-    FINISHED = "finished"
-
-
-class Request:
-    """One sequence on its way through the engine (a request with n > 1 becomes n of these).
-
-    Tokens are computed when their keys and values are in the cache: the scheduler moves num_computed_tokens towards
-    num_tokens, and a token is sampled when they meet.
-    """
-
-    def __init__(self, request_id: str, index: int, prompt_token_ids: Sequence[int], params: SamplingParams, seed: int,
-                 arrival_time: float) -> None:
-        self.request_id = request_id
-        self.index = index
-        self.params = params
-        self.seed = seed
-        self.token_ids = array("i", prompt_token_ids)  # the prompt, then what was sampled
-        self.num_prompt_tokens = len(prompt_token_ids)
-        self.num_computed_tokens = 0
-        self.num_cached_tokens = 0  # prompt tokens found in the prefix cache when first scheduled
-        self.num_accounted_tokens = 0  # found in the cache or computed at least once, as StepStats count them
-        self.num_preemptions = 0
-        self.block_table = array("i")  # copied into every step's input, hence not a list
-        self.block_hashes: list[bytes] = []  # of the full blocks hashed so far
-        self.status = RequestStatus.WAITING
-        self.arrival_time = arrival_time
-        self.scheduled_time: float | None = None
-        self.last_token_time: float | None = None
-
-    @classmethod
-    def expand(cls, request_id: str, prompt_token_ids: Sequence[int], params: SamplingParams) -> list[Request]:
-        """The n sequences of one request. Sequence i is seeded with seed + i, as if it had been sent alone so."""
-        seed = secrets.randbits(63) if params.seed is None else params.seed
-        now = time.monotonic()
-        return [cls(request_id, i, prompt_token_ids, params, seed + i, now) for i in range(params.n)]
-
-    @property
-    def key(self) -> tuple[str, int]:
-        return self.request_id, self.index
-
-    @property
-    def num_tokens(self) -> int:
-        return len(self.token_ids)
-
-    @property
-    def num_output_tokens(self) -> int:
-        return len(self.token_ids) - self.num_prompt_tokens
-
-    @property
-    def needs_prompt_logits(self) -> bool:
-        """Every prompt position's logits are wanted, and the prompt is not known to be through. They are reported
-        once, by sequence 0."""
-        return self.params.prompt_logprobs is not None and self.index == 0 and self.num_output_tokens == 0

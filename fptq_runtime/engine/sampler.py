@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from fptq_runtime.engine.output import TokenLogprobs
-from fptq_runtime.engine.request import Request
+from fptq_runtime.engine.sequence import Sequence
 from fptq_runtime.kernels.base import PARAMETERS, SampleInput, SampleOutput
 
 NOT_FINITE = "the model returned logits that are not finite"
@@ -17,11 +17,10 @@ NOT_FINITE = "the model returned logits that are not finite"
 class Sampling:
     """What all draws of one sequence share."""
 
-    def __init__(self, request: Request, eos_token_ids: Iterable[int]) -> None:
-        params = request.params
-        self.request = request
+    def __init__(self, sequence: Sequence, eos_token_ids: Iterable[int]) -> None:
+        params = sequence.params
         self.parameters = np.array(
-            (request.seed & (1 << 64) - 1, params.temperature, params.top_p, params.min_p, params.repetition_penalty,
+            (sequence.seed & (1 << 64) - 1, params.temperature, params.top_p, params.min_p, params.repetition_penalty,
              params.presence_penalty, params.frequency_penalty, min(params.top_k, 1 << 62)), PARAMETERS).tobytes()
         self.penalized = (params.repetition_penalty != 1 or params.presence_penalty != 0
                           or params.frequency_penalty != 0)
@@ -56,19 +55,18 @@ class SampleBatch:
         """Log-probabilities of a given token."""
         self._add(row, token_id, 0, num_top, _SCORED)
 
-    def draw(self, row: int, sampling: Sampling) -> None:
+    def draw(self, row: int, sequence: Sequence, sampling: Sampling) -> None:
         """The next token of a sequence."""
-        request = sampling.request
-        early = request.num_output_tokens < request.params.min_tokens
+        early = sequence.num_output_tokens < sequence.params.min_tokens
         if bias := sampling.early_bias if early else sampling.bias:
             self._bias_ids.extend(bias)
             self._bias_values.extend(bias.values())
         output_start = len(self._history)
         if sampling.penalized:
-            self._history += request.token_ids
-            output_start += request.num_prompt_tokens
-        logprobs = request.params.logprobs
-        self._add(row, -1, request.num_tokens, -1 if logprobs is None else logprobs, sampling.parameters, output_start)
+            self._history += sequence.token_ids
+            output_start += sequence.num_prompt_tokens
+        logprobs = sequence.params.logprobs
+        self._add(row, -1, sequence.num_tokens, -1 if logprobs is None else logprobs, sampling.parameters, output_start)
 
     def build(self) -> SampleInput:
         return SampleInput(

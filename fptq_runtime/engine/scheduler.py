@@ -6,20 +6,19 @@ differ only in how far behind they are.
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Sequence
+from collections import abc, deque
 from dataclasses import dataclass, field
 
 from fptq_runtime.engine.block_manager import BlockManager
-from fptq_runtime.engine.request import Request, RequestStatus
+from fptq_runtime.engine.sequence import Sequence, SequenceStatus
 
 
 @dataclass(frozen=True)
-class ScheduledRequest:
+class ScheduledSequence:
     """Compute tokens start to start + num_tokens of a sequence; the last num_logits of these rows need logits, and
     where `samples`, the very last row yields the sequence's next token."""
 
-    request: Request
+    sequence: Sequence
     start: int
     num_tokens: int
     num_logits: int
@@ -30,9 +29,9 @@ class ScheduledRequest:
 class SchedulerOutput:
     """One step: the sequences to compute, in batch order, and what happened on the way to it."""
 
-    scheduled: list[ScheduledRequest] = field(default_factory=list)
-    admitted: list[Request] = field(default_factory=list)  # for the first time; those resumed are not among them
-    preempted: list[Request] = field(default_factory=list)
+    scheduled: list[ScheduledSequence] = field(default_factory=list)
+    admitted: list[Sequence] = field(default_factory=list)  # for the first time; those resumed are not among them
+    preempted: list[Sequence] = field(default_factory=list)
 
     @property
     def num_tokens(self) -> int:
@@ -54,126 +53,126 @@ class Scheduler:
         self.max_num_seqs = min(max_num_seqs, max_num_batched_tokens)
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_prompt_logits = max_prompt_logits
-        self.waiting: deque[Request] = deque()
-        self.running: list[Request] = []
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
 
-    def add(self, request: Request) -> None:
-        self.waiting.append(request)
+    def add(self, sequence: Sequence) -> None:
+        self.waiting.append(sequence)
 
-    def finish(self, request: Request) -> None:
+    def finish(self, sequence: Sequence) -> None:
         """Take a sequence out, whatever its state, and free its blocks."""
-        if request.status is RequestStatus.RUNNING:
-            self.running.remove(request)
-        elif request.status is RequestStatus.WAITING:
-            self.waiting.remove(request)
-        self.blocks.free(request)
-        request.status = RequestStatus.FINISHED
+        if sequence.status is SequenceStatus.RUNNING:
+            self.running.remove(sequence)
+        elif sequence.status is SequenceStatus.WAITING:
+            self.waiting.remove(sequence)
+        self.blocks.free(sequence)
+        sequence.status = SequenceStatus.FINISHED
 
     def schedule(self) -> SchedulerOutput:
         output = SchedulerOutput()
         tokens, prompt_logits = self.max_num_batched_tokens, self.max_prompt_logits
         position = 0
         while position < len(self.running):
-            request = self.running[position]
+            sequence = self.running[position]
             behind = len(self.running) - position - 1  # each of those keeps a token of the budget
-            item = _chunk(request, tokens - behind, prompt_logits)
-            while item and not self.blocks.allocate(request, item.start + item.num_tokens):
+            item = _chunk(sequence, tokens - behind, prompt_logits)
+            while item and not self.blocks.allocate(sequence, item.start + item.num_tokens):
                 victim = self.running.pop()
                 self._preempt(victim)
                 output.preempted.append(victim)
-                if victim is request:
+                if victim is sequence:
                     item = None
             if item:
                 output.scheduled.append(item)
                 tokens -= item.num_tokens
-                prompt_logits -= item.num_logits if request.needs_prompt_logits else 0
+                prompt_logits -= item.num_logits if sequence.needs_prompt_logits else 0
             position += 1
         while self.waiting and not output.preempted and tokens > 0 and len(self.running) < self.max_num_seqs:
             item = self._admit(self.waiting[0], tokens, prompt_logits)
             if item is None:
                 break
-            request = self.waiting.popleft()
-            self.running.append(request)
+            sequence = self.waiting.popleft()
+            self.running.append(sequence)
             output.scheduled.append(item)
-            if request.num_preemptions == 0:
-                output.admitted.append(request)
+            if sequence.num_preemptions == 0:
+                output.admitted.append(sequence)
             tokens -= item.num_tokens
-            prompt_logits -= item.num_logits if request.needs_prompt_logits else 0
+            prompt_logits -= item.num_logits if sequence.needs_prompt_logits else 0
         return output
 
-    def update(self, output: SchedulerOutput, sampled: Sequence[int | None]) -> None:
+    def update(self, output: SchedulerOutput, sampled: abc.Sequence[int | None]) -> None:
         """The step was computed and drew sampled[i] for output.scheduled[i], or None. Sequences that were finished
         meanwhile are passed over."""
         for item, token_id in zip(output.scheduled, sampled, strict=True):
-            request = item.request
-            if request.status is RequestStatus.FINISHED:
+            sequence = item.sequence
+            if sequence.status is SequenceStatus.FINISHED:
                 continue
-            request.num_computed_tokens = item.start + item.num_tokens
-            self.blocks.publish(request, item.start)
+            sequence.num_computed_tokens = item.start + item.num_tokens
+            self.blocks.publish(sequence, item.start)
             if token_id is not None:
-                request.token_ids.append(token_id)
+                sequence.token_ids.append(token_id)
 
     def check_integrity(self) -> None:
         """Raise AssertionError where an invariant is broken. For tests."""
         assert len(self.running) <= self.max_num_seqs
-        assert all(request.status is RequestStatus.RUNNING for request in self.running)
-        for request in self.waiting:
-            assert request.status is RequestStatus.WAITING
-            assert not request.block_table
-            assert request.num_computed_tokens == 0
-        requests = [*self.running, *self.waiting]
-        assert len({request.key for request in requests}) == len(requests), "a sequence is queued twice"
-        for request in self.running:
-            assert 0 <= request.num_computed_tokens <= request.num_tokens
-            assert len(request.block_table) >= self.blocks.blocks_for(request.num_computed_tokens)
+        assert all(sequence.status is SequenceStatus.RUNNING for sequence in self.running)
+        for sequence in self.waiting:
+            assert sequence.status is SequenceStatus.WAITING
+            assert not sequence.block_table
+            assert sequence.num_computed_tokens == 0
+        sequences = [*self.running, *self.waiting]
+        assert len({sequence.key for sequence in sequences}) == len(sequences), "a sequence is queued twice"
+        for sequence in self.running:
+            assert 0 <= sequence.num_computed_tokens <= sequence.num_tokens
+            assert len(sequence.block_table) >= self.blocks.blocks_for(sequence.num_computed_tokens)
         self.blocks.check_integrity(self.running)
 
-    def _admit(self, request: Request, tokens: int, prompt_logits: int) -> ScheduledRequest | None:
+    def _admit(self, sequence: Sequence, tokens: int, prompt_logits: int) -> ScheduledSequence | None:
         """Give a waiting sequence its first blocks, where the cache has room for all of its tokens and for what every
         running sequence still lacks and one more block: admitted with less it would soon be preempted."""
-        if self._sibling_is_behind(request):
+        if self._sibling_is_behind(sequence):
             return None
-        prefix = [] if request.needs_prompt_logits else self.blocks.find_prefix(request)
-        missing = self.blocks.blocks_for(request.num_tokens) - len(prefix)
+        prefix = [] if sequence.needs_prompt_logits else self.blocks.find_prefix(sequence)
+        missing = self.blocks.blocks_for(sequence.num_tokens) - len(prefix)
         promised = sum(max(0, self.blocks.blocks_for(r.num_tokens) - len(r.block_table)) + 1 for r in self.running)
         if missing + promised > self.blocks.free_blocks_after(prefix):
             return None
-        request.num_computed_tokens = len(prefix) * self.blocks.block_size
-        item = _chunk(request, tokens, prompt_logits)
+        sequence.num_computed_tokens = len(prefix) * self.blocks.block_size
+        item = _chunk(sequence, tokens, prompt_logits)
         if item is None:
-            request.num_computed_tokens = 0
+            sequence.num_computed_tokens = 0
             return None
-        if request.num_preemptions == 0:
-            request.num_cached_tokens = request.num_computed_tokens
-        self.blocks.share(request, prefix)
-        self.blocks.allocate(request, item.start + item.num_tokens)
-        request.status = RequestStatus.RUNNING
+        if sequence.num_preemptions == 0:
+            sequence.num_cached_tokens = sequence.num_computed_tokens
+        self.blocks.share(sequence, prefix)
+        self.blocks.allocate(sequence, item.start + item.num_tokens)
+        sequence.status = SequenceStatus.RUNNING
         return item
 
-    def _sibling_is_behind(self, request: Request) -> bool:
-        """Another sequence of the same request is computing the very prompt that this one could share."""
-        if not self.blocks.enable_prefix_caching or request.params.n == 1:
+    def _sibling_is_behind(self, sequence: Sequence) -> bool:
+        """Another of the same request is computing the very prompt that this one could share."""
+        if not self.blocks.enable_prefix_caching or sequence.params.n == 1:
             return False
-        shareable = (request.num_prompt_tokens - 1) // self.blocks.block_size * self.blocks.block_size
-        return any(r.request_id == request.request_id and r.num_computed_tokens < shareable for r in self.running)
+        shareable = (sequence.num_prompt_tokens - 1) // self.blocks.block_size * self.blocks.block_size
+        return any(r.request_id == sequence.request_id and r.num_computed_tokens < shareable for r in self.running)
 
-    def _preempt(self, request: Request) -> None:
+    def _preempt(self, sequence: Sequence) -> None:
         """Its tokens stay; their keys and values are computed again."""
-        self.blocks.free(request)
-        request.num_computed_tokens = 0
-        request.num_preemptions += 1
-        request.status = RequestStatus.WAITING
-        self.waiting.appendleft(request)
+        self.blocks.free(sequence)
+        sequence.num_computed_tokens = 0
+        sequence.num_preemptions += 1
+        sequence.status = SequenceStatus.WAITING
+        self.waiting.appendleft(sequence)
 
 
-def _chunk(request: Request, max_tokens: int, max_prompt_logits: int) -> ScheduledRequest | None:
+def _chunk(sequence: Sequence, max_tokens: int, max_prompt_logits: int) -> ScheduledSequence | None:
     """The next tokens of a sequence, or None where a budget allows none."""
-    start = request.num_computed_tokens
-    num_tokens = min(request.num_tokens - start, max_tokens)
-    if request.needs_prompt_logits:
+    start = sequence.num_computed_tokens
+    num_tokens = min(sequence.num_tokens - start, max_tokens)
+    if sequence.needs_prompt_logits:
         num_tokens = min(num_tokens, max_prompt_logits)
     if num_tokens < 1:
         return None
-    samples = start + num_tokens == request.num_tokens and request.params.max_tokens > 0
-    num_logits = num_tokens if request.needs_prompt_logits else int(samples)
-    return ScheduledRequest(request, start, num_tokens, num_logits, samples)
+    samples = start + num_tokens == sequence.num_tokens and sequence.params.max_tokens > 0
+    num_logits = num_tokens if sequence.needs_prompt_logits else int(samples)
+    return ScheduledSequence(sequence, start, num_tokens, num_logits, samples)

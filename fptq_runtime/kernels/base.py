@@ -368,6 +368,14 @@ class Backend(Protocol):
         """Draw or score tokens, given rows of logits [R, V]; they are the same afterwards."""
         ...
 
+    def token_bytes(self, model: ModelConfig, dtype: KVCacheDtype) -> int:
+        """What its KV cache takes for one token, in all layers."""
+        ...
+
+    def step_bytes(self, model: ModelConfig, limits: StepLimits) -> int:
+        """What the largest step takes of a device's memory beside weights and cache; 0 where it is the machine's."""
+        ...
+
     def free_memory(self) -> int | None:
         """Bytes of the device's memory that nobody holds; None where it is the machine's own."""
         ...

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from ml_dtypes import bfloat16
 
 import fptq_runtime._native as _native
+from fptq_runtime.config import KVCacheDtype, ModelConfig
 from fptq_runtime.errors import FptqError
 from fptq_runtime.kernels.base import (
     PARAMETERS,
@@ -158,6 +159,12 @@ class CpuBackend:
             out.top_ids.ctypes.data, out.top_logprobs.ctypes.data, out.top_ids.shape[1],
         )
         return out
+
+    def token_bytes(self, model: ModelConfig, dtype: KVCacheDtype) -> int:
+        return model.num_layers * _native.kv_token_bytes(dtype, model.num_kv_heads, model.head_dim)
+
+    def step_bytes(self, model: ModelConfig, limits: StepLimits) -> int:
+        return 0
 
     def free_memory(self) -> None:
         return None

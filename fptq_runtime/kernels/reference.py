@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from ml_dtypes import bfloat16, float8_e4m3fn
 
 from fptq_runtime.artifact.numerics import dequantize, fake_quantize, token_scale, unpack_codes
-from fptq_runtime.config import KVCacheDtype
+from fptq_runtime.config import KVCacheDtype, ModelConfig
 from fptq_runtime.kernels.base import (
     Activation,
     ActivationQuant,
@@ -77,6 +77,13 @@ class ReferenceBackend:
 
     def sample(self, logits: Float32Array, batch: SampleInput) -> SampleOutput:
         return sample_reference(logits, batch)
+
+    def token_bytes(self, model: ModelConfig, dtype: KVCacheDtype) -> int:
+        """Of floats, whichever dtype they are rounded to."""
+        return 2 * 4 * model.num_layers * model.num_kv_heads * model.head_dim
+
+    def step_bytes(self, model: ModelConfig, limits: StepLimits) -> int:
+        return 0
 
     def free_memory(self) -> None:
         return None

@@ -27,7 +27,6 @@ from fptq_runtime.artifact.scheme import LayerScheme
 from fptq_runtime.kernels.base import Linear, QuantizedWeight
 from fptq_runtime.kernels.reference import ReferenceBackend
 from fptq_runtime.models.block import Block, Model, Stem, prepare_block
-from fptq_runtime.models.decoder import Decoder
 from fptq_runtime.models.formats.compressed_tensors import linear_scheme, quantization_config
 from fptq_runtime.models.loader import Checkpoint, load_head
 from fptq_runtime.quantizer.calibrate import HiddenStates, packaged_text, read_text

@@ -26,8 +26,8 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from fptq_runtime import __version__
 from fptq_runtime.engine.async_engine import AsyncEngine
 from fptq_runtime.engine.engine import Engine
-from fptq_runtime.engine.kv_cache import format_bytes
 from fptq_runtime.engine.llm import load_engine
+from fptq_runtime.engine.sizing import format_bytes
 from fptq_runtime.errors import FptqError
 from fptq_server.config import ModelCard, ServerConfig
 from fptq_server.record import peer
@@ -72,7 +72,7 @@ def serve(path: Path | str, config: ServerConfig, *, model_id: str | None = None
         Server(app, async_engine, config, metrics).run([listener])
 
 
-def model_card(model_id: str, engine: Engine) -> ModelCard:
+def model_card(model_id: str, engine: Engine[Any]) -> ModelCard:
     config = engine.model_config
     return ModelCard(
         id=model_id,

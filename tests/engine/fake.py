@@ -22,7 +22,7 @@ MODEL = ModelConfig(
     architecture="FakeForCausalLM", vocab_size=VOCAB, hidden_size=1, intermediate_size=1, num_layers=1, num_heads=1,
     num_kv_heads=1, head_dim=1, max_position_embeddings=1 << 20, eos_token_ids=(EOS,),
 )
-TOKEN_BYTES = 28  # a key of 4 bytes, a value of 16, and their two scales
+TOKEN_BYTES = 4  # an id
 
 
 def logits_after(token_ids: Sequence[int]) -> np.ndarray:
@@ -73,6 +73,9 @@ class FakeBackend:
 
     def prepare(self, parameter: Any) -> Any:
         return parameter
+
+    def token_bytes(self, model: ModelConfig, dtype: str) -> int:
+        return TOKEN_BYTES
 
     def compile(self, forward: Any, limits: StepLimits) -> FakeExecutor:
         self.executor = FakeExecutor(limits)

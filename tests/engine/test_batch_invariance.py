@@ -14,7 +14,6 @@ import fptq_runtime
 from fptq_runtime.artifact.numerics import pack_codes, quantize_weight
 from fptq_runtime.config import EngineConfig, KVCacheDtype
 from fptq_runtime.engine.engine import Engine
-from fptq_runtime.engine.kv_cache import token_bytes
 from fptq_runtime.engine.output import RequestOutput
 from fptq_runtime.engine.request import SamplingParams
 from fptq_runtime.kernels.base import ActivationQuant, Backend, Linear, QuantizedWeight
@@ -71,7 +70,7 @@ def tokenizer() -> Tokenizer:
 
 def engine_for(native: tuple[Decoder, Backend], tokenizer: Tokenizer, num_tokens: int = 4096, **options: Any) -> Engine:
     config = EngineConfig(max_model_len=MAX_LEN, **options)
-    memory = num_tokens * token_bytes(native[0].config, config.kv_cache_dtype)
+    memory = num_tokens * native[1].token_bytes(native[0].config, config.kv_cache_dtype)
     config = replace(config, kv_cache_memory=memory)
     return Engine(*native, config, tokenizer)
 

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 from fptq_runtime.engine.block_manager import BlockManager
-from fptq_runtime.engine.request import Request, SamplingParams
+from fptq_runtime.engine.request import SamplingParams
+from fptq_runtime.engine.sequence import Sequence
 
 
-def computed(blocks: BlockManager, token_ids: list[int]) -> Request:
+def computed(blocks: BlockManager, token_ids: list[int]) -> Sequence:
     """A sequence whose tokens are all in the cache."""
-    request = Request("r", 0, token_ids, SamplingParams(), 0, 0.0)
+    request = Sequence("r", 0, token_ids, SamplingParams(), 0, 0.0)
     blocks.share(request, prefix := blocks.find_prefix(request))
     assert blocks.allocate(request, len(token_ids))
     before = len(prefix) * blocks.block_size
@@ -16,7 +17,7 @@ def computed(blocks: BlockManager, token_ids: list[int]) -> Request:
 
 
 def found(blocks: BlockManager, token_ids: list[int]) -> list[int]:
-    return blocks.find_prefix(Request("f", 0, token_ids, SamplingParams(), 0, 0.0))
+    return blocks.find_prefix(Sequence("f", 0, token_ids, SamplingParams(), 0, 0.0))
 
 
 def test_a_prefix_is_shared_block_by_block() -> None:
@@ -64,7 +65,7 @@ def test_the_least_recently_used_is_evicted_first_and_tails_before_heads() -> No
 def test_too_few_blocks_change_nothing() -> None:
     blocks = BlockManager(2, 16, True)
     holder = computed(blocks, [1] * 16)
-    request = Request("r", 0, [2] * 40, SamplingParams(), 0, 0.0)
+    request = Sequence("r", 0, [2] * 40, SamplingParams(), 0, 0.0)
     assert not blocks.allocate(request, 40)
     assert not request.block_table
     assert blocks.num_free_blocks == 1
@@ -80,7 +81,7 @@ def test_without_caching_nothing_is_found() -> None:
 
 def test_equal_blocks_computed_twice_are_published_once() -> None:
     blocks = BlockManager(8, 16, True)
-    a, b = (Request(str(i), 0, [1] * 17, SamplingParams(), 0, 0.0) for i in range(2))
+    a, b = (Sequence(str(i), 0, [1] * 17, SamplingParams(), 0, 0.0) for i in range(2))
     for request in (a, b):
         blocks.allocate(request, 17)
         request.num_computed_tokens = 17

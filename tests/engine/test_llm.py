@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fptq_runtime
 from fptq_runtime.engine.engine import RequestError
-from fptq_runtime.engine.kv_cache import device_cache_memory
 from fptq_runtime.engine.llm import LLM, _warm_up, load_engine
 from fptq_runtime.engine.request import FinishReason, SamplingParams
+from fptq_runtime.engine.sizing import device_cache_memory
 from fptq_runtime.kernels.reference import ReferenceBackend
 from tests.engine.fake import make_engine
 
@@ -145,10 +145,10 @@ def test_on_a_gpu_the_cache_takes_what_is_free(monkeypatch: pytest.MonkeyPatch) 
     """With the reference backend in the GPU's place."""
     free = [1 << 30, (1 << 30) - (100 << 20)]
     monkeypatch.setattr(ReferenceBackend, "free_memory", lambda self: left.pop(0))
+    monkeypatch.setattr(ReferenceBackend, "step_bytes", lambda self, model, limits: 800 << 20)
     left = [*free]
     engine = load_engine(DEMO, backend="reference", gpu_memory_utilization=0.98)
-    expected = device_cache_memory(*free, 0.98, engine.model_config, engine.config)
-    assert 0 < engine.config.kv_cache_memory == expected < 100 << 20
+    assert engine.config.kv_cache_memory == device_cache_memory(*free, 0.98, 800 << 20)
     left = [*free]
     engine = load_engine(DEMO, backend="reference", kv_cache_memory=4 << 20)
     assert engine.config.kv_cache_memory == 4 << 20

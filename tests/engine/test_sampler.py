@@ -3,7 +3,8 @@ sampler the reference, which sorts in double precision."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections import abc
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -24,8 +25,9 @@ from transformers import (
 )
 
 from fptq_runtime.engine.output import TokenLogprobs
-from fptq_runtime.engine.request import Request, SamplingParams
+from fptq_runtime.engine.request import SamplingParams
 from fptq_runtime.engine.sampler import SampleBatch, SampleResult, Sampling
+from fptq_runtime.engine.sequence import Sequence
 from fptq_runtime.kernels.base import SampleInput, SampleOutput
 from fptq_runtime.kernels.cpu import CpuBackend, _native
 from fptq_runtime.kernels.sampling import _adjust, draw, sample_reference, uniform
@@ -50,8 +52,8 @@ def implementation(request: pytest.FixtureRequest, native: Implementation) -> Im
     return native if request.param == "native" else sample_reference
 
 
-def request(output: tuple[int, ...] = (), seed: int = 0, **params: Any) -> Request:
-    made = Request("r", 0, PROMPT, SamplingParams(**{"max_tokens": 100, **params}), seed, 0.0)
+def request(output: tuple[int, ...] = (), seed: int = 0, **params: Any) -> Sequence:
+    made = Sequence("r", 0, PROMPT, SamplingParams(**{"max_tokens": 100, **params}), seed, 0.0)
     made.token_ids.extend(output)
     return made
 
@@ -60,15 +62,15 @@ def row(seed: int, size: int = 200, scale: float = 3.0) -> np.ndarray:
     return (scale * np.random.default_rng(seed).normal(size=size)).astype(np.float32)
 
 
-def batch_of(requests: Sequence[Request], eos: Iterable[int] = ()) -> SampleInput:
+def batch_of(requests: abc.Sequence[Sequence], eos: Iterable[int] = ()) -> SampleInput:
     """A row of logits for each."""
     batch = SampleBatch()
     for i, each in enumerate(requests):
-        batch.draw(i, Sampling(each, eos))
+        batch.draw(i, each, Sampling(each, eos))
     return batch.build()
 
 
-def draws(implementation: Implementation, logits: np.ndarray, requests: Sequence[Request],
+def draws(implementation: Implementation, logits: np.ndarray, requests: abc.Sequence[Sequence],
           eos: Iterable[int] = ()) -> list[int]:
     """What each request draws from the same row."""
     rows = np.tile(logits, (len(requests), 1))
@@ -77,7 +79,7 @@ def draws(implementation: Implementation, logits: np.ndarray, requests: Sequence
     return [result.token_id(i) for i in range(len(requests))]
 
 
-def sample(implementation: Implementation, logits: np.ndarray, request: Request, eos: Iterable[int] = ()) -> int:
+def sample(implementation: Implementation, logits: np.ndarray, request: Sequence, eos: Iterable[int] = ()) -> int:
     return draws(implementation, logits, [request], eos)[0]
 
 
@@ -281,12 +283,12 @@ REQUESTS = st.builds(lambda output, seed, params: request(tuple(output), seed, *
 @settings(max_examples=150)
 @given(requests=st.lists(REQUESTS, min_size=1, max_size=5), shape=st.sampled_from(sorted(SHAPES)),
        size=st.sampled_from([10, 97, 512, 513, 5000, 20011]), seed=st.integers(0, 1 << 20))
-def test_native_draws_what_the_reference_draws(native: Implementation, requests: list[Request], shape: str, size: int,
+def test_native_draws_what_the_reference_draws(native: Implementation, requests: list[Sequence], shape: str, size: int,
                                                seed: int) -> None:
     assert_draws_as_the_reference(native, requests, shape, size, seed, absolute=2e-5, relative=1e-6)
 
 
-def assert_draws_as_the_reference(implementation: Implementation, requests: list[Request], shape: str, size: int,
+def assert_draws_as_the_reference(implementation: Implementation, requests: list[Sequence], shape: str, size: int,
                                   seed: int, absolute: float, relative: float) -> None:
     """Where both could, that is: at a boundary of the cumulative distribution or of a cut rounding decides. Log-
     probabilities within these."""
@@ -334,7 +336,7 @@ def test_uniform_is_numpys_philox(native: Implementation) -> None:
 @given(requests=st.lists(REQUESTS, min_size=2, max_size=6), shape=st.sampled_from(sorted(SHAPES)),
        size=st.sampled_from([97, 513, 20011]), seed=st.integers(0, 1 << 20), data=st.data())
 def test_bits_do_not_depend_on_company_threads_or_isa(
-    native: Implementation, backends: Callable[[int, str | None], CpuBackend], requests: list[Request], shape: str,
+    native: Implementation, backends: Callable[[int, str | None], CpuBackend], requests: list[Sequence], shape: str,
     size: int, seed: int, data: st.DataObject,
 ) -> None:
     rng = np.random.default_rng(seed)
@@ -352,7 +354,7 @@ def test_bits_do_not_depend_on_company_threads_or_isa(
     assert_same(SampleOutput(*(array[d : d + 1] for array in vars(whole).values())), alone, [requests[d]])
 
 
-def assert_same(a: SampleOutput, b: SampleOutput, requests: Sequence[Request]) -> None:
+def assert_same(a: SampleOutput, b: SampleOutput, requests: abc.Sequence[Sequence]) -> None:
     assert a.token_ids.tolist() == b.token_ids.tolist()
     for d, each in enumerate(requests):
         if each.params.logprobs is not None and a.token_ids[d] >= 0:

@@ -10,14 +10,15 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from fptq_runtime.engine.block_manager import BlockManager
-from fptq_runtime.engine.request import Request, SamplingParams
+from fptq_runtime.engine.request import SamplingParams
 from fptq_runtime.engine.scheduler import Scheduler
+from fptq_runtime.engine.sequence import Sequence
 
 MAX_LEN = 96
 
 
-def request(name: str, prompt: list[int], **params: object) -> Request:
-    return Request(name, 0, prompt, SamplingParams(**params), seed=0, arrival_time=0.0)  # type: ignore[arg-type]
+def request(name: str, prompt: list[int], **params: object) -> Sequence:
+    return Sequence(name, 0, prompt, SamplingParams(**params), seed=0, arrival_time=0.0)  # type: ignore[arg-type]
 
 
 class SchedulerWalk(RuleBasedStateMachine):
@@ -36,7 +37,7 @@ class SchedulerWalk(RuleBasedStateMachine):
         self.scheduler = Scheduler(blocks, max_num_seqs, max_tokens, max_prompt_logits)
         self.max_tokens, self.max_prompt_logits = max_tokens, max_prompt_logits
         self.memory: dict[int, tuple[int, ...]] = {}  # what each slot was written for: the text up to its token
-        self.live: dict[str, Request] = {}
+        self.live: dict[str, Sequence] = {}
         self.count = 0
 
     @rule(
@@ -66,27 +67,27 @@ class SchedulerWalk(RuleBasedStateMachine):
         self.scheduler.check_integrity()
         assert output.num_tokens <= self.max_tokens
         assert bool(output.scheduled) == bool(self.live)
-        assert sum(i.num_logits for i in output.scheduled if i.request.needs_prompt_logits) <= self.max_prompt_logits
-        scheduled = {i.request.request_id for i in output.scheduled}
+        assert sum(i.num_logits for i in output.scheduled if i.sequence.needs_prompt_logits) <= self.max_prompt_logits
+        scheduled = {i.sequence.request_id for i in output.scheduled}
         assert len(scheduled) == len(output.scheduled)
         preempted = {r.request_id for r in output.preempted}
         lacking_rows = {name for name in running if self.live[name].needs_prompt_logits}
         assert running - preempted - lacking_rows <= scheduled, "a running sequence was passed over"
         for item in output.scheduled:
-            r = item.request
+            r = item.sequence
             assert item.start == r.num_computed_tokens
             if r.request_id in running:
                 assert item.start == computed_before[r.request_id]
             for position in range(item.start, item.start + item.num_tokens):
                 self.memory[self.slot(r, position)] = tuple(r.token_ids[: position + 1])
         for item in output.scheduled:
-            r = item.request
+            r = item.sequence
             for position in range(item.start + item.num_tokens):
                 assert self.memory[self.slot(r, position)] == tuple(r.token_ids[: position + 1]), "foreign content"
-        sampled = [hash(tuple(i.request.token_ids)) % 3 if i.samples else None for i in output.scheduled]
+        sampled = [hash(tuple(i.sequence.token_ids)) % 3 if i.samples else None for i in output.scheduled]
         self.scheduler.update(output, sampled)
         for item in output.scheduled:
-            r = item.request
+            r = item.sequence
             if r.num_output_tokens >= r.params.max_tokens and r.num_computed_tokens >= r.num_prompt_tokens:
                 self.scheduler.finish(self.live.pop(r.request_id))
 
@@ -105,7 +106,7 @@ class SchedulerWalk(RuleBasedStateMachine):
             assert bound, "the scheduler does not come to an end"
         assert self.scheduler.blocks.num_free_blocks == self.scheduler.blocks.num_blocks
 
-    def slot(self, r: Request, position: int) -> int:
+    def slot(self, r: Sequence, position: int) -> int:
         return r.block_table[position // 16] * 16 + position % 16
 
 
@@ -122,7 +123,7 @@ def chunks(s: Scheduler) -> dict[str, tuple[int, int, int]]:
     """One step. (start, tokens, logits rows) by request."""
     output = s.schedule()
     s.update(output, [1 if item.samples else None for item in output.scheduled])
-    return {i.request.request_id: (i.start, i.num_tokens, i.num_logits) for i in output.scheduled}
+    return {i.sequence.request_id: (i.start, i.num_tokens, i.num_logits) for i in output.scheduled}
 
 
 def test_decoding_shares_the_budget_with_a_long_prompt() -> None:
@@ -188,13 +189,13 @@ def test_the_last_one_in_gives_way_and_comes_back_first() -> None:
 
 def test_siblings_wait_for_the_prompt_they_can_share() -> None:
     s = scheduler(max_tokens=40)
-    for r in Request.expand("r", [1] * 49, SamplingParams(n=3)):
+    for r in Sequence.expand("r", [1] * 49, SamplingParams(n=3)):
         s.add(r)
     steps = []
     for _ in range(3):
         output = s.schedule()
         s.update(output, [1 if item.samples else None for item in output.scheduled])
-        steps.append([(item.request.index, item.start) for item in output.scheduled])
+        steps.append([(item.sequence.index, item.start) for item in output.scheduled])
     assert steps == [[(0, 0)], [(0, 40)], [(0, 49), (1, 48), (2, 48)]]
 
 

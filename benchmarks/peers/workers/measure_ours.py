@@ -9,12 +9,14 @@ import json
 import random
 import sys
 import time
+from typing import Any
 
 from benchmarks.peers.base import STEPS
-from fptq_runtime.bench import Row, bench_config, measure, shape_engine
 from fptq_runtime.engine.engine import Engine
 from fptq_runtime.engine.request import SamplingParams
-from fptq_runtime.shapes import SHAPES
+from fptq_runtime.kernels.select import select_backend
+from fptq_runtime.measure.bench import Row, bench_config, measure, shape_engine
+from fptq_runtime.measure.shapes import SHAPES
 
 LARGEST = {"llama-2-7b": (Row(8, 512), Row(1, 2048))}
 LARGEST_OF_SMALL = (Row(32, 512), Row(8, 2048))
@@ -22,8 +24,9 @@ LARGEST_OF_SMALL = (Row(32, 512), Row(8, 2048))
 
 def main() -> None:
     shape, threads = sys.argv[1], int(sys.argv[2])
-    config = bench_config(SHAPES[shape].config, LARGEST.get(shape, LARGEST_OF_SMALL), STEPS)
-    engine = shape_engine(shape, 4, config, "native", threads=threads)
+    backend = select_backend("native", threads)
+    config = bench_config(SHAPES[shape].config, LARGEST.get(shape, LARGEST_OF_SMALL), STEPS, backend)
+    engine = shape_engine(shape, 4, backend, config)
     measure(engine, Row(1, 512), steps=1, seconds=0)  # warms up
     print(json.dumps({"ready": engine.backend.describe()["isa"]}), flush=True)
     for line in sys.stdin:
@@ -37,7 +40,7 @@ def main() -> None:
         print(json.dumps({"tokens_per_s": rate}), flush=True)
 
 
-def without_http(engine: Engine, clients: int, prompt_tokens: int, output_tokens: int) -> float:
+def without_http(engine: Engine[Any], clients: int, prompt_tokens: int, output_tokens: int) -> float:
     generator = random.Random(clients)
     params = SamplingParams(temperature=0, max_tokens=output_tokens, ignore_eos=True)
     started = time.perf_counter()

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import triton
 
+from fptq_runtime.config import KVCacheDtype, ModelConfig
 from fptq_runtime.errors import FptqError
 from fptq_runtime.kernels.base import (
     Activation,
@@ -38,6 +39,7 @@ from fptq_runtime.kernels.triton import fused
 from fptq_runtime.kernels.triton.attention import (
     DeviceAttention,
     DeviceCache,
+    cache_bytes_per_token,
     prepare_attention,
     rope_and_cache,
 )
@@ -51,6 +53,8 @@ from fptq_runtime.kernels.triton.values import DeviceBatch, Quantized, interpret
 Value = torch.Tensor | Quantized
 
 SMALLEST_CONTEXT = 1024  # the least of the powers of two that graphs are made for, in tokens
+OVERHEAD_BYTES = 768 << 20  # CUDA's context, graphs, parts of split sums
+LOGIT_BYTES = 32  # of a logit, its copy and its sort key on the way to a token
 ALIGNED = 32  # each array of a step begins at a multiple of so many int32
 
 
@@ -95,6 +99,15 @@ class TritonBackend:
     def sample(self, logits: torch.Tensor, batch: SampleInput) -> SampleOutput:
         with torch.inference_mode(), _device_watched(self.device):
             return sample(logits, batch)
+
+    def token_bytes(self, model: ModelConfig, dtype: KVCacheDtype) -> int:
+        return cache_bytes_per_token(dtype, model.num_layers, model.num_kv_heads, model.head_dim)
+
+    def step_bytes(self, model: ModelConfig, limits: StepLimits) -> int:
+        widest = 4 * model.hidden_size + (model.num_heads + 2 * model.num_kv_heads) * model.head_dim \
+            + 3 * model.intermediate_size
+        values, logits = 8 * limits.max_tokens * widest, LOGIT_BYTES * limits.max_logits_rows * model.vocab_size
+        return OVERHEAD_BYTES + values + logits
 
     def free_memory(self) -> int | None:
         if not is_gpu(self.device):

@@ -13,12 +13,10 @@ import torch
 
 from fptq_runtime.config import EngineConfig, KVCacheDtype
 from fptq_runtime.engine.engine import Engine
-from fptq_runtime.engine.kv_cache import token_bytes
 from fptq_runtime.engine.request import SamplingParams
-from fptq_runtime.kernels.base import Work, logits_array
+from fptq_runtime.kernels.base import StepLimits, Work, logits_array
 from fptq_runtime.kernels.reference import ReferenceBackend
 from fptq_runtime.kernels.select import select_backend
-from fptq_runtime.kernels.triton.attention import cache_bytes_per_token
 from fptq_runtime.kernels.triton.backend import SMALLEST_CONTEXT, TritonBackend, _Inputs, _Shape, bucket
 from fptq_runtime.models.golden import check_golden, compute_golden
 from fptq_runtime.models.loader import Checkpoint, load_model
@@ -94,7 +92,7 @@ def test_bits_do_not_depend_on_company(backend: TritonBackend, options: Options,
 
 def engine_for(backend: Any, decoder: Any, num_tokens: int = 1024, **options: Any) -> Engine:
     config = EngineConfig(max_model_len=48, block_size=16, kv_cache_memory=1, **options)
-    memory = num_tokens * token_bytes(decoder.config, config.kv_cache_dtype)
+    memory = num_tokens * backend.token_bytes(decoder.config, config.kv_cache_dtype)
     return Engine(decoder, backend, replace(config, kv_cache_memory=memory), FakeTokenizer())  # type: ignore[arg-type]
 
 
@@ -191,7 +189,12 @@ def test_what_it_says_of_itself(backend: TritonBackend) -> None:
     assert backend.roofs() is None
     assert executor.seconds == {"forward": 0.0}
     config = make_decoder(replace(SMALL, head_dim=32), backend).config
-    assert cache_bytes_per_token("int8", 1, 2, 32) == token_bytes(config, "int8")
+    assert backend.token_bytes(config, "int8") == config.num_layers * config.num_kv_heads * 2 * (32 + 4)
+    config = replace(config, hidden_size=4096, intermediate_size=14336, num_heads=32, vocab_size=128256)
+    step, wide = (backend.step_bytes(config, StepLimits.of(config, max_tokens=tokens, max_model_len=64, num_blocks=4,
+                                                           max_logits_rows=64)) for tokens in (512, 8192))
+    assert 64 * 4 * 128256 < step < 2 << 30
+    assert wide - step > 4 * (8192 - 512) * 2 * 14336
 
 
 def test_steps_and_parameters_that_do_not_fit_are_refused(backend: TritonBackend) -> None:

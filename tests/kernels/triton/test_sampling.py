@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fptq_runtime.engine.request import Request
+from fptq_runtime.engine.sequence import Sequence
 from fptq_runtime.kernels.base import SampleInput, SampleOutput
 from fptq_runtime.kernels.sampling import sample_reference
 from fptq_runtime.kernels.triton.sampling import NUCLEUS
@@ -46,7 +46,7 @@ def implementation() -> Implementation:
 @settings(max_examples=30)
 @given(requests=st.lists(REQUESTS, min_size=1, max_size=4), shape=st.sampled_from(sorted(SHAPES)),
        size=st.sampled_from([10, 97, 2048, 2049, 5000]), seed=st.integers(0, 1 << 20))
-def test_it_draws_what_the_reference_draws(requests: list[Request], shape: str, size: int, seed: int) -> None:
+def test_it_draws_what_the_reference_draws(requests: list[Sequence], shape: str, size: int, seed: int) -> None:
     assert_draws_as_the_reference(sample, requests, shape, size, seed, absolute=1e-12, relative=1e-12)
 
 
@@ -87,7 +87,7 @@ def test_scores_and_draws_of_one_batch_and_their_company() -> None:
     batch = sampler.SampleBatch()
     for i, each in enumerate(requests):
         batch.score(i, 17 + i, i)
-        batch.draw(i, sampler.Sampling(each, ()))
+        batch.draw(i, each, sampler.Sampling(each, ()))
     made = batch.build()
     together, reference = sample(logits, made), sample_reference(logits, made)
     assert together.token_ids.tolist() == reference.token_ids.tolist()

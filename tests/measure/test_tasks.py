@@ -12,9 +12,10 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fptq_runtime import cli, tasks
+from fptq_runtime import cli
 from fptq_runtime.engine.llm import LLM
-from fptq_runtime.tasks import Scorer, TaskError
+from fptq_runtime.measure import tasks
+from fptq_runtime.measure.tasks import Scorer, TaskError
 from tests.quantizer.models import save_model
 
 QUESTIONS = [

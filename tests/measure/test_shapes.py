@@ -14,7 +14,7 @@ from fptq_runtime.artifact.io import verify
 from fptq_runtime.engine.llm import LLM
 from fptq_runtime.engine.request import SamplingParams
 from fptq_runtime.kernels.select import select_backend
-from fptq_runtime.shapes import SHAPES
+from fptq_runtime.measure.shapes import SHAPES
 
 
 @pytest.mark.parametrize("head_bits", [4, 8])

@@ -12,9 +12,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from fptq_runtime import cli
-from fptq_runtime import compare as module
-from fptq_runtime.compare import Comparison, compare, markdown, plot
 from fptq_runtime.kernels.select import select_backend
+from fptq_runtime.measure import compare as module
+from fptq_runtime.measure.compare import Comparison, compare, markdown, plot
 from fptq_runtime.models.tokenizer import Tokenizer
 from fptq_runtime.quantizer.calibrate import Text
 from fptq_runtime.quantizer.evaluate import evaluate, sum_kl, text_windows

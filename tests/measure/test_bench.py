@@ -9,12 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fptq_runtime import bench, cli
-from fptq_runtime.bench import NoText, Row, bench_config, measure, shape_engine
+from fptq_runtime import cli
 from fptq_runtime.engine.engine import Engine
 from fptq_runtime.engine.stats import StepStats
 from fptq_runtime.kernels.base import Roofs
-from fptq_runtime.shapes import SHAPES
+from fptq_runtime.kernels.select import select_backend
+from fptq_runtime.measure import bench
+from fptq_runtime.measure.bench import NoText, Row, bench_config, measure, shape_engine
+from fptq_runtime.measure.shapes import SHAPES
 
 
 @pytest.fixture(autouse=True)
@@ -26,8 +28,9 @@ def _small_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def engine_for(name: str, row: Row, head_bits: int = 4, budget: int = 512) -> Engine:
-    config = bench_config(SHAPES[name], [row], 3, max_num_batched_tokens=budget)
-    return shape_engine(name, head_bits, config, threads=1)
+    backend = select_backend(threads=1)
+    config = bench_config(SHAPES[name], [row], 3, backend, max_num_batched_tokens=budget)
+    return shape_engine(name, head_bits, backend, config)
 
 
 @pytest.mark.parametrize("name", ["llama-3.2-1b", "qwen2.5-0.5b", "llama-2-7b"])

@@ -8,13 +8,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from fptq_runtime import __version__, bench, tasks
+from fptq_runtime import __version__
 from fptq_runtime.analysis import plots
 from fptq_runtime.config import KVCacheDtype
 from fptq_runtime.engine.engine import Engine
@@ -22,6 +22,7 @@ from fptq_runtime.engine.llm import LLM
 from fptq_runtime.errors import FptqError
 from fptq_runtime.kernels.base import Backend
 from fptq_runtime.kernels.select import select_backend
+from fptq_runtime.measure import bench, tasks
 from fptq_runtime.models.decoder import Decoder
 from fptq_runtime.models.loader import Checkpoint, load_model
 from fptq_runtime.models.tokenizer import Tokenizer
@@ -219,8 +220,8 @@ def _speed(decoder: Decoder, backend: Backend, kv_dtype: KVCacheDtype) -> tuple[
     context = min(PROMPT, model.max_position_embeddings // 2)
     wanted = [bench.Row(batch, context) for batch in BATCHES]
     rows = [row for row in wanted if context + row.output_tokens(STEPS, PROMPT) <= model.max_position_embeddings]
-    config = bench.bench_config(model, rows or wanted[:1], STEPS, kv_cache_dtype=kv_dtype)
-    engine = Engine(decoder, backend, config, cast(Tokenizer, bench.NoText()))
+    config = bench.bench_config(model, rows or wanted[:1], STEPS, backend, kv_cache_dtype=kv_dtype)
+    engine = Engine(decoder, backend, config, bench.NoText())
     bench.measure(engine, rows[0], steps=1, seconds=0)  # warms up
     measured = [part.against(None) for row in rows
                 for part in bench.measure(engine, row, steps=STEPS, seconds=SECONDS)]

@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fptq_runtime import tasks as task
 from fptq_runtime.config import Activations, KVCacheDtype
 from fptq_runtime.engine.llm import LLM
 from fptq_runtime.kernels.select import select_backend
+from fptq_runtime.measure import tasks as task
 from fptq_runtime.models.loader import Checkpoint
 from fptq_runtime.quantizer.calibrate import read_text
 from fptq_runtime.quantizer.evaluate import Perplexity

@@ -9,22 +9,20 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from tqdm import tqdm
 
 from fptq_runtime import __version__
 from fptq_runtime.config import Activations, EngineConfig, KVCacheDtype, ModelConfig
 from fptq_runtime.engine.engine import Engine
-from fptq_runtime.engine.kv_cache import token_bytes
 from fptq_runtime.engine.llm import load_engine
 from fptq_runtime.engine.request import SamplingParams
 from fptq_runtime.errors import FptqError
-from fptq_runtime.kernels.base import Roofs
+from fptq_runtime.kernels.base import Backend, Roofs
 from fptq_runtime.kernels.select import select_backend
+from fptq_runtime.measure.shapes import SHAPES, random_decoder
 from fptq_runtime.models.loader import Checkpoint
-from fptq_runtime.models.tokenizer import Tokenizer
-from fptq_runtime.shapes import SHAPES, random_decoder
 
 Phase = Literal["prefill", "decode"]
 PHASES: tuple[Phase, ...] = ("prefill", "decode")
@@ -148,8 +146,8 @@ def rows(batches: Sequence[int], contexts: Sequence[int], model: ModelConfig, st
     return fitting
 
 
-def bench_config(model: ModelConfig, rows: Sequence[Row], steps: int, *, max_num_batched_tokens: int = 512,
-                 kv_cache_dtype: KVCacheDtype = "int8") -> EngineConfig:
+def bench_config(model: ModelConfig, rows: Sequence[Row], steps: int, backend: Backend, *,
+                 max_num_batched_tokens: int = 512, kv_cache_dtype: KVCacheDtype = "int8") -> EngineConfig:
     """An engine as large as the largest row: nothing is preempted, and no prompt is found in a cache."""
     lengths = [(row.batch, row.context + row.output_tokens(steps, max_num_batched_tokens)) for row in rows]
     config = EngineConfig(
@@ -158,18 +156,15 @@ def bench_config(model: ModelConfig, rows: Sequence[Row], steps: int, *, max_num
         enable_prefix_caching=False,
     )
     blocks = max(batch * (-(-length // config.block_size) + 1) for batch, length in lengths)
-    return replace(config, kv_cache_memory=blocks * config.block_size * token_bytes(model, kv_cache_dtype))
+    return replace(config, kv_cache_memory=blocks * config.block_size * backend.token_bytes(model, kv_cache_dtype))
 
 
-def shape_engine(name: str, head_bits: int, config: EngineConfig, backend: str = "auto", device: str = "auto",
-                 threads: int = 0) -> Engine:
+def shape_engine(name: str, head_bits: int, backend: Backend, config: EngineConfig) -> Engine[NoText]:
     """An engine for one of `SHAPES` with random weights and no text."""
-    kernels = select_backend(backend, threads, device=device)
-    decoder = random_decoder(SHAPES[name], kernels, head_bits)
-    return Engine(decoder, kernels, config, cast(Tokenizer, NoText()))
+    return Engine(random_decoder(SHAPES[name], backend, head_bits), backend, config, NoText())
 
 
-def measure(engine: Engine, row: Row, phases: Sequence[Phase] = PHASES, *, steps: int = 24, seconds: float = 3.0
+def measure(engine: Engine[Any], row: Row, phases: Sequence[Phase] = PHASES, *, steps: int = 24, seconds: float = 3.0
             ) -> list[Steps]:
     """Greedy requests with random prompts, again and again until `seconds` have passed, with `steps` steps of decoding
     each time. For each phase the run with the median rate. Raises FptqError for less than one step."""
@@ -191,16 +186,17 @@ def bench(
 ) -> Bench:
     """`measure` every row of `rows`. model: an artifact's path; or a name in `SHAPES`, for random weights and a head of
     head_bits. phases: both unless given. Raises FptqError."""
-    shape = Checkpoint(model).model_config if isinstance(model, Path) else SHAPES[model].config
+    checkpoint = Checkpoint(model, activations) if isinstance(model, Path) else None
+    shape = SHAPES[str(model)].config if checkpoint is None else checkpoint.model_config
+    kernels = select_backend(backend, threads, None if checkpoint is None else checkpoint.linear_schemes, device)
     chosen = rows(batches, contexts, shape, steps, max_num_batched_tokens)
-    config = bench_config(shape, chosen, steps, max_num_batched_tokens=max_num_batched_tokens,
+    config = bench_config(shape, chosen, steps, kernels, max_num_batched_tokens=max_num_batched_tokens,
                           kv_cache_dtype=kv_cache_dtype)
     if isinstance(model, Path):
-        engine = load_engine(model, backend=backend, device=device, activations=activations, threads=threads,
-                             **asdict(config))
+        engine: Engine[Any] = load_engine(model, backend=kernels, activations=activations, **asdict(config))
         name = name or model.name
     else:
-        engine = shape_engine(model, head_bits, config, backend, device, threads)
+        engine = shape_engine(model, head_bits, kernels, config)
         name = name or f"{model}, random weights, {head_bits}-bit head"
     measure(engine, Row(1, chosen[0].context), steps=1, seconds=0)  # warms up
     measured, roofs = [], engine.backend.roofs()
@@ -231,7 +227,7 @@ class NoText:
         return ""
 
 
-def _run(engine: Engine, row: Row, steps: int, seed: int) -> dict[Phase, Steps]:
+def _run(engine: Engine[Any], row: Row, steps: int, seed: int) -> dict[Phase, Steps]:
     """Until every prompt is computed and `steps` steps with all sequences have followed."""
     config, vocab_size = engine.config, engine.model_config.vocab_size
     generator = random.Random(f"{seed} {row.batch} {row.context}")
@@ -240,7 +236,7 @@ def _run(engine: Engine, row: Row, steps: int, seed: int) -> dict[Phase, Steps]:
     for index in range(row.batch):
         engine.add_request(str(index), generator.choices(range(vocab_size), k=row.context), params)
     prefill, decode = Steps("prefill", row), Steps("decode", row)
-    kv_bytes = token_bytes(engine.model_config, config.kv_cache_dtype)
+    kv_bytes = engine.backend.token_bytes(engine.model_config, config.kv_cache_dtype)
     to_compute, cached = row.batch * row.context, 0
     while to_compute or len(decode.seconds) < steps:
         before = sum(engine.executor.seconds.values())

@@ -1,0 +1,86 @@
+"""A sequence of tokens on its way through the engine. No torch."""
+
+from __future__ import annotations
+
+import enum
+import secrets
+import time
+from array import array
+from collections import abc
+from typing import TYPE_CHECKING
+
+from fptq_runtime.engine.request import SamplingParams
+
+if TYPE_CHECKING:
+    from fptq_runtime.engine.output import TextStream, TokenLogprobs
+    from fptq_runtime.engine.sampler import Sampling
+
+
+class SequenceStatus(enum.Enum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+class Sequence:
+    """One sequence on its way through the engine (a request with n > 1 becomes n of these).
+
+    Tokens are computed when their keys and values are in the cache: the scheduler moves num_computed_tokens towards
+    num_tokens, and a token is sampled when they meet. The engine gives it how it is sampled and what makes its text.
+    """
+
+    sampling: Sampling
+    text: TextStream
+
+    def __init__(self, request_id: str, index: int, prompt_token_ids: abc.Sequence[int], params: SamplingParams,
+                 seed: int, arrival_time: float) -> None:
+        self.request_id = request_id
+        self.index = index
+        self.params = params
+        self.seed = seed
+        self.token_ids = array("i", prompt_token_ids)  # the prompt, then what was sampled
+        self.num_prompt_tokens = len(prompt_token_ids)
+        self.num_computed_tokens = 0
+        self.num_cached_tokens = 0  # prompt tokens found in the prefix cache when first scheduled
+        self.num_accounted_tokens = 0  # found in the cache or computed at least once, as StepStats count them
+        self.num_preemptions = 0
+        self.block_table = array("i")  # copied into every step's input, hence not a list
+        self.block_hashes: list[bytes] = []  # of the full blocks hashed so far
+        self.status = SequenceStatus.WAITING
+        self.arrival_time = arrival_time
+        self.scheduled_time: float | None = None
+        self.last_token_time: float | None = None
+        self.prompt_logprobs: list[TokenLogprobs | None] = [None]  # so far; nothing precedes the first token
+
+    @classmethod
+    def expand(cls, request_id: str, prompt_token_ids: abc.Sequence[int], params: SamplingParams) -> list[Sequence]:
+        """The n sequences of one request. Sequence i is seeded with seed + i, as if it had been sent alone so."""
+        seed = secrets.randbits(63) if params.seed is None else params.seed
+        now = time.monotonic()
+        return [cls(request_id, i, prompt_token_ids, params, seed + i, now) for i in range(params.n)]
+
+    @property
+    def key(self) -> tuple[str, int]:
+        return self.request_id, self.index
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def needs_prompt_logits(self) -> bool:
+        """Every prompt position's logits are wanted, and the prompt is not known to be through. They are reported
+        once, by sequence 0."""
+        return self.params.prompt_logprobs is not None and self.index == 0 and self.num_output_tokens == 0
+
+    def unscored(self, start: int, num_tokens: int) -> range:
+        """Of the tokens that a step computes, the positions whose rows of logits tell of a prompt token, the next one,
+        that has no log-probability yet: after a preemption rows may come a second time."""
+        if not self.needs_prompt_logits:
+            return range(0)
+        end = min(start + num_tokens, self.num_prompt_tokens - 1)
+        return range(max(start, len(self.prompt_logprobs) - 1), end)
