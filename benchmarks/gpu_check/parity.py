@@ -40,7 +40,8 @@ from fptq_runtime.kernels.triton import fused
 from fptq_runtime.kernels.triton.linear import DeviceLinear, pack_linear, run_linear
 from fptq_runtime.kernels.triton.values import Quantized
 from fptq_runtime.locate import DEMO_MODEL
-from fptq_runtime.models.decoder import Decoder, prepare_block, prepare_head, prepare_stem
+from fptq_runtime.models.block import prepare_block, prepare_stem
+from fptq_runtime.models.decoder import Decoder
 from fptq_runtime.models.golden import MARGIN, check_golden, compute_golden
 from fptq_runtime.models.loader import Checkpoint, load_block, load_head, load_stem
 from fptq_runtime.models.tokenizer import Tokenizer
@@ -281,13 +282,11 @@ def _rounded(path: Path, backend: Any) -> Any:
         return replace(linear, weight=packed, act=ActivationQuant())
 
     checkpoint = Checkpoint(path)
-    loaded = [load_block(checkpoint, index) for index in range(checkpoint.model_config.num_layers)]
-    blocks = [replace(block, qkv=rounded(block.qkv, 4, 128), o=rounded(block.o, 4, 128), up=rounded(block.up, 4, 128),
-                      down=rounded(block.down, 4, 128)) for block in loaded]
-    head = load_head(checkpoint)
+    blocks = [load_block(checkpoint, index).with_linears(lambda _, linear: rounded(linear, 4, 128))
+              for index in range(len(checkpoint.model.blocks))]
+    head = load_head(checkpoint).with_linears(lambda _, linear: rounded(linear, 8, None))
     return Decoder(checkpoint.model_config, prepare_stem(load_stem(checkpoint), backend),
-                   [prepare_block(block, backend) for block in blocks],
-                   prepare_head(replace(head, lm_head=rounded(head.lm_head, 8, None)), backend))
+                   [prepare_block(block, backend) for block in blocks], prepare_block(head, backend))
 
 
 def _company(backend: Any, decoder: Any, tokenizer: Any, rng: Any) -> tuple[float, int]:
