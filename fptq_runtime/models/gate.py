@@ -13,8 +13,8 @@ import json
 import logging
 import math
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,7 +41,8 @@ from fptq_runtime.kernels.base import (
     V,
     logits_array,
 )
-from fptq_runtime.models.decoder import Block, Decoder, Head, Stem, run_block
+from fptq_runtime.models.block import Block, Stem
+from fptq_runtime.models.decoder import Decoder
 from fptq_runtime.models.golden import GoldenMismatch, check_golden
 
 Kind = Literal["stem", "norm", "linear", "rope", "attention", "order", "block"]
@@ -57,6 +58,7 @@ PREFIX = 40  # tokens of the attention probe's sequence; what rope tables must h
 PREFIX_ROWS = (17, PREFIX - 1)  # whose outputs are recorded
 EDGE, TAIL = 16, 8  # tokens about the far edge of the window, and before the query that looks back at it
 WINDOW = 600  # how far that query looks back where attention has no window
+SHORT = ".short"
 ROPE_POSITIONS = (0, 1, 17, 130, 1023, 8191, 32767)
 
 
@@ -67,25 +69,9 @@ class GateError(FptqError):
     """This machine's kernels do not compute what was recorded. One line that names what differs and what to do."""
 
 
-@dataclass(frozen=True)
-class Part:
-    """A block, or the head, as the gate looks at it."""
-
-    name: str
-    linears: Mapping[str, tuple[Any, ActivationQuant | None]]
-    norms: Mapping[str, Any]
-    attention: Any | None = None
-    block: Any | None = None
-
-
-def block_part(index: int, block: Block) -> Part:
-    return Part(f"layers.{index}",
-                {name: (getattr(block, name), getattr(block, f"{name}_act")) for name in ("qkv", "o", "up", "down")},
-                {name: getattr(block, name) for name in ("input_norm", "mlp_norm")}, block.attention, block)
-
-
-def head_part(head: Head) -> Part:
-    return Part("head", {"lm_head": (head.lm_head, head.act)}, {"norm": head.norm})
+def part_name(part: Block) -> str:
+    """As recorded: "layers.3", or "head"."""
+    return part.spec.name or "head"
 
 
 @dataclass(frozen=True)
@@ -104,7 +90,12 @@ class LinearFacts:
         return 4 + 2 * math.sqrt(self.k / max(self.group, 32))
 
     def row(self, name: str) -> Float32Array:
-        """[k], of codes with magnitudes from 64 to 127, which bfloat16 holds too, or of FP8's from 64 to 448.
+        """[k], what quantizes to the codes."""
+        codes = self._codes(name)
+        return codes if self.act is None or self.act.scale is None else codes * np.float32(self.act.scale)
+
+    def _codes(self, name: str) -> Float32Array:
+        """[k], with magnitudes from 64 to 127, which bfloat16 holds too, or of FP8's from 64 to 448.
 
         A dynamic scale must come out as 1: the greatest is 127.5, which every rounding makes 127, or 448.
         """
@@ -116,13 +107,13 @@ class LinearFacts:
         row: Float32Array = np.where(bits & 1, 1, -1).astype(np.float32) * magnitudes.astype(np.float32)
         if self.act is not None and self.act.scale is None:
             row[zlib.crc32(name.encode()) % self.k] = 127.5 if self.act.type == "int" else 448
-        return row if self.act is None or self.act.scale is None else row * np.float32(self.act.scale)
+        return row
 
     def read_row(self, name: str) -> Float64Array:
-        """[k], the row as the linear reads it."""
-        row = self.row(name).astype(np.float64)
-        row[row == 127.5] = 127
-        return row
+        """[k], the row as the linear reads it: codes times the scale, unrounded."""
+        codes = self._codes(name).astype(np.float64)
+        codes[codes == 127.5] = 127
+        return codes if self.act is None or self.act.scale is None else codes * self.act.scale
 
     @property
     def multipliers(self) -> Float32Array:
@@ -180,9 +171,13 @@ class AttentionFacts:
 @dataclass(frozen=True)
 class Golden:
     """What was recorded: arrays by name, float32 or bfloat16. A layer whose attention is that of the layer before has
-    no arrays of its own for it."""
+    no arrays of its own for it.
 
-    prompt_length: int
+    short: where ropes choose their frequencies by how many positions are served, up to so many those hold of which the
+    names end with SHORT.
+    """
+
+    short: int = 0
     linears: dict[str, LinearFacts] = field(default_factory=dict)
     attention: dict[str, AttentionFacts] = field(default_factory=dict)
     stem_ids: tuple[int, ...] = ()
@@ -191,7 +186,7 @@ class Golden:
     def to_bytes(self) -> bytes:
         """A safetensors file."""
         facts = {
-            "prompt_length": self.prompt_length,
+            "short": self.short,
             "linears": {name: [facts.k, None if facts.act is None else [facts.act.scale, facts.act.type], facts.group]
                         for name, facts in self.linears.items()},
             "attention": {name: [f.num_heads, f.num_kv_heads, f.head_dim, f.window, f.prefix, f.rope_positions]
@@ -211,7 +206,7 @@ class Golden:
                 arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
                 facts = json.loads(file.metadata()["fptq"])
             return cls(
-                facts["prompt_length"],
+                facts["short"],
                 {name: LinearFacts(k, None if act is None else ActivationQuant(*act), group)
                  for name, (k, act, group) in facts["linears"].items()},
                 {name: AttentionFacts(heads, kv_heads, dim, window, prefix, tuple(positions))
@@ -282,8 +277,8 @@ def probe(decoder: Decoder, backend: Backend, golden: Golden, max_positions: int
           kinds: Sequence[Kind] | None = None) -> Iterator[Outcome]:
     """Every probe's outcome, from the stem to the head. What a probe cannot even run is infinitely far away."""
     run = _Gate(decoder.config, backend, golden, max_positions, kv_dtype)
-    parts = [*(block_part(index, block) for index, block in enumerate(decoder.blocks)), head_part(decoder.head)]
-    for name, kind, outcomes in itertools.chain(run.stem(decoder.stem), *map(run.part, parts)):
+    for name, kind, outcomes in itertools.chain(run.stem(decoder.stem), *map(run.part, decoder.blocks),
+                                                run.part(decoder.head)):
         if kinds is None or kind in kinds:
             try:
                 yield from outcomes
@@ -304,33 +299,46 @@ class _Gate:
         self._golden = golden
         self._max_positions = max_positions
         self._caches: tuple[KVCacheDtype, ...] = ("float32",) if kv_dtype == "float32" else ("float32", kv_dtype)
+        self._suffix = SHORT if max_positions <= golden.short else ""
         self._attention = ""  # the layer whose recorded attention holds
         self._tables: dict[AttentionFacts, Any] = {}
         self._linears = 0
 
     def stem(self, stem: Stem) -> Iterator[_Probes]:
         yield "embedding", "stem", self.embedding(stem.embedding)
+        if stem.positions is not None:
+            yield "positions", "stem", self.positions(stem.positions)
         if stem.norm is not None:
             yield "stem.norm", "norm", self.norm("stem.norm", stem.norm)
 
-    def part(self, part: Part) -> Iterator[_Probes]:
-        for name, norm in part.norms.items():
-            yield f"{part.name}.{name}", "norm", self.norm(f"{part.name}.{name}", norm)
-        for name, (linear, act) in part.linears.items():
-            yield f"{part.name}.{name}", "linear", self.linear(f"{part.name}.{name}", linear, act)
+    def part(self, part: Block) -> Iterator[_Probes]:
+        name = part_name(part)
+        for key, norm in part.norms.items():
+            yield f"{name}.{key}", "norm", self.norm(f"{name}.{key}", norm)
+        for key, linear in part.linears.items():
+            yield f"{name}.{key}", "linear", self.linear(f"{name}.{key}", linear)
         if part.attention is not None:
-            if part.name in self._golden.attention:
-                self._attention = part.name
-            yield part.name, "rope", self.rope(part.name, part.attention)
+            if name in self._golden.attention:
+                self._attention = name
+            yield name, "rope", self.rope(name, part.attention)
             for dtype in self._caches:
-                yield part.name, "attention", self.attention(part.name, part.attention, dtype)
-        if part.block is not None:
-            yield part.name, "block", self.block(part.name, part.block)
+                yield name, "attention", self.attention(name, part.attention, dtype)
+        if part.spec.name:
+            yield name, "block", self.block(name, part)
 
     def embedding(self, table: Any) -> Iterator[Outcome]:
         ids = np.array(self._golden.stem_ids, np.int32)
         executor = self._backend.compile(lambda ops: ops.select_rows(ops.embed(table)), probe_limits(len(ids)))
         yield _outcome("stem", "embedding", _run(executor, ids), self._golden.arrays["stem"], 0)
+
+    def positions(self, table: Any) -> Iterator[Outcome]:
+        expected = self._golden.arrays["positions"]
+        ids = np.zeros(min(len(expected), self._max_positions), np.int32)
+        embedding = self._table(np.zeros((1, expected.shape[1]), np.float32))
+        executor = self._backend.compile(
+            lambda ops: ops.select_rows(ops.add(ops.embed(embedding), ops.embed_positions(table))),
+            probe_limits(len(ids)))
+        yield _outcome("stem", "positions", _run(executor, ids), expected[: len(ids)], 0)
 
     def norm(self, name: str, norm: Any) -> Iterator[Outcome]:
         expected = self._golden.arrays[f"{name}.expected"]
@@ -340,14 +348,14 @@ class _Gate:
         y = _run(executor, np.zeros(3, np.int32))
         yield _outcome("norm", name, y, expected[None], self._golden.arrays[f"{name}.tolerance"].astype(np.float64))
 
-    def linear(self, name: str, linear: Any, act: ActivationQuant | None) -> Iterator[Outcome]:
+    def linear(self, name: str, linear: Any) -> Iterator[Outcome]:
         """By one row, as when decoding, and by some that fill tiles of another height from linear to linear."""
         facts, arrays = self._golden.linears[name], self._golden.arrays
         factors = facts.multipliers
         table = self._table(factors[:, None] * facts.row(name))
 
         def forward(ops: Ops[V]) -> V:
-            return ops.select_rows(ops.linear(ops.quantize(ops.embed(table), act), linear))
+            return ops.select_rows(ops.linear(ops.quantize(ops.embed(table), linear.act), linear))
 
         self._linears += 1
         heights = (1, 2 + self._linears % 12)
@@ -370,7 +378,7 @@ class _Gate:
             lambda ops: ops.select_rows(ops.rope_and_cache(ops.embed(table), attention)),
             probe_limits(len(positions), facts, _layers(name), positions[-1] + 1, len(positions)))
         y = rotate(executor, positions)
-        expected = self._golden.arrays[f"{self._attention}.rope"][: len(positions)]
+        expected = self._golden.arrays[f"{self._attention}.rope{self._suffix}"][: len(positions)]
         yield _outcome("rope", name, y, expected, SCALARS * np.abs(expected).max(-1, keepdims=True))
 
     def attention(self, name: str, attention: Any, dtype: KVCacheDtype) -> Iterator[Outcome]:
@@ -386,28 +394,27 @@ class _Gate:
             forward, probe_limits(facts.prefix, facts, _layers(name), length, 1, dtype))
         passes, last = attend(executor, facts, far)
         rows = np.stack([passes[0][row] for row in PREFIX_ROWS if row < facts.prefix] + ([last] if far else []))
-        expected = arrays[f"{self._attention}.attention"][: len(rows)]
-        tolerance = SCALARS * np.abs(expected).max(-1, keepdims=True)
-        if dtype != "float32":
-            tolerance = arrays[f"{self._attention}.attention_tolerance"][: len(rows), None].astype(np.float64)
+        expected = arrays[f"{self._attention}.attention{self._suffix}"][: len(rows)]
+        rounded = arrays[f"{self._attention}.attention_tolerance{self._suffix}"][: len(rows), None]
+        tolerance = SCALARS * np.abs(expected).max(-1, keepdims=True) if dtype == "float32" else rounded
         yield _outcome("attention", f"{name}, {dtype} cache", rows, expected, tolerance)
         # torch adds in an order that depends on how many rows there are
         bound = SCALARS * np.abs(passes[0]).max() if self._backend.name == "reference" else 0
         for way, other in zip(("in chunks", "token by token"), passes[1:], strict=True):
             yield _outcome("order", f"{name}, {dtype} cache, {way}", other, passes[0], bound)
 
-    def block(self, name: str, block: Any) -> Iterator[Outcome]:
+    def block(self, name: str, block: Block) -> Iterator[Outcome]:
         """What the block adds to its input, each row as a whole: wiring."""
-        arrays, config = self._golden.arrays, self._config
-        x = arrays[f"{name}.input"].astype(np.float32)
+        arrays, whole = self._golden.arrays, replace(block, last=False)
+        x = arrays[f"{name}.input{self._suffix}"].astype(np.float32)
         table = self._table(x)
-        limits = StepLimits.of(config, max_tokens=len(x), max_model_len=len(x), num_blocks=-(-len(x) // BLOCK))
+        limits = StepLimits.of(self._config, max_tokens=len(x), max_model_len=len(x), num_blocks=-(-len(x) // BLOCK))
         executor = self._backend.compile(
-            lambda ops: ops.select_rows(run_block(ops, config, block, ops.embed(table))), limits)
+            lambda ops: ops.select_rows(whole.forward(ops, ops.embed(table))), limits)
         added = _run(executor, np.arange(len(x), dtype=np.int32)).astype(np.float64) - x
-        deviation = np.sqrt(np.square(added - arrays[f"{name}.added"].astype(np.float64)).mean(-1))
+        deviation = np.sqrt(np.square(added - arrays[f"{name}.added{self._suffix}"].astype(np.float64)).mean(-1))
         yield _outcome("block", name, deviation[:, None], np.zeros((len(x), 1)),
-                       arrays[f"{name}.block_tolerance"][:, None].astype(np.float64))
+                       arrays[f"{name}.block_tolerance{self._suffix}"][:, None].astype(np.float64))
 
     def _table(self, rows: Float32Array) -> Any:
         return self._backend.prepare(Embedding(np.ascontiguousarray(rows, np.float32)))

@@ -14,7 +14,7 @@ from ml_dtypes import bfloat16
 
 from fptq_runtime.artifact.io import GOLDEN, ArtifactError, ArtifactWriter, Manifest, renew
 from fptq_runtime.artifact.numerics import token_scale
-from fptq_runtime.config import KVCacheDtype, ModelConfig
+from fptq_runtime.config import KVCacheDtype
 from fptq_runtime.kernels.base import (
     Activation,
     ActivationQuant,
@@ -29,22 +29,21 @@ from fptq_runtime.kernels.base import (
 )
 from fptq_runtime.kernels.reference import ReferenceBackend, ReferenceOps, quantize_activations
 from fptq_runtime.kernels.select import select_backend, without_kernel
-from fptq_runtime.models.decoder import Block, prepare_block, prepare_head, prepare_stem, run_block, run_stem
+from fptq_runtime.models.block import Block, Stem, prepare_block, prepare_stem
 from fptq_runtime.models.gate import (
     PREFIX,
     PREFIX_ROWS,
     ROPE_POSITIONS,
     ROUNDING,
     SCALARS,
+    SHORT,
     AttentionFacts,
     Golden,
     LinearFacts,
-    Part,
     attend,
-    block_part,
     check,
-    head_part,
     norm_row,
+    part_name,
     probe_limits,
     rotate,
 )
@@ -90,38 +89,55 @@ def renew_golden(path: Path, manifest: Manifest) -> Manifest:
 @torch.inference_mode()
 def record(checkpoint: Checkpoint, prompt_token_ids: Sequence[int]) -> Golden:
     """The probes of a whole checkpoint, read block by block. Of the prompt the first TOKENS tokens are used."""
-    backend, config = ReferenceBackend(), checkpoint.model_config
+    backend, model = ReferenceBackend(), checkpoint.model
+    longest = model.config.max_position_embeddings
+    short = min((rope.original_max_position_embeddings for rope in model.ropes if rope.extends(longest)), default=0)
     prompt = [int(token) for token in prompt_token_ids[:TOKENS]]
-    whole = StepInput.whole([prompt])
+    spread = np.linspace(0, model.config.vocab_size - 1, STEM_ROWS).astype(int).tolist()
+    golden = Golden(short, stem_ids=tuple(sorted({*prompt, *spread})))
     stem = prepare_stem(load_stem(checkpoint), backend)
-    spread = np.linspace(0, config.vocab_size - 1, STEM_ROWS).astype(int).tolist()
-    golden = Golden(len(prompt), stem_ids=tuple(sorted({*prompt, *spread})))
     golden.arrays["stem"] = stem.embedding.weight[list(golden.stem_ids)].float().numpy()
+    if stem.positions is not None:
+        golden.arrays["positions"] = stem.positions.weight[:STEM_ROWS].float().numpy()
     if stem.norm is not None:
         _record_norm(golden, "stem.norm", stem.norm)
-    x = run_stem(ReferenceOps(whole, None), stem)
-    previous = ""
-    for index in range(config.num_layers):
-        loaded = load_block(checkpoint, index)
-        block = prepare_block(loaded, backend)
-        part = block_part(index, block)
-        _record_part(golden, part, block_part(index, loaded))
-        _record_attention(golden, part.name, block.attention, config, previous)
-        previous = part.name if part.name in golden.attention else previous
-        x = _record_block(golden, part.name, block, config, whole, x)
-    head = load_head(checkpoint)
-    _record_part(golden, head_part(prepare_head(head, backend)), head_part(head))
+    for index in range(len(model.blocks)):
+        _record_ops(golden, load_block(checkpoint, index))
+    _record_ops(golden, load_head(checkpoint))
+    _record_blocks(golden, checkpoint, stem, prompt, "")
+    if short:
+        served_short = Checkpoint(checkpoint.path)
+        served_short.max_positions = short
+        _record_blocks(golden, served_short, stem, prompt, SHORT)
     return golden
 
 
-def _record_part(golden: Golden, part: Part, loaded: Part) -> None:
-    """A part as the reference backend has it, and as it was loaded."""
-    for name, norm in part.norms.items():
-        _record_norm(golden, f"{part.name}.{name}", norm)
-    for name, (linear, act) in part.linears.items():
-        stored = loaded.linears[name][0].weight
+def _record_ops(golden: Golden, part: Block) -> None:
+    """Of a part as it was loaded: what needs none of the others."""
+    backend = ReferenceBackend()
+    for key, norm in part.norms.items():
+        _record_norm(golden, f"{part_name(part)}.{key}", backend.prepare(norm))
+    for key, linear in part.linears.items():
+        stored, act = linear.weight, linear.act
         exact = isinstance(stored, QuantizedWeight) and stored.type == "int" and act is not None and act.type == "int"
-        _record_linear(golden, f"{part.name}.{name}", linear, act, stored.group_size if exact else 1)
+        _record_linear(golden, f"{part_name(part)}.{key}", backend.prepare(linear), stored.group_size if exact else 1)
+
+
+def _record_blocks(golden: Golden, checkpoint: Checkpoint, stem: Stem, prompt: Sequence[int], suffix: str) -> None:
+    """Attention where it is not that of the layer before, and whole blocks, each behind those before it."""
+    whole = StepInput.whole([prompt])
+    x = stem.forward(ReferenceOps(whole, None))
+    previous = ""
+    for index in range(len(checkpoint.model.blocks)):
+        block = replace(prepare_block(load_block(checkpoint, index), ReferenceBackend()), last=False)
+        name = part_name(block)
+        if block.attention is not None:
+            facts, found = _attention(block.attention, checkpoint)
+            if suffix or golden.attention.get(previous) != facts or any(
+                    not np.array_equal(array, golden.arrays[f"{previous}.{key}"]) for key, array in found.items()):
+                golden.attention[name], previous = facts, name
+                golden.arrays.update({f"{name}.{key}{suffix}": array for key, array in found.items()})
+        x = _record_block(golden, name, block, whole, x, suffix)
 
 
 def _record_norm(golden: Golden, name: str, norm: Norm) -> None:
@@ -133,18 +149,18 @@ def _record_norm(golden: Golden, name: str, norm: Norm) -> None:
     _keep(golden, name, expected=y, tolerance=SCALARS * (plain.abs() + added))
 
 
-def _record_linear(golden: Golden, name: str, linear: Linear, act: ActivationQuant | None, group: int) -> None:
+def _record_linear(golden: Golden, name: str, linear: Linear, group: int) -> None:
     """linear: prepared, so that its weight is float32 [N, K]. Of a group's exact sum at least what independent signs
     would make it is taken for its size, so that sqrt(group) times that is no less than the sum of magnitudes."""
     weight: Any = linear.weight
-    facts = golden.linears[name] = LinearFacts(weight.shape[1], act, group)
+    facts = golden.linears[name] = LinearFacts(weight.shape[1], linear.act, group)
     x = torch.from_numpy(facts.read_row(name))
     sums, sizes = [], []
     for chunk in weight.split(max(1, CHUNK // facts.k)):
         products = (chunk.double() * x).unflatten(1, (-1, group))  # [rows, K / group, group]
         of_groups = products.sum(-1)
         sums.append(of_groups.sum(-1))
-        sizes.append(of_groups.abs().maximum(products.square().sum(-1).sqrt()).sum(-1))
+        sizes.append(of_groups.abs().maximum(torch.linalg.vector_norm(products, dim=-1)).sum(-1))
     y, magnitude = torch.cat(sums), torch.cat(sizes)
     if linear.low_rank is not None:
         down, up = (matrix.double() for matrix in linear.low_rank)
@@ -160,8 +176,10 @@ def _keep(golden: Golden, name: str, expected: torch.Tensor, tolerance: torch.Te
     golden.arrays[f"{name}.tolerance"] = tolerance.float().numpy().astype(bfloat16)
 
 
-def _record_attention(golden: Golden, name: str, spec: AttentionSpec, config: ModelConfig, previous: str) -> None:
-    longest = config.max_position_embeddings
+def _attention(spec: AttentionSpec, checkpoint: Checkpoint) -> tuple[AttentionFacts, dict[str, Array]]:
+    """What a layer's attention makes of rows that its geometry alone decides, as far as the checkpoint's ropes
+    reach."""
+    longest = checkpoint.model_config.max_position_embeddings
     facts = AttentionFacts(spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.sliding_window,
                            min(PREFIX, longest), tuple(p for p in ROPE_POSITIONS if p < longest))
     backend = ReferenceBackend()
@@ -174,10 +192,10 @@ def _record_attention(golden: Golden, name: str, spec: AttentionSpec, config: Mo
     def look(ops: Ops[Any]) -> Any:
         return ops.attention(ops.rope_and_cache(ops.embed(table), spec), spec, None, True)
 
-    positions = facts.rope_positions
+    positions = [position for position in facts.rope_positions if position < checkpoint.max_positions]
     limits = probe_limits(len(positions), facts, 1, positions[-1] + 1, len(positions))
     found = {"rope": rotate(backend.compile(turn, limits), positions)}
-    far = facts.has_far and facts.far < longest
+    far = facts.has_far and facts.far < checkpoint.max_positions
     outputs: dict[KVCacheDtype, Array] = {}
     for dtype in ("float32", "int8"):
         limits = probe_limits(facts.prefix, facts, 1, facts.far + 1 if far else facts.prefix, 1, dtype)
@@ -188,27 +206,24 @@ def _record_attention(golden: Golden, name: str, spec: AttentionSpec, config: Mo
     found["attention"] = exact
     # kernels also round what they weight values with to 8 bits
     found["attention_tolerance"] = 3 * np.abs(exact - coarse).max(-1) + 0.01 * np.abs(exact).max(-1)
-    if golden.attention.get(previous) == facts and all(
-            np.array_equal(array, golden.arrays[f"{previous}.{key}"]) for key, array in found.items()):
-        return
-    golden.attention[name] = facts
-    golden.arrays.update({f"{name}.{key}": array for key, array in found.items()})
+    return facts, found
 
 
-def _record_block(golden: Golden, name: str, block: Block, config: ModelConfig, whole: StepInput, x: torch.Tensor
+def _record_block(golden: Golden, name: str, block: Block, whole: StepInput, x: torch.Tensor, suffix: str
                   ) -> torch.Tensor:
     """From its input as bfloat16 holds it. Returns its output for the input as it is."""
     rows = x.bfloat16().float()
-    added = run_block(ReferenceOps(whole, None), config, block, rows) - rows
+    added = block.forward(ReferenceOps(whole, None), rows) - rows
     deviations = []
     for seed in range(RUNS):
-        tipped = run_block(_TippingOps(whole, seed), config, block, rows) - rows
+        tipped = block.forward(_TippingOps(whole, seed), rows) - rows
         deviations.append((tipped - added).square().mean(-1).sqrt())
     tolerance = (SAFETY * torch.stack(deviations).amax(0)).maximum(FLOOR * _rms(added)) + 1e-6 * _rms(rows)
-    golden.arrays[f"{name}.input"] = x.numpy().astype(bfloat16)
-    golden.arrays[f"{name}.added"] = added.numpy().astype(bfloat16)
-    golden.arrays[f"{name}.block_tolerance"] = tolerance.numpy()
-    return run_block(ReferenceOps(whole, None), config, block, x)
+    golden.arrays[f"{name}.input{suffix}"] = x.numpy().astype(bfloat16)
+    golden.arrays[f"{name}.added{suffix}"] = added.numpy().astype(bfloat16)
+    golden.arrays[f"{name}.block_tolerance{suffix}"] = tolerance.numpy()
+    after: torch.Tensor = block.forward(ReferenceOps(whole, None), x)
+    return after
 
 
 def _rms(x: torch.Tensor) -> torch.Tensor:
