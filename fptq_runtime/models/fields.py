@@ -111,7 +111,7 @@ def dense_config(
         raise ModelError(f"config.json: hidden_size {hidden_size} is not a multiple of {num_heads} attention heads")
     head_dim = fields.integer("head_dim", default_head_dim or hidden_size // num_heads, low=1, high=1 << 16)
     if head_dim > MAX_HEAD_DIM:
-        raise ModelError(f"config.json: heads of {head_dim} are larger than {MAX_HEAD_DIM}")
+        raise ModelError(f"config.json: head_dim {head_dim} is larger than {MAX_HEAD_DIM}, the largest that runs")
     bos = fields.token_ids("bos_token_id", vocab_size)
     return ModelConfig(
         architecture=architecture,

@@ -1,5 +1,5 @@
 """Every transform alone leaves the float function as it is, for every family it supports, and says so of the others.
-Oracle: transformers, on the untouched checkpoint."""
+Oracle: transformers in double precision, on the untouched checkpoint."""
 
 from __future__ import annotations
 
@@ -62,9 +62,10 @@ class Saved:
 @pytest.fixture(scope="module", params=FAMILIES)
 def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Saved:
     path = tmp_path_factory.mktemp("float")
-    model = save_model(request.param, path)
+    # phi4-mini's longrope sharpens the softmax: what float32 rounds away in three layers is 1e-4 of the logits
+    model = save_model(request.param, path, **({"num_hidden_layers": 2} if request.param == "phi4-mini" else {}))
     with torch.no_grad():
-        logits = model(WINDOWS).logits.flatten(0, 1)
+        logits = model.double()(WINDOWS).logits.flatten(0, 1)
     weights, _ = taken_through(path)
     return Saved(path, Checkpoint(path).model_config.architecture, weights, logits)
 

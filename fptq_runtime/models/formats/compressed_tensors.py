@@ -24,6 +24,7 @@ from fptq_runtime.models.weights import Stored, pack, runnable, unpack
 CONFIG_READ = ("quant_method", "format", "config_groups", "ignore", "kv_cache_scheme")
 CONFIG_HARMLESS = ("quantization_status", "global_compression_ratio", "version", "compression_ratio", "run_compressed",
                    "provider", "producer")
+HEAD = "lm_head"  # as transformers names every head, also where the checkpoint has another name (GPT-NeoX)
 GROUP_READ = ("weights", "input_activations", "output_activations", "targets", "format")
 ARGS_READ = ("num_bits", "type", "symmetric", "strategy", "group_size", "dynamic")
 ARGS_HARMLESS = ("observer", "observer_kwargs", "actorder", "scale_dtype", "zp_dtype")  # a g_idx says what actorder did
@@ -254,7 +255,7 @@ def quantization_config(schemes: Mapping[str, LayerScheme], head: str, ignore: S
             "output_activations": None,
             "targets": [],
         })
-        group["targets"].append(module)
+        group["targets"] += [module] if module != head or head == HEAD else [module, HEAD]
     formats = {group["format"] for group in groups.values()}
     return {
         "quant_method": "compressed-tensors",
