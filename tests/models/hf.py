@@ -66,7 +66,10 @@ def save_random(name: str, path: Path, seed: int = 0, shard: str = "5GB", **chan
     """Weights large enough that attention and norms matter; norm gains and biases are random too."""
     torch.manual_seed(seed)
     model_type, fields = FAMILIES[name]
-    config = AutoConfig.for_model(model_type, **{**fields, **changes})
+    fields = {**fields, **changes}
+    if "layer_types" in fields:
+        fields["layer_types"] = fields["layer_types"][: fields["num_hidden_layers"]]
+    config = AutoConfig.for_model(model_type, **fields)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
     with torch.no_grad():
         for parameter in model.parameters():

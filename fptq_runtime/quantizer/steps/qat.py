@@ -52,7 +52,7 @@ class Qat(Step):
 
     Each step rounds the weights to the grid that they will have, inputs, keys and values to 8 bits, and sends the
     gradients straight through (AdamW, one pass, cosine rate). The loss is KL(float || rounded) of the logits. What
-    stays in float for good, the embedding and a head of 16 bits, stays as it is; a tied head becomes one of its own.
+    stays in float for good, the embeddings and a head of 16 bits, stays as it is; a tied head becomes one of its own.
 
     It holds 24 bytes a parameter, beside the activations of one pass, and saves its state every minute: the same
     command goes on where an interrupted one was, and on a CPU leads to the same bytes.

@@ -206,7 +206,7 @@ def test_weights_and_inputs_are_on_their_grids(tmp_path: Path) -> None:
     for target in work.targets.values():
         weight = target.linear.weight
         assert isinstance(weight, QuantizedWeight)
-        values = (dequantized(weight) / weight.scale.float()).abs().unique()
+        values = (dequantized(weight) / weight.scale.float().repeat_interleave(weight.group_size, 1)).abs().unique()
         assert values.tolist() == [0, 0.5, 1, 1.5, 2, 3, 4, 6]
         x = target.stats.sample
         read = quantize_activations(x, target.linear.act) / token_scale(x, "float")

@@ -60,7 +60,7 @@ def student_of(path: Path, scheme: Any = "dynamic", weights: dict[str, Any] | No
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family(family: str, tmp_path: Path, text: Path) -> None:
-    """A few steps, and an artifact that is whole; every trained tensor has moved, and the embedding has not."""
+    """A few steps, and an artifact that is whole; every trained tensor has moved, and the embeddings have not."""
     save_model(family, tmp_path / "float", num_hidden_layers=2)
     manifest = quantize(tmp_path / "float", tmp_path / "out", recipe(), text=text, **SMALL)
     plain = quantize(tmp_path / "float", tmp_path / "plain", Recipe(name="x", steps=recipe().steps[1:]), text=text,
@@ -78,6 +78,9 @@ def test_every_family(family: str, tmp_path: Path, text: Path) -> None:
     trained = sum(p.numel() for p in student.parameters)
     source = Checkpoint(tmp_path / "float")
     embedding = source.model_config.vocab_size * source.model_config.hidden_size
+    stem, config = source.model.stem, source.model_config
+    if stem.positions is not None:
+        trained += (config.max_position_embeddings + stem.position_offset) * config.hidden_size
     assert trained == source.num_parameters - (0 if source.tied else embedding), "a tied head is trained on its own"
 
 
