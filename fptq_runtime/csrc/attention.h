@@ -325,7 +325,7 @@ static inline void float_values(const KvCache& cache, const Chunk& chunk, RowBlo
 
 // Turns scores into probabilities, times the value scale and quantized if Int8; sets max and sum. Each pass goes over
 // all rows, so that one row's reduction waits beside another's arithmetic.
-template <bool Int8, class P>
+template <bool Int8, bool Capped, class P>
 static inline void softmax(const AttentionView& a, const Chunk& chunk, const TileRows& rows, RowBlock& b,
                            P& prefetch) {
   IntVec lane;
@@ -363,7 +363,7 @@ static inline void softmax(const AttentionView& a, const Chunk& chunk, const Til
       if (Int8) x = __builtin_convertvector(load_int(b.product[i] + key) - zero, Vec) * load(chunk.k_scale + key);
       else x = load(b.score[i] + key);
       x = x * scale;
-      if (a.softcap) x = tanh(x) * cap;
+      if (Capped) x = tanh(x) * cap;
       if (a.alibi_slopes) x = fma(slope, __builtin_convertvector(lane + (chunk.base + key), Vec), x);
       if (visible) x = *visible ? x : splat(-kInfinity);
       store(b.score[i] + key, x);
@@ -487,12 +487,12 @@ static inline void attend(const AttentionView& a, const KvCache& cache, const Ch
                           RowBlock& b, P& prefetch) {
   if (cache.type == KvType::kInt8) {
     int_scores(cache, chunk, rows, b, prefetch);
-    softmax<true>(a, chunk, rows, b, prefetch);
+    a.softcap ? softmax<true, true>(a, chunk, rows, b, prefetch) : softmax<true, false>(a, chunk, rows, b, prefetch);
     int_values(cache, chunk, b, prefetch);
   } else {
     const bool bf16 = cache.type == KvType::kBfloat16;
     bf16 ? float_scores<uint16_t>(cache, chunk, rows, b) : float_scores<float>(cache, chunk, rows, b);
-    softmax<false>(a, chunk, rows, b, prefetch);
+    a.softcap ? softmax<false, true>(a, chunk, rows, b, prefetch) : softmax<false, false>(a, chunk, rows, b, prefetch);
     bf16 ? float_values<uint16_t>(cache, chunk, b) : float_values<float>(cache, chunk, b);
   }
 }
