@@ -289,7 +289,7 @@ def test_quantize_options_are_the_functions_arguments(tmp_path: Path, monkeypatc
     monkeypatch.setattr(pipeline, "quantize", quantize)
     assert run("quantize", "demo", "out") == 1
     assert {**given, "progress": False} == {name: signature.parameters[name].default for name in given}
-    assert {*signature.parameters} == {"model", "out", "recipe", *given}
+    assert {*signature.parameters} == {"model", "out", "recipe", "watcher", *given}  # the last is no setting
     (tmp_path / "a").touch()
     file = str(tmp_path / "a")
     run("quantize", "demo", "out", "--calibration", "self", "--num-samples", "7", "--sample-length", "9", "--lengths",

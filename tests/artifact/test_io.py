@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
+from fptq_runtime import __version__
 from fptq_runtime.artifact import io
 from fptq_runtime.artifact.io import (
     MANIFEST,
@@ -55,7 +56,8 @@ def write(out: Path, overwrite: bool = False, shard_bytes: int = 1 << 20) -> Man
 def test_what_is_written_is_what_is_read(tmp_path: Path) -> None:
     manifest = write(tmp_path / "deep" / "out")
     assert verify(tmp_path / "deep" / "out") == read_manifest(tmp_path / "deep" / "out") == manifest
-    assert manifest.model_copy(update={"files": {}, "digest": UNSIGNED.digest}) == UNSIGNED
+    assert manifest.model_copy(update={"files": {}, "digest": UNSIGNED.digest, "fptq_version": ""}) == UNSIGNED
+    assert manifest.fptq_version == __version__
     assert set(manifest.files) == {"config.json", "model.safetensors"}
     assert [file.name for file in (tmp_path / "deep").iterdir()] == ["out"]
     json.loads((tmp_path / "deep" / "out" / MANIFEST).read_text())

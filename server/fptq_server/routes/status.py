@@ -40,7 +40,7 @@ def status_router(engine: AsyncEngine, model: ModelCard, config: ServerConfig, m
     @router.head("/readyz", include_in_schema=False)
     @router.get("/readyz", response_model=Status, responses=UNAVAILABLE)
     async def readyz() -> Response:
-        """200 while new requests are taken; the port opens once the model is loaded and its golden logits agree."""
+        """200 while new requests are taken; the port opens once the model is loaded and passed the gate."""
         return answer("draining" if engine.draining else alive())
 
     @router.head("/health", include_in_schema=False)
