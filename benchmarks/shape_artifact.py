@@ -44,6 +44,7 @@ def write_shape_artifact(name: str, path: Path, backend: Backend, head_bits: int
         text = TextRecord(name="none", sha256="0" * 64, tokens=0)
         golden = compute_golden(load_model(Checkpoint(writer.directory), backend), backend, range(32))
         writer.commit(Manifest(
+            format_version=1,  # golden logits alone: probes of 7B parameters take minutes to record
             recipe={"name": "random weights"},
             provenance=Provenance(source=name, revision=None, architecture=config.architecture, source_files={},
                                   calibration=text, num_samples=0, sample_length=0, seed=0, fptq_version=__version__),

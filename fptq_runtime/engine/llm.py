@@ -22,7 +22,7 @@ from fptq_runtime.engine.sizing import cache_tokens, device_cache_memory, format
 from fptq_runtime.errors import FptqError
 from fptq_runtime.kernels.base import Backend
 from fptq_runtime.kernels.select import select_backend
-from fptq_runtime.models.gate import PREFIX, check_artifact
+from fptq_runtime.models.gate import check_artifact
 from fptq_runtime.models.loader import Checkpoint, load_model
 from fptq_runtime.models.tokenizer import Tokenizer, eos_token_ids
 
@@ -126,8 +126,8 @@ def load_engine(path: str | Path, *, backend: str | Backend = "auto", device: st
     token_bytes = kernels.token_bytes(model, config.kv_cache_dtype)
     config = _fit(config, token_bytes) if max_model_len is None else config
     limits = step_limits(model, config, token_bytes)  # says what is wrong with it before minutes of loading
-    prompt = () if manifest is None else manifest.golden.get("prompt_token_ids", ())
-    checkpoint.max_positions = min(model.max_position_embeddings, max(config.max_model_len, PREFIX, len(prompt)))
+    prompt = () if manifest is None or manifest.format_version > 1 else manifest.golden.get("prompt_token_ids", ())
+    checkpoint.max_positions = min(model.max_position_embeddings, max(config.max_model_len, len(prompt)))
     with ThreadPoolExecutor(1) as executor:
         tokenizer = executor.submit(Tokenizer, path)  # half a second for a large vocabulary
         decoder = load_model(checkpoint, kernels)

@@ -52,10 +52,11 @@ SIGNS = np.array([1, -1, 1, -1, -1, 0, 1, -1], np.float32)
 POWERS = np.array([1, 2**-3, 4, 2**-6, 2, 0, 0.5, 16], np.float32)
 ROUNDING = 2.0**-24  # of a float32
 SCALARS = 1e-5  # of a norm or a rotation, relative
+ATTENDED = 1e-4  # of attention: a softmax makes a score's last bit a share of its weight
 
 BLOCK = 16
-PREFIX = 40  # tokens of the attention probe's sequence; what rope tables must hold wherever the model does
-PREFIX_ROWS = (17, PREFIX - 1)  # whose outputs are recorded
+PREFIX = 40  # tokens of the attention probe's sequence
+PREFIX_ROWS = (1, 17, PREFIX - 1)  # whose outputs are recorded
 EDGE, TAIL = 16, 8  # tokens about the far edge of the window, and before the query that looks back at it
 WINDOW = 600  # how far that query looks back where attention has no window
 SHORT = ".short"
@@ -134,7 +135,6 @@ class AttentionFacts:
     num_kv_heads: int
     head_dim: int
     window: int | None
-    prefix: int
     rope_positions: tuple[int, ...]
 
     @property
@@ -148,17 +148,17 @@ class AttentionFacts:
 
     @property
     def far(self) -> int:
-        """The positions far - back and far - back + 1 are the 8th and 9th of a block that begins after the prefix."""
+        """The far query's position. far - back and far - back + 1 are the 8th and 9th of a block that begins after the
+        prefix."""
         return self.back + 7 + -(-PREFIX // BLOCK) * BLOCK
 
-    @property
-    def has_far(self) -> bool:
-        """The edge, the tail and the prefix are apart."""
-        return self.prefix == PREFIX and self.back >= EDGE + TAIL
+    def has_far(self, max_positions: int) -> bool:
+        """It is within reach, and the edge, the tail and the prefix are apart."""
+        return self.far < max_positions and self.back >= EDGE + TAIL
 
     @property
     def rows(self) -> Float32Array:
-        """[prefix + EDGE + TAIL, width] of q, k and v. What one side of the window's edge adds is made as large as all
+        """[PREFIX + EDGE + TAIL, width] of q, k and v. What one side of the window's edge adds is made as large as all
         that lies between."""
         count = PREFIX + EDGE + TAIL
         bits = _random_bits(f"qkv {self.width}", count * self.width)
@@ -189,7 +189,7 @@ class Golden:
             "short": self.short,
             "linears": {name: [facts.k, None if facts.act is None else [facts.act.scale, facts.act.type], facts.group]
                         for name, facts in self.linears.items()},
-            "attention": {name: [f.num_heads, f.num_kv_heads, f.head_dim, f.window, f.prefix, f.rope_positions]
+            "attention": {name: [f.num_heads, f.num_kv_heads, f.head_dim, f.window, f.rope_positions]
                           for name, f in self.attention.items()},
             "stem_ids": self.stem_ids,
         }
@@ -209,8 +209,8 @@ class Golden:
                 facts["short"],
                 {name: LinearFacts(k, None if act is None else ActivationQuant(*act), group)
                  for name, (k, act, group) in facts["linears"].items()},
-                {name: AttentionFacts(heads, kv_heads, dim, window, prefix, tuple(positions))
-                 for name, (heads, kv_heads, dim, window, prefix, positions) in facts["attention"].items()},
+                {name: AttentionFacts(heads, kv_heads, dim, window, tuple(positions))
+                 for name, (heads, kv_heads, dim, window, positions) in facts["attention"].items()},
                 tuple(facts["stem_ids"]),
                 {name: array.view(bfloat16) if array.dtype == np.uint16 else array for name, array in arrays.items()},
             )
@@ -388,33 +388,31 @@ class _Gate:
         def forward(ops: Ops[V]) -> V:
             return ops.attention(ops.rope_and_cache(ops.embed(table), attention), attention, None, True)
 
-        far = facts.has_far and facts.far < self._max_positions
-        length = facts.far + 1 if far else facts.prefix
         executor = self._backend.compile(
-            forward, probe_limits(facts.prefix, facts, _layers(name), length, 1, dtype))
-        passes, last = attend(executor, facts, far)
-        rows = np.stack([passes[0][row] for row in PREFIX_ROWS if row < facts.prefix] + ([last] if far else []))
+            forward, attention_limits(facts, self._max_positions, _layers(name), dtype))
+        passes, rows = attend(executor, facts, self._max_positions)
         expected = arrays[f"{self._attention}.attention{self._suffix}"][: len(rows)]
         rounded = arrays[f"{self._attention}.attention_tolerance{self._suffix}"][: len(rows), None]
-        tolerance = SCALARS * np.abs(expected).max(-1, keepdims=True) if dtype == "float32" else rounded
+        tolerance = ATTENDED * np.abs(expected).max(-1, keepdims=True) if dtype == "float32" else rounded
         yield _outcome("attention", f"{name}, {dtype} cache", rows, expected, tolerance)
         # torch adds in an order that depends on how many rows there are
-        bound = SCALARS * np.abs(passes[0]).max() if self._backend.name == "reference" else 0
+        bound = ATTENDED * np.abs(passes[0]).max() if self._backend.name == "reference" else 0
         for way, other in zip(("in chunks", "token by token"), passes[1:], strict=True):
             yield _outcome("order", f"{name}, {dtype} cache, {way}", other, passes[0], bound)
 
     def block(self, name: str, block: Block) -> Iterator[Outcome]:
         """What the block adds to its input, each row as a whole: wiring."""
         arrays, whole = self._golden.arrays, replace(block, last=False)
-        x = arrays[f"{name}.input{self._suffix}"].astype(np.float32)
+        x = arrays[f"{name}.input{self._suffix}"][: self._max_positions].astype(np.float32)
         table = self._table(x)
         limits = StepLimits.of(self._config, max_tokens=len(x), max_model_len=len(x), num_blocks=-(-len(x) // BLOCK))
         executor = self._backend.compile(
             lambda ops: ops.select_rows(whole.forward(ops, ops.embed(table))), limits)
         added = _run(executor, np.arange(len(x), dtype=np.int32)).astype(np.float64) - x
-        deviation = np.sqrt(np.square(added - arrays[f"{name}.added{self._suffix}"].astype(np.float64)).mean(-1))
+        expected = arrays[f"{name}.added{self._suffix}"][: len(x)].astype(np.float64)
+        deviation = np.sqrt(np.square(added - expected).mean(-1))
         yield _outcome("block", name, deviation[:, None], np.zeros((len(x), 1)),
-                       arrays[f"{name}.block_tolerance{self._suffix}"][:, None].astype(np.float64))
+                       arrays[f"{name}.block_tolerance{self._suffix}"][: len(x), None].astype(np.float64))
 
     def _table(self, rows: Float32Array) -> Any:
         return self._backend.prepare(Embedding(np.ascontiguousarray(rows, np.float32)))
@@ -450,11 +448,17 @@ def rotate(executor: Executor, positions: Sequence[int]) -> Float32Array:
     )))
 
 
-def attend(executor: Executor, facts: AttentionFacts, far: bool) -> tuple[list[Float32Array], Float32Array | None]:
+def attention_limits(facts: AttentionFacts, max_positions: int, layers: int = 1, dtype: KVCacheDtype = "float32"
+                     ) -> StepLimits:
+    prefix = min(PREFIX, max_positions)
+    return probe_limits(prefix, facts, layers, facts.far + 1 if facts.has_far(max_positions) else prefix, 1, dtype)
+
+
+def attend(executor: Executor, facts: AttentionFacts, max_positions: int) -> tuple[list[Float32Array], Float32Array]:
     """The prefix whole, in chunks and token by token, each time in other blocks, which lie apart and hold what was
-    there before: three times [prefix, heads · head_dim]. And the far query's row, if wanted."""
-    prefix = facts.prefix
-    passes = []
+    there before: three times [prefix, heads · head_dim]. And the rows to compare: PREFIX_ROWS of the first time and the
+    far query's, as far as positions reach."""
+    prefix, passes = min(PREFIX, max_positions), []
     for blocks, sizes in (((2, 0, 1), (prefix,)), ((5, 3, 4), (7, 16, prefix)), ((0, 5, 2), (25, *[1] * prefix))):
         rows, start = [], 0
         for size in sizes:
@@ -463,14 +467,16 @@ def attend(executor: Executor, facts: AttentionFacts, far: bool) -> tuple[list[F
                 rows.append(_feed(executor, np.array(blocks), start, np.arange(start, start + size)))
             start += size
         passes.append(np.concatenate(rows))
-    if not far:
-        return passes, None
+    compared = [passes[0][row] for row in PREFIX_ROWS if row < prefix]
+    if not facts.has_far(max_positions):
+        return passes, np.stack(compared)
     first, edge, tail = -(-PREFIX // BLOCK), (facts.far - facts.back) // BLOCK, (facts.far - TAIL + 1) // BLOCK
     table = np.zeros(facts.far // BLOCK + 1, np.int64)
     table[:first] = 0, 5, 2
     table[edge], table[tail:] = 6, range(7, 7 + len(table) - tail)
     _feed(executor, table, edge * BLOCK, np.arange(PREFIX, PREFIX + EDGE))
-    return passes, _feed(executor, table, facts.far - TAIL + 1, np.arange(TAIL) + PREFIX + EDGE)[-1]
+    tail_rows = _feed(executor, table, facts.far - TAIL + 1, np.arange(TAIL) + PREFIX + EDGE)
+    return passes, np.stack([*compared, tail_rows[-1]])
 
 
 def _feed(executor: Executor, table: npt.NDArray[np.int64], start: int, token_ids: npt.NDArray[np.int64]

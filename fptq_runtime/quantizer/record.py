@@ -31,8 +31,6 @@ from fptq_runtime.kernels.reference import ReferenceBackend, ReferenceOps, quant
 from fptq_runtime.kernels.select import select_backend, without_kernel
 from fptq_runtime.models.block import Block, Stem, prepare_block, prepare_stem
 from fptq_runtime.models.gate import (
-    PREFIX,
-    PREFIX_ROWS,
     ROPE_POSITIONS,
     ROUNDING,
     SCALARS,
@@ -41,6 +39,7 @@ from fptq_runtime.models.gate import (
     Golden,
     LinearFacts,
     attend,
+    attention_limits,
     check,
     norm_row,
     part_name,
@@ -133,8 +132,9 @@ def _record_blocks(golden: Golden, checkpoint: Checkpoint, stem: Stem, prompt: S
         name = part_name(block)
         if block.attention is not None:
             facts, found = _attention(block.attention, checkpoint)
-            if suffix or golden.attention.get(previous) != facts or any(
-                    not np.array_equal(array, golden.arrays[f"{previous}.{key}"]) for key, array in found.items()):
+            same = golden.attention.get(previous) == facts and all(
+                np.array_equal(array, golden.arrays[f"{previous}.{key}{suffix}"]) for key, array in found.items())
+            if name in golden.attention or not (suffix or same):  # the second time, the same layers as the first
                 golden.attention[name], previous = facts, name
                 golden.arrays.update({f"{name}.{key}{suffix}": array for key, array in found.items()})
         x = _record_block(golden, name, block, whole, x, suffix)
@@ -181,7 +181,7 @@ def _attention(spec: AttentionSpec, checkpoint: Checkpoint) -> tuple[AttentionFa
     reach."""
     longest = checkpoint.model_config.max_position_embeddings
     facts = AttentionFacts(spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.sliding_window,
-                           min(PREFIX, longest), tuple(p for p in ROPE_POSITIONS if p < longest))
+                           tuple(p for p in ROPE_POSITIONS if p < longest))
     backend = ReferenceBackend()
     table = backend.prepare(Embedding(facts.rows))
     spec = replace(spec, layer=0)
@@ -195,13 +195,10 @@ def _attention(spec: AttentionSpec, checkpoint: Checkpoint) -> tuple[AttentionFa
     positions = [position for position in facts.rope_positions if position < checkpoint.max_positions]
     limits = probe_limits(len(positions), facts, 1, positions[-1] + 1, len(positions))
     found = {"rope": rotate(backend.compile(turn, limits), positions)}
-    far = facts.has_far and facts.far < checkpoint.max_positions
     outputs: dict[KVCacheDtype, Array] = {}
     for dtype in ("float32", "int8"):
-        limits = probe_limits(facts.prefix, facts, 1, facts.far + 1 if far else facts.prefix, 1, dtype)
-        passes, last = attend(backend.compile(look, limits), facts, far)
-        rows = [passes[0][row] for row in PREFIX_ROWS if row < facts.prefix]
-        outputs[dtype] = np.stack([*rows, *([] if last is None else [last])])
+        limits = attention_limits(facts, checkpoint.max_positions, 1, dtype)
+        _, outputs[dtype] = attend(backend.compile(look, limits), facts, checkpoint.max_positions)
     exact, coarse = outputs["float32"], outputs["int8"]
     found["attention"] = exact
     # kernels also round what they weight values with to 8 bits
