@@ -16,20 +16,22 @@ from fptq_runtime.kernels.base import Roofs
 from fptq_runtime.kernels.select import select_backend
 from fptq_runtime.measure import bench
 from fptq_runtime.measure.bench import NoText, Row, bench_config, measure, shape_engine
-from fptq_runtime.measure.shapes import SHAPES
+from fptq_runtime.measure.shapes import CONFIGS, SHAPES
+from fptq_runtime.models.families import parse_config
 
 
 @pytest.fixture(autouse=True)
 def _small_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two layers and a small vocabulary of each."""
-    for name, shape in SHAPES.items():
-        monkeypatch.setitem(SHAPES, name, replace(shape, num_layers=2, vocab_size=512, intermediate_size=256,
-                                                  max_position_embeddings=256))
+    for name, config in CONFIGS.items():
+        monkeypatch.setitem(SHAPES, name, parse_config({
+            **config, "num_hidden_layers": 2, "vocab_size": 512, "intermediate_size": 256,
+            "max_position_embeddings": 256}))
 
 
 def engine_for(name: str, row: Row, head_bits: int = 4, budget: int = 512) -> Engine:
     backend = select_backend(threads=1)
-    config = bench_config(SHAPES[name], [row], 3, backend, max_num_batched_tokens=budget)
+    config = bench_config(SHAPES[name].config, [row], 3, backend, max_num_batched_tokens=budget)
     return shape_engine(name, head_bits, backend, config)
 
 
@@ -99,7 +101,7 @@ def test_the_roofs_bound_a_step() -> None:
 
 
 def test_an_executor_says_what_a_step_must_do() -> None:
-    shape = SHAPES["qwen2.5-0.5b"]
+    shape = SHAPES["qwen2.5-0.5b"].config
     engine = engine_for("qwen2.5-0.5b", Row(1, 8))
     hidden, inner, heads = shape.hidden_size, shape.intermediate_size, 2 * shape.num_kv_heads + shape.num_heads
     layer = heads * shape.head_dim * hidden + hidden * hidden + 3 * hidden * inner
@@ -113,7 +115,7 @@ def test_an_executor_says_what_a_step_must_do() -> None:
 
 
 def test_the_default_rows() -> None:
-    model = replace(SHAPES["llama-3.2-1b"], max_position_embeddings=32768)
+    model = replace(SHAPES["llama-3.2-1b"].config, max_position_embeddings=32768)
     default = bench.rows((), (), model, 24, 512)
     assert {row.batch for row in default if row.context == 512} == {1, 2, 4, 8, 16, 32}
     assert {row.batch for row in default if row.context == 2048} == {1, 8}
@@ -123,7 +125,7 @@ def test_the_default_rows() -> None:
 
 
 def test_rows_fit_the_model() -> None:
-    model = SHAPES["llama-3.2-1b"]  # 256 positions
+    model = SHAPES["llama-3.2-1b"].config  # 256 positions
     assert bench.rows((), (), model, 8, 512)[0] == Row(1, 128)
     with pytest.raises(ValueError, match=r"2 prompts of 250 tokens .* exceed the model's 256 positions"):
         bench.rows((2,), (250,), model, 8, 512)

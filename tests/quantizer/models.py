@@ -12,6 +12,10 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from fptq_runtime.artifact.io import Manifest
+from fptq_runtime.kernels.base import Backend
+from fptq_runtime.models.gate import check_artifact
+from fptq_runtime.models.loader import Checkpoint, load_model
 from tests.models.hf import save_random
 
 DEMO = Path(__file__).parents[2] / "fptq_runtime" / "demo"
@@ -52,3 +56,9 @@ def transplant_outliers(source: Path, out: Path) -> Path:
     config = json.loads((out / "config.json").read_text())
     (out / "config.json").write_text(json.dumps({**config, "dtype": "float32"}))
     return out
+
+
+def through_the_gate(artifact: Path, manifest: Manifest, backend: Backend) -> None:
+    """What the artifact's golden values say of this backend's kernels. Raises GateError."""
+    checkpoint = Checkpoint(artifact)
+    check_artifact(artifact, manifest, load_model(checkpoint, backend), backend, checkpoint.max_positions)

@@ -20,7 +20,7 @@ from transformers.models.gpt2 import modeling_gpt2
 from fptq_runtime.artifact.io import ArtifactError, Manifest, read_manifest, verify
 from fptq_runtime.config import ModelConfig
 from fptq_runtime.kernels.reference import ReferenceBackend
-from fptq_runtime.models.golden import check_golden, prompt_logits
+from fptq_runtime.models.golden import prompt_logits
 from fptq_runtime.models.loader import Checkpoint, load_model
 from fptq_runtime.quantizer import pipeline
 from fptq_runtime.quantizer.calibrate import CalibrationError
@@ -37,7 +37,7 @@ from fptq_runtime.quantizer.steps.rotation import Rotation
 from fptq_runtime.quantizer.steps.weights import Weights
 from fptq_runtime.quantizer.walk import float_part
 from tests.models.hf import FAMILIES
-from tests.quantizer.models import DEMO, STORIES, save_model, transplant_outliers
+from tests.quantizer.models import DEMO, STORIES, save_model, through_the_gate, transplant_outliers
 
 SMALL: dict[str, Any] = {"calibration": Calibration("random", 4, 32), "text_tokens": 400}
 
@@ -123,8 +123,7 @@ def test_every_family(family: str, sizes: dict[str, int], group_size: int, head_
     assert config["tie_word_embeddings"] == (head_bits == 16 and float_model.config.tie_word_embeddings)
     token_ids = torch.randint(3, 260, (40,), generator=torch.Generator().manual_seed(1)).tolist()
     assert_transformers_agrees(tmp_path / "out", [1, *token_ids])
-    backend = ReferenceBackend()
-    check_golden(load_model(Checkpoint(tmp_path / "out"), backend), backend, manifest.golden)
+    through_the_gate(tmp_path / "out", manifest, ReferenceBackend())
 
 
 ROTATED = Recipe(name="rotated", steps=(

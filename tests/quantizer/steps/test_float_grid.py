@@ -17,7 +17,7 @@ from fptq_runtime.artifact.numerics import absmax_scale, dequantize, quantize_we
 from fptq_runtime.kernels.base import ActivationQuant, QuantizedWeight
 from fptq_runtime.kernels.cpu import CpuBackend
 from fptq_runtime.kernels.reference import ReferenceBackend, dequantized, quantize_activations
-from fptq_runtime.models.golden import check_golden, prompt_logits
+from fptq_runtime.models.golden import check_golden, compute_golden, prompt_logits
 from fptq_runtime.models.loader import Checkpoint, load_block, load_model
 from fptq_runtime.models.tokenizer import Tokenizer
 from fptq_runtime.quantizer.calibrate import HiddenStates, read_text
@@ -30,7 +30,7 @@ from fptq_runtime.quantizer.steps.activations import Activations
 from fptq_runtime.quantizer.steps.base import relative_error
 from fptq_runtime.quantizer.steps.weights import Weights, low_rank_factors
 from fptq_runtime.quantizer.walk import float_part, float_stem
-from tests.quantizer.models import save_model
+from tests.quantizer.models import save_model, through_the_gate
 from tests.quantizer.test_folds import work_on
 
 SMALL: dict[str, Any] = {"calibration": Calibration("random", 4, 32), "text_tokens": 400}
@@ -112,15 +112,17 @@ def test_lorc_lowers_the_output_error(tmp_path: Path, grid: Any) -> None:
 
 @pytest.mark.parametrize("scheme", ["static", "dynamic"])
 def test_lorc_of_integers_is_served_natively(tmp_path: Path, text: Path, scheme: Any) -> None:
-    """Its golden logits come from the reference backend, and are far from what they are without it."""
+    """The reference backend's golden logits are its own, and far from what they are without it."""
     save_model("llama", tmp_path / "float", num_hidden_layers=1)
     logits = []
     for rank in (0, 16):
         recipe = Recipe(name="x", steps=(Activations(scheme=scheme), Weights(lorc=rank)))
         manifest = quantize(tmp_path / "float", tmp_path / str(rank), recipe, text=text, **SMALL)
-        backend = CpuBackend(1)
-        decoder = load_model(Checkpoint(tmp_path / str(rank)), backend)
-        assert check_golden(decoder, backend, manifest.golden) < 0.02
+        backend, reference, checkpoint = CpuBackend(1), ReferenceBackend(), Checkpoint(tmp_path / str(rank))
+        decoder = load_model(checkpoint, backend)
+        golden = compute_golden(load_model(checkpoint, reference), reference, manifest.golden["prompt_token_ids"])
+        assert check_golden(decoder, backend, golden) < 0.02
+        through_the_gate(checkpoint.path, manifest, backend)
         logits.append(prompt_logits(decoder, backend, [1, 20, 30, 40]))
     assert abs(logits[0] - logits[1]).max() > 0.05 * abs(logits[0]).max()
 
@@ -145,7 +147,7 @@ def test_the_artifact_computes_what_the_quantizer_measured(tmp_path: Path, text:
         states.run_block(float_part(checkpoint, index))
     loss, tokens = states.negative_log_likelihood(float_part(checkpoint, config.num_layers))
     assert math.exp(loss / tokens) == pytest.approx(manifest.quality.perplexity_after, rel=1e-5)
-    check_golden(load_model(checkpoint, backend), backend, manifest.golden)
+    through_the_gate(tmp_path / "out", manifest, backend)
 
 
 def decompressed(path: Path) -> PreTrainedModel:

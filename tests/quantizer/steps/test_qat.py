@@ -12,7 +12,6 @@ import torch
 from fptq_runtime.artifact.io import verify
 from fptq_runtime.kernels.base import StepInput
 from fptq_runtime.kernels.reference import ReferenceBackend, ReferenceOps
-from fptq_runtime.models.golden import check_golden
 from fptq_runtime.models.loader import Checkpoint, load_model
 from fptq_runtime.models.tokenizer import Tokenizer
 from fptq_runtime.quantizer.pipeline import quantize
@@ -25,7 +24,7 @@ from fptq_runtime.quantizer.steps.fptq import Fptq
 from fptq_runtime.quantizer.steps.qat import Qat, Student
 from fptq_runtime.quantizer.steps.weights import Weights
 from tests.models.hf import FAMILIES
-from tests.quantizer.models import DEMO, SHARED, STORIES, save_model
+from tests.quantizer.models import DEMO, SHARED, STORIES, save_model, through_the_gate
 
 TEXT = "It was a bright cold day in the wood, and the clock was striking thirteen. " * 20
 SMALL: dict[str, Any] = {"calibration": Calibration("random", 4, 32), "text_tokens": 400}
@@ -69,8 +68,7 @@ def test_every_family(family: str, tmp_path: Path, text: Path) -> None:
     assert manifest.quality.perplexity_before == plain.quality.perplexity_before
     assert manifest.quality.perplexity_after != plain.quality.perplexity_after
     assert manifest.provenance == plain.provenance
-    backend = ReferenceBackend()
-    check_golden(load_model(Checkpoint(tmp_path / "out"), backend), backend, manifest.golden)
+    through_the_gate(tmp_path / "out", manifest, ReferenceBackend())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["float", "out", "plain"], "no state is left"
     student = student_of(tmp_path / "float")
     student(StepInput.whole(windows(2, 24))).square().sum().backward()
