@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 import subprocess
 import sys
 import threading
@@ -241,6 +242,17 @@ def test_arrays_of_the_wrong_kind_are_refused(field: str) -> None:
             continue  # a slice of one element is contiguous
         with pytest.raises(ValueError, match=field):
             executor.step(replace(good, **{field: wrong}))
+
+
+@pytest.mark.parametrize(("contract", "field"), [("StepInput", 1), ("SampleInput", 3), ("SampleOutput", 2),
+                                                 ("PARAMETERS", 1)])
+def test_an_extension_that_reads_other_arrays_is_not_imported(monkeypatch: pytest.MonkeyPatch, contract: str,
+                                                             field: int) -> None:
+    other = _native.contracts()
+    other[contract][field], other[contract][0] = other[contract][0], other[contract][field]
+    monkeypatch.setattr(_native, "contracts", lambda: other)
+    with pytest.raises(ImportError, match="built from other sources"):
+        runpy.run_module("fptq_runtime.kernels.cpu")
 
 
 def test_a_step_over_its_limits_is_refused() -> None:
