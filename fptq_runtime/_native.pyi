@@ -5,6 +5,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fptq_runtime.kernels.base import SampleInput, SampleOutput, StepInput
+
 _Matrix = npt.NDArray[Any]
 _Floats = npt.NDArray[np.float32]
 _Span = tuple[int, int]
@@ -145,46 +147,10 @@ class Program:
     def attention(self, q: int, attention: Attention, act: float | None, selected: bool) -> int: ...
     def select_rows(self, x: int) -> int: ...
     def finish(self, logits: int) -> None: ...
-    def step(
-        self,
-        token_ids: int,
-        positions: int,
-        slot_mapping: int,
-        tokens: int,
-        query_start_loc: int,
-        seq_lens: int,
-        seqs: int,
-        block_tables: int,
-        table_width: int,
-        logits_rows: int,
-        rows: int,
-        logits: int,
-    ) -> None: ...
+    def step(self, batch: StepInput, logits: _Floats) -> None: ...
 
 class Sampler:
     def __init__(self, pool: ThreadPool, isa: str) -> None: ...
-    def run(
-        self,
-        logits: int,
-        rows: int,
-        vocab: int,
-        parameters: int,
-        row: int,
-        token_ids: int,
-        positions: int,
-        num_logprobs: int,
-        draws: int,
-        bias_start: int,
-        bias_ids: int,
-        bias_values: int,
-        biases: int,
-        history_start: int,
-        output_start: int,
-        history: int,
-        tokens: int,
-        out_ids: int,
-        out_logprobs: int,
-        top_ids: int,
-        top_logprobs: int,
-        width: int,
-    ) -> None: ...
+    def run(self, logits: _Floats, batch: SampleInput, out: SampleOutput) -> None: ...
+
+def contracts() -> dict[str, list[tuple[str, str, str]]]: ...

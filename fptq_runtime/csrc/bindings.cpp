@@ -1,15 +1,20 @@
-// The module: parameters, programs and the pool. Arrays arrive as addresses; kernels/cpu.py checks dtype, contiguity
-// and shape, program.cpp every index.
+// The module: parameters, programs and the pool. A step's and a draw's arrays arrive as the dataclasses that hold them;
+// arrays.h checks dtype, contiguity and shape, program.cpp and sampler.cpp every index.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/map.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <cstddef>
 #include <stdexcept>
+#include <tuple>
+#include <utility>
 
+#include "arrays.h"
 #include "program.h"
 #include "sampler.h"
 
@@ -20,7 +25,79 @@ namespace fptq {
 
 void bind_gemm(nb::module_& m);
 
+using Description = std::vector<std::tuple<std::string, std::string, std::string>>;
+
+// A structured element, member by member, as numpy describes one.
+struct Members {
+  Description description;  // (name, type, offset) each
+  std::string format = "T{";
+  template <class T>
+  Members add(const char* name, T SampleParameters::*, size_t offset) && {
+    const ElementType type = element_type<T>();
+    description.emplace_back(name, type.name, std::to_string(offset));
+    format += type.format + ":" + name + ":";
+    return std::move(*this);
+  }
+};
+
+const Members& parameters() {
+#define MEMBER(name) add(#name, &SampleParameters::name, offsetof(SampleParameters, name))
+  static const Members members = Members{}
+      .MEMBER(seed).MEMBER(temperature).MEMBER(top_p).MEMBER(min_p).MEMBER(repetition_penalty)
+      .MEMBER(presence_penalty).MEMBER(frequency_penalty).MEMBER(top_k);
+#undef MEMBER
+  return members;
+}
+
+template <>
+ElementType element_type<SampleParameters>() { return {"void", parameters().format + "}"}; }
+
 namespace {
+
+using StepDim = Dim<StepView>;
+const StepDim kM{"M", &StepView::tokens}, kS{"S", &StepView::seqs}, kR{"R", &StepView::rows};
+const std::vector<Field<StepView>> kStepInput{
+    {"token_ids", &StepView::token_ids, {kM}},
+    {"positions", &StepView::positions, {kM}},
+    {"slot_mapping", &StepView::slot_mapping, {kM}},
+    {"query_start_loc", &StepView::query_start_loc, {kS + 1}},
+    {"seq_lens", &StepView::seq_lens, {kS}},
+    {"block_tables", &StepView::block_tables, {kS, StepDim{"blocks", &StepView::table_width}}},
+    {"logits_rows", &StepView::logits_rows, {kR}},
+};
+const Field<StepView> kStepLogits{"logits", &StepView::logits, {kR, StepDim{"V", &StepView::logits_width}}};
+
+using SampleDim = Dim<SampleView>;
+const SampleDim kD{"D", &SampleView::draws}, kBiases{"biases", &SampleView::biases};
+const std::vector<Field<SampleView>> kSampleInput{
+    {"parameters", &SampleView::parameters, {kD}},
+    {"rows", &SampleView::rows, {kD}},
+    {"token_ids", &SampleView::token_ids, {kD}},
+    {"positions", &SampleView::positions, {kD}},
+    {"num_logprobs", &SampleView::num_logprobs, {kD}},
+    {"bias_start", &SampleView::bias_start, {kD + 1}},
+    {"bias_ids", &SampleView::bias_ids, {kBiases}},
+    {"bias_values", &SampleView::bias_values, {kBiases}},
+    {"history_start", &SampleView::history_start, {kD + 1}},
+    {"output_start", &SampleView::output_start, {kD}},
+    {"history", &SampleView::history, {SampleDim{"tokens", &SampleView::tokens}}},
+};
+const SampleDim kWidth{"width", &SampleView::width};
+const std::vector<Field<SampleView>> kSampleOutput{
+    {"token_ids", &SampleView::out_ids, {kD}},
+    {"logprobs", &SampleView::out_logprobs, {kD}},
+    {"top_ids", &SampleView::top_ids, {kD, kWidth}},
+    {"top_logprobs", &SampleView::top_logprobs, {kD, kWidth}},
+};
+const Field<SampleView> kSampleLogits{
+    "logits", &SampleView::logits, {SampleDim{"R", &SampleView::num_rows}, SampleDim{"V", &SampleView::vocab}}};
+
+template <class View>
+Description describe(const std::vector<Field<View>>& fields) {
+  Description description;
+  for (const Field<View>& field : fields) description.push_back(field.describe());
+  return description;
+}
 
 template <class T>
 const T* at(uintptr_t address) {
@@ -185,30 +262,34 @@ NB_MODULE(_native, m) {
         const Work work = program.work(tokens, rows);
         return std::pair(work.multiply_adds, work.weight_bytes);
       }, "tokens"_a, "rows"_a, "(multiply-adds, bytes of weights) of a step's linears.")
-      .def("step", [](Program& program, uintptr_t token_ids, uintptr_t positions, uintptr_t slot_mapping, int tokens,
-                      uintptr_t query_start_loc, uintptr_t seq_lens, int seqs, uintptr_t block_tables, int table_width,
-                      uintptr_t logits_rows, int rows, uintptr_t logits) {
-        program.step({at<int32_t>(token_ids), at<int32_t>(positions), at<int32_t>(slot_mapping), tokens,
-                      at<int32_t>(query_start_loc), at<int32_t>(seq_lens), seqs, at<int32_t>(block_tables), table_width,
-                      at<int32_t>(logits_rows), rows, reinterpret_cast<float*>(logits)});
-      }, nb::call_guard<nb::gil_scoped_release>(),
-         "Addresses of int32 arrays (and of the float32 logits) with their lengths. Raises ValueError before writing.");
+      .def("step", [](Program& program, nb::handle batch, nb::handle logits) {
+        HeldArrays held;
+        StepView view;
+        held.read(kStepInput, batch, view);
+        held.read(kStepLogits, logits, view);
+        nb::gil_scoped_release release;
+        program.step(view);
+      }, "batch"_a, "logits"_a, "Run a StepInput into float32 logits [R, V]. Raises ValueError before writing.");
 
   nb::class_<Sampler>(m, "Sampler")
       .def("__init__", [](Sampler* self, std::shared_ptr<ThreadPool> pool, const std::string& isa) {
         new (self) Sampler(std::move(pool), isa);
       }, "pool"_a, "isa"_a)
-      .def("run", [](Sampler& sampler, uintptr_t logits, int rows, int vocab, uintptr_t parameters, uintptr_t row,
-                     uintptr_t token_ids, uintptr_t positions, uintptr_t num_logprobs, int draws, uintptr_t bias_start,
-                     uintptr_t bias_ids, uintptr_t bias_values, int biases, uintptr_t history_start,
-                     uintptr_t output_start, uintptr_t history, int tokens, uintptr_t out_ids, uintptr_t out_logprobs,
-                     uintptr_t top_ids, uintptr_t top_logprobs, int width) {
-        sampler.run({reinterpret_cast<float*>(logits), rows, vocab, draws, at<SampleParameters>(parameters),
-                     at<int32_t>(row), at<int32_t>(token_ids), at<int64_t>(positions), at<int32_t>(num_logprobs),
-                     at<int32_t>(bias_start), at<int32_t>(bias_ids), at<float>(bias_values), biases,
-                     at<int32_t>(history_start), at<int32_t>(output_start), at<int32_t>(history), tokens,
-                     reinterpret_cast<int32_t*>(out_ids), reinterpret_cast<double*>(out_logprobs),
-                     reinterpret_cast<int32_t*>(top_ids), reinterpret_cast<double*>(top_logprobs), width});
-      }, nb::call_guard<nb::gil_scoped_release>(),
-         "Addresses of arrays, as sampler.h's SampleView describes them. Raises ValueError before writing.");
+      .def("run", [](Sampler& sampler, nb::handle logits, nb::handle batch, nb::handle out) {
+        HeldArrays held;
+        SampleView view;
+        held.read(kSampleLogits, logits, view);
+        held.read(kSampleInput, batch, view);
+        held.read(kSampleOutput, out, view);
+        nb::gil_scoped_release release;
+        sampler.run(view);
+      }, "logits"_a, "batch"_a, "out"_a,
+         "Draw a SampleInput from float32 logits [R, V] into a SampleOutput. Raises ValueError before writing.");
+
+  m.def("contracts", [] {
+    return std::map<std::string, Description>{{"StepInput", describe(kStepInput)},
+                                              {"SampleInput", describe(kSampleInput)},
+                                              {"SampleOutput", describe(kSampleOutput)},
+                                              {"PARAMETERS", parameters().description}};
+  }, "What kernels/base.py's dataclasses of arrays must hold, (name, dtype, shape) each; offset for PARAMETERS.");
 }

@@ -606,6 +606,8 @@ void Program::finish(int logits) {
 
 void Program::check(const StepView& step) const {
   if (logits_ < 0) refuse("the program is not finished");
+  if (step.logits_width != logits_width())
+    refuse("logits are ", logits_width(), " wide, not ", step.logits_width);
   if (step.tokens < 1 || step.tokens > limits_.max_tokens)
     refuse("a step takes 1 to ", limits_.max_tokens, " tokens, not ", step.tokens);
   if (step.seqs < 1 || step.seqs > limits_.max_seqs)

@@ -57,20 +57,17 @@ struct Limits {
   int num_layers, num_kv_heads, head_dim;
 };
 
-// One step's arrays, as kernels/base.py's StepInput describes them.
+// kernels/base.py's StepInput, and the logits. A size is -1 until an array sets it.
 struct StepView {
-  const int32_t* token_ids;
-  const int32_t* positions;
-  const int32_t* slot_mapping;
-  int tokens;                     // M
-  const int32_t* query_start_loc;
-  const int32_t* seq_lens;
-  int seqs;                       // S
-  const int32_t* block_tables;    // [S][table_width]
-  int table_width;
-  const int32_t* logits_rows;
-  int rows;                       // R
-  float* logits;                  // [R][width of the logits value]
+  const int32_t* token_ids;        // [M]
+  const int32_t* positions;        // [M]
+  const int32_t* slot_mapping;     // [M]
+  const int32_t* query_start_loc;  // [S + 1]
+  const int32_t* seq_lens;         // [S]
+  const int32_t* block_tables;     // [S][table_width]
+  const int32_t* logits_rows;      // [R]
+  float* logits;                   // [R][logits_width]
+  int tokens = -1, seqs = -1, table_width = -1, rows = -1, logits_width = -1;
 };
 
 struct Work {

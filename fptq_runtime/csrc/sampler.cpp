@@ -96,7 +96,7 @@ class Sampler::Worker {
 
   void run(const SampleView& view, int d) {
     view.out_ids[d] = -1;
-    float* x = view.logits + static_cast<size_t>(view.row[d]) * view.vocab;
+    float* x = view.logits + static_cast<size_t>(view.rows[d]) * view.vocab;
     resize(view.vocab);
     scanned_ = nullptr;
     const int num_top = std::min(view.num_logprobs[d], view.vocab);
@@ -422,7 +422,7 @@ void check(const SampleView& v) {
   check_range("history_start", 0, v.history_start[0], 0, 1);
   for (int d = 0; d < v.draws; ++d) {
     const SampleParameters& p = v.parameters[d];
-    check_range("rows", d, v.row[d], d ? v.row[d - 1] + 1 : 0, v.rows);
+    check_range("rows", d, v.rows[d], d ? v.rows[d - 1] + 1 : 0, v.num_rows);
     check_range("token_ids", d, v.token_ids[d], -1, v.vocab);
     check_range("num_logprobs", d, v.num_logprobs[d], -1, v.width + 1L);
     check_range("bias_start", d + 1, v.bias_start[d + 1], v.bias_start[d], v.biases + 1L);

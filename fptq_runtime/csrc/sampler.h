@@ -19,28 +19,25 @@ struct SampleParameters {
 };
 static_assert(sizeof(SampleParameters) == 64);
 
-// kernels/base.py's SampleInput and SampleOutput. D draws of R rows.
+// kernels/base.py's SampleInput and SampleOutput: D draws of R rows. A size is -1 until an array sets it.
 struct SampleView {
-  float* logits;                      // [R][V]; edited for the time of a draw
-  int rows, vocab, draws;
-  const SampleParameters* parameters; // [D]
-  const int32_t* row;                 // [D], ascending
-  const int32_t* token_ids;           // [D], -1: draw
-  const int64_t* positions;           // [D]
-  const int32_t* num_logprobs;        // [D], -1: none
-  const int32_t* bias_start;          // [D + 1]
-  const int32_t* bias_ids;            // [biases]
-  const float* bias_values;           // [biases]
-  int biases;
-  const int32_t* history_start;       // [D + 1]
-  const int32_t* output_start;        // [D]
-  const int32_t* history;             // [tokens]
-  int tokens;
-  int32_t* out_ids;                   // [D]
-  double* out_logprobs;               // [D]
-  int32_t* top_ids;                   // [D][width]
-  double* top_logprobs;               // [D][width]
-  int width;
+  float* logits;                       // [R][V]; edited for the time of a draw
+  const SampleParameters* parameters;  // [D]
+  const int32_t* rows;                 // [D], ascending
+  const int32_t* token_ids;            // [D], -1: draw
+  const int64_t* positions;            // [D]
+  const int32_t* num_logprobs;         // [D], -1: none
+  const int32_t* bias_start;           // [D + 1]
+  const int32_t* bias_ids;             // [biases]
+  const float* bias_values;            // [biases]
+  const int32_t* history_start;        // [D + 1]
+  const int32_t* output_start;         // [D]
+  const int32_t* history;              // [tokens]
+  int32_t* out_ids;                    // [D]
+  double* out_logprobs;                // [D]
+  int32_t* top_ids;                    // [D][width]
+  double* top_logprobs;                // [D][width]
+  int num_rows = -1, vocab = -1, draws = -1, biases = -1, tokens = -1, width = -1;
 };
 
 class Sampler {

@@ -7,8 +7,8 @@ tensors; a backend that compiles hands it ops that record, once, and keeps the p
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol, TypeVar
+from dataclasses import dataclass, fields
+from typing import Annotated, Any, Literal, Protocol, TypeVar, get_args, get_type_hints
 
 import numpy as np
 import numpy.typing as npt
@@ -143,21 +143,32 @@ class AttentionSpec:
     sinks: Array | None = None
 
 
+def arrays_of(contract: type) -> list[tuple[str, str, str]]:
+    """(name, dtype, shape) of each array of a dataclass, in order: what the backends lay them out and check them by."""
+    def dtype(hint: Any) -> str:
+        arguments = get_args(hint)
+        return dtype(arguments[-1]) if arguments else str(hint.__name__)
+
+    hints = get_type_hints(contract, include_extras=True)
+    return [(field.name, dtype(hints[field.name].__origin__), hints[field.name].__metadata__[0])
+            for field in fields(contract)]
+
+
 @dataclass(frozen=True)
 class StepInput:
-    """One step: M tokens of S sequences, packed one sequence after the other.
+    """One step: M tokens of S sequences, packed one sequence after the other. A field's annotation is its shape.
 
     Rows query_start_loc[s] to query_start_loc[s + 1] belong to sequence s, at consecutive positions that end with
     seq_lens[s] - 1. slot = block · block_size + offset within the block.
     """
 
-    token_ids: Int32Array  # [M]
-    positions: Int32Array  # [M]
-    slot_mapping: Int32Array  # [M]
-    query_start_loc: Int32Array  # [S + 1]
-    seq_lens: Int32Array  # [S], tokens in the cache after this step
-    block_tables: Int32Array  # [S, max blocks], rows padded with 0
-    logits_rows: Int32Array  # [R], which of the M rows need logits; R may be 0
+    token_ids: Annotated[Int32Array, "M"]
+    positions: Annotated[Int32Array, "M"]
+    slot_mapping: Annotated[Int32Array, "M"]
+    query_start_loc: Annotated[Int32Array, "S + 1"]
+    seq_lens: Annotated[Int32Array, "S"]  # tokens in the cache after this step
+    block_tables: Annotated[Int32Array, "S, blocks"]  # rows padded with 0
+    logits_rows: Annotated[Int32Array, "R"]  # which of the M rows need logits; R may be 0
 
     @classmethod
     def whole(cls, windows: Sequence[Sequence[int]], block_size: int = 16) -> StepInput:
@@ -226,17 +237,17 @@ class SampleInput:
     uniform: 53 bits of Philox4x64-10 keyed by the seed, the position its counter; numpy's random.Philox.
     """
 
-    parameters: npt.NDArray[np.void]  # [D] of PARAMETERS
-    rows: Int32Array  # [D], ascending
-    token_ids: Int32Array  # [D], the token to score; -1: draw
-    positions: npt.NDArray[np.int64]  # [D], what the randomness is counted by
-    num_logprobs: Int32Array  # [D], how many of the best tokens to report beside the token's own; -1: report nothing
-    bias_start: Int32Array  # [D + 1]
-    bias_ids: Int32Array  # [biases], no id twice in a draw
-    bias_values: Float32Array  # [biases]
-    history_start: Int32Array  # [D + 1], each draw's own tokens; none where no penalty applies
-    output_start: Int32Array  # [D]
-    history: Int32Array  # [tokens]
+    parameters: Annotated[npt.NDArray[np.void], "D"]  # of PARAMETERS
+    rows: Annotated[Int32Array, "D"]  # ascending
+    token_ids: Annotated[Int32Array, "D"]  # the token to score; -1: draw
+    positions: Annotated[npt.NDArray[np.int64], "D"]  # what the randomness is counted by
+    num_logprobs: Annotated[Int32Array, "D"]  # how many of the best tokens to report beside the own; -1: report nothing
+    bias_start: Annotated[Int32Array, "D + 1"]
+    bias_ids: Annotated[Int32Array, "biases"]  # no id twice in a draw
+    bias_values: Annotated[Float32Array, "biases"]
+    history_start: Annotated[Int32Array, "D + 1"]  # each draw's own tokens; none where no penalty applies
+    output_start: Annotated[Int32Array, "D"]
+    history: Annotated[Int32Array, "tokens"]
 
 
 @dataclass(frozen=True)
@@ -244,10 +255,10 @@ class SampleOutput:
     """Log-probabilities are of the logits as they came: x - max - log Σ exp(x - max). Entries that nobody asked for
     are undefined."""
 
-    token_ids: Int32Array  # [D], drawn or scored; -1 where logits are NaN, or their maximum is not finite
-    logprobs: Float64Array  # [D]
-    top_ids: Int32Array  # [D, most num_logprobs], the best first, the lower id first on ties; V at most
-    top_logprobs: Float64Array  # [D, most num_logprobs]
+    token_ids: Annotated[Int32Array, "D"]  # drawn or scored; -1 where logits are NaN, or their maximum is not finite
+    logprobs: Annotated[Float64Array, "D"]
+    top_ids: Annotated[Int32Array, "D, width"]  # as many as most num_logprobs, V at most; the best first, the lower id
+    top_logprobs: Annotated[Float64Array, "D, width"]  # first on ties
 
     @classmethod
     def empty(cls, batch: SampleInput) -> SampleOutput:

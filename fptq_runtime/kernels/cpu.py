@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from ml_dtypes import bfloat16
 
 import fptq_runtime._native as _native
@@ -35,7 +34,19 @@ from fptq_runtime.kernels.base import (
     StepInput,
     StepLimits,
     Work,
+    arrays_of,
 )
+
+
+def _contracts() -> dict[str, list[tuple[str, str, str]]]:
+    """(name, dtype, shape) of all arrays that the extension reads by name; (name, dtype, offset) of a parameter."""
+    parameters = [(name, dtype.name, str(at)) for name, (dtype, at, *_) in (PARAMETERS.fields or {}).items()]
+    return {"PARAMETERS": parameters,
+            **{contract.__name__: arrays_of(contract) for contract in (StepInput, SampleInput, SampleOutput)}}
+
+
+if _native.contracts() != _contracts():
+    raise ImportError("the native extension was built from other sources than this package")
 
 
 @dataclass(frozen=True)
@@ -117,47 +128,15 @@ class CpuBackend:
                 self._prepare_linear(Linear(f"{linear.name}.low_rank_up", up)))
 
     def compile(self, forward: Callable[[Ops[Any]], Any], limits: StepLimits) -> CpuExecutor:
-        program = _native.Program(
-            self._pool,
-            self._isa,
-            max_tokens=limits.max_tokens,
-            max_seqs=limits.max_seqs,
-            max_logits_rows=limits.max_logits_rows,
-            max_model_len=limits.max_model_len,
-            num_blocks=limits.num_blocks,
-            block_size=limits.block_size,
-            kv_dtype=limits.kv_dtype,
-            num_layers=limits.num_layers,
-            num_kv_heads=limits.num_kv_heads,
-            head_dim=limits.head_dim,
-        )
+        program = _native.Program(self._pool, self._isa, **vars(limits))
         ops = CaptureOps(program)
         program.finish(forward(ops))
         return CpuExecutor(program, ops.parameters, limits.max_logits_rows)
 
     def sample(self, logits: Float32Array, batch: SampleInput) -> SampleOutput:
         """Raises ValueError, and draws nothing, where an array or an index is wrong."""
-        if logits.ndim != 2 or not logits.flags.writeable:
-            raise ValueError("logits must be a writable [R, V] array")
-        rows, vocab = logits.shape
-        draws, biases, tokens = batch.rows.size, batch.bias_ids.size, batch.history.size
         out = SampleOutput.empty(batch)
-        self._sampler.run(
-            _address("logits", logits, (rows, vocab), np.float32), rows, vocab,
-            _address("parameters", batch.parameters, (draws,), PARAMETERS),
-            _address("rows", batch.rows, (draws,)),
-            _address("token_ids", batch.token_ids, (draws,)),
-            _address("positions", batch.positions, (draws,), np.int64),
-            _address("num_logprobs", batch.num_logprobs, (draws,)), draws,
-            _address("bias_start", batch.bias_start, (draws + 1,)),
-            _address("bias_ids", batch.bias_ids, (biases,)),
-            _address("bias_values", batch.bias_values, (biases,), np.float32), biases,
-            _address("history_start", batch.history_start, (draws + 1,)),
-            _address("output_start", batch.output_start, (draws,)),
-            _address("history", batch.history, (tokens,)), tokens,
-            out.token_ids.ctypes.data, out.logprobs.ctypes.data,
-            out.top_ids.ctypes.data, out.top_logprobs.ctypes.data, out.top_ids.shape[1],
-        )
+        self._sampler.run(logits, batch, out)
         return out
 
     def token_bytes(self, model: ModelConfig, dtype: KVCacheDtype) -> int:
@@ -252,26 +231,9 @@ class CpuExecutor:
 
     def step(self, batch: StepInput, reuse: bool = False) -> Float32Array:
         """Logits [R, V]. Raises ValueError, and leaves the cache as it was, where an array or an index is wrong."""
-        tokens = batch.token_ids.size
-        seqs = batch.seq_lens.size
         rows = batch.logits_rows.size
-        table_width = batch.block_tables.shape[-1]
-        width = self._program.logits_width
-        logits = self._logits[:rows] if reuse else np.empty((rows, width), dtype=np.float32)
-        self._program.step(
-            _address("token_ids", batch.token_ids, (tokens,)),
-            _address("positions", batch.positions, (tokens,)),
-            _address("slot_mapping", batch.slot_mapping, (tokens,)),
-            tokens,
-            _address("query_start_loc", batch.query_start_loc, (seqs + 1,)),
-            _address("seq_lens", batch.seq_lens, (seqs,)),
-            seqs,
-            _address("block_tables", batch.block_tables, (seqs, table_width)),
-            table_width,
-            _address("logits_rows", batch.logits_rows, (rows,)),
-            rows,
-            _address("out", logits, (rows, width), np.float32),
-        )
+        logits = self._logits[:rows] if reuse else np.empty((rows, self._program.logits_width), np.float32)
+        self._program.step(batch, logits)
         return logits
 
 
@@ -333,13 +295,6 @@ def _act(act: ActivationQuant | None) -> float | None:
     if not act.scale > 0:
         raise FptqError(f"a static activation scale must be positive, not {act.scale}")
     return act.scale
-
-
-def _address(name: str, array: npt.NDArray[Any], shape: tuple[int, ...], dtype: npt.DTypeLike = np.int32) -> int:
-    if array.dtype != dtype or array.shape != shape or not array.flags.c_contiguous:
-        raise ValueError(f"{name} must be a contiguous {np.dtype(dtype)} array of shape {shape}, "
-                         f"not {array.dtype} {array.shape}")
-    return array.ctypes.data
 
 
 def _float32(array: Array) -> Float32Array:

@@ -376,6 +376,7 @@ MISTAKES: list[dict[str, Any]] = [
     {"history_start": int32(1, 5, 10)}, {"history_start": int32(0, 5, 11)}, {"history_start": int32(0, 5, 4)},
     {"output_start": int32(6, 8)}, {"output_start": int32(3, 4)},
     {"positions": BATCH.positions.astype(np.int32)}, {"positions": BATCH.positions[:1]},
+    {"parameters": BATCH.parameters.astype([(name, "f8") for name in BATCH.parameters.dtype.names])},
 ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 import subprocess
 import sys
 import threading
@@ -17,7 +18,16 @@ pytest.importorskip("fptq_runtime._native", reason="the native extension is not 
 
 from fptq_runtime import _native
 from fptq_runtime.config import KVCacheDtype
-from fptq_runtime.kernels.base import ActivationQuant, Embedding, Linear, QuantizedWeight, StepInput, Work
+from fptq_runtime.kernels import cpu
+from fptq_runtime.kernels.base import (
+    Activation,
+    ActivationQuant,
+    Embedding,
+    Linear,
+    QuantizedWeight,
+    StepInput,
+    Work,
+)
 from fptq_runtime.kernels.cpu import CpuBackend, _cgroup_quota, available_threads
 from fptq_runtime.kernels.reference import ReferenceBackend
 from tests.kernels.small import VOCAB, Batcher, Options, int32, limits, make_decoder, random_tokens
@@ -30,15 +40,15 @@ FAMILIES = {
     "llama bf16": Options(dtype=torch.bfloat16),
     "llama fp16": Options(dtype=torch.float16),
     "llama weight-only": Options(act="weight-only"),
-    "bloom weight-only": Options(norm="layer", activation="gelu_tanh", rope=False, alibi=True, bias=True,
+    "bloom weight-only": Options(norm="layer", activation=Activation("gelu_tanh"), rope=False, alibi=True, bias=True,
                                  act="weight-only", bits=8, group_size=None),
     "llama low rank": Options(rank=5),
     "llama weight-only low rank": Options(act="weight-only", rank=2, dtype=torch.bfloat16),
     "mistral": Options(window=40),
     "qwen2": Options(bias=True, heads=6, head_dim=20),
     "qwen3": Options(qk_norm=True, head_dim=32),
-    "bloom": Options(norm="layer", activation="gelu_tanh", rope=False, alibi=True, bias=True, embedding_norm=True,
-                     heads=5, kv_heads=5, intermediate=100),
+    "bloom": Options(norm="layer", activation=Activation("gelu_tanh"), rope=False, alibi=True, bias=True,
+                     embedding_norm=True, heads=5, kv_heads=5, intermediate=100),
     "one kv head": Options(heads=20, kv_heads=1, head_dim=8),
 }
 
@@ -241,6 +251,17 @@ def test_arrays_of_the_wrong_kind_are_refused(field: str) -> None:
             continue  # a slice of one element is contiguous
         with pytest.raises(ValueError, match=field):
             executor.step(replace(good, **{field: wrong}))
+
+
+@pytest.mark.parametrize(("contract", "field"), [("StepInput", 1), ("SampleInput", 3), ("SampleOutput", 2),
+                                                 ("PARAMETERS", 1)])
+def test_an_extension_that_reads_other_arrays_is_not_imported(monkeypatch: pytest.MonkeyPatch, contract: str,
+                                                             field: int) -> None:
+    other = _native.contracts()
+    other[contract][field], other[contract][0] = other[contract][0], other[contract][field]
+    monkeypatch.setattr(_native, "contracts", lambda: other)
+    with pytest.raises(ImportError, match="built from other sources"):
+        runpy.run_path(cpu.__file__)
 
 
 def test_a_step_over_its_limits_is_refused() -> None:

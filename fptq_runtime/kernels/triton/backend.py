@@ -5,6 +5,7 @@ TRITON_INTERPRET=1 runs the same steps, padding included, on the CPU in Triton's
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -34,6 +35,7 @@ from fptq_runtime.kernels.base import (
     StepInput,
     StepLimits,
     Work,
+    arrays_of,
 )
 from fptq_runtime.kernels.triton import fused
 from fptq_runtime.kernels.triton.attention import (
@@ -311,7 +313,7 @@ class _Inputs:
         self._block_size = limits.block_size
         context = max(SMALLEST_CONTEXT, triton.next_power_of_2(limits.max_model_len))
         largest = _Shape(limits.max_tokens, limits.max_seqs, limits.max_logits_rows, context, 1, False)
-        size = self._layout(largest)[-1].stop
+        size = max(part.stop for part, _ in self._layout(largest).values())
         self._pinned = torch.empty(size, dtype=torch.int32, pin_memory=is_gpu(device))
         self._host = self._pinned.numpy()
         self._device = torch.empty(size, dtype=torch.int32, device=device)
@@ -320,35 +322,31 @@ class _Inputs:
     def load(self, batch: StepInput, shape: _Shape) -> DeviceBatch:
         if self._copied is not None:
             self._copied.synchronize()  # of the step before: the host runs at most that far ahead
-        layout, seqs = self._layout(shape), batch.seq_lens.size
-        arrays = (batch.token_ids, batch.positions, batch.slot_mapping, batch.query_start_loc, batch.seq_lens,
-                  batch.logits_rows)
-        padding = (0, 0, -1, batch.token_ids.size, 0, 0)
-        for part, array, value in zip(layout, arrays, padding, strict=False):
-            host = self._host[part]
-            host[: array.size] = array
-            host[array.size :] = value
-        tables = self._host[layout[-1]].reshape(shape.seqs, -1)
-        width = min(tables.shape[1], batch.block_tables.shape[1])
-        tables[:seqs, :width] = batch.block_tables[:, :width]
-        tables[:seqs, width:] = 0
-        tables[seqs:] = 0
-        end = layout[-1].stop
+        layout = self._layout(shape)
+        padding = {"slot_mapping": -1, "query_start_loc": batch.token_ids.size}
+        for name, (part, sizes) in layout.items():
+            array, host = getattr(batch, name), self._host[part].reshape(sizes)
+            within = tuple(map(slice, np.minimum(array.shape, sizes)))
+            host.fill(padding.get(name, 0))
+            host[within] = array[within]
+        end = max(part.stop for part, _ in layout.values())
         self._device[:end].copy_(self._pinned[:end], non_blocking=True)
         if self._copied is not None:
             self._copied.record()
-        token_ids, positions, slots, starts, lengths, rows, block_tables = (self._device[part] for part in layout)
-        return DeviceBatch(token_ids, positions, slots, starts, lengths, block_tables.view(shape.seqs, -1), rows,
-                           shape.query, shape.context)
+        arrays = {name: self._device[part].view(sizes) for name, (part, sizes) in layout.items()}
+        return DeviceBatch(**arrays, max_query_len=shape.query, max_seq_len=shape.context)
 
-    def _layout(self, shape: _Shape) -> list[slice]:
-        """Where token_ids, positions, slot_mapping, query_start_loc, seq_lens, logits_rows and block_tables lie."""
-        sizes = (shape.tokens, shape.tokens, shape.tokens, shape.seqs + 1, shape.seqs, shape.rows,
-                 shape.seqs * -(-shape.context // self._block_size))
-        parts, start = [], 0
-        for size in sizes:
-            parts.append(slice(start, start + size))
-            start += -(-size // ALIGNED) * ALIGNED
+    def _layout(self, shape: _Shape) -> dict[str, tuple[slice, tuple[int, ...]]]:
+        """Where each array of a StepInput lies, and its shape."""
+        sizes: dict[str, tuple[int, ...]] = {
+            "M": (shape.tokens,), "S": (shape.seqs,), "S + 1": (shape.seqs + 1,), "R": (shape.rows,),
+            "S, blocks": (shape.seqs, -(-shape.context // self._block_size)),
+        }
+        parts, start = {}, 0
+        for name, _, dims in arrays_of(StepInput):
+            part = slice(start, start + math.prod(sizes[dims]))
+            parts[name] = part, sizes[dims]
+            start = -(-part.stop // ALIGNED) * ALIGNED
         return parts
 
 

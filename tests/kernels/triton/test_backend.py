@@ -14,7 +14,7 @@ import torch
 from fptq_runtime.config import EngineConfig, KVCacheDtype
 from fptq_runtime.engine.engine import Engine
 from fptq_runtime.engine.request import SamplingParams
-from fptq_runtime.kernels.base import StepLimits, Work, logits_array
+from fptq_runtime.kernels.base import Activation, StepLimits, Work, logits_array
 from fptq_runtime.kernels.reference import ReferenceBackend
 from fptq_runtime.kernels.select import select_backend
 from fptq_runtime.kernels.triton.backend import SMALLEST_CONTEXT, TritonBackend, _Inputs, _Shape, bucket
@@ -41,7 +41,7 @@ def small_limits(options: Options, kv_dtype: KVCacheDtype = "int8") -> Any:
 
 @pytest.mark.parametrize(("options", "kv_dtype"), [
     (SMALL, "int8"),
-    (replace(SMALL, act="static", norm="layer", activation="gelu_tanh", rope=False, alibi=True, bias=True,
+    (replace(SMALL, act="static", norm="layer", activation=Activation("gelu_tanh"), rope=False, alibi=True, bias=True,
              embedding_norm=True, kv_heads=4, bits=8, group_size=None), "bf16"),
     (replace(SMALL, act="float", qk_norm=True, window=10), "float32"),
     (replace(SMALL, act="mixed", rank=2, dtype=torch.bfloat16), "int8"),
