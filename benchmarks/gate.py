@@ -174,7 +174,10 @@ def bias_entry(planter: Planter) -> None:
 
 
 def input_scale(planter: Planter) -> None:
-    planter.tensor(planter.find(".input_scale")[0])[...] *= 1.01
+    readers = planter.find(".input_scale")[0].rsplit(".", 2)[0]  # of one input, which must agree
+    for name in planter.find(".input_scale"):
+        if name.startswith(f"{readers}."):
+            planter.tensor(name)[...] *= 1.01
 
 
 def rope_base(planter: Planter) -> None:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -104,6 +107,31 @@ def test_ropes_that_depend_on_the_served_length_pass_on_both_sides(tmp_path: Pat
         assert check(decoder, backend, golden, served) < 0.6
         with pytest.raises(GateError, match=r"layers\.0"):
             check(decoder, backend, replace(golden, short=0 if served < longest else longest), served)
+
+
+EMULATOR = shutil.which("qemu-x86_64") or shutil.which("qemu-x86_64-static")
+EMULATED = """
+import sys
+from pathlib import Path
+from fptq_runtime.kernels.cpu import CpuBackend
+from fptq_runtime.models.gate import Golden, check
+from fptq_runtime.models.loader import Checkpoint, load_model
+
+path = Path(sys.argv[1])
+checkpoint, backend = Checkpoint(path), CpuBackend(1)
+ratio = check(load_model(checkpoint, backend), backend, Golden.read(path / "fptq.golden"), checkpoint.max_positions)
+print(backend.describe()["isa"], ratio < 0.6)
+"""
+
+
+@pytest.mark.skipif(EMULATOR is None, reason="qemu-x86_64 (Debian: qemu-user) is not installed")
+@pytest.mark.parametrize(("cpu", "isa"), [("Haswell", "avx2"), ("EPYC-Milan", "avx2"), ("Nehalem", "generic")])
+def test_right_kernels_pass_on_other_cpus(cpu: str, isa: str, mixed: Path) -> None:
+    assert EMULATOR is not None
+    # numpy's OpenBLAS, left to choose, dies of an illegal instruction on an emulated Nehalem
+    run = subprocess.run([EMULATOR, "-cpu", cpu, sys.executable, "-c", EMULATED, str(mixed)], capture_output=True,
+                         text=True, timeout=300, env={**os.environ, "OPENBLAS_CORETYPE": "Nehalem"})
+    assert run.stdout.split() == [isa, "True"], run.stderr
 
 
 @pytest.mark.slow
