@@ -9,7 +9,7 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
 INSTALLED := $(VENV)/.installed
 DEV_INSTALLED := $(VENV)/.dev-installed
-NATIVE := $(wildcard CMakeLists.txt fptq_runtime/csrc/* fptq_runtime/csrc/*/*)
+NATIVE := $(wildcard CMakeLists.txt $(foreach n,* */* */*/*,fptq_runtime/csrc/$(n)))
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
 PIP_INSTALL := $(PIP) install --constraint constraints.txt
 
@@ -19,7 +19,7 @@ install: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml constraints.txt $(NATIVE)
 	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 10) else "Python 3.10 or newer is needed; $(PYTHON) is older: set PYTHON=")'
-	@command -v $(firstword $(CXX)) >/dev/null || { echo "A C++17 compiler is needed and '$(CXX)' is not there (Debian, Ubuntu: apt install g++)." >&2; exit 1; }
+	@command -v $(firstword $(CXX)) >/dev/null || { echo "A C++20 compiler is needed and '$(CXX)' is not there (Debian, Ubuntu: apt install g++)." >&2; exit 1; }
 	@test -x $(VENV)/bin/pip || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "Python's venv module is needed (Debian, Ubuntu: apt install python3-venv)." >&2; exit 1; }
 	@echo "Installing into $(VENV): minutes the first time."
 	$(PIP_INSTALL) pip

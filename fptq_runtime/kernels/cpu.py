@@ -111,14 +111,14 @@ class CpuBackend:
                 self._linears[f"linear int{weight.num_bits}"] = self._int4 if weight.num_bits == 4 else self._int8
             with _refusals(f"{linear.name}: "):
                 packed = _native.pack_weight(np.ascontiguousarray(weight.packed), _float32(weight.scale),
-                                             weight.group_size, weight.num_bits, self._pool)
+                                             weight.group_size, weight.num_bits, self._pool, self._isa)
             return _native.Linear(linear.name, packed, None, _floats(linear.bias), act)
         if act is not None:
             raise FptqError(f"{linear.name}: the native backend has no kernel for float weights with quantized "
                             f"activations; quantize the weight or use the reference backend")
         self._linears[f"linear {weight.dtype.name}"] = self._float
         values = np.ascontiguousarray(weight)
-        kept = _native.pack_float(values.view(np.int16) if weight.dtype == bfloat16 else values, self._pool)
+        kept = _native.pack_float(values.view(np.int16) if weight.dtype == bfloat16 else values, self._pool, self._isa)
         return _native.Linear(linear.name, None, kept, _floats(linear.bias), None)
 
     def _prepare_low_rank(self, linear: Linear, down: Array, up: Array) -> tuple[Any, Any]:

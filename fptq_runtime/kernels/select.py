@@ -12,7 +12,7 @@ from fptq_runtime.config import MAX_THREADS
 from fptq_runtime.errors import FptqError
 from fptq_runtime.kernels.base import Backend
 
-_BUILD_HINT = "build it with `pip install .` in the source tree (needs a C++17 compiler)"
+_BUILD_HINT = "build it with `pip install .` in the source tree (needs a C++20 compiler)"
 
 logger = logging.getLogger(__name__)
 

@@ -14,9 +14,9 @@
 #include <thread>
 #include <vector>
 
-#include "dispatch.h"
-#include "pack.h"
-#include "thread_pool.h"
+#include "core/dispatch.h"
+#include "core/pack.h"
+#include "core/thread_pool.h"
 
 #if defined(FPTQ_HAS_EVEX256)
 namespace fptq::evex256 { extern const Kernels kernels; }   // the AVX-VNNI tiles in AVX-512VL's encoding
@@ -52,11 +52,10 @@ struct Rows {
   std::vector<int32_t> sums;
 
   Rows(const Kernels& kernels, const std::vector<float>& x, int m, int k)
-      : codes((m + kTileRows - 1) / kTileRows * kTileRows * padded(k)), scales(m), sums(Activations::sums_size(m, padded(k))) {
+      : codes(kernels.layout->codes_size(m, k)), scales(m), sums(kernels.layout->sums_size(m, k)) {
     Activations view = activations(k);
     for (int row = 0; row < m; ++row) kernels.quantize_row(x.data() + row * k, row, 0, view);
   }
-  static size_t padded(int k) { return (k + kSumGroup - 1) / kSumGroup * kSumGroup; }
   Activations activations(int k) {
     return {codes.data(), scales.data(), sums.data(), static_cast<int>(scales.size()), k};
   }
@@ -70,8 +69,9 @@ void check_gemms(std::mt19937& random, int m, int n, int k, int group_size) {
     return values;
   };
   const std::vector<float> x = floats(m * k), bias = floats(n), residual = floats(m * n);
-  const int panels = (n + kPanelCols - 1) / kPanelCols;
   const Kernels& plain = kernels_for("generic");
+  const Layout& layout = *plain.layout;   // that all of these share
+  const int panels = ceil_div(n, layout.panel_cols);
   Rows expected_rows(plain, x, m, k);
 
   for (int bits : {4, 8}) {
@@ -80,7 +80,7 @@ void check_gemms(std::mt19937& random, int m, int n, int k, int group_size) {
     std::vector<float> scale = floats(static_cast<size_t>(n) * ((k + group_size - 1) / group_size));
     if (random() % 2)
       for (float& value : scale) value = 0.25f;   // kept as bf16
-    const auto weight = pack_weight(codes.data(), scale.data(), n, k, group_size, bits);
+    const auto weight = pack_weight(codes.data(), scale.data(), n, k, group_size, bits, layout);
     std::vector<float> expected(m * n), out(m * n);
     const auto gemm = [&](const Kernels& kernels, Rows& rows, std::vector<float>& to) {
       const Epilogue epilogue{bias.data(), residual.data(), to.data(), n};
@@ -113,7 +113,7 @@ void check_gemms(std::mt19937& random, int m, int n, int k, int group_size) {
   }
   for (FloatType type : {FloatType::kFloat32, FloatType::kBfloat16, FloatType::kFloat16}) {
     const void* data = type == FloatType::kFloat32 ? static_cast<const void*>(values.data()) : halves.data();
-    const auto weight = pack_float(data, type, n, k, nullptr);
+    const auto weight = pack_float(data, type, n, k, layout, nullptr);
     std::vector<float> expected(m * n), out(m * n);
     plain.gemm_float(x.data(), *weight, {bias.data(), nullptr, expected.data(), n}, 0, m, 0, panels);
     for (const Kernels* kernels : all_kernels()) {

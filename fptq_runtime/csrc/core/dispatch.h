@@ -4,16 +4,17 @@
 #include <string>
 #include <vector>
 
-#include "kernels.h"
-#include "views.h"
+#include "core/kernels.h"
+#include "core/views.h"
 
 namespace fptq {
 
 constexpr int kSampleBlock = 512;  // tokens that the sampler weighs together
 
-// What kernels.cpp provides, compiled once per ISA. Row functions touch one row; rows may run on any thread.
+// What an ISA provides: arch/kernels.cpp, or a table of its own. Row functions touch one row; rows may run on any thread.
 struct Kernels {
   const char* isa;
+  const Layout* layout;   // of what the GEMMs and the row quantizer read and write
   const char* gemm_int4_name;
   const char* gemm_int8_name;
   const char* gemm_float_name;

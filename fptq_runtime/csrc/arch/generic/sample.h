@@ -1,9 +1,9 @@
-// The sampler's loops over a vocabulary. Included by kernels.cpp only. No fused multiply-add, and sums over 16 lanes
+// The sampler's loops over a vocabulary. Included by arch/kernels.cpp only. No fused multiply-add, and sums over 16 lanes
 // whatever the native width: every ISA gives the same bits.
 #pragma once
 
-#include "dispatch.h"
-#include "simd.h"
+#include "core/dispatch.h"
+#include "arch/generic/simd.h"
 
 namespace fptq {
 namespace FPTQ_NS {

@@ -6,8 +6,8 @@
 #include <string>
 #include <vector>
 
-#include "dispatch.h"
-#include "thread_pool.h"
+#include "core/dispatch.h"
+#include "core/thread_pool.h"
 
 namespace fptq {
 

@@ -1,9 +1,9 @@
-// Row kernels: embedding gather, norms, activations. Included by kernels.cpp only.
+// Row kernels: embedding gather, norms, activations. Included by arch/kernels.cpp only.
 // Sums run in a fixed pattern of lanes, so a row's bits depend on nothing but the row.
 #pragma once
 
-#include "simd.h"
-#include "views.h"
+#include "arch/generic/simd.h"
+#include "core/views.h"
 
 namespace fptq {
 namespace FPTQ_NS {

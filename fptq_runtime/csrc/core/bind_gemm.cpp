@@ -19,9 +19,9 @@
 #include <utility>
 #include <vector>
 
-#include "dispatch.h"
-#include "pack.h"
-#include "thread_pool.h"
+#include "core/dispatch.h"
+#include "core/pack.h"
+#include "core/thread_pool.h"
 
 namespace nb = nanobind;
 
@@ -50,48 +50,44 @@ NumpyMatrix<T> to_numpy(std::vector<T> values, size_t rows, size_t columns) {
 class QuantizedRows {
  public:
   QuantizedRows(const Matrix<const float>& x, std::optional<float> scale, const std::string& isa)
-      : rows_(x.shape(0)),
-        padded_k_((x.shape(1) + kSumGroup - 1) / kSumGroup * kSumGroup),
-        codes_(rows_ * padded_k_),
+      : kernels_(kernels_for(isa)),
+        rows_(x.shape(0)),
+        k_(static_cast<int>(x.shape(1))),
+        codes_(layout().codes_size(rows_, k_)),
         scales_(rows_),
-        sums_(Activations::sums_size(rows_, padded_k_)) {
-    require(rows_ > 0 && padded_k_ > 0, "x must have rows and columns");
+        sums_(layout().sums_size(rows_, k_)) {
+    require(rows_ > 0 && k_ > 0, "x must have rows and columns");
     require(!scale || *scale > 0, "the static scale must be positive");
-    Activations view = activations(static_cast<int>(x.shape(1)));
-    const Kernels& kernels = kernels_for(isa);
+    Activations view = activations();
     nb::gil_scoped_release release;
     for (size_t m = 0; m < rows_; ++m)
-      kernels.quantize_row(x.data() + m * x.shape(1), static_cast<int>(m), scale.value_or(0.0f), view);
+      kernels_.quantize_row(x.data() + m * k_, static_cast<int>(m), scale.value_or(0.0f), view);
   }
 
-  Activations activations(int k) { return {codes_.data(), scales_.data(), sums_.data(), static_cast<int>(rows_), k}; }
+  Activations activations() { return {codes_.data(), scales_.data(), sums_.data(), static_cast<int>(rows_), k_}; }
+  const Layout& layout() const { return *kernels_.layout; }
   size_t rows() const { return rows_; }
-  size_t padded_k() const { return padded_k_; }
+  int k() const { return k_; }
 
-  NumpyMatrix<int8_t> codes() const {
-    std::vector<int8_t> plain(rows_ * padded_k_);
-    for (size_t m = 0; m < rows_; ++m) {
-      const int rows = static_cast<int>(rows_), panel = panel_of(static_cast<int>(m), rows);
-      const size_t begin = panel_begin(panel, rows), height = panel_begin(panel + 1, rows) - begin;
-      for (size_t s = 0; s < padded_k_ / 4; ++s)
-        std::memcpy(&plain[m * padded_k_ + 4 * s], &codes_[begin * padded_k_ + (s * height + m - begin) * 4], 4);
-    }
-    return to_numpy(std::move(plain), rows_, padded_k_);
-  }
+  NumpyMatrix<int8_t> codes() { return to_numpy(plain().first, rows_, padded_k()); }
   NumpyMatrix<float> scales() const { return to_numpy(scales_, rows_, 1); }
-  NumpyMatrix<int32_t> sums() const {
-    const size_t blocks = padded_k_ / kSumGroup;
-    std::vector<int32_t> plain(rows_ * blocks);
-    for (size_t m = 0; m < rows_; ++m) {
-      const int rows = static_cast<int>(rows_), panel = panel_of(static_cast<int>(m), rows);
-      for (size_t b = 0; b < blocks; ++b)
-        plain[m * blocks + b] = sums_[(panel * blocks + b) * kSumRows + m - panel_begin(panel, rows)];
-    }
-    return to_numpy(std::move(plain), rows_, blocks);
-  }
+  NumpyMatrix<int32_t> sums() { return to_numpy(plain().second, rows_, padded_k() / layout().k_unit); }
 
  private:
-  size_t rows_, padded_k_;
+  size_t padded_k() const { return round_up(k_, layout().k_unit); }
+
+  std::pair<std::vector<int8_t>, std::vector<int32_t>> plain() {
+    const size_t width = padded_k(), blocks = width / layout().k_unit;
+    std::vector<int8_t> codes(rows_ * width);
+    std::vector<int32_t> sums(rows_ * blocks);
+    for (size_t m = 0; m < rows_; ++m)
+      layout().read_row(activations(), static_cast<int>(m), &codes[m * width], &sums[m * blocks]);
+    return {std::move(codes), std::move(sums)};
+  }
+
+  const Kernels& kernels_;
+  size_t rows_;
+  int k_;
   std::vector<int8_t> codes_;
   std::vector<float> scales_;
   std::vector<int32_t> sums_;
@@ -120,17 +116,24 @@ Epilogue epilogue(const Matrix<float>& out, const OptionalVector& bias, const Op
   return {bias ? bias->data() : nullptr, residual ? residual->data() : nullptr, out.data(), n};
 }
 
-int panels(int n) { return (n + kPanelCols - 1) / kPanelCols; }
+// Throws where the weight was packed for another ISA's layout.
+template <class Weight>
+int panels(const Weight& weight, const Kernels& kernels) {
+  require(weight.layout == kernels.layout, "the weight is packed for another ISA path");
+  return ceil_div(weight.n, kernels.layout->panel_cols);
+}
 
 void gemm(const PackedWeight& weight, QuantizedRows& x, const Matrix<float>& out, const OptionalVector& bias,
           const OptionalMatrix& residual, OptionalSpan rows, OptionalSpan columns, const std::string& isa) {
-  const size_t padded_k = (weight.k + kSumGroup - 1) / kSumGroup * kSumGroup;
-  require(x.padded_k() == padded_k, "x and the weight differ in K");
+  require(round_up(x.k(), x.layout().k_unit) == round_up(weight.k, weight.layout->k_unit),
+          "x and the weight differ in K");
   const Kernels& kernels = kernels_for(isa);
+  require(&x.layout() == kernels.layout, "x is laid out for another ISA path");
   const Epilogue e = epilogue(out, bias, residual, x.rows(), weight.n);
   const Span m = span(rows, static_cast<int>(x.rows()), "rows out of range");
-  const Span p = span(columns, panels(weight.n), "panels out of range");
-  const Activations view = x.activations(weight.k);
+  const Span p = span(columns, panels(weight, kernels), "panels out of range");
+  Activations view = x.activations();
+  view.k = weight.k;
   nb::gil_scoped_release release;
   (weight.bits == 4 ? kernels.gemm_int4 : kernels.gemm_int8)(view, weight, e, m.begin, m.end, p.begin, p.end);
 }
@@ -143,7 +146,7 @@ void gemm_float(const Weight& weight, const Matrix<const float>& x, const Matrix
   const Kernels& kernels = kernels_for(isa);
   const Epilogue e = epilogue(out, bias, residual, x.shape(0), weight.n);
   const Span m = span(rows, static_cast<int>(x.shape(0)), "rows out of range");
-  const Span p = span(columns, panels(weight.n), "panels out of range");
+  const Span p = span(columns, panels(weight, kernels), "panels out of range");
   nb::gil_scoped_release release;
   (kernels.*kGemm)(x.data(), weight, e, m.begin, m.end, p.begin, p.end);
 }
@@ -209,15 +212,18 @@ void bind_gemm(nb::module_& m) {
       .def_ro("k", &FloatWeight::k);
 
   m.def("pack_weight",
-        [](const Matrix<const int8_t>& codes, const Matrix<const float>& scale, int group_size, int bits) {
+        [](const Matrix<const int8_t>& codes, const Matrix<const float>& scale, int group_size, int bits,
+           const std::string& isa) {
           const size_t n = codes.shape(0), k = codes.shape(1);
           require(n <= INT32_MAX && k <= INT32_MAX && group_size > 0, "a weight or group size that cannot be");
           const size_t groups = (k + group_size - 1) / group_size;
           require(scale.shape(0) == n && scale.shape(1) == groups, "scale must be [N, ceil(K / group_size)]");
+          const Layout& layout = *kernels_for(isa).layout;
           nb::gil_scoped_release release;
-          return pack_weight(codes.data(), scale.data(), static_cast<int>(n), static_cast<int>(k), group_size, bits);
+          return pack_weight(codes.data(), scale.data(), static_cast<int>(n), static_cast<int>(k), group_size, bits,
+                             layout);
         },
-        nb::arg("codes"), nb::arg("scale"), nb::arg("group_size"), nb::arg("bits"),
+        nb::arg("codes"), nb::arg("scale"), nb::arg("group_size"), nb::arg("bits"), nb::arg("isa") = "",
         "codes int8 [N, K] within ±2^(bits-1), scale float32 [N, ceil(K / group_size)]; group_size a multiple of 32,\n"
         "or K for one scale per channel. Raises ValueError.");
 
@@ -231,30 +237,33 @@ void bind_gemm(nb::module_& m) {
 
   m.def("pack_weight",
         [](const Matrix<const int32_t>& packed, const Matrix<const float>& scale, int group_size, int bits,
-           ThreadPool* pool) {
+           ThreadPool* pool, const std::string& isa) {
           const size_t n = packed.shape(0), k = scale.shape(1) * group_size;
           require(n <= INT32_MAX && k <= INT32_MAX && group_size > 0, "a weight or group size that cannot be");
           require(scale.shape(0) == n && packed.shape(1) == (k * bits + 31) / 32,
                   "packed must be [N, ceil(K * bits / 32)] and scale [N, K / group_size]");
+          const Layout& layout = *kernels_for(isa).layout;
           nb::gil_scoped_release release;
           return pack_weight(packed.data(), scale.data(), static_cast<int>(n), static_cast<int>(k), group_size, bits,
-                             pool);
+                             layout, pool);
         },
         nb::arg("codes"), nb::arg("scale"), nb::arg("group_size"), nb::arg("bits"), nb::arg("pool") = nb::none(),
-        "The same from a checkpoint's int32 words [N, ceil(K · bits / 32)].");
+        nb::arg("isa") = "", "The same from a checkpoint's int32 words [N, ceil(K · bits / 32)].");
 
   m.def("pack_float",
-        [](const nb::ndarray<nb::ro, nb::ndim<2>, nb::c_contig, nb::device::cpu>& weight, ThreadPool* pool) {
+        [](const nb::ndarray<nb::ro, nb::ndim<2>, nb::c_contig, nb::device::cpu>& weight, ThreadPool* pool,
+           const std::string& isa) {
           const nb::dlpack::dtype half{static_cast<uint8_t>(nb::dlpack::dtype_code::Float), 16, 1};
           const bool bf16 = weight.dtype() == nb::dtype<int16_t>(), fp16 = weight.dtype() == half;
           require(bf16 || fp16 || weight.dtype() == nb::dtype<float>(), "weight must be float32, float16 or int16");
           const size_t n = weight.shape(0), k = weight.shape(1);
           require(n <= INT32_MAX && k <= INT32_MAX, "a weight that cannot be");
           const FloatType type = bf16 ? FloatType::kBfloat16 : fp16 ? FloatType::kFloat16 : FloatType::kFloat32;
+          const Layout& layout = *kernels_for(isa).layout;
           nb::gil_scoped_release release;
-          return pack_float(weight.data(), type, static_cast<int>(n), static_cast<int>(k), pool);
+          return pack_float(weight.data(), type, static_cast<int>(n), static_cast<int>(k), layout, pool);
         },
-        nb::arg("weight"), nb::arg("pool") = nb::none(),
+        nb::arg("weight"), nb::arg("pool") = nb::none(), nb::arg("isa") = "",
         "weight [N, K]: float32, float16, or the bits of bfloat16 as int16. Raises ValueError.");
 
   nb::class_<QuantizedRows>(m, "QuantizedRows", "int8 rows as the GEMM reads them.")
@@ -271,7 +280,7 @@ void bind_gemm(nb::module_& m) {
           nb::arg("isa") = "", doc);
   };
   define("gemm", &gemm,
-         "out [M, N] = x · Wᵀ + bias + residual, for rows (begin, end) and 64-column panels (begin, end) only.");
+         "out [M, N] = x · Wᵀ + bias + residual, for rows (begin, end) and weight panels (begin, end) only.");
   define("gemm_float", &gemm_float<&Kernels::gemm_float, FloatWeight>, "The same with float32 x [M, K].");
   define("gemm_float", &gemm_float<&Kernels::gemm_weight_only, PackedWeight>, "The same with float32 x [M, K].");
 }

@@ -1,4 +1,4 @@
-// The GEMMs and the row quantizer of one ISA: included by kernels.cpp, which CMake compiles once per ISA with
+// The GEMMs and the row quantizer of one ISA: included by arch/kernels.cpp, which CMake compiles once per ISA with
 // FPTQ_NS naming the namespace. Nothing here may call a function template of the standard library: an out-of-line
 // copy of it could be the one that another ISA's code is linked to.
 //
@@ -10,8 +10,8 @@
 #include <cstdint>
 #include <cstring>
 
-#include "kernels.h"
-#include "simd.h"
+#include "arch/generic/panels.h"
+#include "arch/generic/simd.h"
 
 namespace fptq::FPTQ_NS {
 namespace {
@@ -65,11 +65,11 @@ inline int32_t zero_point(const int32_t* sums, int count, uint32_t zero) {
 // without memory between, and quantize_block(x, scale, codes), which quantizes 32 floats (NaN as 127) and returns the
 // sum of the codes.
 #if defined(__AVX512VNNI__) && !defined(FPTQ_EVEX256)
-#include "gemm_avx512.h"
+#include "arch/x86/gemm_avx512.h"
 #elif defined(__AVX2__)
-#include "gemm_avx2.h"
+#include "arch/x86/gemm_avx2.h"
 #else
-#include "gemm_generic.h"
+#include "arch/generic/gemm_generic.h"
 #endif
 
 namespace fptq::FPTQ_NS {

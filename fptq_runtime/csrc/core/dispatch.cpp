@@ -1,4 +1,4 @@
-#include "dispatch.h"
+#include "core/dispatch.h"
 
 #include <stdexcept>
 
@@ -8,15 +8,16 @@
 
 namespace fptq {
 
-namespace generic { extern const Kernels kernels; }
-namespace avx2 { extern const Kernels kernels; }
-namespace avxvnni { extern const Kernels kernels; }
-namespace avx512vnni { extern const Kernels kernels; }
+// The ISA paths, best first: one line here and one in CMakeLists.txt each, and for a new one what detect() asks the CPU.
+#define FPTQ_PATHS(PATH) PATH(avx512vnni) PATH(avxvnni) PATH(avx2) PATH(generic)
+
+#define DECLARE(name) namespace name { extern const Kernels kernels; }
+FPTQ_PATHS(DECLARE)
 
 namespace {
 
 struct Cpu {
-  bool avx2 = false, avxvnni = false, avx512vnni = false;
+  bool generic = true, avx2 = false, avxvnni = false, avx512vnni = false;
 };
 
 // A CPU's flag is worth nothing unless the operating system saves the registers: XCR0 says so.
@@ -46,17 +47,9 @@ const std::vector<const Kernels*>& available() {
   static const std::vector<const Kernels*> list = [] {
     const Cpu cpu = detect();
     std::vector<const Kernels*> list;
-#if defined(FPTQ_HAS_AVX512VNNI)
-    if (cpu.avx512vnni) list.push_back(&avx512vnni::kernels);
-#endif
-#if defined(FPTQ_HAS_AVXVNNI)
-    if (cpu.avxvnni) list.push_back(&avxvnni::kernels);
-#endif
-#if defined(FPTQ_HAS_AVX2)
-    if (cpu.avx2) list.push_back(&avx2::kernels);
-#endif
-    (void)cpu;
-    list.push_back(&generic::kernels);
+#define ADD(name) \
+  if constexpr (FPTQ_HAS_##name) { if (cpu.name) list.push_back(&name::kernels); }
+    FPTQ_PATHS(ADD)
     return list;
   }();
   return list;
@@ -78,7 +71,8 @@ const Kernels& kernels_for(const std::string& isa) {
     if (isa == kernels->isa) return *kernels;
     names += (names.empty() ? "" : ", ") + std::string(kernels->isa);
   }
-  const bool known = isa == "avx2" || isa == "avxvnni" || isa == "avx512vnni";
+#define SAME(name) || isa == #name
+  const bool known = false FPTQ_PATHS(SAME);
   throw std::invalid_argument((known ? "this CPU or build has no ISA path '" : "unknown ISA path '") + isa +
                               "'; available here: " + names);
 }

@@ -1,9 +1,9 @@
-// A vector of floats of the ISA's native width. Included by kernels.cpp only.
+// A vector of floats of the ISA's native width. Included by arch/kernels.cpp only.
 #pragma once
 
 #include <cstdint>
 
-#include "views.h"
+#include "core/views.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>

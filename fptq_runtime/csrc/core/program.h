@@ -9,8 +9,8 @@
 #include <string>
 #include <vector>
 
-#include "dispatch.h"
-#include "thread_pool.h"
+#include "core/dispatch.h"
+#include "core/thread_pool.h"
 
 namespace fptq {
 
@@ -23,6 +23,7 @@ struct LinearParameter {
   std::shared_ptr<const FloatWeight> float_weight;
   std::vector<float> bias;                          // [N] or empty
   Act act;
+  const Layout* layout() const { return packed ? packed->layout : float_weight->layout; }
   int n() const { return packed ? packed->n : float_weight->n; }
   int k() const { return packed ? packed->k : float_weight->k; }
 };
@@ -164,7 +165,9 @@ class Program {
 
   const std::shared_ptr<ThreadPool> pool_;
   const Kernels& kernels_;
+  const Layout& layout_;
   const Limits limits_;
+  const int scratch_size_;   // floats, of each thread; more where a row is wider
   std::vector<Memory> memory_;
   std::vector<KvCache> cache_;   // a layer each
   std::vector<Value> values_;

@@ -14,9 +14,9 @@
 #include <tuple>
 #include <utility>
 
-#include "arrays.h"
-#include "program.h"
-#include "sampler.h"
+#include "core/arrays.h"
+#include "core/program.h"
+#include "core/sampler.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;

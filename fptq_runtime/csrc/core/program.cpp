@@ -1,4 +1,4 @@
-#include "program.h"
+#include "core/program.h"
 
 #include <algorithm>
 #include <chrono>
@@ -9,7 +9,7 @@
 #include <new>
 #include <stdexcept>
 
-#include "pack.h"
+#include "core/pack.h"
 
 namespace fptq {
 
@@ -21,8 +21,7 @@ constexpr double kMinParallelProducts = 150e3;
 constexpr long kMinParallelAttention = 4096;    // of chunks · (rows + kChunkCost) · head_dim
 constexpr int kChunkCost = 4;                   // rows that fetching a chunk costs as much as
 constexpr int kRowPanels = 16;                  // a tile's activations stay in L2 while its panels stream past
-constexpr int kScratch = 1 << 14;               // floats of gate and up at once: at least a panel of each for a tile
-static_assert(kScratch >= 2 * kPanelCols * kRowPanels * kTileRows);
+constexpr int kScratch = 1 << 14;               // floats of gate and up at once, or a panel of each for a tile
 constexpr int kMinSplitChunks = 2;
 constexpr size_t kMaxPartials = size_t{16} << 20;
 
@@ -50,7 +49,8 @@ size_t lines(size_t bytes) { return (bytes + kLine - 1) / kLine * kLine; }
 }  // namespace
 
 Program::Program(std::shared_ptr<ThreadPool> pool, const std::string& isa, const Limits& limits)
-    : pool_(std::move(pool)), kernels_(kernels_for(isa)), limits_(limits) {
+    : pool_(std::move(pool)), kernels_(kernels_for(isa)), layout_(*kernels_.layout), limits_(limits),
+      scratch_size_(std::max(kScratch, 2 * layout_.panel_cols * kRowPanels * layout_.tile_rows)) {
   const auto positive = [](const char* name, int value) {
     if (value < 1) refuse(name, " must be at least 1, not ", value);
   };
@@ -118,14 +118,14 @@ float* Program::floats(int id, const StepView& step) const {
 size_t Program::bytes(const Value& value) const {
   const size_t rows = capacity(value);
   if (!value.act) return lines(rows * value.width * sizeof(float));
-  const size_t k = round_up(value.width, kSumGroup);
-  return lines(rows * k) + lines(rows * sizeof(float)) + lines(Activations::sums_size(rows, k) * sizeof(int32_t));
+  return lines(layout_.codes_size(rows, value.width)) + lines(rows * sizeof(float)) +
+         lines(layout_.sums_size(rows, value.width) * sizeof(int32_t));
 }
 
 Activations Program::activations(int id, const StepView& step) const {
   const Value& value = values_[id];
-  const size_t rows = capacity(value), k = round_up(value.width, kSumGroup);
-  char* scales = value.data + lines(rows * k);
+  const size_t rows = capacity(value);
+  char* scales = value.data + lines(layout_.codes_size(rows, value.width));
   char* sums = scales + lines(rows * sizeof(float));
   return {reinterpret_cast<int8_t*>(value.data), reinterpret_cast<float*>(scales), reinterpret_cast<int32_t*>(sums),
           this->rows(id, step), value.width};
@@ -140,9 +140,10 @@ void Program::each_row(int id, const StepView& step, F f) const {
     for (int row = 0; row < rows; ++row) f(row, 0);
     return;
   }
-  if (rows < 4 * kTileRows * pool_->threads()) return pool_->run(rows, f);
-  pool_->run(count_panels(rows), [&](int task, int thread) {
-    for (int row = panel_begin(task, rows); row < panel_begin(task + 1, rows); ++row) f(row, thread);
+  const int tile = layout_.tile_rows;
+  if (rows < 4 * tile * pool_->threads()) return pool_->run(rows, f);
+  pool_->run(count_panels(rows, tile), [&](int task, int thread) {
+    for (int row = panel_begin(task, rows, tile); row < panel_begin(task + 1, rows, tile); ++row) f(row, thread);
   });
 }
 
@@ -260,18 +261,18 @@ void Program::fuse_gates() {
     const Value& out = values_[activation.write];
     if (linear.linear && linear.linear->packed && linear.reads.size() == 1 && activation.activation &&
         activation.activation->gated && activation.reads.front() == linear.write &&
-        values_[linear.write].last_use == static_cast<int>(i) + 1 && out.act && out.width % kPanelCols == 0)
+        values_[linear.write].last_use == static_cast<int>(i) + 1 && out.act && out.width % layout_.panel_cols == 0)
       gate(linear, activation);
   }
 }
 
 // Each task multiplies a few panels of gate and the same of up, and what it made of them waits for the row's maximum as
-// [panels][rows][64], so that a task writes and reads it in one stream.
+// [panels][rows][panel_cols], so that a task writes and reads it in one stream.
 void Program::gate(Op& linear_op, Op& activation_op) {
   const auto linear = linear_op.linear;
   const Activation activation = *activation_op.activation;
   const int in = linear_op.reads.front(), x = linear_op.write, out = activation_op.write;
-  const int width = values_[out].width, panels = width / kPanelCols;
+  const int width = values_[out].width, cols = layout_.panel_cols, panels = width / cols;
   const float act = *values_[out].act;
   values_[x].width = width;   // of gate and up in one
   linear_op.run = [=, this_ = this](const StepView& step) {
@@ -282,21 +283,21 @@ void Program::gate(Op& linear_op, Op& activation_op) {
     this_->max_bits_.assign(static_cast<size_t>(m) * cut.groups, 0);
     this_->each_tile(cut, m, panels, [&](int m0, int m1, int p0, int p1, int group, int thread) {
       float* scratch = this_->scratch_[thread].data();
-      const int at_once = std::clamp(kScratch / (2 * kPanelCols * (m1 - m0)), 1, p1 - p0);
+      const int at_once = std::clamp(this_->scratch_size_ / (2 * cols * (m1 - m0)), 1, p1 - p0);
       for (int p = p0, count; p < p1; p += count) {
         count = std::min(at_once, p1 - p);
-        const int columns = count * kPanelCols;
-        Epilogue epilogue{bias, nullptr, scratch, 2 * columns, m0, p * kPanelCols};
+        const int columns = count * cols;
+        Epilogue epilogue{bias, nullptr, scratch, 2 * columns, m0, p * cols};
         this_->multiply(*linear, in, epilogue, step, m0, m1, p, p + count);
         epilogue.column += width - columns;
         this_->multiply(*linear, in, epilogue, step, m0, m1, panels + p, panels + p + count);
         for (int i = 0; i < count; ++i) {
-          const float* from = scratch + i * kPanelCols;
-          float* to = y + (static_cast<size_t>(p + i) * m + m0) * kPanelCols;
+          const float* from = scratch + i * cols;
+          float* to = y + (static_cast<size_t>(p + i) * m + m0) * cols;
           int32_t* max_bits = &this_->max_bits_[static_cast<size_t>(group) * m + m0];
-          for (int row = m0; row < m1; ++row, from += 2 * columns, to += kPanelCols, ++max_bits)
+          for (int row = m0; row < m1; ++row, from += 2 * columns, to += cols, ++max_bits)
             *max_bits = std::max(
-                *max_bits, this_->kernels_.activate_row(activation, from, from + columns, kPanelCols, to));
+                *max_bits, this_->kernels_.activate_row(activation, from, from + columns, cols, to));
         }
       }
     });
@@ -316,8 +317,8 @@ void Program::gate(Op& linear_op, Op& activation_op) {
         scales[row - m0] = act > 0 ? act : activation_scale(max_bits);
       }
       for (int p = p0; p < p1; ++p)
-        this_->kernels_.quantize_part(in + (static_cast<size_t>(p) * m + m0) * kPanelCols, kPanelCols, m0, m1, scales,
-                                      p * kPanelCols, kPanelCols, y);
+        this_->kernels_.quantize_part(in + (static_cast<size_t>(p) * m + m0) * cols, cols, m0, m1, scales,
+                                      p * cols, cols, y);
     });
   };
 }
@@ -341,6 +342,7 @@ int Program::linear(int x, std::shared_ptr<const LinearParameter> linear, std::o
   const Value in = value(x, linear->name.c_str());
   const int n = linear->n(), k = linear->k();
   if (in.width != k) refuse(linear->name, " reads rows of ", k, ", but its input has ", in.width);
+  if (linear->layout() != &layout_) refuse(linear->name, ": packed for another ISA path");
   if (in.act != linear->act) refuse(linear->name, ": its input is not quantized as its `act` says");
   std::vector<int> reads{x};
   if (residual) {
@@ -363,7 +365,7 @@ int Program::linear(int x, std::shared_ptr<const LinearParameter> linear, std::o
     const int m = this_->rows(out, step);
     const Epilogue epilogue{linear->bias.empty() ? nullptr : linear->bias.data(),
                             residual ? this_->floats(*residual, step) : nullptr, this_->floats(out, step), n};
-    const int panels = ceil_div(n, kPanelCols);
+    const int panels = ceil_div(n, this_->layout_.panel_cols);
     this_->each_tile(this_->cut(m, panels, n, k), m, panels, [&](int m0, int m1, int p0, int p1, int, int) {
       this_->multiply(*linear, x, epilogue, step, m0, m1, p0, p1);
     });
@@ -385,7 +387,7 @@ void Program::multiply(const LinearParameter& linear, int x, const Epilogue& epi
 
 Program::Cut Program::cut(int m, int panels, int n, int k) const {
   if (m == 0) return {0, 0};
-  const int row_blocks = ceil_div(count_panels(m), kRowPanels), threads = pool_->threads();
+  const int row_blocks = ceil_div(count_panels(m, layout_.tile_rows), kRowPanels), threads = pool_->threads();
   if (threads == 1 || static_cast<double>(m) * n * k < kMinParallelProducts) return {row_blocks, 1};
   return {row_blocks, std::min(panels, ceil_div(4 * threads, row_blocks))};
 }
@@ -394,10 +396,10 @@ Program::Cut Program::cut(int m, int panels, int n, int k) const {
 // whenever the cut is the same.
 template <class F>
 void Program::each_tile(const Cut& cut, int m, int panels, F f) const {
-  const int row_panels = count_panels(m);
+  const int tile = layout_.tile_rows, row_panels = count_panels(m, tile);
   pool_->run(cut.groups * cut.row_blocks, [&](int task, int thread) {
     const int group = task / cut.row_blocks, row_panel = task % cut.row_blocks * kRowPanels;
-    f(panel_begin(row_panel, m), panel_begin(std::min(row_panels, row_panel + kRowPanels), m),
+    f(panel_begin(row_panel, m, tile), panel_begin(std::min(row_panels, row_panel + kRowPanels), m, tile),
       static_cast<int>(static_cast<long>(panels) * group / cut.groups),
       static_cast<int>(static_cast<long>(panels) * (group + 1) / cut.groups), group, thread);
   });
@@ -600,7 +602,7 @@ void Program::finish(int logits) {
       if (values_[id].last_use == static_cast<int>(&op - ops_.data()) && id != overwritten && !in_logits[id])
         free.push_back(of[id]);
   }
-  scratch_.assign(pool_->threads(), std::vector<float>(std::max(widest, kScratch)));
+  scratch_.assign(pool_->threads(), std::vector<float>(std::max(widest, scratch_size_)));
   logits_ = logits;
 }
 

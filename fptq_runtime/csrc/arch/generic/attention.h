@@ -1,4 +1,4 @@
-// Rope, KV writes and paged attention. Included by kernels.cpp only.
+// Rope, KV writes and paged attention. Included by arch/kernels.cpp only.
 //
 // Batch invariance: a key's score is one integer or one chain of fma over the head dimension; a row's softmax is taken
 // per chunk of kKvChunk keys at absolute positions and the chunks are merged in ascending order. What else shares the
@@ -8,10 +8,10 @@
 // scale for each row and chunk, so P·V is one too.
 #pragma once
 
-#include "dot.h"
-#include "norm.h"
-#include "simd.h"
-#include "views.h"
+#include "arch/generic/dot.h"
+#include "arch/generic/norm.h"
+#include "arch/generic/simd.h"
+#include "core/views.h"
 
 namespace fptq {
 namespace FPTQ_NS {
