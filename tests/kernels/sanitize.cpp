@@ -1,6 +1,7 @@
-// Drives packing, every ISA's GEMMs, row quantizer, activations and attention, and the thread pool, over odd shapes and from exactly
-// sized buffers, for the sanitizers to watch; every path must also give the plain C++ path's bits (attention: its numbers). CMake builds it as the
-// target `sanitize`, with -fsanitize=$FPTQ_SANITIZE; test_sanitizers.py runs it.
+// Drives packing, every ISA's GEMMs, row quantizer, activations and attention, and the thread pool, over odd shapes and
+// from exactly sized buffers, for the sanitizers to watch; every path must also give the plain C++ path's bits
+// (activations and attention: its numbers). CMake builds it as the target `sanitize`, with -fsanitize=$FPTQ_SANITIZE;
+// test_sanitizers.py runs it.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
