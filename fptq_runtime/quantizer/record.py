@@ -157,6 +157,11 @@ def _record_linear(golden: Golden, name: str, linear: Linear, group: int) -> Non
     x = torch.from_numpy(facts.read_row(name))
     sums, sizes = [], []
     for chunk in weight.split(max(1, CHUNK // facts.k)):
+        if group == 1:
+            chunk = chunk.double()
+            sums.append(chunk @ x)
+            sizes.append(chunk.abs_() @ x.abs())
+            continue
         products = (chunk.double() * x).unflatten(1, (-1, group))  # [rows, K / group, group]
         of_groups = products.sum(-1)
         sums.append(of_groups.sum(-1))

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from fptq_runtime.artifact.io import GOLDEN
 from fptq_runtime.config import EngineConfig, KVCacheDtype
 from fptq_runtime.engine.engine import Engine
 from fptq_runtime.engine.request import SamplingParams
@@ -18,11 +19,15 @@ from fptq_runtime.kernels.base import Activation, StepLimits, Work, logits_array
 from fptq_runtime.kernels.reference import ReferenceBackend
 from fptq_runtime.kernels.select import select_backend
 from fptq_runtime.kernels.triton.backend import SMALLEST_CONTEXT, TritonBackend, _Inputs, _Shape, bucket
+from fptq_runtime.models.gate import Golden, check
 from fptq_runtime.models.golden import check_golden, compute_golden
 from fptq_runtime.models.loader import Checkpoint, load_model
+from fptq_runtime.quantizer.pipeline import quantize
+from fptq_runtime.quantizer.samples import Calibration
 from tests.engine.fake import FakeTokenizer, gist, run
 from tests.kernels.small import VOCAB, Batcher, Options, Tokens, int32, limits, make_decoder, random_tokens
 from tests.models.hf import save_random
+from tests.quantizer.models import save_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
 
@@ -209,3 +214,13 @@ def test_steps_and_parameters_that_do_not_fit_are_refused(backend: TritonBackend
 
 def test_it_is_chosen_by_device() -> None:
     assert select_backend(device="cuda").name == "triton"  # the interpreter counts as one
+
+
+def test_the_gate_lets_these_kernels_pass(backend: TritonBackend, tmp_path: Path) -> None:
+    save_model("llama-tied-bias", tmp_path / "float", num_hidden_layers=1)
+    quantize(tmp_path / "float", tmp_path / "out", "rtn-dynamic", calibration=Calibration("random", 1, 16),
+             text_tokens=60)
+    checkpoint = Checkpoint(tmp_path / "out")
+    ratio = check(load_model(checkpoint, backend), backend, Golden.read(tmp_path / "out" / GOLDEN),
+                  checkpoint.max_positions)
+    assert ratio < 0.6
