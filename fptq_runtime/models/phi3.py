@@ -17,7 +17,7 @@ def phi3(fields: Fields) -> Model:
     attention = Attention(
         config.num_heads, config.num_kv_heads, config.head_dim, config.head_dim**-0.5,
         None if window is None else fields.integer("sliding_window", high=1 << 24),
-        read_rope(trained, config.head_dim, config.max_position_embeddings,
+        read_rope(trained, config.head_dim, config.max_position_embeddings, partial=1.0,
                   aliases={"su": "longrope", "yarn": "longrope"}),
     )
     linears = (

@@ -58,13 +58,13 @@ class RopeConfig:
 
 
 def read_rope(fields: Fields, head_dim: int, max_position_embeddings: int, layer_type: str | None = None,
-              theta: float = 10000.0, partial: float = 1.0, theta_name: str = "rope_theta",
+              theta: float = 10000.0, partial: float | None = None, theta_name: str = "rope_theta",
               partial_name: str = "partial_rotary_factor", aliases: Mapping[str, RopeType] = MappingProxyType({}),
               ) -> RopeConfig | None:
     """What config.json says of a layer's rope: transformers 5 writes `rope_parameters`, by layer type where they
     differ; before it was `rope_theta` beside `rope_scaling`, which still wins where both are there. None where a layer
-    type has null. theta, partial: the family's defaults. theta_name, partial_name: what it calls them outside of
-    rope_parameters. aliases: what it calls the types. Raises ModelError."""
+    type has null. theta, partial: the family's defaults; without the second it turns whole heads alone. theta_name,
+    partial_name: what it calls them outside of rope_parameters. aliases: what it calls the types. Raises ModelError."""
     data = fields.data
     given = data.get("rope_scaling") or data.get("rope_parameters") or {}
     if not isinstance(given, Mapping):
@@ -85,7 +85,9 @@ def read_rope(fields: Fields, head_dim: int, max_position_embeddings: int, layer
         rope = Fields({**rope.data, "rope_type": aliases[said]}, where)
     kind: RopeType = rope.only("rope_type", get_args(RopeType), "default")
     theta = rope.number("rope_theta", theta, low=1.0)
-    share = rope.number("partial_rotary_factor", partial, low=1e-6, high=1.0)
+    if partial is None and kind != "proportional":
+        rope.only("partial_rotary_factor", (None, 1, 1.0), None)
+    share = rope.number("partial_rotary_factor", partial or 1.0, low=1e-6, high=1.0)
     if kind == "proportional":
         factor = rope.number("factor", 1.0, low=1e-6, high=1e6)
         return RopeConfig(theta, _even(head_dim, where), kind, factor, rotated=int(share * head_dim // 2))

@@ -82,7 +82,7 @@ def theirs(fields: dict[str, Any], length: int) -> tuple[np.ndarray, float]:
 
 def assert_same(fields: dict[str, Any], length: int) -> None:
     inverse, factor = theirs(fields, length)
-    rope = read_rope(Fields(fields), DIM, POSITIONS)
+    rope = read_rope(Fields(fields), DIM, POSITIONS, partial=1.0)
     assert rope is not None
     np.testing.assert_allclose(inverse_frequencies(rope, length), inverse, rtol=1e-6)
     cos, sin = rope_tables(rope, length)
@@ -128,7 +128,7 @@ def test_an_original_context_beside_the_rope_wins(kind: str) -> None:
 def test_rope_scaling_wins_over_rope_parameters(fields: dict[str, Any], kind: str) -> None:
     """With all that it says and all that it does not: the other's theta goes too."""
     both = {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 7e5, "factor": 3.0}, **fields}
-    rope = read_rope(Fields(both), DIM, POSITIONS)
+    rope = read_rope(Fields(both), DIM, POSITIONS, partial=1.0)
     assert rope is not None
     assert rope.rope_type == kind
     assert_same(both, 2 * POSITIONS)
@@ -137,7 +137,7 @@ def test_rope_scaling_wins_over_rope_parameters(fields: dict[str, Any], kind: st
 def test_the_side_is_chosen_once_and_said() -> None:
     for name, trained in (("longrope", 512), ("dynamic", POSITIONS)):
         kind, scaling = SCALED[name]
-        rope = read_rope(Fields(spelled("rope_parameters", kind, scaling)), DIM, POSITIONS)
+        rope = read_rope(Fields(spelled("rope_parameters", kind, scaling)), DIM, POSITIONS, partial=1.0)
         assert rope is not None
         assert not rope.extends(trained) and rope.extends(trained + 1)
         assert rope.describe(trained) == f"{kind}, short frequencies"
@@ -157,5 +157,5 @@ def test_the_side_is_chosen_once_and_said() -> None:
 ])
 def test_what_cannot_be_is_refused_by_name(kind: str, scaling: dict[str, Any], message: str) -> None:
     with pytest.raises(ModelError, match=message) as error:
-        read_rope(Fields(spelled("rope_parameters", kind, scaling)), DIM, POSITIONS)
+        read_rope(Fields(spelled("rope_parameters", kind, scaling)), DIM, POSITIONS, partial=1.0)
     assert "\n" not in str(error.value)
