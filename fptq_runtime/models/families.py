@@ -22,6 +22,7 @@ from fptq_runtime.models.phi3 import phi3
 from fptq_runtime.models.qwen2 import qwen2
 from fptq_runtime.models.qwen3 import qwen3
 from fptq_runtime.models.smollm3 import smollm3
+from fptq_runtime.models.stablelm import stablelm
 
 FAMILIES: Mapping[str, Callable[[Fields], Model]] = {
     "LlamaForCausalLM": llama,
@@ -34,6 +35,7 @@ FAMILIES: Mapping[str, Callable[[Fields], Model]] = {
     "Olmo2ForCausalLM": olmo2,
     "GraniteForCausalLM": granite,
     "SmolLM3ForCausalLM": smollm3,
+    "StableLmForCausalLM": stablelm,
     "GPTNeoXForCausalLM": gpt_neox,
     "OPTForCausalLM": opt,
     "GPT2LMHeadModel": gpt2,

@@ -52,6 +52,9 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt-neox": ("gpt_neox", {**PLAIN, "rope_parameters": {
         "rope_type": "default", "rope_theta": 1e3, "partial_rotary_factor": 0.5}}),
     "gpt-neox-serial": ("gpt_neox", {**PLAIN, "use_parallel_residual": False, "rotary_pct": 0.25}),
+    "stablelm": ("stablelm", {**PLAIN, "num_key_value_heads": 2, "partial_rotary_factor": 0.5, "use_qkv_bias": True,
+                              "qk_layernorm": True}),
+    "stablelm-parallel": ("stablelm", {**PLAIN, "num_key_value_heads": 2, "use_parallel_residual": True}),
     "opt": ("opt", {"vocab_size": 211, "hidden_size": 96, "ffn_dim": 136, "num_hidden_layers": 3,
                     "num_attention_heads": 6, "max_position_embeddings": 128, "word_embed_proj_dim": 96,
                     "bos_token_id": 1, "eos_token_id": 2}),

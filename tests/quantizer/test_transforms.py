@@ -27,7 +27,7 @@ from tests.quantizer.walk import float_logits
 
 ROTATED = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Phi3ForCausalLM",
            "GraniteForCausalLM", "SmolLM3ForCausalLM"}
-GATED = ROTATED | {"Gemma2ForCausalLM", "Gemma3ForCausalLM", "Olmo2ForCausalLM"}
+GATED = ROTATED | {"Gemma2ForCausalLM", "Gemma3ForCausalLM", "Olmo2ForCausalLM", "StableLmForCausalLM"}
 ALL = GATED | {"GPTNeoXForCausalLM", "OPTForCausalLM", "GPT2LMHeadModel", "BloomForCausalLM"}
 PRE_NORMED = ALL - {"Olmo2ForCausalLM"}
 LAE = {"*": "lae"}
