@@ -1,4 +1,4 @@
-# make serve | test | lint | bench | gpu-check | image | clean      PYTHON, VENV, CXX and TORCH_INDEX may be set on the command line.
+# make serve | test | lint | format | stubs | bench | gpu-check | image | clean      PYTHON, VENV, CXX and TORCH_INDEX may be set on the command line.
 PYTHON ?= python3
 VENV ?= .venv
 ifeq ($(origin CXX),default)
@@ -9,11 +9,12 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
 INSTALLED := $(VENV)/.installed
 DEV_INSTALLED := $(VENV)/.dev-installed
-NATIVE := $(wildcard CMakeLists.txt $(foreach n,* */* */*/*,fptq_runtime/csrc/$(n)))
+CSRC := $(shell find fptq_runtime/csrc tests/kernels -name '*.h' -o -name '*.cpp')
+NATIVE := CMakeLists.txt $(filter fptq_runtime/%,$(CSRC))
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
 PIP_INSTALL := $(PIP) install --constraint constraints.txt
 
-.PHONY: install serve test lint bench gpu-check image clean
+.PHONY: install serve test lint format stubs bench gpu-check image clean
 
 install: $(INSTALLED)
 
@@ -42,6 +43,14 @@ lint: $(DEV_INSTALLED)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
+	$(VENV)/bin/clang-format --dry-run --Werror $(CSRC)
+
+format: $(DEV_INSTALLED)
+	$(VENV)/bin/clang-format -i $(CSRC)
+
+# What the extension says of itself, for mypy.
+stubs: $(INSTALLED)
+	$(VENV)/bin/python -m nanobind.stubgen --quiet --module fptq_runtime._native --output-file fptq_runtime/_native.pyi
 
 bench: $(INSTALLED)
 	$(VENV)/bin/fptq bench demo

@@ -1,6 +1,7 @@
-// Drives packing, every ISA's GEMMs, row quantizer, activations and attention, and the thread pool, over odd shapes and from exactly
-// sized buffers, for the sanitizers to watch; every path must also give the plain C++ path's bits (attention: its numbers). CMake builds it as the
-// target `sanitize`, with -fsanitize=$FPTQ_SANITIZE; test_sanitizers.py runs it.
+// Drives packing, every ISA's GEMMs, row quantizer, activations and attention, and the thread pool, over odd shapes and
+// from exactly sized buffers, for the sanitizers to watch; every path must also give the plain C++ path's bits
+// (attention: its numbers). CMake builds it as the target `sanitize`, with -fsanitize=$FPTQ_SANITIZE;
+// test_sanitizers.py runs it.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -19,7 +20,9 @@
 #include "core/thread_pool.h"
 
 #if defined(FPTQ_HAS_EVEX256)
-namespace fptq::evex256 { extern const Kernels kernels; }   // the AVX-VNNI tiles in AVX-512VL's encoding
+namespace fptq::evex256 {
+extern const Kernels kernels;
+}  // namespace fptq::evex256
 #endif
 
 using namespace fptq;
@@ -70,7 +73,7 @@ void check_gemms(std::mt19937& random, int m, int n, int k, int group_size) {
   };
   const std::vector<float> x = floats(m * k), bias = floats(n), residual = floats(m * n);
   const Kernels& plain = kernels_for("generic");
-  const Layout& layout = *plain.layout;   // that all of these share
+  const Layout& layout = *plain.layout;  // that all of these share
   const int panels = ceil_div(n, layout.panel_cols);
   Rows expected_rows(plain, x, m, k);
 
@@ -79,7 +82,7 @@ void check_gemms(std::mt19937& random, int m, int n, int k, int group_size) {
     for (int8_t& code : codes) code = static_cast<int8_t>(static_cast<int>(random() % (1 << bits)) - (1 << (bits - 1)));
     std::vector<float> scale = floats(static_cast<size_t>(n) * ((k + group_size - 1) / group_size));
     if (random() % 2)
-      for (float& value : scale) value = 0.25f;   // kept as bf16
+      for (float& value : scale) value = 0.25f;  // kept as bf16
     const auto weight = pack_weight(codes.data(), scale.data(), n, k, group_size, bits, layout);
     std::vector<float> expected(m * n), out(m * n);
     const auto gemm = [&](const Kernels& kernels, Rows& rows, std::vector<float>& to) {
@@ -90,7 +93,8 @@ void check_gemms(std::mt19937& random, int m, int n, int k, int group_size) {
     for (const Kernels* kernels : all_kernels()) {
       Rows rows(*kernels, x, m, k);
       check(equal(rows.codes, expected_rows.codes) && equal(rows.scales, expected_rows.scales) &&
-            equal(rows.sums, expected_rows.sums), "quantize_row", *kernels, m, n, k);
+                equal(rows.sums, expected_rows.sums),
+            "quantize_row", *kernels, m, n, k);
       gemm(*kernels, rows, out);
       check(equal(out, expected), bits == 4 ? "int4" : "int8", *kernels, m, n, k);
     }
@@ -109,7 +113,7 @@ void check_gemms(std::mt19937& random, int m, int n, int k, int group_size) {
   for (size_t i = 0; i < values.size(); ++i) {
     uint32_t word;
     std::memcpy(&word, &values[i], sizeof word);
-    halves[i] = static_cast<uint16_t>(word >> 16 & 0xbfff);   // a finite float16 too
+    halves[i] = static_cast<uint16_t>(word >> 16 & 0xbfff);  // a finite float16 too
   }
   for (FloatType type : {FloatType::kFloat32, FloatType::kBfloat16, FloatType::kFloat16}) {
     const void* data = type == FloatType::kFloat32 ? static_cast<const void*>(values.data()) : halves.data();
@@ -129,7 +133,8 @@ void check_activations(std::mt19937& random, int n) {
   std::vector<float> x(n), up(n);
   for (float& value : x) value = normal(random);
   for (float& value : up) value = normal(random);
-  for (Curve curve : {Curve::kSilu, Curve::kGeluTanh, Curve::kGelu, Curve::kRelu, Curve::kRelu2, Curve::kClampedSwiglu}) {
+  for (Curve curve :
+       {Curve::kSilu, Curve::kGeluTanh, Curve::kGelu, Curve::kRelu, Curve::kRelu2, Curve::kClampedSwiglu}) {
     for (bool gated : {false, true}) {
       if (curve == Curve::kClampedSwiglu && !gated) continue;
       const Activation activation{curve, gated, 2.0f};
@@ -165,8 +170,20 @@ void check_attention(std::mt19937& random, KvType type, int group, int dim, int 
   const std::vector<float> slopes(heads, 0.01f), table(static_cast<size_t>(tokens) * (rope_dim / 2), 0.7f);
   const std::vector<float> sinks(heads, 0.3f), gains(static_cast<size_t>(kv_heads) * dim, 1.1f);
   const HeadNormView own{{gains.data(), gains.data(), 1e-5f, dim, true}, dim};
-  const AttentionView a{heads, kv_heads, dim, 0.2f, window, rope_dim, table.data(), table.data(), slopes.data(),
-                        window ? sinks.data() : nullptr, group % 2 ? 0 : 5.0f, {}, own, tokens % 2 == 0};
+  const AttentionView a{heads,
+                        kv_heads,
+                        dim,
+                        0.2f,
+                        window,
+                        rope_dim,
+                        table.data(),
+                        table.data(),
+                        slopes.data(),
+                        window ? sinks.data() : nullptr,
+                        group % 2 ? 0 : 5.0f,
+                        {},
+                        own,
+                        tokens % 2 == 0};
   const int blocks = ceil_div(tokens, block_size);
   std::vector<int32_t> block_table(blocks);
   for (int i = 0; i < blocks; ++i) block_table[i] = blocks - 1 - i;
@@ -190,8 +207,17 @@ void check_attention(std::mt19937& random, KvType type, int group, int dim, int 
         const auto tile = [&](int row, int count, float* to) {
           const int first = window ? std::max(0, row - window + 1) / kKvChunk : 0;
           const size_t before = static_cast<size_t>(row) * heads * dim;
-          return AttentionTile{q.data() + before, to + before, block_table.data(), row, count, h, h * group + head,
-                               std::min(some, group - head), first, (row + count - 1) / kKvChunk - first + 1, nullptr};
+          return AttentionTile{q.data() + before,
+                               to + before,
+                               block_table.data(),
+                               row,
+                               count,
+                               h,
+                               h * group + head,
+                               std::min(some, group - head),
+                               first,
+                               (row + count - 1) / kKvChunk - first + 1,
+                               nullptr};
         };
         for (int row = 0; row < tokens; row += rows) {
           const AttentionTile whole = tile(row, std::min(rows, tokens - row), out.data());
@@ -228,7 +254,7 @@ void check_pool() {
       std::mt19937 random(seed);
       for (int job = 0; job < 2000; ++job) {
         const int tasks = static_cast<int>(random() % 12);
-        std::vector<int> done(tasks);   // not atomic: each task is one thread's, and run() publishes it
+        std::vector<int> done(tasks);  // not atomic: each task is one thread's, and run() publishes it
         {
           std::lock_guard<std::mutex> lock(pool.mutex());
           pool.run(tasks, [&](int task, int thread) { done[task] += 1 + 0 * thread; });
@@ -238,7 +264,7 @@ void check_pool() {
           std::fprintf(stderr, "a task of %d ran %d times\n", tasks, count);
           std::exit(1);
         }
-        if (job % 500 == 0) std::this_thread::sleep_for(std::chrono::microseconds(200));   // workers fall asleep
+        if (job % 500 == 0) std::this_thread::sleep_for(std::chrono::microseconds(200));  // workers fall asleep
       }
     };
     std::thread other(caller, 1);

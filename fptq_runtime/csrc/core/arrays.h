@@ -24,21 +24,31 @@ struct ElementType {
 template <class T>
 ElementType element_type();
 template <>
-inline ElementType element_type<int32_t>() { return {"int32", "i"}; }
+inline ElementType element_type<int32_t>() {
+  return {"int32", "i"};
+}
 template <>
-inline ElementType element_type<int64_t>() { return {"int64", "l"}; }
+inline ElementType element_type<int64_t>() {
+  return {"int64", "l"};
+}
 template <>
-inline ElementType element_type<uint64_t>() { return {"uint64", "L"}; }
+inline ElementType element_type<uint64_t>() {
+  return {"uint64", "L"};
+}
 template <>
-inline ElementType element_type<float>() { return {"float32", "f"}; }
+inline ElementType element_type<float>() {
+  return {"float32", "f"};
+}
 template <>
-inline ElementType element_type<double>() { return {"float64", "d"}; }
+inline ElementType element_type<double>() {
+  return {"float64", "d"};
+}
 
 // A dimension of a view's arrays: a size that the first array of that dimension sets, and how many more.
 template <class View>
 struct Dim {
   const char* name;
-  int View::*size;
+  int View::* size;
   int more = 0;
   Dim operator+(int count) const { return {name, size, more + count}; }
   std::string text() const { return more ? std::string(name) + " + " + std::to_string(more) : name; }
@@ -49,9 +59,12 @@ template <class View>
 class Field {
  public:
   template <class T>
-  Field(const char* name, T* View::*data, std::vector<Dim<View>> shape)
-      : name_(name), element_(element_type<std::remove_const_t<T>>()), writable_(!std::is_const_v<T>),
-        set_([data](View& view, void* memory) { view.*data = static_cast<T*>(memory); }), shape_(std::move(shape)) {}
+  Field(const char* name, T* View::* data, std::vector<Dim<View>> shape)
+      : name_(name),
+        element_(element_type<std::remove_const_t<T>>()),
+        writable_(!std::is_const_v<T>),
+        set_([data](View& view, void* memory) { view.*data = static_cast<T*>(memory); }),
+        shape_(std::move(shape)) {}
 
   // (name, element, shape), as kernels/base.py's `arrays_of` gives it.
   std::tuple<std::string, std::string, std::string> describe() const { return {name_, element_.name, text()}; }
@@ -119,7 +132,7 @@ class HeldArrays {
   }
 
  private:
-  std::array<Py_buffer, 20> buffers_{};   // one that could not be had holds nothing
+  std::array<Py_buffer, 20> buffers_{};  // one that could not be had holds nothing
   int count_ = 0;
 };
 

@@ -185,18 +185,18 @@ double read_bandwidth(ThreadPool& pool, int megabytes) {
   std::lock_guard<std::mutex> lock(pool.mutex());
   pool.run(pool.threads(), [&](int task, int) { std::memset(share(task), 1, share(task + 1) - share(task)); });
   return 1e-9 * static_cast<double>(lines * kLine) / fastest(pool, kPasses, [&](int task) {
-    Vector a{}, b{}, c{}, d{};
-    for (const char *p = share(task), *end = share(task + 1); p < end; p += kLine) {
-      __builtin_prefetch(p + kAhead);
-      const Vector* line = reinterpret_cast<const Vector*>(p);
-      a |= line[0];
-      b |= line[1];
-      c |= line[2];
-      d |= line[3];
-    }
-    a |= b | c | d;
-    asm volatile("" : : "m"(a));
-  });
+           Vector a{}, b{}, c{}, d{};
+           for (const char *p = share(task), *end = share(task + 1); p < end; p += kLine) {
+             __builtin_prefetch(p + kAhead);
+             const Vector* line = reinterpret_cast<const Vector*>(p);
+             a |= line[0];
+             b |= line[1];
+             c |= line[2];
+             d |= line[3];
+           }
+           a |= b | c | d;
+           asm volatile("" : : "m"(a));
+         });
 }
 
 }  // namespace
@@ -211,21 +211,22 @@ void bind_gemm(nb::module_& m) {
       .def_ro("n", &FloatWeight::n)
       .def_ro("k", &FloatWeight::k);
 
-  m.def("pack_weight",
-        [](const Matrix<const int8_t>& codes, const Matrix<const float>& scale, int group_size, int bits,
-           const std::string& isa) {
-          const size_t n = codes.shape(0), k = codes.shape(1);
-          require(n <= INT32_MAX && k <= INT32_MAX && group_size > 0, "a weight or group size that cannot be");
-          const size_t groups = (k + group_size - 1) / group_size;
-          require(scale.shape(0) == n && scale.shape(1) == groups, "scale must be [N, ceil(K / group_size)]");
-          const Layout& layout = *kernels_for(isa).layout;
-          nb::gil_scoped_release release;
-          return pack_weight(codes.data(), scale.data(), static_cast<int>(n), static_cast<int>(k), group_size, bits,
-                             layout);
-        },
-        nb::arg("codes"), nb::arg("scale"), nb::arg("group_size"), nb::arg("bits"), nb::arg("isa") = "",
-        "codes int8 [N, K] within ±2^(bits-1), scale float32 [N, ceil(K / group_size)]; group_size a multiple of 32,\n"
-        "or K for one scale per channel. Raises ValueError.");
+  m.def(
+      "pack_weight",
+      [](const Matrix<const int8_t>& codes, const Matrix<const float>& scale, int group_size, int bits,
+         const std::string& isa) {
+        const size_t n = codes.shape(0), k = codes.shape(1);
+        require(n <= INT32_MAX && k <= INT32_MAX && group_size > 0, "a weight or group size that cannot be");
+        const size_t groups = (k + group_size - 1) / group_size;
+        require(scale.shape(0) == n && scale.shape(1) == groups, "scale must be [N, ceil(K / group_size)]");
+        const Layout& layout = *kernels_for(isa).layout;
+        nb::gil_scoped_release release;
+        return pack_weight(codes.data(), scale.data(), static_cast<int>(n), static_cast<int>(k), group_size, bits,
+                           layout);
+      },
+      nb::arg("codes"), nb::arg("scale"), nb::arg("group_size"), nb::arg("bits"), nb::arg("isa") = "",
+      "codes int8 [N, K] within ±2^(bits-1), scale float32 [N, ceil(K / group_size)]; group_size a multiple of 32,\n"
+      "or K for one scale per channel. Raises ValueError.");
 
   m.def("peak_gops", &peak_gops, nb::arg("pool"), nb::arg("isa") = "", nb::call_guard<nb::gil_scoped_release>(),
         "Integer GOPS (a multiply-add is two) of the ISA's multiply instruction on registers, all threads of the pool\n"
@@ -235,36 +236,40 @@ void bind_gemm(nb::module_& m) {
         "GB/s at which the pool's threads together read a buffer once, the fastest of ten passes. Take one that no\n"
         "cache holds. Raises ValueError.");
 
-  m.def("pack_weight",
-        [](const Matrix<const int32_t>& packed, const Matrix<const float>& scale, int group_size, int bits,
-           ThreadPool* pool, const std::string& isa) {
-          const size_t n = packed.shape(0), k = scale.shape(1) * group_size;
-          require(n <= INT32_MAX && k <= INT32_MAX && group_size > 0, "a weight or group size that cannot be");
-          require(scale.shape(0) == n && packed.shape(1) == (k * bits + 31) / 32,
-                  "packed must be [N, ceil(K * bits / 32)] and scale [N, K / group_size]");
-          const Layout& layout = *kernels_for(isa).layout;
-          nb::gil_scoped_release release;
-          return pack_weight(packed.data(), scale.data(), static_cast<int>(n), static_cast<int>(k), group_size, bits,
-                             layout, pool);
-        },
-        nb::arg("codes"), nb::arg("scale"), nb::arg("group_size"), nb::arg("bits"), nb::arg("pool") = nb::none(),
-        nb::arg("isa") = "", "The same from a checkpoint's int32 words [N, ceil(K · bits / 32)].");
+  m.def(
+      "pack_weight",
+      [](const Matrix<const int32_t>& packed, const Matrix<const float>& scale, int group_size, int bits,
+         ThreadPool* pool, const std::string& isa) {
+        const size_t n = packed.shape(0), k = scale.shape(1) * group_size;
+        require(n <= INT32_MAX && k <= INT32_MAX && group_size > 0, "a weight or group size that cannot be");
+        require(scale.shape(0) == n && packed.shape(1) == (k * bits + 31) / 32,
+                "packed must be [N, ceil(K * bits / 32)] and scale [N, K / group_size]");
+        const Layout& layout = *kernels_for(isa).layout;
+        nb::gil_scoped_release release;
+        return pack_weight(packed.data(), scale.data(), static_cast<int>(n), static_cast<int>(k), group_size, bits,
+                           layout, pool);
+      },
+      nb::arg("codes"), nb::arg("scale"), nb::arg("group_size"), nb::arg("bits"), nb::arg("pool") = nb::none(),
+      nb::arg("isa") = "", "The same from a checkpoint's int32 words [N, ceil(K · bits / 32)].");
 
-  m.def("pack_float",
-        [](const nb::ndarray<nb::ro, nb::ndim<2>, nb::c_contig, nb::device::cpu>& weight, ThreadPool* pool,
-           const std::string& isa) {
-          const nb::dlpack::dtype half{static_cast<uint8_t>(nb::dlpack::dtype_code::Float), 16, 1};
-          const bool bf16 = weight.dtype() == nb::dtype<int16_t>(), fp16 = weight.dtype() == half;
-          require(bf16 || fp16 || weight.dtype() == nb::dtype<float>(), "weight must be float32, float16 or int16");
-          const size_t n = weight.shape(0), k = weight.shape(1);
-          require(n <= INT32_MAX && k <= INT32_MAX, "a weight that cannot be");
-          const FloatType type = bf16 ? FloatType::kBfloat16 : fp16 ? FloatType::kFloat16 : FloatType::kFloat32;
-          const Layout& layout = *kernels_for(isa).layout;
-          nb::gil_scoped_release release;
-          return pack_float(weight.data(), type, static_cast<int>(n), static_cast<int>(k), layout, pool);
-        },
-        nb::arg("weight"), nb::arg("pool") = nb::none(), nb::arg("isa") = "",
-        "weight [N, K]: float32, float16, or the bits of bfloat16 as int16. Raises ValueError.");
+  m.def(
+      "pack_float",
+      [](const nb::ndarray<nb::ro, nb::ndim<2>, nb::c_contig, nb::device::cpu>& weight, ThreadPool* pool,
+         const std::string& isa) {
+        const nb::dlpack::dtype half{static_cast<uint8_t>(nb::dlpack::dtype_code::Float), 16, 1};
+        const bool bf16 = weight.dtype() == nb::dtype<int16_t>(), fp16 = weight.dtype() == half;
+        require(bf16 || fp16 || weight.dtype() == nb::dtype<float>(), "weight must be float32, float16 or int16");
+        const size_t n = weight.shape(0), k = weight.shape(1);
+        require(n <= INT32_MAX && k <= INT32_MAX, "a weight that cannot be");
+        const FloatType type = bf16 ? FloatType::kBfloat16 : fp16 ? FloatType::kFloat16 : FloatType::kFloat32;
+        const Layout& layout = *kernels_for(isa).layout;
+        nb::gil_scoped_release release;
+        return pack_float(weight.data(), type, static_cast<int>(n), static_cast<int>(k), layout, pool);
+      },
+      nb::arg("weight"), nb::arg("pool") = nb::none(), nb::arg("isa") = "",
+      nb::sig("def pack_float(weight: numpy.typing.NDArray[numpy.floating | numpy.int16], "
+              "pool: ThreadPool | None = None, isa: str = '') -> FloatWeight"),
+      "weight [N, K]: float32, float16, or the bits of bfloat16 as int16. Raises ValueError.");
 
   nb::class_<QuantizedRows>(m, "QuantizedRows", "int8 rows as the GEMM reads them.")
       .def(nb::init<const Matrix<const float>&, std::optional<float>, const std::string&>(), nb::arg("x"),

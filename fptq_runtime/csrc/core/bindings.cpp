@@ -43,14 +43,22 @@ struct Members {
 const Members& parameters() {
 #define MEMBER(name) add(#name, &SampleParameters::name, offsetof(SampleParameters, name))
   static const Members members = Members{}
-      .MEMBER(seed).MEMBER(temperature).MEMBER(top_p).MEMBER(min_p).MEMBER(repetition_penalty)
-      .MEMBER(presence_penalty).MEMBER(frequency_penalty).MEMBER(top_k);
+                                     .MEMBER(seed)
+                                     .MEMBER(temperature)
+                                     .MEMBER(top_p)
+                                     .MEMBER(min_p)
+                                     .MEMBER(repetition_penalty)
+                                     .MEMBER(presence_penalty)
+                                     .MEMBER(frequency_penalty)
+                                     .MEMBER(top_k);
 #undef MEMBER
   return members;
 }
 
 template <>
-ElementType element_type<SampleParameters>() { return {"void", parameters().format + "}"}; }
+ElementType element_type<SampleParameters>() {
+  return {"void", parameters().format + "}"};
+}
 
 namespace {
 
@@ -135,9 +143,10 @@ HeadNormView head_norm(const std::shared_ptr<const NormParameter>& norm, bool ow
   HeadNormView view{norm->view(), 0};
   const size_t size = norm->weight.size(), one = head_dim, all = static_cast<size_t>(heads) * head_dim;
   if (size != all && (own || size != one))
-    throw std::invalid_argument("a q or k norm's weight must be [head_dim], [heads, head_dim] or [heads · head_dim] of " +
-                                std::to_string(heads) + " heads of " + std::to_string(head_dim) + ", but it has " +
-                                std::to_string(size) + " numbers");
+    throw std::invalid_argument(
+        "a q or k norm's weight must be [head_dim], [heads, head_dim] or [heads · head_dim] of " +
+        std::to_string(heads) + " heads of " + std::to_string(head_dim) + ", but it has " + std::to_string(size) +
+        " numbers");
   if (own) {
     view.norm.n = head_dim;
     view.stride = head_dim;
@@ -145,11 +154,13 @@ HeadNormView head_norm(const std::shared_ptr<const NormParameter>& norm, bool ow
   return view;
 }
 
-std::shared_ptr<AttentionParameter> make_attention(
-    int layer, int num_heads, int num_kv_heads, int head_dim, float softmax_scale, int sliding_window, int rope_dim,
-    uintptr_t rope_cos, uintptr_t rope_sin, int rope_positions, std::vector<float> alibi_slopes,
-    std::vector<float> sinks, float softcap, std::shared_ptr<NormParameter> q_norm, bool q_norm_own,
-    std::shared_ptr<NormParameter> k_norm, bool k_norm_own, bool norm_after_rope) {
+std::shared_ptr<AttentionParameter> make_attention(int layer, int num_heads, int num_kv_heads, int head_dim,
+                                                   float softmax_scale, int sliding_window, int rope_dim,
+                                                   uintptr_t rope_cos, uintptr_t rope_sin, int rope_positions,
+                                                   std::vector<float> alibi_slopes, std::vector<float> sinks,
+                                                   float softcap, std::shared_ptr<NormParameter> q_norm,
+                                                   bool q_norm_own, std::shared_ptr<NormParameter> k_norm,
+                                                   bool k_norm_own, bool norm_after_rope) {
   if (num_heads < 1 || num_kv_heads < 1 || num_heads % num_kv_heads)
     throw std::invalid_argument("num_heads must be a multiple of num_kv_heads, not " + std::to_string(num_heads) +
                                 " of " + std::to_string(num_kv_heads));
@@ -172,11 +183,20 @@ std::shared_ptr<AttentionParameter> make_attention(
   attention->q_norm = q_norm;
   attention->k_norm = k_norm;
   const auto data = [](const std::vector<float>& values) { return values.empty() ? nullptr : values.data(); };
-  attention->view = {num_heads, num_kv_heads, head_dim, softmax_scale, sliding_window, rope_dim,
-                     at<float>(rope_cos), at<float>(rope_sin),
-                     data(attention->alibi_slopes), data(attention->sinks), softcap,
+  attention->view = {num_heads,
+                     num_kv_heads,
+                     head_dim,
+                     softmax_scale,
+                     sliding_window,
+                     rope_dim,
+                     at<float>(rope_cos),
+                     at<float>(rope_sin),
+                     data(attention->alibi_slopes),
+                     data(attention->sinks),
+                     softcap,
                      head_norm(q_norm, q_norm_own, num_heads, head_dim),
-                     head_norm(k_norm, k_norm_own, num_kv_heads, head_dim), norm_after_rope};
+                     head_norm(k_norm, k_norm_own, num_kv_heads, head_dim),
+                     norm_after_rope};
   return attention;
 }
 
@@ -185,8 +205,8 @@ std::shared_ptr<LinearParameter> make_linear(std::string name, std::shared_ptr<P
                                              Act act) {
   if (!packed == !float_weight) throw std::invalid_argument(name + ": give one weight");
   if (float_weight && act) throw std::invalid_argument(name + ": float weights need a float input");
-  auto linear = std::make_shared<LinearParameter>(
-      LinearParameter{std::move(name), packed, float_weight, std::move(bias), act});
+  auto linear =
+      std::make_shared<LinearParameter>(LinearParameter{std::move(name), packed, float_weight, std::move(bias), act});
   if (!linear->bias.empty() && linear->bias.size() != static_cast<size_t>(linear->n()))
     throw std::invalid_argument(linear->name + ": bias must be [N]");
   return linear;
@@ -199,30 +219,44 @@ NB_MODULE(_native, m) {
   using namespace fptq;
 
   m.def("available_isas", &available_isas, "ISA paths that this build and this CPU have, best first.");
-  m.def("kernel_names", [](const std::string& isa) {
-    const Kernels& kernels = kernels_for(isa);
-    return std::vector<std::string>{kernels.isa, kernels.gemm_int4_name, kernels.gemm_int8_name,
-                                    kernels.gemm_float_name};
-  }, "isa"_a, "[ISA path, int4 GEMM, int8 GEMM, float GEMM]. Empty: the best path. Raises ValueError.");
-  m.def("kv_token_bytes", [](const std::string& kv_dtype, int num_kv_heads, int head_dim) {
-    const KvCache one{kv_type(kv_dtype), 1, num_kv_heads, head_dim, 0, nullptr};
-    return num_kv_heads * one.head_bytes();
-  }, "kv_dtype"_a, "num_kv_heads"_a, "head_dim"_a, "What a layer's cache takes for a token.");
+  m.def(
+      "kernel_names",
+      [](const std::string& isa) {
+        const Kernels& kernels = kernels_for(isa);
+        return std::vector<std::string>{kernels.isa, kernels.gemm_int4_name, kernels.gemm_int8_name,
+                                        kernels.gemm_float_name};
+      },
+      "isa"_a, "[ISA path, int4 GEMM, int8 GEMM, float GEMM]. Empty: the best path. Raises ValueError.");
+  m.def(
+      "kv_token_bytes",
+      [](const std::string& kv_dtype, int num_kv_heads, int head_dim) {
+        const KvCache one{kv_type(kv_dtype), 1, num_kv_heads, head_dim, 0, nullptr};
+        return num_kv_heads * one.head_bytes();
+      },
+      "kv_dtype"_a, "num_kv_heads"_a, "head_dim"_a, "What a layer's cache takes for a token.");
 
   bind_gemm(m);
 
-  nb::class_<ThreadPool>(m, "ThreadPool").def(nb::init<int>(), "threads"_a).def_prop_ro("threads", &ThreadPool::threads);
+  nb::class_<ThreadPool>(m, "ThreadPool")
+      .def(nb::init<int>(), "threads"_a)
+      .def_prop_ro("threads", &ThreadPool::threads);
 
   nb::class_<EmbeddingParameter>(m, "Embedding")
-      .def("__init__", [](EmbeddingParameter* self, uintptr_t address, const std::string& dtype, int vocab, int width) {
-        new (self) EmbeddingParameter{at<void>(address), float_type(dtype), vocab, width};
-      }, "address"_a, "dtype"_a, "vocab"_a, "width"_a);
+      .def(
+          "__init__",
+          [](EmbeddingParameter* self, uintptr_t address, const std::string& dtype, int vocab, int width) {
+            new (self) EmbeddingParameter{at<void>(address), float_type(dtype), vocab, width};
+          },
+          "address"_a, "dtype"_a, "vocab"_a, "width"_a);
 
-  nb::class_<NormParameter>(m, "Norm")
-      .def("__init__", [](NormParameter* self, std::vector<float> weight, std::vector<float> bias, float eps, bool layer) {
-        if (!bias.empty() && bias.size() != weight.size()) throw std::invalid_argument("a norm's bias must be as wide as its weight");
+  nb::class_<NormParameter>(m, "Norm").def(
+      "__init__",
+      [](NormParameter* self, std::vector<float> weight, std::vector<float> bias, float eps, bool layer) {
+        if (!bias.empty() && bias.size() != weight.size())
+          throw std::invalid_argument("a norm's bias must be as wide as its weight");
         new (self) NormParameter{std::move(weight), std::move(bias), eps, layer};
-      }, "weight"_a, "bias"_a, "eps"_a, "layer"_a);
+      },
+      "weight"_a, "bias"_a, "eps"_a, "layer"_a);
 
   nb::class_<LinearParameter>(m, "Linear")
       .def(nb::new_(&make_linear), "name"_a, "packed"_a.none(), "float_weight"_a.none(), "bias"_a, "act"_a.none());
@@ -234,21 +268,28 @@ NB_MODULE(_native, m) {
            "norm_after_rope"_a);
 
   nb::class_<Program>(m, "Program")
-      .def("__init__", [](Program* self, std::shared_ptr<ThreadPool> pool, const std::string& isa, int max_tokens,
-                          int max_seqs, int max_logits_rows, int max_model_len, int num_blocks, int block_size,
-                          const std::string& kv_dtype, int num_layers, int num_kv_heads, int head_dim) {
-        new (self) Program(std::move(pool), isa, Limits{max_tokens, max_seqs, max_logits_rows, max_model_len, num_blocks,
-                                                        block_size, kv_type(kv_dtype), num_layers, num_kv_heads, head_dim});
-      }, "pool"_a, "isa"_a, nb::kw_only(), "max_tokens"_a, "max_seqs"_a, "max_logits_rows"_a, "max_model_len"_a,
-         "num_blocks"_a, "block_size"_a, "kv_dtype"_a, "num_layers"_a, "num_kv_heads"_a, "head_dim"_a)
+      .def(
+          "__init__",
+          [](Program* self, std::shared_ptr<ThreadPool> pool, const std::string& isa, int max_tokens, int max_seqs,
+             int max_logits_rows, int max_model_len, int num_blocks, int block_size, const std::string& kv_dtype,
+             int num_layers, int num_kv_heads, int head_dim) {
+            new (self) Program(std::move(pool), isa,
+                               Limits{max_tokens, max_seqs, max_logits_rows, max_model_len, num_blocks, block_size,
+                                      kv_type(kv_dtype), num_layers, num_kv_heads, head_dim});
+          },
+          "pool"_a, "isa"_a, nb::kw_only(), "max_tokens"_a, "max_seqs"_a, "max_logits_rows"_a, "max_model_len"_a,
+          "num_blocks"_a, "block_size"_a, "kv_dtype"_a, "num_layers"_a, "num_kv_heads"_a, "head_dim"_a)
       .def("embed", &Program::embed, "table"_a)
       .def("embed_positions", &Program::embed_positions, "table"_a)
       .def("norm", &Program::norm, "x"_a, "norm"_a, "act"_a.none())
       .def("quantize", &Program::quantize, "x"_a, "act"_a.none())
       .def("linear", &Program::linear, "x"_a, "linear"_a, "residual"_a.none())
-      .def("activation", [](Program& program, int x, const std::string& name, bool gated, float limit, Act act) {
-        return program.activation(x, {curve(name), gated, limit}, act);
-      }, "x"_a, "curve"_a, "gated"_a, "limit"_a, "act"_a.none())
+      .def(
+          "activation",
+          [](Program& program, int x, const std::string& name, bool gated, float limit, Act act) {
+            return program.activation(x, {curve(name), gated, limit}, act);
+          },
+          "x"_a, "curve"_a, "gated"_a, "limit"_a, "act"_a.none())
       .def("add", &Program::add, "x"_a, "y"_a)
       .def("scale", &Program::scale, "x"_a, "factor"_a)
       .def("softcap", &Program::softcap, "x"_a, "cap"_a)
@@ -258,38 +299,59 @@ NB_MODULE(_native, m) {
       .def("finish", &Program::finish, "logits"_a)
       .def_prop_ro("logits_width", &Program::logits_width)
       .def_prop_ro("seconds", &Program::seconds, "Spent in all steps so far, by kind of op.")
-      .def("work", [](const Program& program, int tokens, int rows) {
-        const Work work = program.work(tokens, rows);
-        return std::pair(work.multiply_adds, work.weight_bytes);
-      }, "tokens"_a, "rows"_a, "(multiply-adds, bytes of weights) of a step's linears.")
-      .def("step", [](Program& program, nb::handle batch, nb::handle logits) {
-        HeldArrays held;
-        StepView view;
-        held.read(kStepInput, batch, view);
-        held.read(kStepLogits, logits, view);
-        nb::gil_scoped_release release;
-        program.step(view);
-      }, "batch"_a, "logits"_a, "Run a StepInput into float32 logits [R, V]. Raises ValueError before writing.");
+      .def(
+          "work",
+          [](const Program& program, int tokens, int rows) {
+            const Work work = program.work(tokens, rows);
+            return std::pair(work.multiply_adds, work.weight_bytes);
+          },
+          "tokens"_a, "rows"_a, "(multiply-adds, bytes of weights) of a step's linears.")
+      .def(
+          "step",
+          [](Program& program, nb::handle batch, nb::handle logits) {
+            HeldArrays held;
+            StepView view;
+            held.read(kStepInput, batch, view);
+            held.read(kStepLogits, logits, view);
+            nb::gil_scoped_release release;
+            program.step(view);
+          },
+          "batch"_a, "logits"_a,
+          nb::sig("def step(self, batch: fptq_runtime.kernels.base.StepInput, "
+                  "logits: fptq_runtime.kernels.base.Float32Array) -> None"),
+          "Run a StepInput into float32 logits [R, V]. Raises ValueError before writing.");
 
   nb::class_<Sampler>(m, "Sampler")
-      .def("__init__", [](Sampler* self, std::shared_ptr<ThreadPool> pool, const std::string& isa) {
-        new (self) Sampler(std::move(pool), isa);
-      }, "pool"_a, "isa"_a)
-      .def("run", [](Sampler& sampler, nb::handle logits, nb::handle batch, nb::handle out) {
-        HeldArrays held;
-        SampleView view;
-        held.read(kSampleLogits, logits, view);
-        held.read(kSampleInput, batch, view);
-        held.read(kSampleOutput, out, view);
-        nb::gil_scoped_release release;
-        sampler.run(view);
-      }, "logits"_a, "batch"_a, "out"_a,
-         "Draw a SampleInput from float32 logits [R, V] into a SampleOutput. Raises ValueError before writing.");
+      .def(
+          "__init__",
+          [](Sampler* self, std::shared_ptr<ThreadPool> pool, const std::string& isa) {
+            new (self) Sampler(std::move(pool), isa);
+          },
+          "pool"_a, "isa"_a)
+      .def(
+          "run",
+          [](Sampler& sampler, nb::handle logits, nb::handle batch, nb::handle out) {
+            HeldArrays held;
+            SampleView view;
+            held.read(kSampleLogits, logits, view);
+            held.read(kSampleInput, batch, view);
+            held.read(kSampleOutput, out, view);
+            nb::gil_scoped_release release;
+            sampler.run(view);
+          },
+          "logits"_a, "batch"_a, "out"_a,
+          nb::sig("def run(self, logits: fptq_runtime.kernels.base.Float32Array, "
+                  "batch: fptq_runtime.kernels.base.SampleInput, "
+                  "out: fptq_runtime.kernels.base.SampleOutput) -> None"),
+          "Draw a SampleInput from float32 logits [R, V] into a SampleOutput. Raises ValueError before writing.");
 
-  m.def("contracts", [] {
-    return std::map<std::string, Description>{{"StepInput", describe(kStepInput)},
-                                              {"SampleInput", describe(kSampleInput)},
-                                              {"SampleOutput", describe(kSampleOutput)},
-                                              {"PARAMETERS", parameters().description}};
-  }, "What kernels/base.py's dataclasses of arrays must hold, (name, dtype, shape) each; offset for PARAMETERS.");
+  m.def(
+      "contracts",
+      [] {
+        return std::map<std::string, Description>{{"StepInput", describe(kStepInput)},
+                                                  {"SampleInput", describe(kSampleInput)},
+                                                  {"SampleOutput", describe(kSampleOutput)},
+                                                  {"PARAMETERS", parameters().description}};
+      },
+      "What kernels/base.py's dataclasses of arrays must hold, (name, dtype, shape) each; offset for PARAMETERS.");
 }

@@ -8,10 +8,14 @@
 
 namespace fptq {
 
-// The ISA paths, best first: one line here and one in CMakeLists.txt each, and for a new one what detect() asks the CPU.
+// The ISA paths, best first: one line here and one in CMakeLists.txt each, and for a new one what detect() asks the
+// CPU.
 #define FPTQ_PATHS(PATH) PATH(avx512vnni) PATH(avxvnni) PATH(avx2) PATH(generic)
 
-#define DECLARE(name) namespace name { extern const Kernels kernels; }
+#define DECLARE(name)           \
+  namespace name {              \
+  extern const Kernels kernels; \
+  }
 FPTQ_PATHS(DECLARE)
 
 namespace {
@@ -47,8 +51,10 @@ const std::vector<const Kernels*>& available() {
   static const std::vector<const Kernels*> list = [] {
     const Cpu cpu = detect();
     std::vector<const Kernels*> list;
-#define ADD(name) \
-  if constexpr (FPTQ_HAS_##name) { if (cpu.name) list.push_back(&name::kernels); }
+#define ADD(name)                                 \
+  if constexpr (FPTQ_HAS_##name) {                \
+    if (cpu.name) list.push_back(&name::kernels); \
+  }
     FPTQ_PATHS(ADD)
     return list;
   }();

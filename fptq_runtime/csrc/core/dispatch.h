@@ -11,10 +11,11 @@ namespace fptq {
 
 constexpr int kSampleBlock = 512;  // tokens that the sampler weighs together
 
-// What an ISA provides: arch/kernels.cpp, or a table of its own. Row functions touch one row; rows may run on any thread.
+// What an ISA provides: arch/kernels.cpp, or a table of its own. Row functions touch one row; rows may run on any
+// thread.
 struct Kernels {
   const char* isa;
-  const Layout* layout;   // of what the GEMMs and the row quantizer read and write
+  const Layout* layout;  // of what the GEMMs and the row quantizer read and write
   const char* gemm_int4_name;
   const char* gemm_int8_name;
   const char* gemm_float_name;
@@ -29,7 +30,7 @@ struct Kernels {
   void (*norm_row)(const NormView& norm, const float* x, float* out);
   // n outputs of n gates (or of what has none) and as many of up. Returns the bits of max|out|.
   int32_t (*activate_row)(const Activation&, const float* x, const float* up, int n, float* out);
-  void (*add_row)(const float* x, const float* y, int n, float* out);       // these three: out may be an operand
+  void (*add_row)(const float* x, const float* y, int n, float* out);  // these three: out may be an operand
   void (*scale_row)(const float* x, float factor, int n, float* out);
   void (*softcap_row)(const float* x, float cap, int n, float* out);
   // `keys`: room for num_kv_heads · head_dim.

@@ -23,20 +23,20 @@ static inline int panel_of(int row, int rows, int tile_rows) {
 // int8 activations of M rows, as a Layout has them.
 struct Activations {
   int8_t* codes;
-  float* scales;   // [M], the row's scale (the same static one everywhere, or dynamic)
-  int32_t* sums;   // of the codes
+  float* scales;  // [M], the row's scale (the same static one everywhere, or dynamic)
+  int32_t* sums;  // of the codes
   int rows;
   int k;
 };
 
-// Integer weights, as a Layout has them: codes, and scales [panels][groups][panel_cols], bf16 where every one is exactly
-// representable, else float; N rounded up with zero scales.
+// Integer weights, as a Layout has them: codes, and scales [panels][groups][panel_cols], bf16 where every one is
+// exactly representable, else float; N rounded up with zero scales.
 struct PackedWeight {
   const Layout* layout;
   uint8_t* data;
   void* scales;
   bool bf16_scales;
-  int n, k, group_size, bits;   // group_size == k rounded up to k_unit where quantized per channel
+  int n, k, group_size, bits;  // group_size == k rounded up to k_unit where quantized per channel
 };
 
 // Float weights for layers that stay in float.
@@ -47,9 +47,9 @@ struct FloatWeight {
   int n, k;
 };
 
-// Rows of integer codes as they come, to be packed. load(rows, row, k0, width, words) gives codes k0..k0+width of a row,
-// kCodeBlock at most and k0 a multiple of that, each plus 2^(bits-1), four to a word, and zeros beyond them.
-constexpr int kCodeBlock = 128;   // a cache line of each row where codes have 4 bits
+// Rows of integer codes as they come, to be packed. load(rows, row, k0, width, words) gives codes k0..k0+width of a
+// row, kCodeBlock at most and k0 a multiple of that, each plus 2^(bits-1), four to a word, and zeros beyond them.
+constexpr int kCodeBlock = 128;  // a cache line of each row where codes have 4 bits
 struct CodeRows {
   void (*load)(const CodeRows& rows, size_t row, size_t k0, size_t width, uint32_t (&words)[kCodeBlock / 4]);
   const char* data;
@@ -59,28 +59,28 @@ struct CodeRows {
 
 // The geometry that an ISA's GEMMs are made for. ISAs that agree share one, and then packed weights.
 struct Layout {
-  int tile_rows;    // at most, of an activation panel
-  int panel_cols;   // columns of a weight panel
-  int k_unit;       // K is rounded up to it, and a weight group is a multiple of it
+  int tile_rows;   // at most, of an activation panel
+  int panel_cols;  // columns of a weight panel
+  int k_unit;      // K is rounded up to it, and a weight group is a multiple of it
   // int8 activations: bytes of codes, and numbers of sums.
   size_t (*codes_size)(size_t rows, int k);
   size_t (*sums_size)(size_t rows, int k);
   // Row m's codes [K rounded up] and their sums of k_unit each, for tests to see.
   void (*read_row)(const Activations& rows, int m, int8_t* codes, int32_t* sums);
-  size_t (*weight_size)(int n, int k, int bits);   // bytes of codes
+  size_t (*weight_size)(int n, int k, int bits);  // bytes of codes
   float (*stored_scale)(size_t row, int bits, float scale);
   // Panel p of the rows, with scale [N][groups].
   void (*pack_weight)(const CodeRows& rows, const float* scale, size_t p, PackedWeight& packed);
-  size_t (*float_size)(int n, int k);              // numbers
+  size_t (*float_size)(int n, int k);  // numbers
   void (*pack_float)(const void* rows, size_t p, FloatWeight& packed);
 };
 
 // out[m][n] = scales[m] · Σ_g scale[n][g] · acc[m][n][g] + bias[n] + residual[m][n], for rows m0..m1 and weight panels
-// p0..p1. Groups are added in ascending order with one fma each, so the bits do not depend on M, tiles or threads. Element
-// (m, n) of out and residual lies at (m - row) · stride + n - column.
+// p0..p1. Groups are added in ascending order with one fma each, so the bits do not depend on M, tiles or threads.
+// Element (m, n) of out and residual lies at (m - row) · stride + n - column.
 struct Epilogue {
-  const float* bias;       // [N] or null
-  const float* residual;   // null, or like out, which it may be
+  const float* bias;      // [N] or null
+  const float* residual;  // null, or like out, which it may be
   float* out;
   ptrdiff_t stride;
   int row = 0, column = 0;

@@ -9,8 +9,8 @@
 
 namespace fptq {
 
-// Asks for huge pages for what of the memory fills them, where the system leaves the choice: what streams from them reads
-// up to a third faster.
+// Asks for huge pages for what of the memory fills them, where the system leaves the choice: what streams from them
+// reads up to a third faster.
 void use_huge_pages(void* memory, size_t bytes);
 
 // Uninitialized memory that starts on a cache line, to be freed with std::free; on huge pages as far as it fills them
@@ -22,8 +22,8 @@ void* allocate_lines(size_t bytes);
 std::shared_ptr<const PackedWeight> pack_weight(const int8_t* codes, const float* scale, int n, int k, int group_size,
                                                 int bits, const Layout& layout);
 
-// The same from compressed-tensors' words [N][ceil(K · bits / 32)] of 32 bits: codes + 2^(bits-1), the least significant
-// first. Panels are spread over the pool, where there is one.
+// The same from compressed-tensors' words [N][ceil(K · bits / 32)] of 32 bits: codes + 2^(bits-1), the least
+// significant first. Panels are spread over the pool, where there is one.
 std::shared_ptr<const PackedWeight> pack_weight(const void* words, const float* scale, int n, int k, int group_size,
                                                 int bits, const Layout& layout, ThreadPool* pool);
 

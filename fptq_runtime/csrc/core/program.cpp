@@ -16,12 +16,12 @@ namespace fptq {
 namespace {
 
 constexpr size_t kLine = 64;
-constexpr long kMinParallelFloats = 8192;       // below these, waking the pool costs more than the work
+constexpr long kMinParallelFloats = 8192;  // below these, waking the pool costs more than the work
 constexpr double kMinParallelProducts = 150e3;
-constexpr long kMinParallelAttention = 4096;    // of chunks · (rows + kChunkCost) · head_dim
-constexpr int kChunkCost = 4;                   // rows that fetching a chunk costs as much as
-constexpr int kRowPanels = 16;                  // a tile's activations stay in L2 while its panels stream past
-constexpr int kScratch = 1 << 14;               // floats of gate and up at once, or a panel of each for a tile
+constexpr long kMinParallelAttention = 4096;  // of chunks · (rows + kChunkCost) · head_dim
+constexpr int kChunkCost = 4;                 // rows that fetching a chunk costs as much as
+constexpr int kRowPanels = 16;                // a tile's activations stay in L2 while its panels stream past
+constexpr int kScratch = 1 << 14;             // floats of gate and up at once, or a panel of each for a tile
 constexpr int kMinSplitChunks = 2;
 constexpr size_t kMaxPartials = size_t{16} << 20;
 
@@ -49,7 +49,10 @@ size_t lines(size_t bytes) { return (bytes + kLine - 1) / kLine * kLine; }
 }  // namespace
 
 Program::Program(std::shared_ptr<ThreadPool> pool, const std::string& isa, const Limits& limits)
-    : pool_(std::move(pool)), kernels_(kernels_for(isa)), layout_(*kernels_.layout), limits_(limits),
+    : pool_(std::move(pool)),
+      kernels_(kernels_for(isa)),
+      layout_(*kernels_.layout),
+      limits_(limits),
       scratch_size_(std::max(kScratch, 2 * layout_.panel_cols * kRowPanels * layout_.tile_rows)) {
   const auto positive = [](const char* name, int value) {
     if (value < 1) refuse(name, " must be at least 1, not ", value);
@@ -178,7 +181,7 @@ int Program::embed_positions(std::shared_ptr<const EmbeddingParameter> table) {
   return gather(table, &StepView::positions);
 }
 
-int Program::gather(std::shared_ptr<const EmbeddingParameter> table, const int32_t* StepView::*indices) {
+int Program::gather(std::shared_ptr<const EmbeddingParameter> table, const int32_t* StepView::* indices) {
   const int out = define("embed", table->width, false, {}, {});
   const size_t row_bytes = table->width * float_bytes(table->type);
   record([=, this_ = this](const StepView& step) {
@@ -195,16 +198,16 @@ int Program::norm(int x, std::shared_ptr<const NormParameter> norm, Act act) {
   const NormView view = norm->view();
   const bool selected = float_value(x, view.n, "norm").selected;
   const int out = define("norm", view.n, selected, act, {x});
-  record_rows(x, out, [=, keep = norm, &kernels = kernels_](const float* row, float* y) {
-    kernels.norm_row(view, row, y);
-  });
+  record_rows(x, out,
+              [=, keep = norm, &kernels = kernels_](const float* row, float* y) { kernels.norm_row(view, row, y); });
   return out;
 }
 
 int Program::activation(int x, const Activation& activation, Act act) {
   const int in_width = value(x, "activation").width, width = activation.gated ? in_width / 2 : in_width;
   const bool selected = float_value(x, in_width, "activation").selected;
-  if (activation.gated && in_width % 2) refuse("a gated activation reads gate and up, but its input is ", in_width, " wide");
+  if (activation.gated && in_width % 2)
+    refuse("a gated activation reads gate and up, but its input is ", in_width, " wide");
   if (activation.curve == Curve::kClampedSwiglu && !activation.gated) refuse("clamped_swiglu is always gated");
   if (!(activation.limit > 0)) refuse("an activation's limit must be positive, not ", activation.limit);
   const int out = define("activation", width, selected, act, {x});
@@ -236,9 +239,8 @@ int Program::scale(int x, float factor) {
   float_value(x, in.width, "scale");
   if (!std::isfinite(factor)) refuse("scale: the factor must be finite, not ", factor);
   const int out = define("scale", in.width, in.selected, {}, {x}, {x});
-  record_rows(x, out, [=, &kernels = kernels_](const float* row, float* y) {
-    kernels.scale_row(row, factor, in.width, y);
-  });
+  record_rows(x, out,
+              [=, &kernels = kernels_](const float* row, float* y) { kernels.scale_row(row, factor, in.width, y); });
   return out;
 }
 
@@ -247,14 +249,13 @@ int Program::softcap(int x, float cap) {
   float_value(x, in.width, "softcap");
   if (!(std::isfinite(cap) && cap > 0)) refuse("softcap: the cap must be positive and finite, not ", cap);
   const int out = define("softcap", in.width, in.selected, {}, {x}, {x});
-  record_rows(x, out, [=, &kernels = kernels_](const float* row, float* y) {
-    kernels.softcap_row(row, cap, in.width, y);
-  });
+  record_rows(x, out,
+              [=, &kernels = kernels_](const float* row, float* y) { kernels.softcap_row(row, cap, in.width, y); });
   return out;
 }
 
-// A linear whose output only a gated activation reads becomes, tile by tile, activation(gate, up); the activation's op is
-// left with the quantization.
+// A linear whose output only a gated activation reads becomes, tile by tile, activation(gate, up); the activation's op
+// is left with the quantization.
 void Program::fuse_gates() {
   for (size_t i = 0; i + 1 < ops_.size(); ++i) {
     Op &linear = ops_[i], &activation = ops_[i + 1];
@@ -274,7 +275,7 @@ void Program::gate(Op& linear_op, Op& activation_op) {
   const int in = linear_op.reads.front(), x = linear_op.write, out = activation_op.write;
   const int width = values_[out].width, cols = layout_.panel_cols, panels = width / cols;
   const float act = *values_[out].act;
-  values_[x].width = width;   // of gate and up in one
+  values_[x].width = width;  // of gate and up in one
   linear_op.run = [=, this_ = this](const StepView& step) {
     const int m = this_->rows(x, step);
     float* y = this_->floats(x, step);
@@ -296,8 +297,7 @@ void Program::gate(Op& linear_op, Op& activation_op) {
           float* to = y + (static_cast<size_t>(p + i) * m + m0) * cols;
           int32_t* max_bits = &this_->max_bits_[static_cast<size_t>(group) * m + m0];
           for (int row = m0; row < m1; ++row, from += 2 * columns, to += cols, ++max_bits)
-            *max_bits = std::max(
-                *max_bits, this_->kernels_.activate_row(activation, from, from + columns, cols, to));
+            *max_bits = std::max(*max_bits, this_->kernels_.activate_row(activation, from, from + columns, cols, to));
         }
       }
     });
@@ -317,8 +317,8 @@ void Program::gate(Op& linear_op, Op& activation_op) {
         scales[row - m0] = act > 0 ? act : activation_scale(max_bits);
       }
       for (int p = p0; p < p1; ++p)
-        this_->kernels_.quantize_part(in + (static_cast<size_t>(p) * m + m0) * cols, cols, m0, m1, scales,
-                                      p * cols, cols, y);
+        this_->kernels_.quantize_part(in + (static_cast<size_t>(p) * m + m0) * cols, cols, m0, m1, scales, p * cols,
+                                      cols, y);
     });
   };
 }
@@ -354,10 +354,9 @@ int Program::linear(int x, std::shared_ptr<const LinearParameter> linear, std::o
   Work& work = in.selected ? row_work_ : token_work_;
   work.multiply_adds += weights;
   if (const PackedWeight* packed = linear->packed.get())
-    work.weight_bytes += weights * packed->bits / 8 +
-                         int64_t{n} * ceil_div(k, packed->group_size) * (packed->bf16_scales ? 2 : 4);
-  else
-    work.weight_bytes += weights * float_bytes(linear->float_weight->type);
+    work.weight_bytes +=
+        weights * packed->bits / 8 + int64_t{n} * ceil_div(k, packed->group_size) * (packed->bf16_scales ? 2 : 4);
+  else work.weight_bytes += weights * float_bytes(linear->float_weight->type);
   const int out = define(linear_kind(*linear), n, in.selected, {}, reads,
                          residual && *residual != x ? std::vector<int>{*residual} : std::vector<int>{});
   ops_.back().linear = linear;
@@ -410,10 +409,11 @@ void Program::check(const AttentionParameter& attention) const {
   if (attention.layer < 0 || attention.layer >= limits_.num_layers)
     refuse("attention layer ", attention.layer, " is outside the cache's ", limits_.num_layers, " layers");
   if (a.num_kv_heads != limits_.num_kv_heads || a.head_dim != limits_.head_dim)
-    refuse("attention layer ", attention.layer, " does not fit the cache: ", a.num_kv_heads, " KV heads of ", a.head_dim,
-           " against ", limits_.num_kv_heads, " of ", limits_.head_dim);
+    refuse("attention layer ", attention.layer, " does not fit the cache: ", a.num_kv_heads, " KV heads of ",
+           a.head_dim, " against ", limits_.num_kv_heads, " of ", limits_.head_dim);
   if (a.rope_cos && attention.rope_positions < limits_.max_model_len)
-    refuse("max_model_len ", limits_.max_model_len, " exceeds the rope table's ", attention.rope_positions, " positions");
+    refuse("max_model_len ", limits_.max_model_len, " exceeds the rope table's ", attention.rope_positions,
+           " positions");
 }
 
 int Program::rope_and_cache(int qkv, std::shared_ptr<const AttentionParameter> attention) {
@@ -446,8 +446,8 @@ int Program::attention(int q, std::shared_ptr<const AttentionParameter> attentio
   return quantize(out, act);
 }
 
-// One task for each (sequence, KV head, some query rows). Those that would leave a thread waiting are split into parts of
-// whole KV chunks, whose partial softmaxes are merged in order afterwards.
+// One task for each (sequence, KV head, some query rows). Those that would leave a thread waiting are split into parts
+// of whole KV chunks, whose partial softmaxes are merged in order afterwards.
 void Program::attend(const AttentionParameter& attention, const float* q, float* out, bool selected,
                      const StepView& step) {
   const AttentionView& a = attention.view;
@@ -466,10 +466,17 @@ void Program::attend(const AttentionParameter& attention, const float* q, float*
     for (int h = 0; h < a.num_kv_heads; ++h) {
       for (int head = 0; head < group; head += heads) {
         for (int row = begin; row < end; row += tokens) {
-          AttentionTile tile{q + row * width, out + (to + row - begin) * width,
+          AttentionTile tile{q + row * width,
+                             out + (to + row - begin) * width,
                              step.block_tables + static_cast<size_t>(s) * step.table_width,
-                             step.positions[row], std::min(tokens, end - row),
-                             h, h * group + head, std::min(heads, group - head), 0, 0, nullptr};
+                             step.positions[row],
+                             std::min(tokens, end - row),
+                             h,
+                             h * group + head,
+                             std::min(heads, group - head),
+                             0,
+                             0,
+                             nullptr};
           const int last = tile.position + tile.tokens - 1;
           if (a.sliding_window) tile.first_chunk = std::max(0, tile.position - a.sliding_window + 1) / kKvChunk;
           tile.chunks = last / kKvChunk - tile.first_chunk + 1;
@@ -483,11 +490,13 @@ void Program::attend(const AttentionParameter& attention, const float* q, float*
     for (int i = 0, next; i < step.rows; i = next) {
       const int row = step.logits_rows[i];
       const int32_t* after = std::upper_bound(step.query_start_loc, step.query_start_loc + step.seqs + 1, row);
-      for (next = i + 1; next < step.rows && step.logits_rows[next] == row + next - i && row + next - i < *after;) ++next;
+      for (next = i + 1; next < step.rows && step.logits_rows[next] == row + next - i && row + next - i < *after;)
+        ++next;
       add(static_cast<int>(after - step.query_start_loc) - 1, row, row + next - i, i);
     }
   } else {
-    for (int s = 0; s < step.seqs; ++s) add(s, step.query_start_loc[s], step.query_start_loc[s + 1], step.query_start_loc[s]);
+    for (int s = 0; s < step.seqs; ++s)
+      add(s, step.query_start_loc[s], step.query_start_loc[s + 1], step.query_start_loc[s]);
   }
 
   const int threads = pool_->threads();
@@ -608,8 +617,7 @@ void Program::finish(int logits) {
 
 void Program::check(const StepView& step) const {
   if (logits_ < 0) refuse("the program is not finished");
-  if (step.logits_width != logits_width())
-    refuse("logits are ", logits_width(), " wide, not ", step.logits_width);
+  if (step.logits_width != logits_width()) refuse("logits are ", logits_width(), " wide, not ", step.logits_width);
   if (step.tokens < 1 || step.tokens > limits_.max_tokens)
     refuse("a step takes 1 to ", limits_.max_tokens, " tokens, not ", step.tokens);
   if (step.seqs < 1 || step.seqs > limits_.max_seqs)
@@ -632,7 +640,8 @@ void Program::check(const StepView& step) const {
     for (int row = begin; row < end; ++row) {
       const int position = length - end + row;
       if (step.positions[row] != position)
-        refuse("positions[", row, "] is ", step.positions[row], ", but sequence ", s, " has position ", position, " there");
+        refuse("positions[", row, "] is ", step.positions[row], ", but sequence ", s, " has position ", position,
+               " there");
       const int slot = table[position / limits_.block_size] * limits_.block_size + position % limits_.block_size;
       if (step.slot_mapping[row] != slot)
         refuse("slot_mapping[", row, "] is ", step.slot_mapping[row], ", but block_tables put position ", position,

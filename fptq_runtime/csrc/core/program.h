@@ -19,9 +19,9 @@ using Act = std::optional<float>;
 
 struct LinearParameter {
   std::string name;
-  std::shared_ptr<const PackedWeight> packed;       // one of the two
+  std::shared_ptr<const PackedWeight> packed;  // one of the two
   std::shared_ptr<const FloatWeight> float_weight;
-  std::vector<float> bias;                          // [N] or empty
+  std::vector<float> bias;  // [N] or empty
   Act act;
   const Layout* layout() const { return packed ? packed->layout : float_weight->layout; }
   int n() const { return packed ? packed->n : float_weight->n; }
@@ -46,7 +46,7 @@ struct EmbeddingParameter {
 
 struct AttentionParameter {
   int layer;
-  AttentionView view;   // its pointers lead here or to the caller's rope tables
+  AttentionView view;  // its pointers lead here or to the caller's rope tables
   int rope_positions;
   std::vector<float> alibi_slopes, sinks;
   std::shared_ptr<const NormParameter> q_norm, k_norm;
@@ -112,31 +112,32 @@ class Program {
  private:
   struct Value {
     int width;
-    bool selected;          // rows are logits_rows, not tokens
+    bool selected;  // rows are logits_rows, not tokens
     Act act;
-    int op;                 // that writes it
-    int last_use = -1;      // op
-    char* data = nullptr;   // null for the logits, and what they overwrite, which lie in the step's own array
+    int op;                // that writes it
+    int last_use = -1;     // op
+    char* data = nullptr;  // null for the logits, and what they overwrite, which lie in the step's own array
   };
   struct Op {
     std::string kind;
     std::vector<int> reads;
     int write;
-    std::vector<int> in_place;   // values that the result may overwrite
+    std::vector<int> in_place;  // values that the result may overwrite
     std::function<void(const StepView&)> run{};
-    std::shared_ptr<const LinearParameter> linear{};     // of a linear, or
-    std::optional<Activation> activation{};              // of an activation: what fuse_gates() looks for
-    double seconds = 0;     // in all steps so far
+    std::shared_ptr<const LinearParameter> linear{};  // of a linear, or
+    std::optional<Activation> activation{};           // of an activation: what fuse_gates() looks for
+    double seconds = 0;                               // in all steps so far
   };
   using Memory = std::unique_ptr<char, void (*)(void*)>;
 
-  int define(std::string kind, int width, bool selected, Act act, std::vector<int> reads, std::vector<int> in_place = {});
+  int define(std::string kind, int width, bool selected, Act act, std::vector<int> reads,
+             std::vector<int> in_place = {});
   void record(std::function<void(const StepView&)> run);
   // The op just defined is out = f(row of x), quantized if `out` is; f writes floats.
   template <class F>
   void record_rows(int x, int out, F f);
   // Rows of the table for the step's array of indices.
-  int gather(std::shared_ptr<const EmbeddingParameter> table, const int32_t* StepView::*indices);
+  int gather(std::shared_ptr<const EmbeddingParameter> table, const int32_t* StepView::* indices);
   const Value& value(int id, const char* op) const;
   const Value& float_value(int id, int width, const char* op) const;
   void check(const AttentionParameter& attention) const;
@@ -167,14 +168,14 @@ class Program {
   const Kernels& kernels_;
   const Layout& layout_;
   const Limits limits_;
-  const int scratch_size_;   // floats, of each thread; more where a row is wider
+  const int scratch_size_;  // floats, of each thread; more where a row is wider
   std::vector<Memory> memory_;
-  std::vector<KvCache> cache_;   // a layer each
+  std::vector<KvCache> cache_;  // a layer each
   std::vector<Value> values_;
   std::vector<Op> ops_;
-  Work token_work_{}, row_work_{};            // of one token, of one logits row; the bytes are a step's
-  std::vector<std::vector<float>> scratch_;   // for each thread
-  std::vector<int32_t> max_bits_;             // [rows][groups of a cut], between a gated linear and its quantization
+  Work token_work_{}, row_work_{};           // of one token, of one logits row; the bytes are a step's
+  std::vector<std::vector<float>> scratch_;  // for each thread
+  std::vector<int32_t> max_bits_;            // [rows][groups of a cut], between a gated linear and its quantization
   std::vector<AttentionTile> tiles_, parts_, split_;
   std::vector<float> partials_;
   int vocab_ = 0;

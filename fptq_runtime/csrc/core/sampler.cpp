@@ -16,16 +16,17 @@ constexpr double kLog2E = 1.4426950408889634, kLn2High = 0x1.62e42fefap-1, kLn2L
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr double kGreedyBelow = 1e-5;
 constexpr int kBins = 1024;
-constexpr int kFewMembers = 256;   // so few are sorted rather than binned
-constexpr int kSlack = 16;         // what select_at_least may write beyond its results
+constexpr int kFewMembers = 256;  // so few are sorted rather than binned
+constexpr int kSlack = 16;        // what select_at_least may write beyond its results
 
 // Not the C library's exp and log: theirs round differently from one CPU to another.
 double exp_negative(double x) {
   if (x < -700) return 0;
   constexpr double kRound = 0x1.8p52 + 1023;  // the sum's low bits are n and the exponent's bias
   const double biased = x * kLog2E + kRound, n = biased - kRound, r = x - n * kLn2High - n * kLn2Low;
-  constexpr double kFactorials[] = {1 / 479001600.0, 1 / 39916800.0, 1 / 3628800.0, 1 / 362880.0, 1 / 40320.0, 1 / 5040.0,
-                                    1 / 720.0, 1 / 120.0, 1 / 24.0, 1 / 6.0, 0.5, 1, 1};
+  constexpr double kFactorials[] = {
+      1 / 479001600.0, 1 / 39916800.0, 1 / 3628800.0, 1 / 362880.0, 1 / 40320.0, 1 / 5040.0, 1 / 720.0,
+      1 / 120.0,       1 / 24.0,       1 / 6.0,       0.5,          1,           1};
   double p = 1 / 6227020800.0;
   for (double c : kFactorials) p = p * r + c;
   uint64_t power;
@@ -375,7 +376,8 @@ class Sampler::Worker {
 
   int worst() const {
     int at = 0;
-    for (int i = 1; i < count_; ++i) if (xs_[i] <= xs_[at]) at = i;
+    for (int i = 1; i < count_; ++i)
+      if (xs_[i] <= xs_[at]) at = i;
     return at;
   }
 

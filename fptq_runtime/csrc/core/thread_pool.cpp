@@ -52,7 +52,9 @@ void ThreadPool::start(int tasks, Function function, const void* context) {
   }
   job_.store(job);  // sequentially consistent with sleepers_: a worker going to sleep sees the job, or we see it
   if (sleepers_.load() > 0) {
-    { std::lock_guard<std::mutex> lock(sleep_mutex_); }
+    {
+      std::lock_guard<std::mutex> lock(sleep_mutex_);
+    }
     wake_.notify_all();
   }
   work(job, 0);

@@ -30,8 +30,8 @@ class ThreadPool {
       for (int task = 0; task < tasks; ++task) fn(task, 0);
       return;
     }
-    start(tasks, [](const void* context, int task, int thread) { (*static_cast<const F*>(context))(task, thread); },
-          &fn);
+    start(
+        tasks, [](const void* context, int task, int thread) { (*static_cast<const F*>(context))(task, thread); }, &fn);
   }
 
   std::mutex& mutex() { return run_mutex_; }

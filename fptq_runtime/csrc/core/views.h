@@ -11,10 +11,10 @@ enum class KvType { kFloat32, kBfloat16, kInt8 };
 
 constexpr ptrdiff_t float_bytes(FloatType type) { return type == FloatType::kFloat32 ? 4 : 2; }
 
-constexpr int kKvChunk = 128;      // keys of one softmax partial, at absolute positions
-constexpr int kKeyBlock = 16;      // keys that lie side by side in the cache; a cache block is a multiple of it
+constexpr int kKvChunk = 128;  // keys of one softmax partial, at absolute positions
+constexpr int kKeyBlock = 16;  // keys that lie side by side in the cache; a cache block is a multiple of it
 constexpr int kMaxHeadDim = 256;
-constexpr int kTileQueries = 48;   // (token, head) rows of one attention tile
+constexpr int kTileQueries = 48;  // (token, head) rows of one attention tile
 
 // RMSNorm, or LayerNorm where `layer`.
 struct NormView {
@@ -35,9 +35,9 @@ struct HeadNormView {
 struct AttentionView {
   int num_heads, num_kv_heads, head_dim;
   float softmax_scale;
-  int sliding_window;         // 0: none
-  int rope_dim;               // of head_dim, rotated
-  const float* rope_cos;      // [positions][rope_dim / 2], null where there is no rope
+  int sliding_window;     // 0: none
+  int rope_dim;           // of head_dim, rotated
+  const float* rope_cos;  // [positions][rope_dim / 2], null where there is no rope
   const float* rope_sin;
   const float* alibi_slopes;  // [num_heads] or null
   const float* sinks;         // [num_heads] or null
@@ -55,15 +55,16 @@ struct Activation {
 };
 
 // One layer's part of the paged cache, [blocks][layers][kv heads][k | v | k scales | v scales]: what a task reads of a
-// block is one stream, and a block is large enough for huge pages to hold little else. Keys lie so that q·K runs over keys in lanes, values so that P·V runs over dimensions in lanes.
+// block is one stream, and a block is large enough for huge pages to hold little else. Keys lie so that q·K runs over
+// keys in lanes, values so that P·V runs over dimensions in lanes.
 //   floats: k [head_dim][block_size], v [block_size][padded_dim], no scales
 //   int8:   k [ceil(head_dim / 4)][block_size][4], v [block_size / 4][padded_dim][4], bytes of code + 128;
 //           scales [block_size] float
 struct KvCache {
   KvType type;
   int block_size, num_kv_heads, head_dim;
-  size_t block_bytes;   // of all layers
-  char* data;           // this layer's part of block 0
+  size_t block_bytes;  // of all layers
+  char* data;          // this layer's part of block 0
 
   int padded_dim() const { return (head_dim + 15) / 16 * 16; }
   size_t element() const { return type == KvType::kFloat32 ? 4 : type == KvType::kBfloat16 ? 2 : 1; }
@@ -82,12 +83,12 @@ struct KvCache {
 
 // Consecutive tokens of one sequence × query heads of one KV head: at most kTileQueries (token, head) rows.
 struct AttentionTile {
-  const float* q;             // [tokens][num_heads · head_dim], the first token's row
-  float* out;                 // like q
+  const float* q;  // [tokens][num_heads · head_dim], the first token's row
+  float* out;      // like q
   const int32_t* block_table;
-  int position, tokens;       // the first token's position
+  int position, tokens;  // the first token's position
   int kv_head, first_head, heads;
-  int first_chunk, chunks;    // the KV chunks to visit
+  int first_chunk, chunks;  // the KV chunks to visit
   // Null: merge into `out`. Else softmax partials [chunks of the tile][rows][2 + padded_dim] as (max, sum, values),
   // chunk first_chunk at `partials`; a row that sees no key of a chunk has max = -inf.
   float* partials;

@@ -16,15 +16,15 @@
 namespace fptq {
 namespace FPTQ_NS {
 
-constexpr int kRowBlock = 8, kIntRowBlock = 6;         // query rows that go through a chunk together
-constexpr int kFloatRows = 4;                          // rows and vectors of one register tile of floats
+constexpr int kRowBlock = 8, kIntRowBlock = 6;  // query rows that go through a chunk together
+constexpr int kFloatRows = 4;                   // rows and vectors of one register tile of floats
 constexpr int kFloatVecs = kLanes == 16 ? 4 : 2;
-constexpr int kPieceSteps = kKeyBlock / 4;              // between which lines are prefetched
-constexpr int kPrefetchRows = 12;                      // a tile of more is one of many that read the same keys
+constexpr int kPieceSteps = kKeyBlock / 4;  // between which lines are prefetched
+constexpr int kPrefetchRows = 12;           // a tile of more is one of many that read the same keys
 constexpr int kChunkBlocks = kKvChunk / kKeyBlock;
 constexpr float kInfinity = __builtin_inff();
 constexpr float kLog2e = 1.44269504f;
-constexpr float kMaxP = 32512;                         // 127 · 256: its upper byte, rounded, is still signed
+constexpr float kMaxP = 32512;  // 127 · 256: its upper byte, rounded, is still signed
 
 template <int N>
 struct Int {
@@ -138,8 +138,8 @@ static void rope_and_cache_row(const AttentionView& a, const KvCache& cache, int
 
 // One chunk of the cache as a tile sees it, in blocks of kKeyBlock keys.
 struct Chunk {
-  int base, first, last;   // the chunk's first key; the blocks that a row of the tile sees
-  int low, high;           // the keys, from `base` on
+  int base, first, last;  // the chunk's first key; the blocks that a row of the tile sees
+  int low, high;          // the keys, from `base` on
   const uint8_t* k[kChunkBlocks];
   const uint8_t* v[kChunkBlocks];
   alignas(64) float k_scale[kKvChunk], v_scale[kKvChunk];
@@ -176,7 +176,7 @@ class Prefetch {
   }
 
  private:
-  const char *head_ = nullptr, *at_ = nullptr, *end_ = nullptr;   // the head in block 0; the next line, its run's end
+  const char *head_ = nullptr, *at_ = nullptr, *end_ = nullptr;  // the head in block 0; the next line, its run's end
   size_t block_bytes_ = 0, run_ = 0;
   const int32_t* block_ = nullptr;
   int lines_ = 0, rate_ = 0, pieces_ = 0;
@@ -191,22 +191,22 @@ struct NoPrefetch {
 struct TileRows {
   const float* q[kTileQueries];
   int position[kTileQueries];
-  float slope[kTileQueries];                                // · log2 e
-  float scale[kTileQueries];                                // of q·K, in units of log 2, or of the cap
-  int32_t zero[kTileQueries];                               // 128 · Σ codes
+  float slope[kTileQueries];   // · log2 e
+  float scale[kTileQueries];   // of q·K, in units of log 2, or of the cap
+  int32_t zero[kTileQueries];  // 128 · Σ codes
   alignas(64) Code codes[kTileQueries][kMaxHeadDim];
-  float max[kTileQueries], sum[kTileQueries];               // max -inf: no key yet
-  alignas(64) float values[kTileQueries * kMaxHeadDim];     // [rows][padded_dim]
+  float max[kTileQueries], sum[kTileQueries];            // max -inf: no key yet
+  alignas(64) float values[kTileQueries * kMaxHeadDim];  // [rows][padded_dim]
 };
 
 // Rows r .. r + n of a tile on their way through one chunk.
 struct RowBlock {
   int r, n;
-  float max[kRowBlock], sum[kRowBlock];                     // max -inf: the row sees no key of the chunk
+  float max[kRowBlock], sum[kRowBlock];  // max -inf: the row sees no key of the chunk
   float p_scale[kRowBlock];
-  int32_t p_zero[kRowBlock];                                // 128 · Σ p
-  alignas(64) int32_t product[kRowBlock * kPlanes][kMaxHeadDim];   // q·K, then p·V
-  alignas(64) float score[kRowBlock][kKvChunk];             // in units of log 2, then probabilities (· value scale)
+  int32_t p_zero[kRowBlock];                                      // 128 · Σ p
+  alignas(64) int32_t product[kRowBlock * kPlanes][kMaxHeadDim];  // q·K, then p·V
+  alignas(64) float score[kRowBlock][kKvChunk];  // in units of log 2, then probabilities (· value scale)
   alignas(64) Code p[kRowBlock * kPlanes][kKvChunk];
   alignas(64) float out[kRowBlock][kMaxHeadDim];
 };
@@ -224,7 +224,8 @@ static inline void int_scores(const KvCache& cache, const Chunk& chunk, const Ti
       const uint8_t* k[lines.value];
       for (int l = 0; l < lines.value; ++l) k[l] = chunk.k[block + l];
       for (int step = 0; step < steps; step += kPieceSteps) {
-        dots.add(rows.codes[b.r + i] + 4 * step, k, step_bytes, steps - step < kPieceSteps ? steps - step : kPieceSteps);
+        dots.add(rows.codes[b.r + i] + 4 * step, k, step_bytes,
+                 steps - step < kPieceSteps ? steps - step : kPieceSteps);
         for (int l = 0; l < lines.value; ++l) k[l] += kPieceSteps * step_bytes;
         prefetch.some();
       }
@@ -296,10 +297,10 @@ template <int R, int V, class T>
 static inline void value_tile(const Chunk& chunk, RowBlock& b, int i, int d, int stride) {
   Vec acc[R][V] = {};
   for (int key = chunk.low; key < chunk.high;) {
-    const int end = key / kKeyBlock * kKeyBlock + kKeyBlock < chunk.high ? key / kKeyBlock * kKeyBlock + kKeyBlock
-                                                                         : chunk.high;
-    const T* row = reinterpret_cast<const T*>(chunk.v[key / kKeyBlock]) +
-                   static_cast<size_t>(key % kKeyBlock) * stride + d;
+    const int end =
+        key / kKeyBlock * kKeyBlock + kKeyBlock < chunk.high ? key / kKeyBlock * kKeyBlock + kKeyBlock : chunk.high;
+    const T* row =
+        reinterpret_cast<const T*>(chunk.v[key / kKeyBlock]) + static_cast<size_t>(key % kKeyBlock) * stride + d;
     for (; key < end; ++key, row += stride) {
       Vec x[V];
       for (int v = 0; v < V; ++v) x[v] = widen(row + v * kLanes);
@@ -317,23 +318,22 @@ template <class T>
 static inline void float_values(const KvCache& cache, const Chunk& chunk, RowBlock& b) {
   const int padded = cache.padded_dim();
   tiles<kFloatVecs>(padded / kLanes, [&](auto width, int v) {
-    tiles<kFloatRows>(b.n, [&](auto n, int i) {
-      value_tile<n.value, width.value, T>(chunk, b, i, v * kLanes, padded);
-    });
+    tiles<kFloatRows>(b.n,
+                      [&](auto n, int i) { value_tile<n.value, width.value, T>(chunk, b, i, v * kLanes, padded); });
   });
 }
 
 // Turns scores into probabilities, times the value scale and quantized if Int8; sets max and sum. Each pass goes over
 // all rows, so that one row's reduction waits beside another's arithmetic.
 template <bool Int8, bool Capped, class P>
-static inline void softmax(const AttentionView& a, const Chunk& chunk, const TileRows& rows, RowBlock& b,
-                           P& prefetch) {
+static inline void softmax(const AttentionView& a, const Chunk& chunk, const TileRows& rows, RowBlock& b, P& prefetch) {
   IntVec lane;
   for (int i = 0; i < kLanes; ++i) lane[i] = i;
   int lows[kRowBlock], highs[kRowBlock];  // the keys that a row sees
   for (int i = 0; i < b.n; ++i) {
     const int position = rows.position[b.r + i];
-    const int low = a.sliding_window ? position - a.sliding_window + 1 - chunk.base : 0, high = position + 1 - chunk.base;
+    const int low = a.sliding_window ? position - a.sliding_window + 1 - chunk.base : 0,
+              high = position + 1 - chunk.base;
     lows[i] = low < 0 ? 0 : low;
     highs[i] = high > kKvChunk ? kKvChunk : high;
   }
@@ -434,8 +434,7 @@ static inline void merge(float& max, float& sum, float* values, float chunk_max,
   max = top;
   sum = sum * old_scale + chunk_sum * new_scale;
   const Vec x = splat(old_scale), y = splat(new_scale);
-  for (int d = 0; d < padded_dim; d += kLanes)
-    store(values + d, fma(load(chunk + d), y, load(values + d) * x));
+  for (int d = 0; d < padded_dim; d += kLanes) store(values + d, fma(load(chunk + d), y, load(values + d) * x));
 }
 
 static Chunk find_chunk(const AttentionView& a, const KvCache& cache, const AttentionTile& tile, int index) {
@@ -452,8 +451,8 @@ static Chunk find_chunk(const AttentionView& a, const KvCache& cache, const Atte
     const int key = c.base + b * kKeyBlock, within = key % cache.block_size;
     const int block = tile.block_table[key / cache.block_size];
     c.k[b] = reinterpret_cast<const uint8_t*>(cache.k(block, tile.kv_head)) + within * cache.element() * (int8 ? 4 : 1);
-    c.v[b] = reinterpret_cast<const uint8_t*>(cache.v(block, tile.kv_head)) +
-             within * cache.element() * cache.padded_dim();
+    c.v[b] =
+        reinterpret_cast<const uint8_t*>(cache.v(block, tile.kv_head)) + within * cache.element() * cache.padded_dim();
     if (int8) {
       const float* k_scale = cache.k_scale(block, tile.kv_head) + within;
       const float* v_scale = cache.v_scale(block, tile.kv_head) + within;

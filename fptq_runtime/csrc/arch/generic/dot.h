@@ -1,8 +1,8 @@
 // Integer dot products against an int8 KV cache, whose codes lie as bytes + 128 in lines of 64: byte 4j + b is that of
 // column j and k = 4 · step + b. Included by attention.h only.
 //
-// Dots<R, L, Stride>: R rows of codes, `Stride` apart, by L lines. add() sums row · line over steps, which for every line
-// lie step_bytes apart; store() writes 16 sums a line. Sums are of the bytes as they lie: 128 · Σ row too large.
+// Dots<R, L, Stride>: R rows of codes, `Stride` apart, by L lines. add() sums row · line over steps, which for every
+// line lie step_bytes apart; store() writes 16 sums a line. Sums are of the bytes as they lie: 128 · Σ row too large.
 #pragma once
 
 #include <cstddef>
@@ -15,9 +15,9 @@
 namespace fptq {
 namespace FPTQ_NS {
 
-#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)   // FPTQ_EVEX256 has the first
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)  // FPTQ_EVEX256 has the first
 using Code = int8_t;
-constexpr int kPlanes = 2;   // rows of bytes that a row of 15-bit numbers takes: 256 · first + second
+constexpr int kPlanes = 2;  // rows of bytes that a row of 15-bit numbers takes: 256 · first + second
 using Int32Alias [[gnu::may_alias]] = int32_t;
 #else
 using Code = int16_t;
@@ -72,7 +72,7 @@ struct Dots {
 #elif defined(__AVX512VNNI__) || defined(__AVXVNNI__)
 
 #if defined(FPTQ_EVEX256)
-#define FPTQ_VEX ""   // the AVX-VNNI tile in AVX-512VL's encoding, to be tested where that is what the CPU has
+#define FPTQ_VEX ""  // the AVX-VNNI tile in AVX-512VL's encoding, to be tested where that is what the CPU has
 #else
 #define FPTQ_VEX "%{vex%} "
 #endif
@@ -97,9 +97,8 @@ struct Dots {
 #pragma GCC unroll 6
       for (int r = 0; r < R; ++r) {
         __m256i b;
-        asm("vpbroadcastd %[a], %[b]\n\t"
-            FPTQ_VEX "vpdpbusd %[b], %[x0], %[acc0]\n\t"
-            FPTQ_VEX "vpdpbusd %[b], %[x1], %[acc1]"
+        asm("vpbroadcastd %[a], %[b]\n\t" FPTQ_VEX "vpdpbusd %[b], %[x0], %[acc0]\n\t" FPTQ_VEX
+            "vpdpbusd %[b], %[x1], %[acc1]"
             : [acc0] "+x"(acc[r][0]), [acc1] "+x"(acc[r][1]), [b] "=&x"(b)
             : [x0] "x"(x0), [x1] "x"(x1), [a] "m"(*reinterpret_cast<const Int32Alias*>(a + r * Stride)));
       }
@@ -110,8 +109,7 @@ struct Dots {
 #pragma GCC unroll 6
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
-      for (int h = 0; h < 2; ++h)
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + r * stride + 8 * h), acc[r][h]);
+      for (int h = 0; h < 2; ++h) _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + r * stride + 8 * h), acc[r][h]);
   }
 };
 

@@ -18,7 +18,7 @@ namespace {
 
 // A few groups of one tile, R rows by one 64-column panel.
 struct Tile {
-  const int8_t* a;       // row r of step s at a + s · a_stride + r · 4
+  const int8_t* a;  // row r of step s at a + s · a_stride + r · 4
   ptrdiff_t a_stride;
   const uint8_t* w;      // the panel from the first group on
   const int32_t* sums;   // row r's sum of 32-block b at sums[b · kSumRows + r]
@@ -29,10 +29,10 @@ struct Tile {
 };
 
 struct FloatTile {
-  const float* x;   // [R][ldx]
+  const float* x;  // [R][ldx]
   ptrdiff_t ldx;
-  const void* w;    // [k][64]
-  float* f;         // [R][64]
+  const void* w;  // [k][64]
+  float* f;       // [R][64]
 };
 
 // Bytes of weights that every tile of a chunk reads before the next ones: of a few tiles the next block arrives in L1
@@ -43,8 +43,8 @@ constexpr int kBlockBytes = 32768;
 constexpr int kBlockBytes = 8192;
 #endif
 constexpr int kFewTiles = 2, kFewTilesBlockBytes = 8192;
-constexpr int kMaxGroups = kBlockBytes * 2 / kPanelCols / kSumGroup;   // in a block
-constexpr int kAhead = 4096;        // bytes between a weight's prefetch and its use, where a block is walked over once
+constexpr int kMaxGroups = kBlockBytes * 2 / kPanelCols / kSumGroup;  // in a block
+constexpr int kAhead = 4096;  // bytes between a weight's prefetch and its use, where a block is walked over once
 
 inline int smaller(int a, int b) { return a < b ? a : b; }
 
@@ -60,10 +60,10 @@ inline int32_t zero_point(const int32_t* sums, int count, uint32_t zero) {
 }  // namespace fptq::FPTQ_NS
 
 // Each defines add_groups<Bits, R>(tile, groups, steps), which adds `groups` groups of `steps` · 4 codes to f and walks
-// over the weights passes(Bits, R) times, add_products<Type, R>(tile, k), widen_weights<Bits>(w, scales, out), which makes
-// kSumGroup k of a panel floats [k][64] of code · scale, add_weights<Bits, R>(tile, scales), which adds such products
-// without memory between, and quantize_block(x, scale, codes), which quantizes 32 floats (NaN as 127) and returns the
-// sum of the codes.
+// over the weights passes(Bits, R) times, add_products<Type, R>(tile, k), widen_weights<Bits>(w, scales, out), which
+// makes kSumGroup k of a panel floats [k][64] of code · scale, add_weights<Bits, R>(tile, scales), which adds such
+// products without memory between, and quantize_block(x, scale, codes), which quantizes 32 floats (NaN as 127) and
+// returns the sum of the codes.
 #if defined(__AVX512VNNI__) && !defined(FPTQ_EVEX256)
 #include "arch/x86/gemm_avx512.h"
 #elif defined(__AVX2__)
@@ -75,39 +75,54 @@ inline int32_t zero_point(const int32_t* sums, int count, uint32_t zero) {
 namespace fptq::FPTQ_NS {
 namespace {
 
-constexpr int kChunkRows = 8 * kTileRows;   // rows whose float sums are kept at once
+constexpr int kChunkRows = 8 * kTileRows;  // rows whose float sums are kept at once
 template <int Bits>
 void add_groups(int rows, const Tile& tile, int groups, int steps) {
   switch (rows) {
-    case 1: return add_groups<Bits, 1>(tile, groups, steps);
-    case 2: return add_groups<Bits, 2>(tile, groups, steps);
-    case 3: return add_groups<Bits, 3>(tile, groups, steps);
-    case 4: return add_groups<Bits, 4>(tile, groups, steps);
-    case 5: return add_groups<Bits, 5>(tile, groups, steps);
-    default: return add_groups<Bits, 6>(tile, groups, steps);
+    case 1:
+      return add_groups<Bits, 1>(tile, groups, steps);
+    case 2:
+      return add_groups<Bits, 2>(tile, groups, steps);
+    case 3:
+      return add_groups<Bits, 3>(tile, groups, steps);
+    case 4:
+      return add_groups<Bits, 4>(tile, groups, steps);
+    case 5:
+      return add_groups<Bits, 5>(tile, groups, steps);
+    default:
+      return add_groups<Bits, 6>(tile, groups, steps);
   }
 }
 
 template <FloatType Type>
 void add_products(int rows, const FloatTile& tile, int k) {
   switch (rows) {
-    case 1: return add_products<Type, 1>(tile, k);
-    case 2: return add_products<Type, 2>(tile, k);
-    case 3: return add_products<Type, 3>(tile, k);
-    case 4: return add_products<Type, 4>(tile, k);
-    case 5: return add_products<Type, 5>(tile, k);
-    default: return add_products<Type, 6>(tile, k);
+    case 1:
+      return add_products<Type, 1>(tile, k);
+    case 2:
+      return add_products<Type, 2>(tile, k);
+    case 3:
+      return add_products<Type, 3>(tile, k);
+    case 4:
+      return add_products<Type, 4>(tile, k);
+    case 5:
+      return add_products<Type, 5>(tile, k);
+    default:
+      return add_products<Type, 6>(tile, k);
   }
 }
 
-constexpr int kFewRows = 3;   // that weights are widened for in registers; for more it is done once for all, in L1
+constexpr int kFewRows = 3;  // that weights are widened for in registers; for more it is done once for all, in L1
 
 template <int Bits>
 void add_weights(int rows, const FloatTile& tile, const float* scales) {
   switch (rows) {
-    case 1: return add_weights<Bits, 1>(tile, scales);
-    case 2: return add_weights<Bits, 2>(tile, scales);
-    default: return add_weights<Bits, 3>(tile, scales);
+    case 1:
+      return add_weights<Bits, 1>(tile, scales);
+    case 2:
+      return add_weights<Bits, 2>(tile, scales);
+    default:
+      return add_weights<Bits, 3>(tile, scales);
   }
 }
 
@@ -147,7 +162,7 @@ void gemm_int(const Activations& x, const PackedWeight& w, const Epilogue& e, in
   const int steps = (w.k + kSumGroup - 1) / kSumGroup * (kSumGroup / 4);
   const int group_steps = w.group_size / 4;
   const int groups = (steps + group_steps - 1) / group_steps;
-  const int whole_groups = steps / group_steps;   // the last group may be cut short by K
+  const int whole_groups = steps / group_steps;  // the last group may be cut short by K
   alignas(64) float f[kChunkRows * kPanelCols], wide[kMaxGroups * kPanelCols];
 
   for (int p = p0; p < p1; ++p) {
@@ -159,7 +174,8 @@ void gemm_int(const Activations& x, const PackedWeight& w, const Epilogue& e, in
       const bool few = walks > 1 && tiles <= kFewTiles;
       const int block_steps = (few ? kFewTilesBlockBytes : kBlockBytes) / kStepBytes;
       int block = group_steps < block_steps ? block_steps / group_steps : 1;
-      if (few) while (groups % block) --block;
+      if (few)
+        while (groups % block) --block;
       std::memset(f, 0, static_cast<size_t>(c1 - c0) * kPanelCols * sizeof(float));
       for (int g = 0, count; g < groups; g += count) {
         count = g < whole_groups ? smaller(block, whole_groups - g) : 1;
@@ -221,7 +237,7 @@ void gemm_float_as(const float* x, const FloatWeight& w, const Epilogue& e, int 
 
 template <int Bits>
 void gemm_weight_only_as(const float* x, const PackedWeight& w, const Epilogue& e, int m0, int m1, int p0, int p1) {
-  constexpr int kBlock = 64;   // its floats stay in L1
+  constexpr int kBlock = 64;  // its floats stay in L1
   const ptrdiff_t blocks = (w.k + kSumGroup - 1) / kSumGroup, groups = (w.k + w.group_size - 1) / w.group_size;
   alignas(64) float wide[kPanelCols], floats[kBlock * kPanelCols];
   gemm_rows<kBlock>(w.n, w.k, e, m0, m1, p0, p1, [&](int p, int k0, int count, ptrdiff_t c0, int c1, float* f) {
@@ -267,8 +283,8 @@ int32_t max_bits(const float* x, int n) {
   return max;
 }
 
-// Codes half to even. A NaN or infinity in a dynamic row makes its scale, and so its outputs, NaN or infinite: the other
-// rows are safe.
+// Codes half to even. A NaN or infinity in a dynamic row makes its scale, and so its outputs, NaN or infinite: the
+// other rows are safe.
 void quantize_part(const float* x, ptrdiff_t ldx, int m0, int m1, const float* scales, int k0, int n,
                    Activations& out) {
   const int blocks = (out.k + kSumGroup - 1) / kSumGroup;
@@ -276,7 +292,8 @@ void quantize_part(const float* x, ptrdiff_t ldx, int m0, int m1, const float* s
     const int panel = panel_of(m, out.rows), begin = panel_begin(panel, out.rows);
     const int height = panel_begin(panel + 1, out.rows) - begin;
     end = smaller(begin + height, m1);
-    int8_t* codes = out.codes + begin * static_cast<ptrdiff_t>(blocks) * kSumGroup + static_cast<ptrdiff_t>(k0) * height;
+    int8_t* codes =
+        out.codes + begin * static_cast<ptrdiff_t>(blocks) * kSumGroup + static_cast<ptrdiff_t>(k0) * height;
     int32_t* sums = out.sums + (panel * static_cast<ptrdiff_t>(blocks) + k0 / kSumGroup) * kSumRows;
     for (int row = m; row < end; ++row, x += ldx) {
       const float scale = scales[row - m0];

@@ -11,7 +11,7 @@ constexpr const char* kGemmFloatName = "float32, plain C++";
 constexpr int passes(int, int) { return 1; }
 
 inline int32_t quantize_block(const float* x, float scale, int8_t* codes) {
-  constexpr float kRound = 0x1.8p23f;   // adding it rounds to an integer, half to even
+  constexpr float kRound = 0x1.8p23f;  // adding it rounds to an integer, half to even
   int32_t sum = 0;
   for (int i = 0; i < kSumGroup; ++i) {
     float v = x[i] / scale;
@@ -44,7 +44,7 @@ void add_groups(const Tile& t, int groups, int steps) {
   for (int g = 0; g < groups; ++g) {
     int32_t acc[R][kPanelCols] = {};
     for (int s = 0; s < steps; ++s, a += t.a_stride) {
-      int16_t codes[4][kPanelCols];   // [k][column]
+      int16_t codes[4][kPanelCols];  // [k][column]
       for (int b = 0; b < 4; ++b) {
         if constexpr (Bits == 4) {
           for (int j = 0; j < kPanelCols; ++j) {
@@ -64,7 +64,7 @@ void add_groups(const Tile& t, int groups, int steps) {
     }
     for (int r = 0; r < R; ++r) {
       for (int j = 0; j < kPanelCols; ++j) {
-        const int high = Bits == 4 && j / 16 % 2 ? 16 : 1;   // the packed scale of a high column is divided by 16
+        const int high = Bits == 4 && j / 16 % 2 ? 16 : 1;  // the packed scale of a high column is divided by 16
         float& f = t.f[r * kPanelCols + j];
         f = __builtin_fmaf(static_cast<float>(acc[r][j] * high), t.scales[g * kPanelCols + j], f);
       }
@@ -79,7 +79,7 @@ void widen_weights(const uint8_t* w, const float* scales, float* out) {
     for (int j = 0; j < kPanelCols; ++j) {
       if constexpr (Bits == 4) {
         const int byte = step[j / 32 * 64 + j % 16 * 4];
-        const int code = j / 16 % 2 ? (byte & 240) - 128 : (byte & 15) - 8;   // a high column's is 16 times as large
+        const int code = j / 16 % 2 ? (byte & 240) - 128 : (byte & 15) - 8;  // a high column's is 16 times as large
         out[j] = static_cast<float>(code) * scales[j];
       } else {
         out[j] = static_cast<float>(step[4 * j] - 128) * scales[j];

@@ -45,9 +45,7 @@ static inline void each_vector(int n, F f) {
 }
 
 static inline Vec load_lanes(const float* p, int lanes) { return lanes == kLanes ? load(p) : load_part(p, lanes); }
-static inline void store_lanes(float* p, Vec v, int lanes) {
-  lanes == kLanes ? store(p, v) : store_part(p, v, lanes);
-}
+static inline void store_lanes(float* p, Vec v, int lanes) { lanes == kLanes ? store(p, v) : store_part(p, v, lanes); }
 
 // out may be x.
 static void norm_row(const NormView& norm, const float* x, float* out) {
@@ -55,10 +53,12 @@ static void norm_row(const NormView& norm, const float* x, float* out) {
   float mean = 0;
   if (norm.layer) mean = reduce(x, n, [](Vec v, Vec acc) { return acc + v; }) / n;
   const Vec center = splat(mean);
-  const float variance = reduce(x, n, [center](Vec v, Vec acc) {
-    const Vec d = v - center;
-    return fma(d, d, acc);
-  }) / n;
+  const float variance = reduce(x, n,
+                                [center](Vec v, Vec acc) {
+                                  const Vec d = v - center;
+                                  return fma(d, d, acc);
+                                }) /
+                         n;
   const Vec scale = splat(1.0f / __builtin_sqrtf(variance + norm.eps));
   each_vector(n, [&](int i, int lanes) {
     Vec y = (load_lanes(x + i, lanes) - center) * scale * load_lanes(norm.weight + i, lanes);
@@ -77,8 +77,8 @@ static inline Vec gelu_tanh(Vec x) {
   return sigmoid_times(x, splat(1.5957691216f) * x * fma(splat(0.044715f) * x, x, splat(1.0f)));
 }
 
-// x Φ(x), of the tail Φ(-|x|) = erfc(y) / 2, y = |x| / √2, that keeps its relative precision. After Abramowitz and Stegun
-// 7.1.26: e^(y²) erfc(y) = t q(t), t = 1 / (1 + y/2), q a minimax polynomial of degree 8 (relative error 4e-8).
+// x Φ(x), of the tail Φ(-|x|) = erfc(y) / 2, y = |x| / √2, that keeps its relative precision. After Abramowitz and
+// Stegun 7.1.26: e^(y²) erfc(y) = t q(t), t = 1 / (1 + y/2), q a minimax polynomial of degree 8 (relative error 4e-8).
 static inline Vec gelu(Vec x) {
   const Vec magnitude = reinterpret_cast<Vec>(bits(x) & 0x7fffffff);
   const Vec t = splat(1.0f) / fma(magnitude, splat(0.35355339f), splat(1.0f));
@@ -112,17 +112,22 @@ static inline int32_t activate(int n, float* out, F f) {
 static int32_t activate_row(const Activation& activation, const float* x, const float* up, int n, float* out) {
   const auto by = [=](auto curve) {
     if (!activation.gated) return activate(n, out, [=](int i, int lanes) { return curve(load_lanes(x + i, lanes)); });
-    return activate(n, out, [=](int i, int lanes) {
-      return curve(load_lanes(x + i, lanes)) * load_lanes(up + i, lanes);
-    });
+    return activate(n, out,
+                    [=](int i, int lanes) { return curve(load_lanes(x + i, lanes)) * load_lanes(up + i, lanes); });
   };
   switch (activation.curve) {  // lambdas, because each type is compiled, and inlined, by itself
-    case Curve::kSilu: return by([](Vec v) { return silu(v); });
-    case Curve::kGeluTanh: return by([](Vec v) { return gelu_tanh(v); });
-    case Curve::kGelu: return by([](Vec v) { return gelu(v); });
-    case Curve::kRelu: return by([](Vec v) { return relu(v); });
-    case Curve::kRelu2: return by([](Vec v) { return relu(v) * relu(v); });
-    case Curve::kClampedSwiglu: break;
+    case Curve::kSilu:
+      return by([](Vec v) { return silu(v); });
+    case Curve::kGeluTanh:
+      return by([](Vec v) { return gelu_tanh(v); });
+    case Curve::kGelu:
+      return by([](Vec v) { return gelu(v); });
+    case Curve::kRelu:
+      return by([](Vec v) { return relu(v); });
+    case Curve::kRelu2:
+      return by([](Vec v) { return relu(v) * relu(v); });
+    case Curve::kClampedSwiglu:
+      break;
   }
   const Vec limit = splat(activation.limit);
   return activate(n, out, [=](int i, int lanes) {
@@ -133,9 +138,8 @@ static int32_t activate_row(const Activation& activation, const float* x, const 
 }
 
 static void add_row(const float* x, const float* y, int n, float* out) {
-  each_vector(n, [&](int i, int lanes) {
-    store_lanes(out + i, load_lanes(x + i, lanes) + load_lanes(y + i, lanes), lanes);
-  });
+  each_vector(
+      n, [&](int i, int lanes) { store_lanes(out + i, load_lanes(x + i, lanes) + load_lanes(y + i, lanes), lanes); });
 }
 
 static void scale_row(const float* x, float factor, int n, float* out) {

@@ -29,11 +29,11 @@ float stored_scale(size_t row, int bits, float scale) { return bits == 4 && row 
 
 void pack_weight(const CodeRows& codes, const float* scale, size_t p, PackedWeight& packed) {
   const size_t n = packed.n, k = packed.k, kp = padded(packed.k);
-  const size_t row_bytes = kPanelCols * packed.bits / 2;   // of four k
+  const size_t row_bytes = kPanelCols * packed.bits / 2;  // of four k
   const size_t rows = std::min<size_t>(kPanelCols, n - p * kPanelCols);
   uint8_t* line = packed.data + p * (kp / 4) * row_bytes;
   for (size_t k0 = 0; k0 < kp; k0 += kCodeBlock) {
-    uint32_t words[kCodeBlock / 4][kPanelCols] = {};   // four codes of each column
+    uint32_t words[kCodeBlock / 4][kPanelCols] = {};  // four codes of each column
     for (size_t j = 0; j < rows; ++j) {
       uint32_t row[kCodeBlock / 4];
       codes.load(codes, p * kPanelCols + j, k0, std::min<size_t>(kCodeBlock, k - k0), row);
@@ -69,7 +69,7 @@ size_t float_size(int n, int k) { return columns(n) * k; }
 
 template <class T>
 void pack_float_as(const T* weight, T* data, size_t n, size_t k, size_t p) {
-  constexpr size_t kBlockK = 64 / sizeof(T);   // a cache line of each row
+  constexpr size_t kBlockK = 64 / sizeof(T);  // a cache line of each row
   const size_t rows = std::min<size_t>(kPanelCols, n - p * kPanelCols);
   const T* source = weight + p * kPanelCols * k;
   T* panel = data + p * kPanelCols * k;
@@ -86,8 +86,7 @@ void pack_float(const void* weight, size_t p, FloatWeight& packed) {
   const size_t n = packed.n, k = packed.k;
   if (float_bytes(packed.type) == 2)
     pack_float_as(static_cast<const uint16_t*>(weight), static_cast<uint16_t*>(packed.data), n, k, p);
-  else
-    pack_float_as(static_cast<const uint32_t*>(weight), static_cast<uint32_t*>(packed.data), n, k, p);
+  else pack_float_as(static_cast<const uint32_t*>(weight), static_cast<uint32_t*>(packed.data), n, k, p);
 }
 
 }  // namespace

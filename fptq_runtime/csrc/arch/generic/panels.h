@@ -1,4 +1,5 @@
-// The layout of the generic and the AVX2, AVX-VNNI and AVX-512 VNNI paths: int8 products in fours of k, 64 columns wide.
+// The layout of the generic and the AVX2, AVX-VNNI and AVX-512 VNNI paths: int8 products in fours of k, 64 columns
+// wide.
 //
 // Activations lie panel by panel as the GEMM reads them: a panel of R rows from row m on at m · Kp, [Kp/4][R][4], zero
 // beyond K; Kp = K rounded up to 32. Their sums are [ceil(M/6)][Kp/32][8]; 8 more are read, not used, beyond the last.
@@ -16,8 +17,8 @@ namespace fptq {
 
 constexpr int kTileRows = 6;
 constexpr int kPanelCols = 64;
-constexpr int kSumGroup = 32;   // activations carry one sum per 32 k
-constexpr int kSumRows = 8;     // stride of an activation panel's sums
+constexpr int kSumGroup = 32;  // activations carry one sum per 32 k
+constexpr int kSumRows = 8;    // stride of an activation panel's sums
 
 static inline int panel_begin(int panel, int rows) { return panel_begin(panel, rows, kTileRows); }
 static inline int panel_of(int row, int rows) { return panel_of(row, rows, kTileRows); }

@@ -1,16 +1,16 @@
-// The sampler's loops over a vocabulary. Included by arch/kernels.cpp only. No fused multiply-add, and sums over 16 lanes
-// whatever the native width: every ISA gives the same bits.
+// The sampler's loops over a vocabulary. Included by arch/kernels.cpp only. No fused multiply-add, and sums over 16
+// lanes whatever the native width: every ISA gives the same bits.
 #pragma once
 
-#include "core/dispatch.h"
 #include "arch/generic/simd.h"
+#include "core/dispatch.h"
 
 namespace fptq {
 namespace FPTQ_NS {
 
 constexpr int kSumLanes = 16, kParts = kSumLanes / kLanes;
-constexpr int kAbreast = 4;   // vectors computed abreast: one alone would wait for its own results most of the time
-constexpr int kStride = 64;   // values that are whole numbers of those on any ISA
+constexpr int kAbreast = 4;  // vectors computed abreast: one alone would wait for its own results most of the time
+constexpr int kStride = 64;  // values that are whole numbers of those on any ISA
 
 // Each t becomes 2^t, t <= 0, within 2e-7; 0 below 2^-126. t = n + f, |f| <= 1/2, and a minimax polynomial in f.
 static inline void exp2_negative(Vec (&t)[kAbreast]) {

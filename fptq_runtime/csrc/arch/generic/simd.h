@@ -215,8 +215,8 @@ static inline Vec tanh(Vec x) {
   return magnitude < splat(0.625f) ? small : reinterpret_cast<Vec>(bits(large) | (bits(x) & INT32_MIN));
 }
 
-// 2^x within 3 ulp for x in [-125, 127]: 2^n by adding to the exponent bits, and a minimax polynomial of degree 5 on the
-// rest, [-1/2, 1/2] (relative error 9.2e-8). NaN stays NaN.
+// 2^x within 3 ulp for x in [-125, 127]: 2^n by adding to the exponent bits, and a minimax polynomial of degree 5 on
+// the rest, [-1/2, 1/2] (relative error 9.2e-8). NaN stays NaN.
 static inline Vec exp2(Vec x) {
   const Vec shifted = x + splat(kRound);
   const Vec r = x - (shifted - splat(kRound));

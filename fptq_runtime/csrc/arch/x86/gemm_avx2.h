@@ -11,7 +11,7 @@ namespace {
 #define FPTQ_VNNI
 #endif
 #if defined(FPTQ_EVEX256)
-#define FPTQ_VNNI_PREFIX   // a test build: AVX-512VL's encoding of the same instruction
+#define FPTQ_VNNI_PREFIX  // a test build: AVX-512VL's encoding of the same instruction
 #else
 #define FPTQ_VNNI_PREFIX "%{vex%} "
 #endif
@@ -57,7 +57,7 @@ constexpr int at_once(int bits, int rows) {
   return rows == 1 ? 8 : rows <= 3 ? 4 : 2;
 #else
   if (bits == 4) return rows <= 3 ? 2 : 1;
-  return rows == 1 ? 8 : rows <= 3 ? 4 : 2;   // each of 4 columns
+  return rows == 1 ? 8 : rows <= 3 ? 4 : 2;  // each of 4 columns
 #endif
 }
 
@@ -85,9 +85,8 @@ constexpr int low_column(int h) { return h / 2 * 32 + h % 2 * 8; }
 // acc0 += w0 · a, acc1 += w1 · a, four unsigned by four signed bytes a lane.
 inline void dot(__m256i& acc0, __m256i& acc1, __m256i w0, __m256i w1, const int8_t* a) {
   __m256i x;
-  asm("vpbroadcastd %[a], %[x]\n\t"
-      FPTQ_VNNI_PREFIX "vpdpbusd %[x], %[w0], %[acc0]\n\t"
-      FPTQ_VNNI_PREFIX "vpdpbusd %[x], %[w1], %[acc1]"
+  asm("vpbroadcastd %[a], %[x]\n\t" FPTQ_VNNI_PREFIX "vpdpbusd %[x], %[w0], %[acc0]\n\t" FPTQ_VNNI_PREFIX
+      "vpdpbusd %[x], %[w1], %[acc1]"
       : [acc0] "+x"(acc0), [acc1] "+x"(acc1), [x] "=&x"(x)
       : [w0] "x"(w0), [w1] "x"(w1), [a] "m"(*reinterpret_cast<const Int32Alias*>(a)));
 }
@@ -167,7 +166,9 @@ template <bool First>
 inline void dot_pairs(__m256i (&sum)[1], const __m256i (&w)[1], const int8_t* a) {
   const auto& word = *reinterpret_cast<const Int32Alias*>(a);
   if constexpr (First) {
-    asm("vpbroadcastd %[a], %[sum]\n\tvpmaddubsw %[sum], %[w], %[sum]" : [sum] "=&x"(sum[0]) : [w] "x"(w[0]), [a] "m"(word));
+    asm("vpbroadcastd %[a], %[sum]\n\tvpmaddubsw %[sum], %[w], %[sum]"
+        : [sum] "=&x"(sum[0])
+        : [w] "x"(w[0]), [a] "m"(word));
   } else {
     __m256i x;
     asm("vpbroadcastd %[a], %[x]\n\t"
@@ -234,8 +235,7 @@ void add_nibbles(const Tile& t, int steps, int h) {
       const __m256i p = load(w);
       __m256i codes[V];
 #pragma GCC unroll 2
-      for (int v = 0; v < V; ++v)
-        codes[v] = _mm256_and_si256(First + v == 1 ? _mm256_srli_epi16(p, 4) : p, nibble);
+      for (int v = 0; v < V; ++v) codes[v] = _mm256_and_si256(First + v == 1 ? _mm256_srli_epi16(p, 4) : p, nibble);
 #pragma GCC unroll 6
       for (int r = 0; r < R; ++r)
         i == 0 ? dot_pairs<true>(sum[r], codes, a + 4 * r) : dot_pairs<false>(sum[r], codes, a + 4 * r);
@@ -327,7 +327,9 @@ void add_groups(const Tile& t, int groups, int steps) {
 // f(k, c, v) for 8 columns of each k, the c-th of the four vectors in the panel's half `side`, from column
 // half_column<Bits>(c) of it on: fma(code, scale, -zero · scale) rounds as (code - zero) · scale does.
 template <int Bits>
-constexpr int half_column(int c) { return Bits == 4 ? c / 2 * 8 + c % 2 * 16 : 8 * c; }
+constexpr int half_column(int c) {
+  return Bits == 4 ? c / 2 * 8 + c % 2 * 16 : 8 * c;
+}
 
 template <int Bits, class F>
 [[gnu::always_inline]] inline void each_weight(const uint8_t* w, const float* scales, int side, const F& f) {
@@ -374,8 +376,9 @@ template <int Bits, int R>
     each_weight<Bits>(static_cast<const uint8_t*>(t.w), scales, side,
                       [&acc, x = t.x, ldx = t.ldx](int k, int c, __m256 v) __attribute__((always_inline)) {
 #pragma GCC unroll 3
-      for (int r = 0; r < R; ++r) acc[r][c] = _mm256_fmadd_ps(v, _mm256_set1_ps(x[r * ldx + k]), acc[r][c]);
-    });
+                        for (int r = 0; r < R; ++r)
+                          acc[r][c] = _mm256_fmadd_ps(v, _mm256_set1_ps(x[r * ldx + k]), acc[r][c]);
+                      });
 #pragma GCC unroll 3
     for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
@@ -398,7 +401,7 @@ inline __m256 widen_eight(const char* w) {
 
 template <FloatType Type, int R>
 void add_products(const FloatTile& t, int k) {
-  constexpr int kVectors = R == 1 ? 8 : R <= 3 ? 4 : 2;   // of 8 columns
+  constexpr int kVectors = R == 1 ? 8 : R <= 3 ? 4 : 2;  // of 8 columns
   constexpr int kElement = float_bytes(Type);
   for (int c0 = 0; c0 < kPanelCols; c0 += 8 * kVectors) {
     __m256 acc[R][kVectors];

@@ -23,8 +23,8 @@ inline void dot(__m512i (&acc)[4], const __m512i (&w)[4], const int8_t* a) {
       "vpdpbusd %[x], %[w2], %[acc2]\n\t"
       "vpdpbusd %[x], %[w3], %[acc3]"
       : [acc0] "+v"(acc[0]), [acc1] "+v"(acc[1]), [acc2] "+v"(acc[2]), [acc3] "+v"(acc[3]), [x] "=&v"(x)
-      : [w0] "v"(w[0]), [w1] "v"(w[1]), [w2] "v"(w[2]), [w3] "v"(w[3]),
-        [a] "m"(*reinterpret_cast<const Int32Alias*>(a)));
+      :
+      [w0] "v"(w[0]), [w1] "v"(w[1]), [w2] "v"(w[2]), [w3] "v"(w[3]), [a] "m"(*reinterpret_cast<const Int32Alias*>(a)));
 }
 
 inline void dot(__m512i (&acc)[2], const __m512i (&w)[2], const int8_t* a) {
@@ -77,7 +77,7 @@ template <int Bits, int R>
 [[gnu::noinline]] void add_groups(const Tile& t, int groups, int steps) {
   constexpr int V = 4 / passes(Bits, R);
   constexpr int kStepLines = Bits / 2, kLines = kStepLines * V / 4;
-  constexpr int kUnroll = R == 1 ? 2 : 1;   // steps with accumulators of their own: four chains do not fill the units
+  constexpr int kUnroll = R == 1 ? 2 : 1;  // steps with accumulators of their own: four chains do not fill the units
   const __m512i nibble = _mm512_set1_epi8(15);
 
   alignas(64) int32_t zero[kMaxGroups][2][8];
@@ -201,8 +201,9 @@ template <int Bits, int R>
   each_weight<Bits>(static_cast<const uint8_t*>(t.w), scales,
                     [&acc, x = t.x, ldx = t.ldx](int k, int c, __m512 v) __attribute__((always_inline)) {
 #pragma GCC unroll 3
-    for (int r = 0; r < R; ++r) acc[r][c] = _mm512_fmadd_ps(v, _mm512_set1_ps(x[r * ldx + k]), acc[r][c]);
-  });
+                      for (int r = 0; r < R; ++r)
+                        acc[r][c] = _mm512_fmadd_ps(v, _mm512_set1_ps(x[r * ldx + k]), acc[r][c]);
+                    });
 #pragma GCC unroll 3
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
