@@ -9,7 +9,7 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
 INSTALLED := $(VENV)/.installed
 DEV_INSTALLED := $(VENV)/.dev-installed
-CSRC := $(shell find fptq_runtime/csrc tests/kernels -name '*.h' -o -name '*.cpp')
+CSRC := $(shell find fptq_runtime/csrc tests/kernels -name '*.h' -o -name '*.cpp' 2>/dev/null)
 NATIVE := CMakeLists.txt $(filter fptq_runtime/%,$(CSRC))
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
 PIP_INSTALL := $(PIP) install --constraint constraints.txt
