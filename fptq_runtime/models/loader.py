@@ -61,7 +61,7 @@ class Checkpoint:
             raise CheckpointError(f"{self.path} is not a directory")
         self.config = read_json(self.path / "config.json")
         self.model = parse_config(self.config)
-        self.max_positions = self.model_config.max_position_embeddings
+        self.max_positions = self.model.config.max_position_embeddings
         self.notes: Counter[str] = Counter()
         self._tensors = Tensors(self.path, self.model.bare_prefix)
         self._format = open_format(self.config, self.path, self._tensors)
@@ -76,7 +76,9 @@ class Checkpoint:
 
     @property
     def model_config(self) -> ModelConfig:
-        return self.model.config
+        """With what the ropes choose by `max_positions`."""
+        ropes = dict.fromkeys(rope.describe(self.max_positions) for rope in self.model.ropes)
+        return replace(self.model.config, rope="; ".join(ropes) or "none")
 
     @property
     def quantized(self) -> bool:
@@ -192,11 +194,6 @@ class Checkpoint:
             weight = weight.astype(np.float32) + np.float32(spec.offset)
         return Norm(spec.kind, weight, parameter("bias") if spec.bias else None, spec.eps)
 
-    @property
-    def rope_description(self) -> str:
-        """Of every rope of the model."""
-        return "; ".join(dict.fromkeys(rope.describe(self.max_positions) for rope in self.model.ropes)) or "none"
-
     def rope(self, config: RopeConfig | None) -> tuple[Array, Array] | None:
         """Tables that layers with the same rope share."""
         if config is None:
@@ -278,5 +275,4 @@ def load_model(checkpoint: Checkpoint, backend: Backend) -> Decoder:
     blocks = [prepare_block(load_block(checkpoint, index), backend) for index in range(len(checkpoint.model.blocks))]
     for note, count in checkpoint.notes.items():
         logger.warning("%s: %d linear layers have %s", checkpoint.path.name, count, note)
-    config = replace(checkpoint.model_config, rope=checkpoint.rope_description)
-    return Decoder(config, prepare_stem(stem, backend), blocks, prepare_block(head, backend))
+    return Decoder(checkpoint.model_config, prepare_stem(stem, backend), blocks, prepare_block(head, backend))
