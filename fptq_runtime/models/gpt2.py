@@ -11,8 +11,8 @@ from fptq_runtime.models.layers import PRE_NORM_EDGES, head_spec, pre_norm
 def gpt2(fields: Fields) -> Model:
     if fields.flag("add_cross_attention", False):
         raise ModelError("config.json: add_cross_attention is not supported; a decoder alone is")
-    width_names, hidden_names = "n_inner", ("n_embd", "hidden_size")
-    width = fields.integer(width_names, 4 * fields.integer(hidden_names, 768, high=1 << 16), high=1 << 19)
+    hidden_names = ("n_embd", "hidden_size")
+    width = fields.integer("n_inner", 4 * fields.integer(hidden_names, 768, high=1 << 16), high=1 << 19)
     config = dense_config(
         fields, "GPT2LMHeadModel", hidden=hidden_names, layers=("n_layer", "num_hidden_layers"),
         heads=("n_head", "num_attention_heads"), positions=("n_positions", "max_position_embeddings", "n_ctx"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,10 +53,6 @@ class Tensors:
     @property
     def num_elements(self) -> int:
         return sum(math.prod(stored.shape) for stored in self._stored.values())
-
-    @property
-    def names(self) -> Iterable[str]:
-        return self._stored
 
     def shape(self, name: str) -> tuple[int, ...] | None:
         """None where there is no such tensor."""

@@ -211,9 +211,9 @@ class _Run:
         head = work.block
         with torch.inference_mode():
             self._recipe.weights.apply_head(work)
-        quantized = linear_scheme(head.linears["head"]) is not None
-        self._tied = not quantized and not transformed and self._checkpoint.tied
-        if self._tied or (not quantized and not transformed):
+        as_it_came = not transformed and linear_scheme(head.linears["head"]) is None
+        self._tied = as_it_came and self._checkpoint.tied
+        if as_it_came:
             stored = load_head(self._checkpoint).linears["head"]
             self._write(replace(head, linears={"head": stored}), leave_out=self._tied)
         else:
