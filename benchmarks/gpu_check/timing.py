@@ -43,6 +43,7 @@ from fptq_runtime.kernels.triton.choice import linear_cases
 from fptq_runtime.kernels.triton.device import capability, fastest
 from fptq_runtime.kernels.triton.linear import kind, random_case, run_choice, run_linear
 from fptq_runtime.kernels.triton.values import DeviceBatch
+from fptq_runtime.measure.bench import NoText
 from fptq_runtime.measure.shapes import SHAPES, random_decoder
 
 SHAPE = "llama-3-8b"
@@ -278,19 +279,6 @@ def _prefill(check: Check, profile: str) -> Iterator[Row]:
     took = fastest(partial(executor.step, step), 3)
     yield {"profile": profile, "tokens": PREFILL, "ms": 1e3 * took, "tokens/s": PREFILL / took,
            "TOPS": 2e-12 * executor.work(PREFILL, 1).multiply_adds / took}
-
-
-class NoText:
-    """What the engine asks of a tokenizer, for a model without a vocabulary."""
-
-    def stream(self, skip_special_tokens: bool = True, prompt_token_ids: Sequence[int] = ()) -> NoText:
-        return self
-
-    def step(self, token_id: int) -> str | None:
-        return ""
-
-    def flush(self) -> str:
-        return ""
 
 
 def overhead(check: Check) -> Iterator[Row]:
