@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+import fptq_runtime
+
 native = pytest.importorskip("fptq_runtime._native", reason="the native extension is not built")
 stubgen = pytest.importorskip("nanobind.stubgen", reason="nanobind is not installed")
 
@@ -13,5 +15,5 @@ stubgen = pytest.importorskip("nanobind.stubgen", reason="nanobind is not instal
 def test_the_stub_is_current() -> None:
     generator = stubgen.StubGen(native)
     generator.put(native)
-    committed = Path(native.__file__).with_name("_native.pyi")
+    committed = Path(fptq_runtime.__file__).with_name("_native.pyi")
     assert generator.get() == committed.read_text(), "run `make stubs`"
