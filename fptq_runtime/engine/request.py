@@ -75,8 +75,11 @@ class SamplingParams:
         check("logit_bias", all(k >= 0 and math.isfinite(v) and abs(v) <= 100 for k, v in self.logit_bias.items()),
               "token ids to values between -100 and 100")
         check("seed", self.seed is None or -(1 << 63) <= self.seed < 1 << 64, "a 64-bit integer")
-        check("stop", not isinstance(self.stop, str) and len(self.stop) <= MAX_STOP_STRINGS and all(self.stop),
-              f"at most {MAX_STOP_STRINGS} non-empty strings")
+        check("stop", not isinstance(self.stop, str), "a sequence of strings")
+        if len(self.stop) > MAX_STOP_STRINGS:
+            raise FptqError(f"stop has {len(self.stop)} strings; at most {MAX_STOP_STRINGS} are taken", "stop")
+        if not all(self.stop):
+            raise FptqError("stop has an empty string, which every text begins with", "stop")
         for name in ("logprobs", "prompt_logprobs"):
             value = getattr(self, name)
             check(name, value is None or 0 <= value <= MAX_LOGPROBS, f"between 0 and {MAX_LOGPROBS}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
 
@@ -31,10 +31,10 @@ def _variant(**types: str) -> Discriminator:
 
 
 def _unsupported(*harmless: Any) -> AfterValidator:
-    """Accepts null and the values that change nothing; clients send those by default."""
+    """Accepts the values that change nothing; clients send those by default. 1 and 1.0 are one number, true is none."""
 
     def check(value: Any) -> Any:
-        if value is None or any(type(value) is type(v) and value == v for v in harmless):
+        if any(value == v and isinstance(value, bool) == isinstance(v, bool) for v in (None, *harmless)):
             return value
         raise PydanticCustomError("not_supported", "is not supported by this server")
 
@@ -63,36 +63,117 @@ Stop = Annotated[
     _variant(str="<a string>", list="<a list of strings>", list_str="<a list of strings>"),
 ]
 Seed = Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)]
+LLAMA_CPP_SAMPLERS = ["penalties", "dry", "top_n_sigma", "top_k", "typ_p", "top_p", "min_p", "xtc", "temperature"]
 TopLogprobs = Annotated[int, Field(ge=0, le=20)]
 LogitBias = dict[Annotated[str, AfterValidator(_token_id_key)], Annotated[float, Field(ge=-100, le=100)]]
 Unsupported = Annotated[Any, _unsupported()]
+NotTrue = Annotated[Any, _unsupported(False)]
+NotFalse = Annotated[Any, _unsupported(True)]
+NotEmpty = Annotated[Any, _unsupported([], {}, "")]
+Off = Annotated[Any, _unsupported(0, False)]
+NotMinusOne = Annotated[Any, _unsupported(-1)]
+NotOne = Annotated[Any, _unsupported(1)]
+Unused = Any  # whatever it says changes nothing that we do
 
 
 class Body(BaseModel):
+    """null means "not given", of a field that we do not know too: clients send back what they were sent."""
+
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, data: Any) -> Any:
+        return {name: value for name, value in data.items() if value is not None} if isinstance(data, dict) else data
 
 
 class StreamOptions(Body):
-    """continuous_usage_stats: usage so far in every chunk."""
+    """continuous_usage_stats: usage so far in every chunk. include_obfuscation: no chunk is padded."""
 
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
+    include_obfuscation: bool | None = None
 
 
-class SamplingBody(Body):
-    """What both OpenAI endpoints share. null means the default everywhere. `user`, `metadata` and the other labels that
-    OpenAI keeps with a request are accepted and not used. top_k -1 is off, as in vLLM."""
+class ForeignBody(Body):
+    """Fields of OpenAI, vLLM and llama.cpp that are taken where they ask for what happens anyway. Those of a sampler
+    that is off say nothing, and whether a prompt is cached never changes an answer."""
+
+    store: NotTrue = None
+    service_tier: Annotated[Any, _unsupported("auto", "default")] = None
+    verbosity: Annotated[Any, _unsupported("medium")] = None
+    prompt_cache_retention: Unused = None
+
+    use_beam_search: NotTrue = None
+    length_penalty: NotOne = None
+    early_stopping: NotTrue = None
+    include_stop_str_in_output: NotTrue = None
+    spaces_between_special_tokens: bool | None = None  # only tokenizers without a tokenizer.json have them
+    allowed_token_ids: Unsupported = None
+    bad_words: NotEmpty = None
+    logits_processors: NotEmpty = None
+    priority: Off = None
+    cache_salt: Unsupported = None
+    kv_transfer_params: NotEmpty = None
+    vllm_xargs: NotEmpty = None
+    mm_processor_kwargs: NotEmpty = None
+    media_io_kwargs: NotEmpty = None
+    return_token_ids: NotTrue = None
+    include_reasoning: NotFalse = None
+
+    cache_prompt: bool | None = None
+    samplers: Annotated[Any, _unsupported(LLAMA_CPP_SAMPLERS)] = None
+    repeat_last_n: Annotated[Any, _unsupported(64, -1)] = None
+    typical_p: NotOne = None
+    typ_p: NotOne = None
+    tfs_z: NotOne = None
+    top_n_sigma: Annotated[Any, _unsupported(-1, 0)] = None
+    mirostat: Off = None
+    mirostat_tau: Unused = None
+    mirostat_eta: Unused = None
+    dynatemp_range: Off = None
+    dynatemp_exponent: Unused = None
+    dry_multiplier: Off = None
+    dry_base: Unused = None
+    dry_allowed_length: Unused = None
+    dry_penalty_last_n: Unused = None
+    dry_sequence_breakers: Unused = None
+    xtc_probability: Off = None
+    xtc_threshold: Unused = None
+    min_keep: Annotated[Any, _unsupported(0, 1)] = None
+    n_probs: Off = None
+    n_keep: Unused = None  # of a prompt that is shifted out of the context; none is
+    n_discard: Unused = None
+    n_indent: Off = None
+    t_max_predict_ms: Annotated[Any, _unsupported(0, -1)] = None
+    id_slot: NotMinusOne = None
+    slot_id: NotMinusOne = None
+    lora: NotEmpty = None
+    image_data: NotEmpty = None
+    response_fields: NotEmpty = None
+    return_tokens: NotTrue = None
+    return_progress: NotTrue = None
+    post_sampling_probs: NotTrue = None
+    timings_per_token: NotTrue = None
+
+
+class SamplingBody(ForeignBody):
+    """What both OpenAI endpoints share. `user`, `metadata` and the other labels that OpenAI keeps with a request are
+    accepted and not used. top_k -1 is off, as in vLLM; n_predict -1 is as many as fit, as in llama.cpp."""
 
     model: Text | None = None
     n: int | None = None
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
+    max_new_tokens: Annotated[int, Field(ge=0)] | None = None
+    n_predict: Annotated[int, Field(ge=-2)] | None = None
     min_tokens: int | None = None
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
+    repeat_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     logit_bias: LogitBias | None = None
@@ -109,10 +190,6 @@ class SamplingBody(Body):
     metadata: dict[Text, Text] | None = None
     safety_identifier: Text | None = None
     prompt_cache_key: Text | None = None
-    store: Annotated[Any, _unsupported(False)] = None
-    service_tier: Annotated[Any, _unsupported("auto", "default")] = None
-    include_stop_str_in_output: Annotated[Any, _unsupported(False)] = None
-    use_beam_search: Annotated[Any, _unsupported(False)] = None
 
 
 class CompletionRequest(SamplingBody):
@@ -120,12 +197,16 @@ class CompletionRequest(SamplingBody):
     echo: bool | None = None
     logprobs: TopLogprobs | None = None
     best_of: int | None = None
-    suffix: Unsupported = None
+    suffix: NotEmpty = None
+    prompt_embeds: NotEmpty = None
 
 
 class TextPart(Body):
+    """cache_control: Anthropic's; every prompt is cached."""
+
     type: Literal["text"]
     text: Text
+    cache_control: Unused = None
 
 
 def _refuse_part(kind: str) -> str:
@@ -154,13 +235,23 @@ Content = Annotated[
 
 
 class ChatMessage(Body):
+    """An earlier answer can be sent back as it came: annotations say where a text comes from and are not part of it."""
+
     role: Literal["system", "developer", "user", "assistant"]
     content: Content
     name: Text | None = None
-    refusal: Unsupported = None
+    type: Annotated[Any, _unsupported("message", "text")] = None
+    id: Unused = None
+    status: Annotated[Any, _unsupported("completed")] = None
+    annotations: Unused = None
+    cache_control: Unused = None
+    provider_specific_fields: Unused = None
+    prefix: NotTrue = None
+    refusal: NotEmpty = None
     audio: Unsupported = None
+    images: NotEmpty = None
     function_call: Unsupported = None
-    tool_calls: Annotated[Any, _unsupported([])] = None
+    tool_calls: NotEmpty = None
 
 
 class ChatTemplateOptions(Body):
@@ -174,10 +265,10 @@ class ChatCompletionRequest(SamplingBody):
     logprobs: bool | None = None
     top_logprobs: TopLogprobs | None = None
     chat_template_kwargs: ChatTemplateOptions | None = None
-    tools: Annotated[Any, _unsupported([])] = None
+    tools: NotEmpty = None
     tool_choice: Annotated[Any, _unsupported("none")] = None
     parallel_tool_calls: Annotated[Any, _unsupported(True, False)] = None
-    functions: Annotated[Any, _unsupported([])] = None
+    functions: NotEmpty = None
     function_call: Annotated[Any, _unsupported("none")] = None
     response_format: Annotated[Any, _unsupported({"type": "text"})] = None
     modalities: Annotated[Any, _unsupported(["text"])] = None
@@ -185,6 +276,9 @@ class ChatCompletionRequest(SamplingBody):
     prediction: Unsupported = None
     reasoning_effort: Unsupported = None
     web_search_options: Unsupported = None
+    echo: NotTrue = None
+    documents: NotEmpty = None
+    chat_template: Unsupported = None
 
 
 class GenerateParameters(Body):
@@ -205,9 +299,9 @@ class GenerateParameters(Body):
     details: bool | None = None
     decoder_input_details: bool | None = None
     top_n_tokens: TopLogprobs | None = None
-    best_of: Annotated[Any, _unsupported(1)] = None
-    typical_p: Annotated[Any, _unsupported(1, 1.0)] = None
-    watermark: Annotated[Any, _unsupported(False)] = None
+    best_of: NotOne = None
+    typical_p: NotOne = None
+    watermark: NotTrue = None
     grammar: Unsupported = None
     adapter_id: Unsupported = None
 

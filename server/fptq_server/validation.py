@@ -18,8 +18,8 @@ INLINE_SIZE = 4096  # characters or tokens that the tokenizer has done in about 
 
 T = TypeVar("T")
 
-SAME_NAME = ("n", "min_tokens", "temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty",
-             "frequency_penalty", "ignore_eos", "skip_special_tokens")
+SAME_NAME = ("n", "min_tokens", "temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "ignore_eos",
+             "skip_special_tokens")
 
 
 def check_model(name: str | None, model: ModelCard) -> None:
@@ -86,23 +86,34 @@ def check_length(prompt: list[int], max_tokens: int, param: str, model: ModelCar
                             f"it and what is generated", param=param, code="context_length_exceeded")
 
 
-def max_tokens_of(body: SamplingBody) -> int | None:
-    """OpenAI renamed max_tokens; load generators send both."""
-    old, new = body.max_tokens, body.max_completion_tokens
-    if old is not None and new is not None and old != new:
-        raise APIError(400, f"max_tokens is {old} and max_completion_tokens is {new}; give one of them",
-                       param="max_completion_tokens")
-    return old if new is None else new
+def one_of(**names: T | None) -> T | None:
+    """What was given under one of several names for one thing; load generators send some under two."""
+    given = [(name, value) for name, value in names.items() if value is not None]
+    for name, value in given:
+        if value != given[0][1]:
+            raise APIError(400, f"{given[0][0]} is {given[0][1]} and {name} is {value}; give one of them", param=name)
+    return given[0][1] if given else None
+
+
+def max_tokens_of(body: SamplingBody, default: int, model: ModelCard) -> int:
+    """OpenAI renamed max_tokens, others have their own name for it. A negative n_predict: as many as fit."""
+    n_predict = model.max_model_len if (body.n_predict or 0) < 0 else body.n_predict
+    asked = one_of(max_tokens=body.max_tokens, max_completion_tokens=body.max_completion_tokens,
+                   max_new_tokens=body.max_new_tokens, n_predict=n_predict)
+    if asked is None and (body.min_tokens or 0) > default:
+        raise APIError(400, f"min_tokens is {body.min_tokens}; max_tokens, which was not given, is {default}",
+                       param="min_tokens")
+    return default if asked is None else asked
 
 
 def sampling_params(body: SamplingBody, max_tokens: int, **fields: Any) -> SamplingParams:
     """The engine's parameters; `fields` are those that each endpoint reads in its own way."""
-    if max_tokens_of(body) is None and (body.min_tokens or 0) > max_tokens:
-        raise APIError(400, f"min_tokens is {body.min_tokens}; max_tokens, which was not given, is {max_tokens}",
-                       param="min_tokens")
     for name in SAME_NAME:
         if (value := getattr(body, name)) is not None:
             fields[name] = value
+    penalty = one_of(repetition_penalty=body.repetition_penalty, repeat_penalty=body.repeat_penalty)
+    if penalty is not None:
+        fields["repetition_penalty"] = penalty
     if body.top_k is not None:
         fields["top_k"] = 0 if body.top_k == -1 else body.top_k
     if body.stop is not None:
@@ -131,6 +142,7 @@ def stream_usage(body: SamplingBody) -> tuple[bool, bool]:
     options = body.stream_options
     if options is None:
         return False, False
-    if not body.stream:
+    asked = bool(options.include_usage), bool(options.continuous_usage_stats)
+    if any(asked) and not body.stream:
         raise APIError(400, "stream_options needs stream to be true", param="stream_options")
-    return bool(options.include_usage), bool(options.continuous_usage_stats)
+    return asked

@@ -80,14 +80,14 @@ def chat_router(engine: AsyncEngine, tokenizer: Tokenizer, texts: TokenTexts, mo
         """Answer a conversation, rendered with the model's own chat template. With `stream`, server-sent events: the
         role first, then one chunk a token, the last with the finish_reason."""
         check_model(body.model, model)
-        if body.top_logprobs is not None and not body.logprobs:
+        if body.top_logprobs and not body.logprobs:
             raise APIError(400, "top_logprobs needs logprobs to be true", param="top_logprobs")
         if body.add_special_tokens:
             raise APIError(400, "add_special_tokens is not supported here; the chat template writes the special tokens",
                            param="add_special_tokens", code="not_supported")
         variables = {} if body.chat_template_kwargs is None else body.chat_template_kwargs.model_dump(exclude_none=True)
         prompt = await chat_prompt(body.messages, tokenizer, model, variables=variables)
-        max_tokens = model.max_model_len if (asked := max_tokens_of(body)) is None else asked
+        max_tokens = max_tokens_of(body, model.max_model_len, model)
         check_length(prompt, max_tokens, "messages", model)
         params = sampling_params(body, max_tokens=max_tokens,
                                  logprobs=(body.top_logprobs or 0) if body.logprobs else None)

@@ -105,7 +105,7 @@ def completions_router(engine: AsyncEngine, tokenizer: Tokenizer, texts: TokenTe
             raise APIError(400, "echo with logprobs cannot be streamed for n above 1", param="echo",
                            code="not_supported")
         prompts, echoes = await completion_prompts(body, tokenizer, model, config.max_prompts)
-        max_tokens = DEFAULT_MAX_TOKENS if (asked := max_tokens_of(body)) is None else asked
+        max_tokens = max_tokens_of(body, DEFAULT_MAX_TOKENS, model)
         for prompt in prompts:
             check_length(prompt, max_tokens, "prompt", model)
         params = sampling_params(body, max_tokens=max_tokens, logprobs=body.logprobs,

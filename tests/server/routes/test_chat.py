@@ -124,8 +124,30 @@ def test_refusals(served: Served, extra: dict[str, Any], param: str) -> None:
 
 def test_harmless_fields(served: Served) -> None:
     fields = {"tools": [], "tool_choice": "none", "response_format": {"type": "text"}, "modalities": ["text"],
-              "parallel_tool_calls": True, "metadata": {}, "store": False, "functions": None}
-    assert served.http.post("/v1/chat/completions", json=OPTIONS | fields).status_code == 200
+              "parallel_tool_calls": True, "metadata": {}, "store": False, "functions": None, "logprobs": False,
+              "top_logprobs": 0, "verbosity": "medium", "echo": False, "add_special_tokens": False, "documents": []}
+    response = served.http.post("/v1/chat/completions", json=OPTIONS | fields)
+    assert response.status_code == 200, response.text
+
+
+def test_an_answer_is_sent_back_as_it_came(client: openai.OpenAI) -> None:
+    """With every field that the SDK knows of a message, most of them null."""
+    message = client.chat.completions.create(**OPTIONS).choices[0].message
+    history = [*MESSAGES, message.model_dump(), {"role": "user", "content": "Go on."}]
+    assert client.chat.completions.create(**OPTIONS | {"messages": history}).choices[0].message.content
+
+
+@pytest.mark.parametrize("extra", [
+    {"annotations": [], "refusal": None, "audio": None, "function_call": None, "tool_calls": []},
+    {"type": "text"}, {"type": "message", "id": "msg_1", "status": "completed"}, {"nothing_we_know": None},
+    {"cache_control": {"type": "ephemeral"}}, {"provider_specific_fields": {"refusal": None}, "images": []},
+    {"content": [{"type": "text", "text": "x", "cache_control": {"type": "ephemeral"}, "image_url": None}]},
+    {"prefix": False, "name": None},
+], ids=str)
+def test_messages_as_other_servers_and_clients_write_them(served: Served, extra: dict[str, Any]) -> None:
+    messages = [*MESSAGES, {"role": "assistant", "content": "x"} | extra, MESSAGES[1]]
+    response = served.http.post("/v1/chat/completions", json=OPTIONS | {"messages": messages})
+    assert response.status_code == 200, response.text
 
 
 def test_no_chat_template(run_server: Callable[..., Any], tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch

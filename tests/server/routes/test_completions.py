@@ -10,6 +10,7 @@ import openai
 import pytest
 
 from fptq_runtime.models.tokenizer import Tokenizer
+from fptq_server.protocol import CompletionRequest
 from tests.server.conftest import EOS, Served, events
 
 PROMPT = "Once upon a time there was a king who"
@@ -183,6 +184,77 @@ def test_harmless_fields(served: Served) -> None:
     beyond = complete(served, prompt=[5] * 1020, max_tokens=10_000, ignore_eos=True)
     assert beyond["usage"]["completion_tokens"] == 4
     assert beyond["choices"][0]["finish_reason"] == "length"
+
+
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "vLLM": {"n": 1, "echo": False, "use_beam_search": False, "length_penalty": 1.0, "early_stopping": False,
+             "stop_token_ids": [], "include_stop_str_in_output": False, "ignore_eos": False, "min_tokens": 0,
+             "skip_special_tokens": True, "spaces_between_special_tokens": True, "truncate_prompt_tokens": None,
+             "allowed_token_ids": None, "bad_words": [], "priority": 0, "logits_processors": None, "cache_salt": None,
+             "kv_transfer_params": None, "mm_processor_kwargs": None, "return_token_ids": False, "vllm_xargs": None,
+             "include_reasoning": True, "prompt_embeds": None, "request_id": None, "top_k": 0, "min_p": 0.0,
+             "repetition_penalty": 1.0},
+    "llama.cpp": {"cache_prompt": True, "repeat_last_n": 64, "repeat_penalty": 1.0, "typical_p": 1, "typ_p": 1.0,
+                  "tfs_z": 1.0, "top_n_sigma": -1.0, "mirostat": 0, "mirostat_tau": 5.0, "mirostat_eta": 0.1,
+                  "dynatemp_range": 0.0, "dynatemp_exponent": 1.0, "dry_multiplier": 0.0, "dry_base": 1.75,
+                  "dry_allowed_length": 2, "dry_penalty_last_n": -1, "dry_sequence_breakers": ["\n", ":", "\"", "*"],
+                  "xtc_probability": 0.0, "xtc_threshold": 0.1, "min_keep": 0, "n_probs": 0, "n_keep": 0,
+                  "n_indent": 0, "t_max_predict_ms": 0, "id_slot": -1, "lora": [], "response_fields": [],
+                  "return_tokens": False, "post_sampling_probs": False, "timings_per_token": False,
+                  "samplers": ["penalties", "dry", "top_n_sigma", "top_k", "typ_p", "top_p", "min_p", "xtc",
+                               "temperature"]},
+    "OpenAI": {"best_of": 1, "suffix": "", "logit_bias": {}, "stream": False, "stream_options": {}, "store": False,
+               "service_tier": "auto", "prompt_cache_retention": "in-memory", "user": "", "safety_identifier": "x"},
+}
+
+
+@pytest.mark.parametrize("server", DEFAULTS)
+def test_other_servers_defaults(served: Served, server: str) -> None:
+    """Which say what happens anyway; the answer is the one without them."""
+    assert complete(served, **DEFAULTS[server])["choices"] == complete(served)["choices"]
+
+
+@pytest.mark.parametrize("field", ["length_penalty", "bad_words", "priority", "cache_salt", "samplers", "mirostat",
+                                   "dry_multiplier", "xtc_probability", "typical_p", "repeat_last_n", "lora", "tfs_z",
+                                   "allowed_token_ids", "return_token_ids", "n_probs"])
+def test_what_would_change_the_answer_is_refused(served: Served, field: str) -> None:
+    response = served.http.post("/v1/completions", json={"prompt": "x", field: ["top_k"] if field == "samplers" else 7})
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == field
+    assert response.json()["error"]["code"] == "not_supported"
+
+
+def test_other_names(served: Served) -> None:
+    def texts(**body: Any) -> list[str]:
+        response = served.http.post("/v1/completions", json={"prompt": PROMPT, "temperature": 0} | body)
+        assert response.status_code == 200, response.text
+        return [choice["text"] for choice in response.json()["choices"]]
+
+    assert texts(n_predict=5) == texts(max_new_tokens=5) == texts(max_tokens=5)
+    assert texts(repeat_penalty=1.8) == texts(repetition_penalty=1.8) != texts()
+    whole = {"n_predict": -1, "ignore_eos": True, "prompt": [5] * 1000}
+    assert texts(**whole) == texts(max_tokens=24, ignore_eos=True, prompt=[5] * 1000)
+    response = served.http.post("/v1/completions", json={"prompt": "x", "max_tokens": 3, "n_predict": 4})
+    assert response.json()["error"]["message"] == "max_tokens is 3 and n_predict is 4; give one of them"
+
+
+def test_null_is_not_given(served: Served) -> None:
+    """Of any field, known or not, down to the options of the stream."""
+    nulls = dict.fromkeys([*CompletionRequest.model_fields, "frobnicate"])
+    assert complete(served, **nulls | {"prompt": PROMPT, "max_tokens": 8, "temperature": 0}) \
+        ["choices"] == complete(served)["choices"]
+    body = {"prompt": PROMPT, "max_tokens": 2, "stream": True, "stream_options": {"frobnicate": None}}
+    assert len(events(served.http.post("/v1/completions", json=body).text)) == 2
+    response = served.http.post("/v1/completions", json={"prompt": None})
+    assert response.json()["error"]["message"] == "prompt is required"
+
+
+@pytest.mark.parametrize(("stop", "named"), [("", "an empty string"), (["x", ""], "an empty string"),
+                                             (["x"] * 17, "17 strings; at most 16")], ids=str)
+def test_stop_strings_are_refused_in_words(served: Served, stop: Any, named: str) -> None:
+    message = served.http.post("/v1/completions", json={"prompt": "x", "stop": stop}).json()["error"]["message"]
+    assert message.startswith("stop has ")
+    assert named in message
 
 
 @pytest.mark.parametrize("content", [
