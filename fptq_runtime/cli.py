@@ -355,6 +355,8 @@ def _tells_what_is_left(out: Path) -> Iterator[None]:
 @click.option("--host", default="127.0.0.1", show_default=True)
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True)
 @click.option("--served-model-name", help="The model id that clients send (the artifact's name).")
+@click.option("--generation-config", type=click.Choice(["auto", "none"]), default="auto", show_default=True,
+              help="auto: the model's generation_config.json gives the defaults of sampling.")
 @engine_options
 @click.option("--max-waiting-requests", type=click.IntRange(1), default=256, show_default=True,
               help="Past so many in the queue a request is refused with 429.")
@@ -365,8 +367,8 @@ def _tells_what_is_left(out: Path) -> Iterator[None]:
 @click.option("--public-metrics", is_flag=True, help="/metrics asks for no key.")
 @click.option("--drain-timeout", type=click.FloatRange(0), default=30.0, show_default=True,
               help="Seconds that running requests get after SIGTERM.")
-def serve(artifact: str, host: str, port: int, served_model_name: str | None, api_keys: tuple[str, ...],
-          public_metrics: bool, drain_timeout: float, **options: Any) -> None:
+def serve(artifact: str, host: str, port: int, served_model_name: str | None, generation_config: str,
+          api_keys: tuple[str, ...], public_metrics: bool, drain_timeout: float, **options: Any) -> None:
     """Serve ARTIFACT over HTTP."""
     if served_model_name is not None and not served_model_name.strip():
         raise click.UsageError("--served-model-name is empty; give clients a name, or leave it out")
@@ -386,7 +388,7 @@ def serve(artifact: str, host: str, port: int, served_model_name: str | None, ap
         if not is_artifact(path) and not Checkpoint(path).quantized:
             raise FptqError(f"{artifact} is not quantized; make an artifact with `fptq quantize {artifact} OUT` first")
         name = served_model_name or (DEMO if artifact == DEMO else None)
-        serve(path, config, model_id=name, listener=listener, **options)
+        serve(path, config, model_id=name, listener=listener, generation_config=generation_config != "none", **options)
 
 
 def _api_key_of_environment() -> tuple[str, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from fptq_runtime.errors import FptqError
 
@@ -50,7 +51,8 @@ class ModelCard:
     """The served model, as clients see it.
 
     created: Unix seconds. description, engine and kernels are reported as they are: what the model is, the engine's
-    limits, and which kernel runs each kind of layer.
+    limits, and which kernel runs each kind of layer. sampling: what a request gets that does not say otherwise, under
+    SamplingParams' names.
     """
 
     id: str
@@ -60,3 +62,4 @@ class ModelCard:
     description: Mapping[str, object] = field(default_factory=dict)
     engine: Mapping[str, object] = field(default_factory=dict)
     kernels: Mapping[str, str] = field(default_factory=dict)
+    sampling: Mapping[str, Any] = field(default_factory=dict)

@@ -11,6 +11,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from http import HTTPStatus
@@ -30,6 +31,7 @@ from fptq_runtime.engine.llm import load_engine
 from fptq_runtime.engine.sizing import format_bytes
 from fptq_runtime.errors import FptqError
 from fptq_server.config import ModelCard, ServerConfig
+from fptq_server.defaults import sampling_defaults
 from fptq_server.record import peer
 
 if TYPE_CHECKING:
@@ -45,46 +47,54 @@ class AddressError(FptqError):
 
 
 def serve(path: Path | str, config: ServerConfig, *, model_id: str | None = None,
-          listener: socket.socket | None = None, backend: str = "auto", **engine_options: Any) -> None:
+          listener: socket.socket | None = None, backend: str = "auto", generation_config: bool = True,
+          **engine_options: Any) -> None:
     """Serve a model directory until SIGTERM or SIGINT: then requests that run get config.drain_timeout seconds, and a
     second signal ends them at once.
 
     model_id: the name clients use, the directory's unless given. listener: what `bind` gave, where the caller did that
-    itself. backend and engine_options are load_engine's. Raises FptqError where the address, the model or
+    itself. generation_config: whether the model's own gives the defaults of sampling. backend and engine_options are
+    load_engine's. Raises FptqError where the address, the model or
     an option cannot be used.
     """
     path = Path(path)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     with listener or bind(config.host, config.port) as listener:  # before the model loads, which can take minutes
         log.info("loading %s", path)
+        sampling = sampling_defaults(path) if generation_config else {}
         # What the endpoints import takes a good part of the time that a small model loads in.
         threading.Thread(target=import_module, args=("fptq_server.app",), daemon=True).start()
         engine = load_engine(path, backend=backend, **engine_options)
         from fptq_server.app import create_app
         from fptq_server.metrics import Metrics
 
-        model = model_card(model_id or path.resolve().name, engine)
+        model = model_card(model_id or path.resolve().name, engine, sampling)
         metrics = Metrics(__version__, model)
         async_engine = AsyncEngine(engine, metrics.record_step)
         log.info("%s", describe(model, config))
+        if sampling:
+            log.info("requests get, unless they say otherwise, what generation_config.json does: %s",
+                     ", ".join(f"{name} {value}" for name, value in sampling.items()))
         app = create_app(async_engine, engine.tokenizer, config, model, metrics)
         raise_open_files()
         Server(app, async_engine, config, metrics).run([listener])
 
 
-def model_card(model_id: str, engine: Engine[Any]) -> ModelCard:
+def model_card(model_id: str, engine: Engine[Any], sampling: Mapping[str, Any] | None = None) -> ModelCard:
     config = engine.model_config
     return ModelCard(
         id=model_id,
         created=int(time.time()),
         max_model_len=engine.config.max_model_len,
         vocab_size=config.vocab_size,
+        sampling=sampling or {},
         description={
             "architecture": config.architecture,
             "num_layers": config.num_layers,
             "hidden_size": config.hidden_size,
             "vocab_size": config.vocab_size,
             "rope": config.rope,
+            "sampling": sampling or {},
         },
         engine=asdict(engine.config),
         kernels={"backend": engine.backend.name, **engine.backend.describe()},

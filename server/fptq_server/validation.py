@@ -96,7 +96,9 @@ def one_of(**names: T | None) -> T | None:
 
 
 def max_tokens_of(body: SamplingBody, default: int, model: ModelCard) -> int:
-    """OpenAI renamed max_tokens, others have their own name for it. A negative n_predict: as many as fit."""
+    """OpenAI renamed max_tokens, others have their own name for it. A negative n_predict: as many as fit. default:
+    where the model has none of its own."""
+    default = model.sampling.get("max_tokens", default)
     n_predict = model.max_model_len if (body.n_predict or 0) < 0 else body.n_predict
     asked = one_of(max_tokens=body.max_tokens, max_completion_tokens=body.max_completion_tokens,
                    max_new_tokens=body.max_new_tokens, n_predict=n_predict)
@@ -106,8 +108,9 @@ def max_tokens_of(body: SamplingBody, default: int, model: ModelCard) -> int:
     return default if asked is None else asked
 
 
-def sampling_params(body: SamplingBody, max_tokens: int, **fields: Any) -> SamplingParams:
+def sampling_params(body: SamplingBody, model: ModelCard, max_tokens: int, **fields: Any) -> SamplingParams:
     """The engine's parameters; `fields` are those that each endpoint reads in its own way."""
+    fields = {**model.sampling, **fields, "max_tokens": max_tokens}
     for name in SAME_NAME:
         if (value := getattr(body, name)) is not None:
             fields[name] = value
@@ -122,7 +125,7 @@ def sampling_params(body: SamplingBody, max_tokens: int, **fields: Any) -> Sampl
         fields["stop_token_ids"] = tuple(body.stop_token_ids)
     if body.logit_bias is not None:
         fields["logit_bias"] = {int(token): bias for token, bias in body.logit_bias.items()}
-    return make_params(max_tokens=max_tokens, seed=fold_seed(body.seed), **fields)
+    return make_params(seed=fold_seed(body.seed), **fields)
 
 
 def fold_seed(seed: int | None) -> int | None:

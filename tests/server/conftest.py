@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -64,15 +64,16 @@ def tokenizer(model_path: Path) -> Tokenizer:
 
 @pytest.fixture(scope="session")
 def run_server(decoder: tuple[Decoder, Backend], tokenizer: Tokenizer) -> Callable[..., Any]:
-    """run_server(config, engine options…): a context manager that yields a Served."""
+    """run_server(config, sampling=…, engine options…): a context manager that yields a Served."""
 
     @contextmanager
-    def run(config: ServerConfig | None = None, tokenizer: Tokenizer = tokenizer, **options: Any) -> Iterator[Served]:
+    def run(config: ServerConfig | None = None, tokenizer: Tokenizer = tokenizer,
+            sampling: Mapping[str, Any] | None = None, **options: Any) -> Iterator[Served]:
         config = replace(config or ServerConfig(), port=0)
         model, backend = decoder
         limits = EngineConfig(**{"max_model_len": 1024, "max_num_seqs": 32} | options)
         engine = Engine(model, backend, limits, tokenizer)
-        card = model_card("demo", engine)
+        card = model_card("demo", engine, sampling)
         metrics = Metrics(__version__, card)
         async_engine = AsyncEngine(engine, metrics.record_step)
         app = create_app(async_engine, tokenizer, config, card, metrics)

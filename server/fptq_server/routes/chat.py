@@ -89,7 +89,7 @@ def chat_router(engine: AsyncEngine, tokenizer: Tokenizer, texts: TokenTexts, mo
         prompt = await chat_prompt(body.messages, tokenizer, model, variables=variables)
         max_tokens = max_tokens_of(body, model.max_model_len, model)
         check_length(prompt, max_tokens, "messages", model)
-        params = sampling_params(body, max_tokens=max_tokens,
+        params = sampling_params(body, model, max_tokens=max_tokens,
                                  logprobs=(body.top_logprobs or 0) if body.logprobs else None)
         include_usage, continuous_usage = stream_usage(body)
         generation = Generation(engine, record_of(request.scope), "chatcmpl", [prompt], params)

@@ -108,7 +108,7 @@ def completions_router(engine: AsyncEngine, tokenizer: Tokenizer, texts: TokenTe
         max_tokens = max_tokens_of(body, DEFAULT_MAX_TOKENS, model)
         for prompt in prompts:
             check_length(prompt, max_tokens, "prompt", model)
-        params = sampling_params(body, max_tokens=max_tokens, logprobs=body.logprobs,
+        params = sampling_params(body, model, max_tokens=max_tokens, logprobs=body.logprobs,
                                  prompt_logprobs=body.logprobs if body.echo else None)
         include_usage, continuous_usage = stream_usage(body)
         generation = Generation(engine, record_of(request.scope), "cmpl", prompts, params)
