@@ -19,6 +19,13 @@ from fptq_runtime.models.loader import CheckpointError, read_json
 
 REPLACEMENT = "\ufffd"  # what a decoder shows for bytes that make no character, or none yet
 MAX_CHARACTER_TOKENS = 4  # a character has at most four bytes, a token at least one
+INFILL_TOKENS = (  # before the prefix, before the suffix, before what is asked for
+    ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),  # Qwen, CodeGemma, Granite 3
+    ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),  # StarCoder, Granite Code
+    ("<fim-prefix>", "<fim-suffix>", "<fim-middle>"),  # SantaCoder
+    ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>"),  # DeepSeek
+    ("▁<PRE>", "▁<SUF>", "▁<MID>"),  # Code Llama
+)
 BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")  # SentencePiece's, for what its vocabulary lacks
 MAX_RENDERED = 1 << 26  # characters of a conversation
 MAX_LOOPS = 1 << 20  # that a template may count through in one conversation, all ranges together
@@ -150,6 +157,14 @@ class Tokenizer:
         except TypeError:
             raise FptqError("the text is not valid Unicode") from None
         return ids
+
+    def infill(self, prefix: str, suffix: str) -> str | None:
+        """A prompt that asks for what stands between the two; None where the tokenizer has no tokens for that."""
+        added = set(self.added_tokens.values())
+        for before, after, middle in INFILL_TOKENS:
+            if {before, after, middle} <= added:
+                return f"{before}{prefix}{after}{suffix}{middle}"
+        return None
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         return str(self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens))

@@ -41,6 +41,10 @@ class Choice:
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
 
+    @property
+    def mean_logprob(self) -> float:
+        return sum(entry.logprob for entry in self.logprobs) / max(1, len(self.logprobs))
+
 
 class Generation:
     """The sequences behind one HTTP request: sequence j of prompt i is choice i · n + j. Leaving `with` aborts

@@ -9,7 +9,14 @@ from typing import NamedTuple
 
 from fptq_runtime.engine.output import TokenLogprobs
 from fptq_runtime.models.tokenizer import Tokenizer
-from fptq_server.protocol import ChatLogprobs, CompletionLogprobs, TokenLogprob, TopLogprob
+from fptq_server.protocol import (
+    ChatLogprobs,
+    CompletionLogprobs,
+    PromptLogprob,
+    PromptLogprobs,
+    TokenLogprob,
+    TopLogprob,
+)
 
 CONTEXT = 8  # last tokens of a prompt that shape the text after it
 
@@ -79,16 +86,32 @@ class LogprobsRenderer:
     def position(self, context: Sequence[int] = ()) -> TextPosition:
         return TextPosition(self._texts, self._skip_special, context)
 
-    def completion(self, entries: Iterable[tuple[int, TokenLogprobs | None]], position: TextPosition
+    def completion(self, entries: Iterable[tuple[int, TokenLogprobs | None]], count: int, position: TextPosition
                    ) -> CompletionLogprobs:
-        """entries: token id and what is known of it. position: of the first of them; it is moved past the last."""
+        """entries: token id and what is known of it, of which the `count` likeliest are shown. position: of the first
+        of them; it is moved past the last."""
         result = CompletionLogprobs(tokens=[], token_logprobs=[], top_logprobs=[], text_offset=[])
         for token_id, entry in entries:
             result.tokens.append(self._name(token_id))
             result.token_logprobs.append(None if entry is None else entry.logprob)
-            result.top_logprobs.append(None if entry is None else self._top(entry))
+            result.top_logprobs.append(None if entry is None else self._top(entry, count))
             result.text_offset.append(position.offset)
             position.advance(token_id)
+        return result
+
+    def prompt(self, entries: Iterable[TokenLogprobs | None], count: int) -> PromptLogprobs:
+        """vLLM's: each prompt token and the `count` likeliest in its place."""
+        result: PromptLogprobs = []
+        for entry in entries:
+            if entry is None:
+                result.append(None)
+                continue
+            ranked: dict[int, tuple[float, int | None]] = {
+                token_id: (logprob, rank) for rank, (token_id, logprob) in enumerate(entry.top[:count], 1)}
+            ranked.setdefault(entry.token_id, (entry.logprob, None))
+            result.append({str(token_id): PromptLogprob(logprob=logprob, rank=rank,
+                                                        decoded_token=self._texts.look_up(token_id).text)
+                           for token_id, (logprob, rank) in ranked.items()})
         return result
 
     def chat(self, entries: Iterable[TokenLogprobs]) -> ChatLogprobs:
@@ -99,10 +122,10 @@ class LogprobsRenderer:
             for entry in entries
         ])
 
-    def _top(self, entry: TokenLogprobs) -> dict[str, float]:
+    def _top(self, entry: TokenLogprobs, count: int) -> dict[str, float]:
         """Best first; two tokens of one spelling keep the better value. The token itself is always there."""
         top: dict[str, float] = {}
-        for token_id, logprob in (*entry.top, (entry.token_id, entry.logprob)):
+        for token_id, logprob in (*entry.top[:count], (entry.token_id, entry.logprob)):
             top.setdefault(self._name(token_id), logprob)
         return top
 

@@ -41,6 +41,12 @@ def _unsupported(*harmless: Any) -> AfterValidator:
     return AfterValidator(check)
 
 
+def _prompt_length(length: int) -> int:
+    if length >= 1 or length == -1:
+        return length
+    raise PydanticCustomError("prompt_length", "must be at least 1, or -1 for what fits")
+
+
 def _token_id_key(key: str) -> str:
     if key.isascii() and key.isdigit() and len(key) <= 10:
         return key
@@ -186,6 +192,8 @@ class SamplingBody(ForeignBody):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     return_tokens_as_token_ids: bool | None = None
+    prompt_logprobs: TopLogprobs | None = None
+    truncate_prompt_tokens: Annotated[int, AfterValidator(_prompt_length)] | None = None
     user: Text | None = None
     metadata: dict[Text, Text] | None = None
     safety_identifier: Text | None = None
@@ -197,7 +205,7 @@ class CompletionRequest(SamplingBody):
     echo: bool | None = None
     logprobs: TopLogprobs | None = None
     best_of: int | None = None
-    suffix: NotEmpty = None
+    suffix: Text | None = None
     prompt_embeds: NotEmpty = None
 
 
@@ -359,11 +367,23 @@ class CompletionLogprobs(BaseModel):
     text_offset: list[int]
 
 
+class PromptLogprob(BaseModel):
+    """rank: 1 for the likeliest; null where it is not among those asked for."""
+
+    logprob: float
+    rank: int | None
+    decoded_token: str
+
+
+PromptLogprobs = list[dict[str, PromptLogprob] | None]  # by token id; null for the first token, which follows nothing
+
+
 class CompletionChoice(BaseModel):
     index: int
     text: str
     logprobs: CompletionLogprobs | None
     finish_reason: Literal["stop", "length"] | None
+    prompt_logprobs: PromptLogprobs | None = None
 
 
 class CompletionResponse(BaseModel):
@@ -410,6 +430,7 @@ class ChatCompletionResponse(BaseModel):
     model: str
     choices: list[ChatChoice]
     usage: Usage
+    prompt_logprobs: PromptLogprobs | None
 
 
 class ContentDelta(BaseModel):

@@ -31,9 +31,14 @@ def check_model(name: str | None, model: ModelCard) -> None:
 def check_text(text: str, param: str, model: ModelCard) -> str:
     """Refuses, before it is tokenized, text that cannot fit the context."""
     if len(text) > MAX_CHARACTERS_PER_TOKEN * model.max_model_len:
-        raise APIError(400, f"{param} has {len(text)} characters; the context of {model.max_model_len} tokens cannot "
-                            f"hold it", param=param, code="context_length_exceeded")
+        raise too_long(f"your {param} resulted in {len(text)} characters, more than those tokens hold", param, model)
     return text
+
+
+def too_long(why: str, param: str, model: ModelCard) -> APIError:
+    """In the words by which clients know that a conversation must be cut."""
+    return APIError(400, f"This model's maximum context length is {model.max_model_len} tokens. However, {why}.",
+                    param=param, code="context_length_exceeded")
 
 
 async def tokenizing(size: int, work: Callable[[], T]) -> T:
@@ -50,6 +55,8 @@ async def completion_prompts(body: CompletionRequest, tokenizer: Tokenizer, mode
     if len(given) > max_prompts:
         raise APIError(400, f"prompt has {len(given)} prompts; at most {max_prompts} are taken", param="prompt")
     special = body.add_special_tokens is not False
+    if body.suffix:
+        given = [_infill(prompt, body, tokenizer) for prompt in given]
     size = sum(len(check_text(prompt, "prompt", model)) for prompt in given if isinstance(prompt, str))
     prompts = await tokenizing(size, lambda: [tokenizer.encode(prompt, special) if isinstance(prompt, str) else prompt
                                               for prompt in given])
@@ -57,6 +64,16 @@ async def completion_prompts(body: CompletionRequest, tokenizer: Tokenizer, mode
         return prompts, []
     skip = body.skip_special_tokens is not False
     return prompts, [prompt if isinstance(prompt, str) else tokenizer.decode(prompt, skip) for prompt in given]
+
+
+def _infill(prompt: Any, body: CompletionRequest, tokenizer: Tokenizer) -> str:
+    if not isinstance(prompt, str) or body.echo:
+        raise APIError(400, "suffix needs a prompt of text, and no echo", param="suffix")
+    text = tokenizer.infill(prompt, body.suffix or "")
+    if text is None:
+        raise APIError(400, "suffix is not supported by this model, whose tokenizer has no fill-in-the-middle tokens",
+                       param="suffix", code="not_supported")
+    return text
 
 
 async def chat_prompt(messages: list[ChatMessage], tokenizer: Tokenizer, model: ModelCard,
@@ -82,8 +99,9 @@ def check_length(prompt: list[int], max_tokens: int, param: str, model: ModelCar
     if not prompt:
         raise APIError(400, f"{param} is empty", param=param)
     if len(prompt) + min(max_tokens, 1) > model.max_model_len:
-        raise APIError(400, f"{param} has {len(prompt)} tokens; the context of {model.max_model_len} tokens must hold "
-                            f"it and what is generated", param=param, code="context_length_exceeded")
+        cut = "truncate" if param == "inputs" else "truncate_prompt_tokens"
+        raise too_long(f"your {param} resulted in {len(prompt)} tokens, and the context must hold the answer too; "
+                       f"shorten the {param}, or have {cut} leave their end", param, model)
 
 
 def one_of(**names: T | None) -> T | None:
@@ -93,6 +111,17 @@ def one_of(**names: T | None) -> T | None:
         if value != given[0][1]:
             raise APIError(400, f"{given[0][0]} is {given[0][1]} and {name} is {value}; give one of them", param=name)
     return given[0][1] if given else None
+
+
+def truncated(prompt: list[int], body: SamplingBody, max_tokens: int, model: ModelCard) -> list[int]:
+    """The end of a prompt, as many tokens as truncate_prompt_tokens says; -1: what leaves room for max_tokens, or for a
+    token where so many never fit."""
+    length = body.truncate_prompt_tokens
+    if length is None:
+        return prompt
+    if length == -1:
+        length = model.max_model_len - (max_tokens if 0 < max_tokens < model.max_model_len else 1)
+    return prompt[-length:]
 
 
 def max_tokens_of(body: SamplingBody, default: int, model: ModelCard) -> int:
@@ -138,6 +167,12 @@ def make_params(**fields: Any) -> SamplingParams:
         return SamplingParams(**fields)
     except FptqError as error:
         raise bad_parameter(error) from None
+
+
+def check_prompt_logprobs(body: SamplingBody) -> None:
+    if body.stream and body.prompt_logprobs is not None:
+        raise APIError(400, "prompt_logprobs are not supported in a stream", param="prompt_logprobs",
+                       code="not_supported")
 
 
 def stream_usage(body: SamplingBody) -> tuple[bool, bool]:

@@ -29,7 +29,16 @@ from fptq_server.protocol import (
 )
 from fptq_server.record import record_of
 from fptq_server.sse import STREAM_RESPONSE, EventStream, run_while_connected
-from fptq_server.validation import chat_prompt, check_length, check_model, max_tokens_of, sampling_params, stream_usage
+from fptq_server.validation import (
+    chat_prompt,
+    check_length,
+    check_model,
+    check_prompt_logprobs,
+    max_tokens_of,
+    sampling_params,
+    stream_usage,
+    truncated,
+)
 
 
 @dataclass
@@ -41,6 +50,7 @@ class Reply:
     generation: Generation
     renderer: LogprobsRenderer
     with_logprobs: bool
+    prompt_logprobs: int | None
     created: int = field(default_factory=lambda: int(time.time()))
 
     async def whole(self) -> ChatCompletionResponse:
@@ -49,8 +59,10 @@ class Reply:
                        logprobs=self._logprobs(choice.logprobs), finish_reason=openai_reason(choice.finish_reason))
             for index, choice in enumerate(await self.generation.collect())
         ]
-        return ChatCompletionResponse(id=self.id, created=self.created, model=self.model, choices=choices,
-                                      usage=self.generation.usage())
+        return ChatCompletionResponse(
+            id=self.id, created=self.created, model=self.model, choices=choices, usage=self.generation.usage(),
+            prompt_logprobs=None if self.prompt_logprobs is None else self.renderer.prompt(
+                self.generation.prompt_logprobs[0] or (), self.prompt_logprobs))
 
     def events(self, include_usage: bool, continuous_usage: bool) -> AsyncGenerator[str, None]:
         def role(index: int) -> ChatChunkChoice:
@@ -88,8 +100,10 @@ def chat_router(engine: AsyncEngine, tokenizer: Tokenizer, texts: TokenTexts, mo
         variables = {} if body.chat_template_kwargs is None else body.chat_template_kwargs.model_dump(exclude_none=True)
         prompt = await chat_prompt(body.messages, tokenizer, model, variables=variables)
         max_tokens = max_tokens_of(body, model.max_model_len, model)
+        prompt = truncated(prompt, body, max_tokens, model)
         check_length(prompt, max_tokens, "messages", model)
-        params = sampling_params(body, model, max_tokens=max_tokens,
+        check_prompt_logprobs(body)
+        params = sampling_params(body, model, max_tokens=max_tokens, prompt_logprobs=body.prompt_logprobs,
                                  logprobs=(body.top_logprobs or 0) if body.logprobs else None)
         include_usage, continuous_usage = stream_usage(body)
         generation = Generation(engine, record_of(request.scope), "chatcmpl", [prompt], params)
@@ -99,6 +113,7 @@ def chat_router(engine: AsyncEngine, tokenizer: Tokenizer, texts: TokenTexts, mo
             generation=generation,
             renderer=LogprobsRenderer(texts, bool(body.return_tokens_as_token_ids), params.skip_special_tokens),
             with_logprobs=bool(body.logprobs),
+            prompt_logprobs=body.prompt_logprobs,
         )
         if body.stream:
             return EventStream(reply.events(include_usage, continuous_usage), generation.abort,

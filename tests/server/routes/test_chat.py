@@ -122,6 +122,27 @@ def test_refusals(served: Served, extra: dict[str, Any], param: str) -> None:
     assert param in response.json()["error"]["message"]
 
 
+def test_prompt_logprobs_and_truncation(client: openai.OpenAI, tokenizer: Tokenizer) -> None:
+    rendered = tokenizer.apply_chat_template(MESSAGES)
+    extra = {"prompt_logprobs": 1, "truncate_prompt_tokens": 6}
+    answer = client.chat.completions.create(**OPTIONS, extra_body=extra)
+    plain = client.completions.create(model="demo", prompt=rendered[-6:], max_tokens=10, temperature=0,
+                                      extra_body={"prompt_logprobs": 1})
+    assert answer.choices[0].message.content == plain.choices[0].text
+    known: Any = answer.prompt_logprobs  # type: ignore[attr-defined]
+    assert known == plain.choices[0].prompt_logprobs  # type: ignore[attr-defined]
+    assert [str(token_id) in (entry or {}) for token_id, entry in zip(rendered[-6:], known, strict=True)] == [
+        False, *[True] * 5]
+
+
+def test_a_conversation_that_is_too_long(client: openai.OpenAI) -> None:
+    """In the words by which litellm, langchain and agents know that they must cut it."""
+    with pytest.raises(openai.BadRequestError) as error:
+        client.chat.completions.create(**OPTIONS | {"messages": [{"role": "user", "content": "king " * 2000}]})
+    assert error.value.code == "context_length_exceeded"
+    assert "This model's maximum context length is 1024 tokens. However, your messages resulted in " in str(error.value)
+
+
 def test_harmless_fields(served: Served) -> None:
     fields = {"tools": [], "tool_choice": "none", "response_format": {"type": "text"}, "modalities": ["text"],
               "parallel_tool_calls": True, "metadata": {}, "store": False, "functions": None, "logprobs": False,

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -149,12 +152,19 @@ def test_tokens_as_ids_are_unique(served: Served) -> None:
 
 
 @pytest.mark.parametrize(("body", "param", "named"), [
-    ({"best_of": 2}, "best_of", "best_of"),
+    ({"best_of": 2, "n": 3}, "best_of", "between n, which is 3, and 64, not 2"),
+    ({"best_of": 65}, "best_of", "not 65"),
+    ({"best_of": 2, "stream": True}, "best_of", "cannot be streamed"),
+    ({"n": 65, "best_of": None}, "n", "65"),
+    ({"prompt_logprobs": 1, "stream": True}, "prompt_logprobs", "stream"),
+    ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens", "at least 1, or -1"),
     ({"suffix": "x"}, "suffix", "suffix"),
     ({"model": "gpt-4"}, "model", "gpt-4"),
-    ({"prompt": [5] * 2000}, "prompt", "2000 tokens; the context of 1024"),
+    ({"prompt": [5] * 2000}, "prompt", "This model's maximum context length is 1024 tokens. However, your prompt "
+                                        "resulted in 2000 tokens"),
     ({"prompt": [5] * 1024}, "prompt", "1024"),
-    ({"prompt": "x" * 100_000}, "prompt", "100000 characters; the context of 1024"),
+    ({"prompt": "x" * 100_000}, "prompt", "This model's maximum context length is 1024 tokens. However, your "
+                                             "prompt resulted in 100000 characters"),
     ({"prompt": ["x"] * 1025}, "prompt", "1025"),
     ({"prompt": "", "add_special_tokens": False}, "prompt", "empty"),
     ({"max_tokens": 3, "max_completion_tokens": 4}, "max_completion_tokens", "3"),
@@ -184,6 +194,94 @@ def test_harmless_fields(served: Served) -> None:
     beyond = complete(served, prompt=[5] * 1020, max_tokens=10_000, ignore_eos=True)
     assert beyond["usage"]["completion_tokens"] == 4
     assert beyond["choices"][0]["finish_reason"] == "length"
+
+
+@pytest.mark.parametrize(("length", "kept"), [(3, 3), (2000, 1100), (-1, 1016)])
+def test_truncate_prompt_tokens(served: Served, length: int, kept: int) -> None:
+    """The end of the prompt stays; -1 leaves room for max_tokens."""
+    prompt = [i % 1000 + 5 for i in range(1100)]
+    body = {"prompt": prompt, "max_tokens": 8, "temperature": 0, "truncate_prompt_tokens": length}
+    response = served.http.post("/v1/completions", json=body)
+    if kept + 8 > 1024:
+        assert "1100 tokens" in response.json()["error"]["message"]
+        return
+    assert response.json()["usage"]["prompt_tokens"] == kept
+    assert response.json()["choices"] == complete(served, prompt=prompt[-kept:])["choices"]
+
+
+def test_best_of(served: Served) -> None:
+    """Those with the highest mean log-probability, the best first, of each prompt; all that was drawn is counted."""
+    body = {"prompt": [PROMPT, "The old woman"], "seed": 5, "temperature": 1.5, "ignore_eos": True, "max_tokens": 6}
+    drawn = complete(served, **body, n=5, logprobs=0)["choices"]
+    expected = []
+    for of_prompt in (drawn[:5], drawn[5:]):
+        best = sorted(of_prompt, key=lambda c: sum(c["logprobs"]["token_logprobs"]), reverse=True)
+        expected += [choice["text"] for choice in best[:2]]
+    for extra in ({}, {"logprobs": 3}):
+        answer = complete(served, **body, n=2, best_of=5, **extra)
+        assert [choice["text"] for choice in answer["choices"]] == expected
+        assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2, 3]
+        assert answer["usage"]["completion_tokens"] == 60
+        for choice in answer["choices"]:
+            assert (choice["logprobs"] is None) is (not extra)
+            assert not extra or "".join(choice["logprobs"]["tokens"]) == choice["text"]
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_prompt_logprobs(served: Served, tokenizer: Tokenizer, count: int) -> None:
+    """vLLM's form of what echo with logprobs tells; beside it each has its own number of alternatives."""
+    ids = tokenizer.encode(PROMPT)
+    echoed = complete(served, echo=True, logprobs=3)["choices"][0]["logprobs"]
+    both = complete(served, echo=True, logprobs=3, prompt_logprobs=count)["choices"][0]
+    assert both["logprobs"] == echoed
+    answer = complete(served, prompt=[PROMPT, PROMPT], n=2, prompt_logprobs=count)
+    for choice in answer["choices"]:
+        known = choice["prompt_logprobs"]
+        assert known == both["prompt_logprobs"]
+        assert known[0] is None
+        assert len(known) == len(ids)
+        for token_id, entry, value, top in zip(ids, known, echoed["token_logprobs"], echoed["top_logprobs"],
+                                               strict=False):
+            if entry is None:
+                continue
+            assert entry[str(token_id)]["logprob"] == value
+            assert entry[str(token_id)]["decoded_token"] == tokenizer.token_bytes(token_id).decode()
+            ranked = {alternative["rank"]: alternative["logprob"] for alternative in entry.values()}
+            best = sorted(top.values(), reverse=True)
+            assert [ranked[rank] for rank in range(1, count + 1)] == best[:count]
+    assert complete(served)["choices"][0]["prompt_logprobs"] is None
+
+
+INFILL = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")
+
+
+def test_suffix(run_server: Callable[..., Any], model_path: Path, tmp_path: Path) -> None:
+    """The last three tokens of the demo's vocabulary play the fill-in-the-middle tokens."""
+    for name in ("tokenizer_config.json", "tokenizer.json"):
+        shutil.copy(model_path / name, tmp_path)
+    model = json.loads((tmp_path / "tokenizer.json").read_text())
+    names = {token_id: token for token, token_id in model["model"]["vocab"].items()}
+    for token_id, token in enumerate(INFILL, len(names) - 3):
+        del model["model"]["vocab"][names[token_id]]
+        model["model"]["vocab"][token] = token_id
+        model["added_tokens"].append({"id": token_id, "content": token, "single_word": False, "lstrip": False,
+                                      "rstrip": False, "normalized": False, "special": True})
+    del model["model"]["merges"][-3:]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(model))
+    tokenizer = Tokenizer(tmp_path)
+    start, middle, end = (tokenizer.encode(token, False) for token in INFILL)
+    def plain(text: str) -> list[int]:
+        return tokenizer.encode(text, add_special_tokens=False)
+
+    with run_server(tokenizer=tokenizer) as served:
+        answer = complete(served, prompt="Once upon", suffix=" a king")
+        expected = complete(served, prompt=[0, *start, *plain("Once upon"), *middle, *plain(" a king"), *end])
+        assert answer["choices"] == expected["choices"]
+        assert answer["usage"] == expected["usage"] | {
+            "prompt_tokens_details": answer["usage"]["prompt_tokens_details"]}
+        for wrong in ({"prompt": [5]}, {"echo": True}):
+            response = served.http.post("/v1/completions", json={"prompt": "x", "suffix": "y"} | wrong)
+            assert response.json()["error"]["param"] == "suffix"
 
 
 DEFAULTS: dict[str, dict[str, Any]] = {
