@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from fptq_runtime.engine.engine import Engine, QueueFullError
+from fptq_runtime.engine.grammar import COMPILE_SECONDS, Grammar
 from fptq_runtime.engine.output import RequestOutput
 from fptq_runtime.engine.request import FinishReason, SamplingParams
 from fptq_runtime.engine.stats import StepStats
@@ -109,6 +110,11 @@ class AsyncEngine:
             self._idle.clear()
             self._work.notify()
         return stream
+
+    async def compile(self, grammar: Grammar) -> None:
+        """Have a grammar ready for add_request, which would wait for it. Raises GrammarError."""
+        await asyncio.wait([asyncio.wrap_future(self.engine.grammars.submit(grammar))], timeout=COMPILE_SECONDS)
+        self.engine.grammars.parser(grammar, timeout=0)
 
     async def drain(self, timeout: float) -> int:
         """Refuse what is new and wait for what runs, at most `timeout` seconds; then abort the rest. Returns how many

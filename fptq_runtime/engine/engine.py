@@ -7,21 +7,25 @@ import math
 import threading
 import time
 from collections import abc
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
+
+import numpy as np
 
 from fptq_runtime.config import EngineConfig
 from fptq_runtime.engine.batch import build_step_input
 from fptq_runtime.engine.block_manager import BlockManager
+from fptq_runtime.engine.grammar import GrammarError, Grammars
 from fptq_runtime.engine.output import Detokenizer, RequestOutput, TextStream, TokenLogprobs
 from fptq_runtime.engine.request import FinishReason, SamplingParams
-from fptq_runtime.engine.sampler import SampleBatch, SampleResult, Sampling
+from fptq_runtime.engine.sampler import NO_MASKS, SampleBatch, SampleResult, Sampling
 from fptq_runtime.engine.scheduler import ScheduledSequence, Scheduler, SchedulerOutput
 from fptq_runtime.engine.sequence import Sequence, SequenceStatus
 from fptq_runtime.engine.sizing import step_limits
 from fptq_runtime.engine.stats import FinishedStats, StepStats
 from fptq_runtime.errors import FptqError
-from fptq_runtime.kernels.base import Backend, DeviceLostError, Executor, Logits
+from fptq_runtime.kernels.base import Backend, DeviceLostError, Executor, Logits, UInt32Array
 from fptq_runtime.models.decoder import Decoder
 
 logger = logging.getLogger(__name__)
@@ -48,10 +52,12 @@ class QueueFullError(Exception):
 
 @dataclass(frozen=True)
 class _Batch:
-    """What the executor computes, or has computed. logits: None where that failed."""
+    """What the executor computes, or has computed. logits: None where that failed. masks: of the items that draw a
+    token of a structured answer, in their order."""
 
     plan: SchedulerOutput
     logits: Logits | None
+    masks: Future[UInt32Array] | None = None
 
 
 @dataclass
@@ -104,6 +110,8 @@ class Engine(Generic[T]):
             limits.max_logits_rows - limits.max_seqs,
         )
         self._executor = backend.compile(decoder, limits)
+        self.grammars = Grammars(tokenizer.to_json, decoder.config.vocab_size, self._eos_token_ids)
+        self._mask_worker = ThreadPoolExecutor(1, "fptq-masks")
         self._launched: _Batch | None = None  # between steps, with an asynchronous backend
         self._live: dict[tuple[str, int], Sequence] = {}
         self._drain_rate = _DrainRate()
@@ -133,10 +141,14 @@ class Engine(Generic[T]):
         return len(self._scheduler.waiting) + len(self._inbox)
 
     def add_request(self, request_id: str, prompt_token_ids: abc.Sequence[int], params: SamplingParams) -> None:
-        """Queue a request. Raises RequestError where it can never run, QueueFullError where it cannot now."""
+        """Queue a request. Raises RequestError or GrammarError where it can never run, QueueFullError where it cannot
+        now. Waits for its grammar where `grammars` has not compiled it yet."""
         self.validate(prompt_token_ids, params)
         sequences = Sequence.expand(request_id, prompt_token_ids, params)
-        for sequence in sequences:
+        matchers = [None] * params.n if params.structured is None else \
+            self.grammars.matchers(params.structured, params.n, params.stop_token_ids)
+        for sequence, matcher in zip(sequences, matchers, strict=True):
+            sequence.matcher = matcher
             stream = self.tokenizer.stream(params.skip_special_tokens, prompt_token_ids)
             sequence.text = TextStream(stream, params.stop)
             sequence.sampling = Sampling(sequence, self._eos_token_ids)
@@ -164,7 +176,8 @@ class Engine(Generic[T]):
         executor breaks, those that were in the batch. Raises DeviceLostError, after which no step can succeed.
 
         An asynchronous backend gets the next batch as soon as this one's tokens are known, and computes it while their
-        text is made and the outputs are delivered. A sequence that its text then ends is dropped from that batch.
+        text is made and the outputs are delivered. A sequence that its text then ends is dropped from that batch. Masks
+        of structured answers are made while the batch is computed.
         """
         started = time.monotonic()
         step = _Step()
@@ -231,40 +244,58 @@ class Engine(Generic[T]):
             if self._scheduler.running or self._scheduler.waiting:
                 raise RuntimeError("sequences are left but none can be scheduled")
             return _Batch(plan, None)
+        structured = [item.sequence for item in plan.scheduled if item.samples and item.sequence.matcher is not None]
+        masks = self._mask_worker.submit(self._masks, structured) if structured else None
         try:
-            return _Batch(plan, self._executor.step(build_step_input(plan, self.config.block_size), reuse=True))
+            return _Batch(plan, self._executor.step(build_step_input(plan, self.config.block_size), reuse=True), masks)
         except DeviceLostError:
             raise
         except Exception:
             logger.exception("a step failed; its %d sequences end with an error", len(plan.scheduled))
             return _Batch(plan, None)
 
+    def _masks(self, sequences: list[Sequence]) -> UInt32Array:
+        """[sequences, words]; nothing is allowed where that cannot be known."""
+        masks = np.zeros((len(sequences), self.grammars.words), np.int32)
+        for sequence, mask in zip(sequences, masks, strict=True):
+            assert sequence.matcher is not None
+            try:
+                early = sequence.num_output_tokens < sequence.params.min_tokens
+                sequence.matcher.fill(sequence.output_token_ids, early, mask)
+            except GrammarError as error:
+                logger.warning("request %s, sequence %d: %s", sequence.request_id, sequence.index, error)
+                mask[:] = 0
+        return masks.view(np.uint32)
+
     def _draw_all(self, batch: _Batch) -> _Draws | None:
         if batch.logits is None:
             return None
         try:
-            return self._sample(batch.plan, batch.logits)
+            masks = NO_MASKS if batch.masks is None else batch.masks.result()
+            return self._sample(batch.plan, batch.logits, masks)
         except DeviceLostError:
             raise
         except Exception:
             logger.exception("a step failed; its %d sequences end with an error", len(batch.plan.scheduled))
             return None
 
-    def _sample(self, plan: SchedulerOutput, logits: Logits) -> _Draws:
+    def _sample(self, plan: SchedulerOutput, logits: Logits, masks: UInt32Array) -> _Draws:
         """logits: the rows that the schedule asked for, in its order. [R, V]"""
-        batch = SampleBatch()
+        batch = SampleBatch(masks)
         spans = []
-        row = 0
+        row = mask_row = 0
         for item in plan.scheduled:
             first = len(batch)
             sequence = item.sequence
+            structured = item.samples and sequence.matcher is not None
             if item.num_logits and sequence.status is not SequenceStatus.FINISHED:
                 for position in sequence.unscored(item.start, item.num_tokens):
                     batch.score(row + position - item.start, sequence.token_ids[position + 1],
                                 sequence.params.prompt_logprobs or 0)
                 if item.samples:
-                    batch.draw(row + item.num_logits - 1, sequence, sequence.sampling)
+                    batch.draw(row + item.num_logits - 1, sequence, sequence.sampling, mask_row if structured else -1)
             row += item.num_logits
+            mask_row += structured
             spans.append((first, len(batch)))
         return _Draws(spans, SampleResult(self.backend.sample(logits, batch.build()), logits.shape[1]))
 
@@ -323,7 +354,8 @@ class Engine(Generic[T]):
                 result.logprobs(draw, params.prompt_logprobs) for draw in range(first, end - item.samples)]
         if not item.samples:
             return None, ()
-        logprobs = () if params.logprobs is None else (result.logprobs(end - 1, params.logprobs),)
+        masked = params.structured is not None
+        logprobs = () if params.logprobs is None else (result.logprobs(end - 1, params.logprobs, masked),)
         return result.token_id(end - 1), logprobs
 
     def _tell(self, step: _Step, gain: _Gain, now: float) -> None:

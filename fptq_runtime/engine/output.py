@@ -12,7 +12,8 @@ from fptq_runtime.engine.request import FinishReason
 @dataclass(frozen=True)
 class TokenLogprobs:
     """One position: the token that stands there, its natural log-probability under the model (before temperature
-    and penalties, as in vLLM), and the `logprobs` most likely tokens, best first, the lower id first on ties."""
+    and penalties, as in vLLM; of a structured answer, among the tokens that its grammar allows), and the `logprobs`
+    most likely tokens, fewer where fewer are allowed, best first, the lower id first on ties."""
 
     token_id: int
     logprob: float
@@ -55,6 +56,10 @@ class Detokenizer(Protocol):
 
     def stream(self, skip_special_tokens: bool = True, prompt_token_ids: Sequence[int] = ()) -> TokenTexts:
         """The text of what follows the prompt."""
+        ...
+
+    def to_json(self) -> str:
+        """tokenizer.json, as it is used."""
         ...
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from types import NoneType
 from typing import SupportsIndex
 
+from fptq_runtime.engine.grammar import Grammar
 from fptq_runtime.errors import FptqError
 
 MAX_LOGPROBS = 20
@@ -32,6 +33,10 @@ class SamplingParams:
     alternatives to return beside the chosen token's own; prompt_logprobs the same for every prompt token.
     stop strings are cut from the text. min_tokens: until so many are out, neither an end-of-sequence or stop id is
     drawn nor a stop string looked for. Raises FptqError that names the parameter.
+
+    structured: what the answer must be, such as Grammar.json_schema({"type": "object", …}) or Grammar.lark('start: …').
+    It ends only where the grammar does, or early by max_tokens or a stop string; min_tokens forbids an end only where
+    the answer can go on. Log-probabilities are those among the allowed tokens.
     """
 
     n: int = 1
@@ -52,6 +57,7 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
+    structured: Grammar | None = None
 
     def __post_init__(self) -> None:
         def check(name: str, ok: bool, allowed: str) -> None:
@@ -80,6 +86,7 @@ class SamplingParams:
             raise FptqError(f"stop has {len(self.stop)} strings; at most {MAX_STOP_STRINGS} are taken", "stop")
         if not all(self.stop):
             raise FptqError("stop has an empty string, which every text begins with", "stop")
+        check("ignore_eos", not self.ignore_eos or self.structured is None, "false where the answer is structured")
         for name in ("logprobs", "prompt_logprobs"):
             value = getattr(self, name)
             check(name, value is None or 0 <= value <= MAX_LOGPROBS, f"between 0 and {MAX_LOGPROBS}")

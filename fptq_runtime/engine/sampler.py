@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from array import array
 from collections.abc import Iterable
 
@@ -9,7 +10,7 @@ import numpy as np
 
 from fptq_runtime.engine.output import TokenLogprobs
 from fptq_runtime.engine.sequence import Sequence
-from fptq_runtime.kernels.base import PARAMETERS, SampleInput, SampleOutput
+from fptq_runtime.kernels.base import PARAMETERS, SampleInput, SampleOutput, UInt32Array
 
 NOT_FINITE = "the model returned logits that are not finite"
 
@@ -25,22 +26,26 @@ class Sampling:
         self.penalized = (params.repetition_penalty != 1 or params.presence_penalty != 0
                           or params.frequency_penalty != 0)
         self.bias = dict(params.logit_bias)
-        ends = {*params.stop_token_ids, *(() if params.ignore_eos else eos_token_ids)} if params.min_tokens else ()
+        early = params.min_tokens and params.structured is None  # else the masks say where an end may come
+        ends = {*params.stop_token_ids, *(() if params.ignore_eos else eos_token_ids)} if early else ()
         self.early_bias = {**self.bias, **dict.fromkeys(ends, -np.inf)}  # before min_tokens are out
 
 
+NO_MASKS = np.zeros((0, 0), np.uint32)
 _SCORED = np.array((0, 1, 1, 0, 1, 0, 0, 0), PARAMETERS).tobytes()
 
 
 class SampleBatch:
-    """Collects the draws of one step, by ascending row of its logits."""
+    """Collects the draws of one step, by ascending row of its logits. masks: SampleInput's."""
 
-    def __init__(self) -> None:
+    def __init__(self, masks: UInt32Array = NO_MASKS) -> None:
+        self._masks = masks
         self._parameters: list[bytes] = []
         self._rows = array("i")
         self._token_ids = array("i")
         self._positions = array("q")
         self._num_logprobs = array("i")
+        self._mask_rows = array("i")
         self._bias_start = array("i", [0])
         self._bias_ids = array("i")
         self._bias_values = array("f")
@@ -55,8 +60,8 @@ class SampleBatch:
         """Log-probabilities of a given token."""
         self._add(row, token_id, 0, num_top, _SCORED)
 
-    def draw(self, row: int, sequence: Sequence, sampling: Sampling) -> None:
-        """The next token of a sequence."""
+    def draw(self, row: int, sequence: Sequence, sampling: Sampling, mask_row: int = -1) -> None:
+        """The next token of a sequence; mask_row as SampleInput has it."""
         early = sequence.num_output_tokens < sequence.params.min_tokens
         if bias := sampling.early_bias if early else sampling.bias:
             self._bias_ids.extend(bias)
@@ -66,7 +71,8 @@ class SampleBatch:
             self._history += sequence.token_ids
             output_start += sequence.num_prompt_tokens
         logprobs = sequence.params.logprobs
-        self._add(row, -1, sequence.num_tokens, -1 if logprobs is None else logprobs, sampling.parameters, output_start)
+        self._add(row, -1, sequence.num_tokens, -1 if logprobs is None else logprobs, sampling.parameters, output_start,
+                  mask_row)
 
     def build(self) -> SampleInput:
         return SampleInput(
@@ -75,6 +81,8 @@ class SampleBatch:
             token_ids=np.frombuffer(self._token_ids, np.int32),
             positions=np.frombuffer(self._positions, np.int64),
             num_logprobs=np.frombuffer(self._num_logprobs, np.int32),
+            mask_rows=np.frombuffer(self._mask_rows, np.int32),
+            masks=self._masks,
             bias_start=np.frombuffer(self._bias_start, np.int32),
             bias_ids=np.frombuffer(self._bias_ids, np.int32),
             bias_values=np.frombuffer(self._bias_values, np.float32),
@@ -84,11 +92,12 @@ class SampleBatch:
         )
 
     def _add(self, row: int, token_id: int, position: int, num_logprobs: int, parameters: bytes,
-             output_start: int | None = None) -> None:
+             output_start: int | None = None, mask_row: int = -1) -> None:
         self._rows.append(row)
         self._token_ids.append(token_id)
         self._positions.append(position)
         self._num_logprobs.append(num_logprobs)
+        self._mask_rows.append(mask_row)
         self._parameters.append(parameters)
         self._bias_start.append(len(self._bias_ids))
         self._output_start.append(len(self._history) if output_start is None else output_start)
@@ -109,8 +118,10 @@ class SampleResult:
             raise ValueError(NOT_FINITE)
         return token_id
 
-    def logprobs(self, draw: int, num_top: int) -> TokenLogprobs:
+    def logprobs(self, draw: int, num_top: int, masked: bool = False) -> TokenLogprobs:
+        """masked: without the tokens that the mask forbids."""
         num_top = min(num_top, self._vocab_size)
         output = self._output
         top = zip(output.top_ids[draw, :num_top].tolist(), output.top_logprobs[draw, :num_top].tolist(), strict=True)
-        return TokenLogprobs(self.token_id(draw), float(output.logprobs[draw]), tuple(top))
+        return TokenLogprobs(self.token_id(draw), float(output.logprobs[draw]),
+                             tuple(entry for entry in top if not masked or entry[1] > -math.inf))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from fptq_runtime.engine.request import SamplingParams
 
 if TYPE_CHECKING:
+    from fptq_runtime.engine.grammar import Matcher
     from fptq_runtime.engine.output import TextStream, TokenLogprobs
     from fptq_runtime.engine.sampler import Sampling
 
@@ -26,10 +27,12 @@ class Sequence:
     """One sequence on its way through the engine (a request with n > 1 becomes n of these).
 
     Tokens are computed when their keys and values are in the cache: the scheduler moves num_computed_tokens towards
-    num_tokens, and a token is sampled when they meet. The engine gives it how it is sampled and what makes its text.
+    num_tokens, and a token is sampled when they meet. The engine gives it how it is sampled, what may be (None:
+    anything), and what makes its text.
     """
 
     sampling: Sampling
+    matcher: Matcher | None
     text: TextStream
 
     def __init__(self, request_id: str, index: int, prompt_token_ids: abc.Sequence[int], params: SamplingParams,
@@ -70,6 +73,10 @@ class Sequence:
     @property
     def num_output_tokens(self) -> int:
         return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def output_token_ids(self) -> array[int]:
+        return self.token_ids[self.num_prompt_tokens :]
 
     @property
     def needs_prompt_logits(self) -> bool:

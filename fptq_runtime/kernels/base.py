@@ -27,6 +27,7 @@ Array = Any
 Logits = Any
 
 Int32Array = npt.NDArray[np.int32]
+UInt32Array = npt.NDArray[np.uint32]
 Float32Array = npt.NDArray[np.float32]
 Float64Array = npt.NDArray[np.float64]
 
@@ -225,7 +226,8 @@ PARAMETERS = np.dtype([
 class SampleInput:
     """D rows of logits, each to draw a token from or to score a token with.
 
-    Draw d, in this order:
+    Where mask_rows[d] is not -1, the logit of each token t whose bit, t % 32 of word t / 32 of that mask, is 0 counts
+    as -inf from the beginning, whatever it is. Then draw d, in this order:
     1. bias: logits[bias_ids] += bias_values, for entries bias_start[d] to bias_start[d + 1]; -inf suppresses.
     2. repetition: logits of all tokens in the history are divided by the penalty where positive, else multiplied.
     3. presence + frequency · count is subtracted for the tokens of the output, which begins at output_start[d].
@@ -242,6 +244,8 @@ class SampleInput:
     token_ids: Annotated[Int32Array, "D"]  # the token to score; -1: draw
     positions: Annotated[npt.NDArray[np.int64], "D"]  # what the randomness is counted by
     num_logprobs: Annotated[Int32Array, "D"]  # how many of the best tokens to report beside the own; -1: report nothing
+    mask_rows: Annotated[Int32Array, "D"]  # which of the masks holds the tokens that are allowed; -1: all are
+    masks: Annotated[UInt32Array, "masks, words"]  # words: ceil(V / 32), where there is a mask
     bias_start: Annotated[Int32Array, "D + 1"]
     bias_ids: Annotated[Int32Array, "biases"]  # no id twice in a draw
     bias_values: Annotated[Float32Array, "biases"]
@@ -252,8 +256,8 @@ class SampleInput:
 
 @dataclass(frozen=True)
 class SampleOutput:
-    """Log-probabilities are of the logits as they came: x - max - log Σ exp(x - max). Entries that nobody asked for
-    are undefined."""
+    """Log-probabilities are of the logits as they came, masked: x - max - log Σ exp(x - max). Entries that nobody asked
+    for are undefined."""
 
     token_ids: Annotated[Int32Array, "D"]  # drawn or scored; -1 where logits are NaN, or their maximum is not finite
     logprobs: Annotated[Float64Array, "D"]

@@ -13,7 +13,7 @@ def sample_reference(logits: Float32Array, batch: SampleInput) -> SampleOutput:
     """In float64, by sorting. logits [R, V]."""
     out = SampleOutput.empty(batch)
     for d, row in enumerate(batch.rows):
-        x = logits[row]
+        x = _masked(logits[row], batch, d)
         if np.isnan(x).any() or not np.isfinite(x.max()):
             continue
         token_id = int(batch.token_ids[d])
@@ -55,6 +55,13 @@ def uniform(seed: int, position: int) -> float:
     """In [0, 1)."""
     bits = np.random.Philox(key=seed, counter=position).random_raw()
     return float(bits >> 11) * 2.0**-53
+
+
+def _masked(row: Float32Array, batch: SampleInput, d: int) -> Float32Array:
+    if (mask := int(batch.mask_rows[d])) < 0:
+        return row
+    allowed = np.unpackbits(batch.masks[mask].view(np.uint8), count=row.size, bitorder="little")
+    return np.where(allowed, row, np.float32(-np.inf))
 
 
 def _adjust(row: Float32Array, batch: SampleInput, d: int) -> Float32Array:

@@ -220,6 +220,9 @@ class NoText:
     def stream(self, skip_special_tokens: bool = True, prompt_token_ids: Sequence[int] = ()) -> NoText:
         return self
 
+    def to_json(self) -> str:
+        raise FptqError("a model without a vocabulary has no grammars")
+
     def step(self, token_id: int) -> str | None:
         return ""
 

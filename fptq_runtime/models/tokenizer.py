@@ -192,6 +192,10 @@ class Tokenizer:
         once = self.decode([token_id], skip_special_tokens=False)
         return self.decode([token_id, token_id], skip_special_tokens=False)[len(once):].encode()
 
+    def to_json(self) -> str:
+        """tokenizer.json, with what lies beside it."""
+        return str(self._backend.to_str())
+
     def stream(self, skip_special_tokens: bool = True, prompt_token_ids: Sequence[int] = ()) -> TokenStream:
         """The text of what follows the prompt. The prompt's last tokens decide whether it begins with a space."""
         return TokenStream(self._backend, skip_special_tokens, prompt_token_ids[-8:])

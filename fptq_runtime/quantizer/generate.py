@@ -90,6 +90,8 @@ def _draws(seeds: Sequence[int], temperatures: Sequence[float], position: int, b
         token_ids=np.full(count, -1, dtype=np.int32),
         positions=np.full(count, position, dtype=np.int64),
         num_logprobs=np.full(count, -1, dtype=np.int32),
+        mask_rows=np.full(count, -1, dtype=np.int32),
+        masks=np.zeros((0, 0), dtype=np.uint32),
         bias_start=np.arange(count + 1, dtype=np.int32) * len(banned),
         bias_ids=np.array([*chain.from_iterable([banned] * count)], dtype=np.int32),
         bias_values=np.full(count * len(banned), -np.inf, dtype=np.float32),

@@ -13,6 +13,7 @@ from pydantic import BaseModel
 
 from fptq_runtime.engine.async_engine import AsyncEngine, EngineDeadError, RequestStream
 from fptq_runtime.engine.engine import QueueFullError, RequestError
+from fptq_runtime.engine.grammar import GrammarError
 from fptq_runtime.engine.output import RequestOutput, TokenLogprobs
 from fptq_runtime.engine.request import FinishReason, SamplingParams
 from fptq_server.errors import APIError, bad_parameter
@@ -176,7 +177,7 @@ class Generation:
 def _refusal(error: Exception) -> Exception:
     """What the client is told where the engine does not take a request; anything else stays as it is."""
     match error:
-        case RequestError():
+        case RequestError() | GrammarError():
             return bad_parameter(error)
         case QueueFullError(reason="draining"):
             return APIError(503, "the server is shutting down", reason="draining", code="draining",

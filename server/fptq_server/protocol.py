@@ -80,6 +80,11 @@ Off = Annotated[Any, _unsupported(0, False)]
 NotMinusOne = Annotated[Any, _unsupported(-1)]
 NotOne = Annotated[Any, _unsupported(1)]
 Unused = Any  # whatever it says changes nothing that we do
+Schema = Annotated[
+    Annotated[dict[str, Any], Tag("<a JSON schema>")] | Annotated[Text, Tag("<the text of one>")],
+    _variant(dict="<a JSON schema>", str="<the text of one>"),
+]
+Choices = Annotated[list[Text], Field(min_length=1, fail_fast=True)]
 
 
 class Body(BaseModel):
@@ -99,6 +104,35 @@ class StreamOptions(Body):
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
     include_obfuscation: bool | None = None
+
+
+class JSONSchema(Body):
+    """Of a response_format. It holds whether it is strict or not."""
+
+    name: Text | None = None
+    description: Text | None = None
+    schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
+    strict: bool | None = None
+
+
+class ResponseFormat(Body):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JSONSchema | None = None
+
+
+class StructuredOutputs(Body):
+    """vLLM's: one of the first six."""
+
+    json_: Annotated[Schema | None, Field(alias="json")] = None
+    regex: Text | None = None
+    choice: Choices | None = None
+    grammar: Text | None = None
+    json_object: bool | None = None
+    structural_tag: Unsupported = None
+    disable_fallback: Annotated[Any, _unsupported(True, False)] = None
+    disable_any_whitespace: Annotated[Any, _unsupported(False)] = None
+    disable_additional_properties: Annotated[Any, _unsupported(False)] = None
+    whitespace_pattern: Unsupported = None
 
 
 class ForeignBody(Body):
@@ -198,6 +232,14 @@ class SamplingBody(ForeignBody):
     metadata: dict[Text, Text] | None = None
     safety_identifier: Text | None = None
     prompt_cache_key: Text | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: Schema | None = None
+    guided_regex: Text | None = None
+    guided_choice: Choices | None = None
+    guided_grammar: Text | None = None
+    guided_decoding_backend: Unused = None  # every grammar is enforced
+    guided_whitespace_pattern: Unsupported = None
 
 
 class CompletionRequest(SamplingBody):
@@ -278,7 +320,6 @@ class ChatCompletionRequest(SamplingBody):
     parallel_tool_calls: Annotated[Any, _unsupported(True, False)] = None
     functions: NotEmpty = None
     function_call: Annotated[Any, _unsupported("none")] = None
-    response_format: Annotated[Any, _unsupported({"type": "text"})] = None
     modalities: Annotated[Any, _unsupported(["text"])] = None
     audio: Unsupported = None
     prediction: Unsupported = None
@@ -287,6 +328,11 @@ class ChatCompletionRequest(SamplingBody):
     echo: NotTrue = None
     documents: NotEmpty = None
     chat_template: Unsupported = None
+
+
+class GenerateGrammar(Body):
+    type: Literal["json", "regex"]
+    value: Schema
 
 
 class GenerateParameters(Body):
@@ -310,7 +356,7 @@ class GenerateParameters(Body):
     best_of: NotOne = None
     typical_p: NotOne = None
     watermark: NotTrue = None
-    grammar: Unsupported = None
+    grammar: GenerateGrammar | None = None
     adapter_id: Unsupported = None
 
 

@@ -8,6 +8,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel as PreByteLevel
 
 from fptq_runtime.config import EngineConfig, ModelConfig
 from fptq_runtime.engine.engine import Engine
@@ -15,6 +19,7 @@ from fptq_runtime.engine.output import RequestOutput
 from fptq_runtime.engine.request import SamplingParams
 from fptq_runtime.kernels.base import SampleInput, SampleOutput, StepInput, StepLimits
 from fptq_runtime.kernels.sampling import sample_reference
+from fptq_runtime.models.tokenizer import BYTE_ALPHABET
 
 VOCAB = 97
 EOS = 0
@@ -105,6 +110,14 @@ class FakeTokenStream:
 
 
 class FakeTokenizer:
+    def to_json(self) -> str:
+        """For grammars: token t is the byte t, and 0 the end."""
+        characters = {byte: character for character, byte in BYTE_ALPHABET.items()}
+        backend = Tokenizer(BPE(vocab={"</s>": EOS} | {characters[t]: t for t in range(1, VOCAB)}, merges=[]))
+        backend.decoder, backend.pre_tokenizer = ByteLevel(), PreByteLevel(add_prefix_space=False)
+        backend.add_special_tokens(["</s>"])
+        return str(backend.to_str())
+
     def stream(self, skip_special_tokens: bool = True, prompt_token_ids: Sequence[int] = ()) -> FakeTokenStream:
         return FakeTokenStream()
 

@@ -30,7 +30,7 @@ from fptq_runtime.engine.sampler import SampleBatch, SampleResult, Sampling
 from fptq_runtime.engine.sequence import Sequence
 from fptq_runtime.kernels.base import SampleInput, SampleOutput
 from fptq_runtime.kernels.cpu import CpuBackend, _native
-from fptq_runtime.kernels.sampling import _adjust, draw, sample_reference, uniform
+from fptq_runtime.kernels.sampling import _adjust, _masked, draw, sample_reference, uniform
 
 PROMPT = [1, 2, 3]
 
@@ -62,12 +62,19 @@ def row(seed: int, size: int = 200, scale: float = 3.0) -> np.ndarray:
     return (scale * np.random.default_rng(seed).normal(size=size)).astype(np.float32)
 
 
-def batch_of(requests: abc.Sequence[Sequence], eos: Iterable[int] = ()) -> SampleInput:
-    """A row of logits for each."""
-    batch = SampleBatch()
+def batch_of(requests: abc.Sequence[Sequence], eos: Iterable[int] = (), allowed: np.ndarray | None = None
+             ) -> SampleInput:
+    """A row of logits for each. allowed: a mask for each row, bool [D, V]."""
+    batch = SampleBatch() if allowed is None else SampleBatch(packed(allowed))
     for i, each in enumerate(requests):
-        batch.draw(i, each, Sampling(each, eos))
+        batch.draw(i, each, Sampling(each, eos), -1 if allowed is None else i)
     return batch.build()
+
+
+def packed(allowed: np.ndarray) -> np.ndarray:
+    """bool [masks, V] as SampleInput has it."""
+    padded = np.pad(allowed, ((0, 0), (0, -allowed.shape[1] % 32)), constant_values=True)  # beyond V nothing counts
+    return np.packbits(padded, axis=1, bitorder="little").view(np.uint32)
 
 
 def draws(implementation: Implementation, logits: np.ndarray, requests: abc.Sequence[Sequence],
@@ -205,6 +212,37 @@ def test_the_draw_depends_on_seed_and_position_alone(implementation: Implementat
     assert len(set(draws(implementation, logits, [request(seed=-1), request(seed=(1 << 64) - 1)]))) == 1
 
 
+def test_a_mask_leaves_the_distribution_of_what_it_allows(implementation: Implementation) -> None:
+    logits, allowed = row(8, 300), np.random.default_rng(8).random(300) < 0.3
+    logits[np.flatnonzero(~allowed)[:3]] = np.nan, np.inf, 90
+    batch = batch_of([request(seed=seed, logprobs=20, logit_bias={5: 2.0}) for seed in range(4000)],
+                     allowed=np.tile(allowed, (4000, 1)))
+    result = SampleResult(implementation(np.tile(logits, (4000, 1)), batch), logits.size)
+    left = torch.from_numpy(np.where(allowed, logits, -np.inf)).double()
+    own = left.log_softmax(-1)
+    left[5] += 2
+    counts = np.bincount([result.token_id(i) for i in range(4000)], minlength=logits.size)
+    assert_drawn_from(counts, left.softmax(-1).numpy())
+    for i in range(20):
+        entry = result.logprobs(i, 20, masked=True)
+        assert entry.logprob == pytest.approx(float(own[entry.token_id]), abs=2e-5)
+        assert [token_id for token_id, _ in entry.top] == own.topk(20).indices.tolist()
+
+
+def test_a_mask_of_few_tokens_or_none(implementation: Implementation) -> None:
+    """Fewer than are to be reported; bias brings none of the others back."""
+    logits = row(9, 70)
+    allowed = np.zeros((3, 70), bool)
+    allowed[0, [3, 64]], allowed[1, 69] = True, True
+    params: dict[str, Any] = {"logprobs": 5, "logit_bias": {4: 100.0}}
+    output = implementation(np.tile(logits, (3, 1)), batch_of([request(**params)] * 3, allowed=allowed))
+    result = SampleResult(output, logits.size)
+    assert {token_id for token_id, _ in result.logprobs(0, 5, masked=True).top} == {3, 64}
+    assert result.token_id(0) in (3, 64)
+    assert result.logprobs(1, 5, masked=True) == TokenLogprobs(69, 0.0, ((69, 0.0),))
+    assert output.token_ids[2] == -1
+
+
 @settings(max_examples=40)
 @given(seed=st.integers(0, 1 << 20), size=st.sampled_from([1, 2, 97, 5000, 60000]),
        scale=st.sampled_from([0.0, 1.0, 50.0]), num_top=st.integers(0, 20))
@@ -276,26 +314,31 @@ PARAMS = st.fixed_dictionaries({}, optional={
     "min_tokens": st.integers(0, 4),
     "logprobs": st.integers(0, 20),
 })
+SHARES = st.sampled_from([None, 0.0, 0.01, 0.5, 0.99])
 REQUESTS = st.builds(lambda output, seed, params: request(tuple(output), seed, **params),
                      st.lists(st.integers(0, 9), max_size=6), st.integers(-5, 1 << 50), PARAMS)
 
 
 @settings(max_examples=150)
 @given(requests=st.lists(REQUESTS, min_size=1, max_size=5), shape=st.sampled_from(sorted(SHAPES)),
-       size=st.sampled_from([10, 97, 512, 513, 5000, 20011]), seed=st.integers(0, 1 << 20))
+       size=st.sampled_from([10, 97, 512, 513, 5000, 20011]), seed=st.integers(0, 1 << 20), share=SHARES)
 def test_native_draws_what_the_reference_draws(native: Implementation, requests: list[Sequence], shape: str, size: int,
-                                               seed: int) -> None:
-    assert_draws_as_the_reference(native, requests, shape, size, seed, absolute=2e-5, relative=1e-6)
+                                               seed: int, share: float | None) -> None:
+    assert_draws_as_the_reference(native, requests, shape, size, seed, share, absolute=2e-5, relative=1e-6)
 
 
 def assert_draws_as_the_reference(implementation: Implementation, requests: list[Sequence], shape: str, size: int,
-                                  seed: int, absolute: float, relative: float) -> None:
+                                  seed: int, share: float | None, absolute: float, relative: float) -> None:
     """Where both could, that is: at a boundary of the cumulative distribution or of a cut rounding decides. Log-
-    probabilities within these."""
+    probabilities within these. share: of the tokens, about so many are allowed; None: no masks."""
     rng = np.random.default_rng(seed)
     logits = np.stack([SHAPES[shape](rng, size) for _ in requests]).astype(np.float32)
     logits[:, 0] = np.where(np.isfinite(logits).any(axis=1), logits[:, 0], 0)
-    batch = batch_of(requests, eos=(2, 5))
+    allowed = None if share is None else rng.random(logits.shape) <= share
+    if allowed is not None:
+        logits[~allowed & (rng.random(logits.shape) < 0.1)] = np.nan  # nobody looks at these
+        allowed[:, 0], logits[:, 0] = True, np.nan_to_num(logits[:, 0], neginf=0)
+    batch = batch_of(requests, eos=(2, 5), allowed=allowed)
     got, reference = implementation(logits.copy(), batch), sample_reference(logits, batch)
     for d, each in enumerate(requests):
         if got.token_ids[d] != reference.token_ids[d]:
@@ -318,7 +361,7 @@ def nearby(logits: np.ndarray, batch: SampleInput, d: int) -> set[int]:
             parameters["top_p"] = min(parameters["top_p"] * (1 + p), 1) if parameters["top_p"] < 1 else 1
             parameters["min_p"] *= 1 + p
             off = uniform(int(parameters["seed"]), int(batch.positions[d])) + u
-            found.add(draw(_adjust(logits[d], batch, d), parameters, min(max(off, 0.0), 1 - 1e-16)))
+            found.add(draw(_adjust(_masked(logits[d], batch, d), batch, d), parameters, min(max(off, 0.0), 1 - 1e-16)))
     return found
 
 
@@ -341,16 +384,19 @@ def test_bits_do_not_depend_on_company_threads_or_isa(
 ) -> None:
     rng = np.random.default_rng(seed)
     logits = np.stack([SHAPES[shape](rng, size) for _ in requests]).astype(np.float32)
-    whole = native(logits.copy(), batch_of(requests))
+    share = data.draw(SHARES)
+    allowed = None if share is None else rng.random(logits.shape) <= share
+    whole = native(logits.copy(), batch_of(requests, allowed=allowed))
     d = data.draw(st.integers(0, len(requests) - 1))
     for threads in (1, 3):
         for isa in _native.available_isas():
-            other = backends(threads, isa).sample(logits.copy(), batch_of(requests))
+            other = backends(threads, isa).sample(logits.copy(), batch_of(requests, allowed=allowed))
             assert_same(whole, other, requests)
     offset = data.draw(st.integers(0, 15))  # wherever in memory the row begins
     buffer = np.zeros(size + 16, dtype=np.float32)
     buffer[offset : offset + size] = logits[d]
-    alone = native(buffer[None, offset : offset + size], batch_of([requests[d]]))
+    own = None if allowed is None else allowed[d : d + 1]
+    alone = native(buffer[None, offset : offset + size], batch_of([requests[d]], allowed=own))
     assert_same(SampleOutput(*(array[d : d + 1] for array in vars(whole).values())), alone, [requests[d]])
 
 
@@ -364,12 +410,15 @@ def assert_same(a: SampleOutput, b: SampleOutput, requests: abc.Sequence[Sequenc
             assert a.top_logprobs[d, :top].tolist() == b.top_logprobs[d, :top].tolist()
 
 
-BATCH = batch_of([request((4, 5), logit_bias={3: 1.0}, presence_penalty=1.0, logprobs=2)] * 2)
+BATCH = batch_of([request((4, 5), logit_bias={3: 1.0}, presence_penalty=1.0, logprobs=2)] * 2,
+                 allowed=np.ones((2, 50), bool))
 int32 = lambda *values: np.array(values, np.int32)  # noqa: E731
 MISTAKES: list[dict[str, Any]] = [
     {"rows": int32(0, 2)}, {"rows": int32(-1, 1)}, {"rows": int32(1, 1)}, {"rows": int32(1, 0)},
     {"token_ids": int32(-2, 0)}, {"token_ids": int32(0, 50)},
     {"num_logprobs": int32(-2, 1)},
+    {"mask_rows": int32(0, 2)}, {"mask_rows": int32(-2, 0)},
+    {"masks": BATCH.masks[:, :1].copy()}, {"masks": BATCH.masks.view(np.int32)}, {"masks": BATCH.masks[0]},
     {"bias_ids": int32(3, 50)}, {"bias_ids": int32(-1, 3)},
     {"bias_start": int32(1, 1, 2)}, {"bias_start": int32(0, 2, 1)}, {"bias_start": int32(0, 1, 3)},
     {"history": BATCH.history - 9}, {"history": BATCH.history + 47},

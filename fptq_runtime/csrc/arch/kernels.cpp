@@ -36,6 +36,7 @@ const Kernels kernels = {
     .rope_and_cache_row = rope_and_cache_row,
     .attention_tile = attention_tile,
     .merge_partials = merge_partials,
+    .mask_row = mask_row,
     .scan_row = scan_row,
     .weigh_block = weigh_block,
     .select_at_least = select_at_least,

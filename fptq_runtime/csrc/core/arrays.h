@@ -28,6 +28,10 @@ inline ElementType element_type<int32_t>() {
   return {"int32", "i"};
 }
 template <>
+inline ElementType element_type<uint32_t>() {
+  return {"uint32", "I"};
+}
+template <>
 inline ElementType element_type<int64_t>() {
   return {"int64", "l"};
 }

@@ -83,6 +83,8 @@ const std::vector<Field<SampleView>> kSampleInput{
     {"token_ids", &SampleView::token_ids, {kD}},
     {"positions", &SampleView::positions, {kD}},
     {"num_logprobs", &SampleView::num_logprobs, {kD}},
+    {"mask_rows", &SampleView::mask_rows, {kD}},
+    {"masks", &SampleView::masks, {SampleDim{"masks", &SampleView::num_masks}, SampleDim{"words", &SampleView::words}}},
     {"bias_start", &SampleView::bias_start, {kD + 1}},
     {"bias_ids", &SampleView::bias_ids, {kBiases}},
     {"bias_values", &SampleView::bias_values, {kBiases}},

@@ -38,6 +38,8 @@ struct Kernels {
                              float* keys);
   void (*attention_tile)(const AttentionView&, const KvCache&, const AttentionTile&, const AttentionTile* next);
   void (*merge_partials)(const AttentionView&, const AttentionTile&);
+  // x where the token's bit (t % 32 of word t / 32) is set, else -inf.
+  void (*mask_row)(const float* x, const uint32_t* mask, int n, float* out);
   // Of each block of a row, its largest value and (sums not null) Σ 2^((x - that) · log2_scale). False: one is NaN.
   bool (*scan_row)(const float* x, int n, float log2_scale, float* maxima, float* sums);
   // w = 2^((x - top) · log2_scale) over n <= kSampleBlock values x <= top. Returns the sum.

@@ -99,6 +99,7 @@ class Sampler::Worker {
     view.out_ids[d] = -1;
     float* x = view.logits + static_cast<size_t>(view.rows[d]) * view.vocab;
     resize(view.vocab);
+    if (view.mask_rows[d] >= 0) x = masked(x, view.masks + static_cast<size_t>(view.mask_rows[d]) * view.words);
     scanned_ = nullptr;
     const int num_top = std::min(view.num_logprobs[d], view.vocab);
     double log_sum = 0;
@@ -147,6 +148,14 @@ class Sampler::Worker {
     xs_.reset(new float[vocab + kSlack]);  // not zeroed: pages that no row needs are never touched
     ids_.reset(new int32_t[vocab + kSlack]);
     weights_.reset(new float[vocab + kSlack]);
+    masked_.reset();
+  }
+
+  // A copy of the row with -inf for what the mask does not allow.
+  float* masked(const float* x, const uint32_t* mask) {
+    if (!masked_) masked_.reset(new float[vocab_]);
+    kernels_.mask_row(x, mask, vocab_, masked_.get());
+    return masked_.get();
   }
 
   void set(float* x, int id, float value) {
@@ -392,7 +401,7 @@ class Sampler::Worker {
   int count_ = 0;
   float bound_ = 0;  // which all of them reach
   float log2_scale_ = 0;
-  std::unique_ptr<float[]> xs_, weights_;
+  std::unique_ptr<float[]> xs_, weights_, masked_;
   std::unique_ptr<int32_t[]> ids_;
   std::vector<double> chunks_;
   std::vector<int> order_, bins_;
@@ -422,11 +431,15 @@ void check(const SampleView& v) {
   if (v.vocab < 1) throw std::invalid_argument("logits have no columns");
   check_range("bias_start", 0, v.bias_start[0], 0, 1);
   check_range("history_start", 0, v.history_start[0], 0, 1);
+  if (v.num_masks > 0 && v.words != (v.vocab + 31) / 32)
+    throw std::invalid_argument("masks have " + std::to_string(v.words) + " words for a vocabulary of " +
+                                std::to_string(v.vocab));
   for (int d = 0; d < v.draws; ++d) {
     const SampleParameters& p = v.parameters[d];
     check_range("rows", d, v.rows[d], d ? v.rows[d - 1] + 1 : 0, v.num_rows);
     check_range("token_ids", d, v.token_ids[d], -1, v.vocab);
     check_range("num_logprobs", d, v.num_logprobs[d], -1, v.width + 1L);
+    check_range("mask_rows", d, v.mask_rows[d], -1, v.num_masks);
     check_range("bias_start", d + 1, v.bias_start[d + 1], v.bias_start[d], v.biases + 1L);
     check_range("history_start", d + 1, v.history_start[d + 1], v.history_start[d], v.tokens + 1L);
     check_range("output_start", d, v.output_start[d], v.history_start[d], v.history_start[d + 1] + 1L);

@@ -27,6 +27,8 @@ struct SampleView {
   const int32_t* token_ids;            // [D], -1: draw
   const int64_t* positions;            // [D]
   const int32_t* num_logprobs;         // [D], -1: none
+  const int32_t* mask_rows;            // [D], -1: none
+  const uint32_t* masks;               // [masks][words]
   const int32_t* bias_start;           // [D + 1]
   const int32_t* bias_ids;             // [biases]
   const float* bias_values;            // [biases]
@@ -37,7 +39,7 @@ struct SampleView {
   double* out_logprobs;                // [D]
   int32_t* top_ids;                    // [D][width]
   double* top_logprobs;                // [D][width]
-  int num_rows = -1, vocab = -1, draws = -1, biases = -1, tokens = -1, width = -1;
+  int num_rows = -1, vocab = -1, draws = -1, biases = -1, tokens = -1, num_masks = -1, words = -1, width = -1;
 };
 
 class Sampler {

@@ -33,7 +33,7 @@ def sample(logits: torch.Tensor, batch: SampleInput) -> SampleOutput:
     reported = np.flatnonzero(batch.num_logprobs >= 0)
     random = np.flatnonzero((batch.token_ids < 0) & (batch.parameters["temperature"] >= GREEDY_BELOW))
     draws = _Draws.upload(batch, reported, random, logits.device)
-    x = logits.index_select(0, draws.rows)  # [D, V]
+    x = _masked(logits.index_select(0, draws.rows), batch)  # [D, V]
     peak, best = x.max(1)  # the first of equals; NaN where one is
     y = _adjusted(x, batch)
     if y is not x:
@@ -160,6 +160,15 @@ def _to_device(array: npt.NDArray[Any], device: torch.device) -> torch.Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
+def _masked(x: torch.Tensor, batch: SampleInput) -> torch.Tensor:
+    """x [D, V], -inf in place where a mask does not allow the token."""
+    if batch.masks.size:
+        masks, rows = (_to_device(array.view(np.int32), x.device) for array in (batch.masks, batch.mask_rows))
+        vocab = x.shape[1]
+        _mask[(x.shape[0], triton.cdiv(vocab, CHUNK))](x, masks, rows, vocab, masks.shape[1], CHUNK=CHUNK)
+    return x
+
+
 def _adjusted(x: torch.Tensor, batch: SampleInput) -> torch.Tensor:
     """Steps 1 to 3 on a copy, or x itself where there is nothing to do."""
     if not (batch.bias_ids.size or batch.history.size):
@@ -225,6 +234,16 @@ def _totals(sums: torch.Tensor) -> torch.Tensor:
     totals = torch.empty(rows, dtype=torch.float64, device=sums.device)
     _add_chunks[(rows,)](sums, totals, chunks, CHUNKS=triton.next_power_of_2(chunks))
     return totals
+
+
+@triton.jit
+def _mask(x, masks, rows, vocab, words, CHUNK: tl.constexpr):
+    d, ids = tl.program_id(0), tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
+    row = tl.load(rows + d).to(tl.int64)
+    inside = (ids < vocab) & (row >= 0)
+    word = tl.load(masks + row * words + (ids >> 5), mask=inside, other=-1)
+    forbidden = ((word >> (ids & 31)) & 1) == 0
+    tl.store(x + d.to(tl.int64) * vocab + ids, float("-inf"), mask=inside & forbidden)
 
 
 @triton.jit

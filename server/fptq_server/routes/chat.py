@@ -29,6 +29,7 @@ from fptq_server.protocol import (
 )
 from fptq_server.record import record_of
 from fptq_server.sse import STREAM_RESPONSE, EventStream, run_while_connected
+from fptq_server.structured import openai_grammar
 from fptq_server.validation import (
     chat_prompt,
     check_length,
@@ -104,6 +105,7 @@ def chat_router(engine: AsyncEngine, tokenizer: Tokenizer, texts: TokenTexts, mo
         check_length(prompt, max_tokens, "messages", model)
         check_prompt_logprobs(body)
         params = sampling_params(body, model, max_tokens=max_tokens, prompt_logprobs=body.prompt_logprobs,
+                                 structured=await openai_grammar(body, engine),
                                  logprobs=(body.top_logprobs or 0) if body.logprobs else None)
         include_usage, continuous_usage = stream_usage(body)
         generation = Generation(engine, record_of(request.scope), "chatcmpl", [prompt], params)

@@ -21,6 +21,7 @@ from fptq_server.logprobs import LogprobsRenderer, TextPosition, TokenTexts
 from fptq_server.protocol import CompletionChoice, CompletionLogprobs, CompletionRequest, CompletionResponse, Usage
 from fptq_server.record import record_of
 from fptq_server.sse import STREAM_RESPONSE, EventStream, run_while_connected
+from fptq_server.structured import openai_grammar
 from fptq_server.validation import (
     check_length,
     check_model,
@@ -135,7 +136,8 @@ def completions_router(engine: AsyncEngine, tokenizer: Tokenizer, texts: TokenTe
         check_prompt_logprobs(body)
         wanted = [count for count in (body.prompt_logprobs, body.logprobs if body.echo else None) if count is not None]
         params = sampling_params(body, model, max_tokens=max_tokens, prompt_logprobs=max(wanted, default=None),
-                                 logprobs=0 if body.logprobs is None and best_of > n else body.logprobs)
+                                 logprobs=0 if body.logprobs is None and best_of > n else body.logprobs,
+                                 structured=await openai_grammar(body, engine))
         params = replace(params, n=best_of)
         include_usage, continuous_usage = stream_usage(body)
         generation = Generation(engine, record_of(request.scope), "cmpl", prompts, params)

@@ -29,6 +29,7 @@ from fptq_server.protocol import (
 )
 from fptq_server.record import record_of
 from fptq_server.sse import STREAM_RESPONSE, EventStream, run_while_connected
+from fptq_server.structured import generate_grammar
 from fptq_server.validation import check_length, check_text, fold_seed, make_params, tokenizing
 
 DEFAULT_MAX_NEW_TOKENS = 100  # TGI's
@@ -111,6 +112,7 @@ def generate_router(engine: AsyncEngine, tokenizer: Tokenizer, texts: TokenTexts
             stop=tuple(parameters.stop or ()),
             logprobs=parameters.top_n_tokens or 0,
             prompt_logprobs=0 if parameters.decoder_input_details else None,
+            structured=await generate_grammar(parameters.grammar, engine),
             **_sampling(parameters),
         )
         generation = Generation(engine, record_of(request.scope), "gen", [prompt], params)

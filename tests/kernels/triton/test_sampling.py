@@ -19,6 +19,7 @@ from tests.engine import test_sampler as sampler
 from tests.engine.test_sampler import (
     REQUESTS,
     SHAPES,
+    SHARES,
     Implementation,
     assert_draws_as_the_reference,
     batch_of,
@@ -31,6 +32,7 @@ test_a_vanishing_temperature_is_greedy = sampler.test_a_vanishing_temperature_is
 test_presence_and_frequency = sampler.test_presence_and_frequency_count_the_output_alone
 test_bias_bans_and_forces = sampler.test_bias_bans_and_forces
 test_ends_are_suppressed_until_min_tokens = sampler.test_ends_are_suppressed_until_min_tokens
+test_a_mask_of_few_tokens_or_none = sampler.test_a_mask_of_few_tokens_or_none
 test_logprobs_of_a_draw_are_the_models_own = sampler.test_logprobs_of_a_draw_are_the_models_own
 
 
@@ -45,9 +47,10 @@ def implementation() -> Implementation:
 
 @settings(max_examples=30)
 @given(requests=st.lists(REQUESTS, min_size=1, max_size=4), shape=st.sampled_from(sorted(SHAPES)),
-       size=st.sampled_from([10, 97, 2048, 2049, 5000]), seed=st.integers(0, 1 << 20))
-def test_it_draws_what_the_reference_draws(requests: list[Sequence], shape: str, size: int, seed: int) -> None:
-    assert_draws_as_the_reference(sample, requests, shape, size, seed, absolute=1e-12, relative=1e-12)
+       size=st.sampled_from([10, 97, 2048, 2049, 5000]), seed=st.integers(0, 1 << 20), share=SHARES)
+def test_it_draws_what_the_reference_draws(requests: list[Sequence], shape: str, size: int, seed: int,
+                                           share: float | None) -> None:
+    assert_draws_as_the_reference(sample, requests, shape, size, seed, share, absolute=1e-12, relative=1e-12)
 
 
 def test_uniform_is_numpys_philox() -> None:

@@ -102,7 +102,7 @@ def test_max_completion_tokens_and_the_default(client: openai.OpenAI) -> None:
 
 @pytest.mark.parametrize(("extra", "param"), [
     ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
-    ({"response_format": {"type": "json_object"}}, "response_format"),
+    ({"response_format": {"type": "xml"}}, "response_format.type"),
     ({"tool_choice": "auto"}, "tool_choice"),
     ({"reasoning_effort": "high"}, "reasoning_effort"),
     ({"top_logprobs": 2}, "top_logprobs"),

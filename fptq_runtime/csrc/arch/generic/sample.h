@@ -95,6 +95,12 @@ struct Padded {
   }
 };
 
+static void mask_row(const float* x, const uint32_t* mask, int n, float* out) {
+  for (; n >= 32; n -= 32, x += 32, out += 32, ++mask)
+    for (int i = 0; i < 32; ++i) out[i] = *mask >> i & 1 ? x[i] : -__builtin_inff();
+  for (int i = 0; i < n; ++i) out[i] = *mask >> i & 1 ? x[i] : -__builtin_inff();
+}
+
 static bool scan_row(const float* x, int n, float log2_scale, float* maxima, float* sums) {
   NanLanes nan;
   const int whole = n / kSampleBlock;

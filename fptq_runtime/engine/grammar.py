@@ -1,0 +1,188 @@
+"""Structured output: what an answer must be, and which tokens that leaves at each step. The parsing is llguidance's."""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import llguidance
+import numpy as np
+import numpy.typing as npt
+from llguidance.gbnf_to_lark import gbnf_to_lark
+from llguidance.numpy import fill_next_token_bitmask
+
+from fptq_runtime.errors import FptqError
+
+logger = logging.getLogger(__name__)
+
+MAX_GRAMMAR = 1 << 18  # characters
+COMPILE_SECONDS = 5.0
+KEPT_GRAMMARS = 64
+LIMITS = llguidance.LLParserLimits(verbose_errors=False)
+JSON_OPTIONS: Any = {
+    # A space at most: where any whitespace may stand, a weak model writes nothing else.
+    "whitespace_pattern": " ", "item_separator": ",", "key_separator": ":", "coerce_one_of": False, "lenient": False,
+}
+
+
+class GrammarError(FptqError):
+    """A grammar that cannot be enforced, or not within the budget. The message is for the client."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, "structured")
+
+
+@dataclass(frozen=True)
+class Grammar:
+    """A language that an answer must be of, from its first character to the end of sequence; SamplingParams.structured.
+
+    Made by the methods below. A JSON schema holds with every keyword in it, or is refused when it is compiled; object
+    properties come in the schema's order. Lark is llguidance's: `%json {…}` embeds a schema, `<|name|>` is a special
+    token.
+    """
+
+    kind: Literal["json_schema", "regex", "lark"]
+    text: str
+
+    @classmethod
+    def json_schema(cls, schema: Mapping[str, Any] | bool | str) -> Grammar:
+        """schema: as an object, or as JSON text."""
+        if isinstance(schema, bool):
+            schema = {} if schema else {"enum": []}
+        return cls("json_schema", schema if isinstance(schema, str) else json.dumps(schema))
+
+    @classmethod
+    def json_object(cls) -> Grammar:
+        """Any JSON object."""
+        return cls.json_schema({"type": "object"})
+
+    @classmethod
+    def regex(cls, pattern: str) -> Grammar:
+        """An answer that the pattern matches as a whole; Rust's syntax, without lookarounds."""
+        return cls("regex", pattern)
+
+    @classmethod
+    def choice(cls, options: Iterable[str]) -> Grammar:
+        """One of these strings."""
+        return cls.lark("start: " + " | ".join(json.dumps(option) for option in options))
+
+    @classmethod
+    def lark(cls, text: str) -> Grammar:
+        """A grammar whose first rule is `start`."""
+        return cls("lark", text)
+
+    @classmethod
+    def gbnf(cls, text: str) -> Grammar:
+        """llama.cpp's notation, whose first rule is `root`. Raises GrammarError."""
+        try:
+            return cls.lark(gbnf_to_lark(text))
+        except Exception as error:  # the converter raises bare Exception
+            raise GrammarError(f"the GBNF grammar cannot be read: {error}") from None
+
+
+class Matcher:
+    """The tokens that may follow in one sequence. ends: ids that end it, which stand where the grammar may end."""
+
+    def __init__(self, parser: llguidance.LLMatcher, ends: npt.NDArray[np.int32]) -> None:
+        self._parser = parser
+        self._ends = ends  # a mask
+        self._consumed = 0
+
+    def fill(self, token_ids: Sequence[int], early: bool, mask: npt.NDArray[np.int32]) -> None:
+        """Set the bits of the tokens that may follow an output, [words]. It begins with what was given the last time.
+        early: an end only where nothing else can follow. Raises GrammarError where the grammar is too complex."""
+        self._parser.consume_tokens(list(token_ids[self._consumed :]))
+        self._consumed = len(token_ids)
+        fill_next_token_bitmask(self._parser, mask[None])
+        if self._parser.is_error():
+            raise GrammarError(f"the grammar cannot be followed: {_one_line(self._parser.get_error())}")
+        if self._parser.is_accepting():
+            mask |= self._ends
+        if early and (others := mask & ~self._ends).any():
+            mask[:] = others
+
+
+class Grammars:
+    """Compiles grammars for one model's tokens, on threads of its own, and keeps the latest.
+
+    tokenizer: its tokenizer.json, asked for with the first grammar. eos_token_ids: at least one, or every grammar is
+    refused.
+    """
+
+    def __init__(self, tokenizer: Callable[[], str], vocab_size: int, eos_token_ids: Iterable[int]) -> None:
+        self._tokenizer_json = tokenizer
+        self._vocab_size = vocab_size
+        self._eos_token_ids = sorted(eos_token_ids)
+        self._tokenizer: llguidance.LLTokenizer | None = None
+        self._tokenizer_lock = threading.Lock()
+        self._workers = ThreadPoolExecutor(2, "fptq-grammar")
+        self._compiled: OrderedDict[Grammar, Future[llguidance.LLMatcher | str]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    @property
+    def words(self) -> int:
+        """Of one mask."""
+        return (self._vocab_size + 31) // 32
+
+    def submit(self, grammar: Grammar) -> Future[llguidance.LLMatcher | str]:
+        """Begin to compile a grammar unless that was done: its parser, or why there is none."""
+        with self._lock:
+            future = self._compiled.pop(grammar, None) or self._workers.submit(self._compile, grammar)
+            self._compiled[grammar] = future
+            if len(self._compiled) > KEPT_GRAMMARS:
+                self._compiled.popitem(last=False)
+        return future
+
+    def parser(self, grammar: Grammar, timeout: float = COMPILE_SECONDS) -> llguidance.LLMatcher:
+        """Waits for it, so many seconds. Raises GrammarError."""
+        try:
+            parser = self.submit(grammar).result(timeout)
+        except FutureTimeoutError:
+            raise GrammarError(f"the grammar was not compiled within {COMPILE_SECONDS:.0f} s; simplify it") from None
+        if isinstance(parser, str):
+            raise GrammarError(parser)
+        return parser
+
+    def matchers(self, grammar: Grammar, count: int, stop_token_ids: Iterable[int] = ()) -> list[Matcher]:
+        """One for each of a request's sequences; stop_token_ids end them too. Raises GrammarError."""
+        parser = self.parser(grammar)
+        ends = np.zeros(self.words, np.uint32)
+        for token_id in {*self._eos_token_ids, *stop_token_ids}:
+            ends[token_id // 32] |= np.uint32(1 << token_id % 32)
+        return [Matcher(parser.deep_copy(), ends.view(np.int32)) for _ in range(count)]
+
+    def _compile(self, grammar: Grammar) -> llguidance.LLMatcher | str:
+        if len(grammar.text) > MAX_GRAMMAR:
+            return f"the grammar has {len(grammar.text)} characters; at most {MAX_GRAMMAR} are taken"
+        if not self._eos_token_ids:
+            return "this model has no end of sequence, which a structured answer needs"
+        try:
+            parser = self._parse(grammar)
+        except Exception as error:
+            return _one_line(error)
+        return _one_line(parser.get_error()) if parser.is_error() else parser
+
+    def _parse(self, grammar: Grammar) -> llguidance.LLMatcher:
+        with self._tokenizer_lock:
+            if self._tokenizer is None:
+                self._tokenizer = llguidance.LLTokenizer(
+                    self._tokenizer_json(), n_vocab=self._vocab_size, eos_token=self._eos_token_ids)
+        match grammar.kind:
+            case "json_schema":
+                source = llguidance.LLMatcher.grammar_from_json_schema(grammar.text, overrides=JSON_OPTIONS)
+            case "regex":
+                source = llguidance.LLMatcher.grammar_from_regex(grammar.text)
+            case "lark":
+                source = llguidance.LLMatcher.grammar_from_lark(grammar.text)
+        return llguidance.LLMatcher(self._tokenizer, source, log_level=0, limits=LIMITS)
+
+
+def _one_line(error: object) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,100 @@
+"""What a request says of its answer's form, in OpenAI's, vLLM's and text-generation-inference's words, as a grammar."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from fptq_runtime.engine.async_engine import AsyncEngine
+from fptq_runtime.engine.grammar import Grammar, GrammarError
+from fptq_server.errors import APIError
+from fptq_server.protocol import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    GenerateGrammar,
+    ResponseFormat,
+    StructuredOutputs,
+)
+
+GBNF = re.compile(r"^\s*root\s*::=", re.MULTILINE)
+
+Form = tuple[str, Callable[[Any], Grammar], Any]  # the field, and what makes a grammar of its value
+
+
+async def openai_grammar(body: ChatCompletionRequest | CompletionRequest, engine: AsyncEngine) -> Grammar | None:
+    """The one form that a request gives, if any, compiled. Raises APIError that names the field."""
+    forms = list(_openai_forms(body))
+    if len(forms) > 1:
+        raise APIError(400, f"{forms[0][0]} and {forms[1][0]} both say what the answer must be; give one of them",
+                       param=forms[1][0])
+    return await _compiled(forms[0], engine) if forms else None
+
+
+async def generate_grammar(grammar: GenerateGrammar | None, engine: AsyncEngine) -> Grammar | None:
+    """The same of TGI's parameters.grammar."""
+    if grammar is None:
+        return None
+    make = Grammar.regex if grammar.type == "regex" else _json
+    if grammar.type == "regex" and not isinstance(grammar.value, str):
+        raise APIError(400, "parameters.grammar.value must be a string", param="parameters.grammar.value")
+    return await _compiled(("parameters.grammar.value", make, grammar.value), engine)
+
+
+def _openai_forms(body: ChatCompletionRequest | CompletionRequest) -> Iterator[Form]:
+    if body.response_format is not None:
+        yield from _response_format(body.response_format)
+    if body.structured_outputs is not None:
+        yield from _structured_outputs(body.structured_outputs)
+    for name, make in (("guided_json", _json), ("guided_regex", Grammar.regex), ("guided_choice", Grammar.choice),
+                       ("guided_grammar", _grammar)):
+        if (value := getattr(body, name)) is not None:
+            yield name, make, value
+
+
+def _response_format(given: ResponseFormat) -> Iterator[Form]:
+    if given.type == "json_object":
+        yield "response_format", lambda _: Grammar.json_object(), None
+    if given.type == "json_schema":
+        if given.json_schema is None or given.json_schema.schema_ is None:
+            raise APIError(400, "response_format.json_schema.schema is required", code="missing_field",
+                           param="response_format.json_schema.schema")
+        yield "response_format.json_schema.schema", _json, given.json_schema.schema_
+
+
+def _structured_outputs(given: StructuredOutputs) -> Iterator[Form]:
+    forms: list[Form] = [("json", _json, given.json_), ("regex", Grammar.regex, given.regex),
+                         ("choice", Grammar.choice, given.choice), ("grammar", _grammar, given.grammar),
+                         ("json_object", lambda _: Grammar.json_object(), given.json_object or None)]
+    forms = [(f"structured_outputs.{name}", make, value) for name, make, value in forms if value is not None]
+    if not forms:
+        raise APIError(400, "structured_outputs needs one of json, regex, choice, grammar, json_object",
+                       param="structured_outputs")
+    yield from forms
+
+
+def _json(schema: Any) -> Grammar:
+    """A schema, as an object or as the text of one."""
+    if isinstance(schema, str):
+        try:
+            schema = json.loads(schema)
+        except ValueError as error:
+            raise GrammarError(f"is not JSON: {error}") from None
+    if not isinstance(schema, (dict, bool)):
+        raise GrammarError("must be a JSON schema: an object, true or false")
+    return Grammar.json_schema(schema)
+
+
+def _grammar(text: str) -> Grammar:
+    return Grammar.gbnf(text) if GBNF.search(text) else Grammar.lark(text)
+
+
+async def _compiled(form: Form, engine: AsyncEngine) -> Grammar:
+    param, make, value = form
+    try:
+        grammar = make(value)
+        await engine.compile(grammar)
+    except GrammarError as error:
+        raise APIError(400, f"{param}: {error}", param=param, code="invalid_grammar") from None
+    return grammar
