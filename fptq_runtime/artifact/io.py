@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +27,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from fptq_runtime import __version__
+from fptq_runtime.artifact.files import FileError, is_there, open_file, read_file
 from fptq_runtime.artifact.scheme import NumberType
 from fptq_runtime.errors import FptqError
 
@@ -156,32 +157,38 @@ def _set_digest(text: str, digest: str) -> str:
 
 
 def is_artifact(path: Path) -> bool:
-    return (path / MANIFEST).is_file()
+    """It says that it is one; `read_manifest` has more to say."""
+    return is_there(path / MANIFEST)
 
 
 def _is_ours(path: Path) -> bool:
     """fptq wrote it, so that --overwrite may replace it."""
-    return is_artifact(path) or (path / EXPORT).is_file()
+    return (path / MANIFEST).is_file() or (path / EXPORT).is_file()
 
 
 def read_manifest(path: Path) -> Manifest:
     """fptq.json of an artifact, its digest checked. Raises ArtifactError."""
     file = path / MANIFEST
     try:
-        if file.stat().st_size > _MANIFEST_LIMIT:
-            raise ArtifactError(f"{file} is too large to be a manifest")
-        text = file.read_text(encoding="utf-8")
-        if not text:
-            raise ArtifactError(f"{path} is unfinished: the run that was writing it stopped before its end")
-        manifest = Manifest.model_validate(_readable(file, json.loads(text)))
+        text = read_file(file, _MANIFEST_LIMIT).decode()
+        data = json.loads(text or "null")
     except FileNotFoundError:
         raise ArtifactError(f"{path} is not an fptq artifact: it has no {MANIFEST}") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except FileError as error:
+        raise ArtifactError(str(error)) from None
+    except (ValueError, RecursionError) as error:
         raise ArtifactError(f"{file} is damaged: {error}") from None
+    if not text:
+        raise ArtifactError(f"{path} is unfinished: the run that was writing it stopped before its end")
+    try:
+        manifest = Manifest.model_validate(_readable(file, data))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise ArtifactError(f"{file} is damaged or of another version: {where}: {first['msg']}") from None
+    if (foreign := next((name for name in manifest.files if Path(name).name != name or name == ".."),
+                       None)) is not None:
+        raise ArtifactError(f"{file} is damaged: files: {foreign!r} is not the name of a file beside it")
     head, _, tail = text.rpartition(f'"{manifest.digest}"')
     if hashlib.sha256(f'{head}"{_NO_DIGEST}"{tail}'.encode()).hexdigest() != manifest.digest:
         raise ArtifactError(f"{file} is damaged: its contents do not match its digest")
@@ -231,12 +238,16 @@ def verify(path: Path) -> Manifest:
     return manifest
 
 
-def _fault(file: Path, record: FileRecord) -> str | None:
-    if not file.is_file():
-        return f"{file.name} is missing"
-    if file.stat().st_size != record.size:
-        return f"{file.name} has {file.stat().st_size} bytes, not {record.size}"
-    return None if hash_file(file) == record.sha256 else f"{file.name} does not match its sha256"
+def _fault(path: Path, record: FileRecord) -> str | None:
+    try:
+        with open_file(path) as file:
+            if (size := os.fstat(file.fileno()).st_size) != record.size:
+                return f"{path.name} has {size} bytes, not {record.size}"
+            return None if _hash(file) == record.sha256 else f"{path.name} does not match its sha256"
+    except FileNotFoundError:
+        return f"{path.name} is missing"
+    except FileError as error:
+        return str(error)
 
 
 def check_files(path: Path) -> Manifest:
@@ -244,10 +255,14 @@ def check_files(path: Path) -> Manifest:
     manifest = read_manifest(path)
     cache, key = cache_directory(), hashlib.sha256(str(path.resolve()).encode()).hexdigest()
     stamp = None if cache is None else cache / "verified" / f"{key}.json"
-    try:
-        state = {name: [s.st_size, s.st_mtime_ns] for name in manifest.files for s in ((path / name).stat(),)}
-    except FileNotFoundError as error:
-        raise ArtifactError(f"{path} is damaged: {Path(error.filename).name} is missing") from None
+    state = {}
+    for name in manifest.files:
+        try:
+            with open_file(path / name) as file:
+                status = os.fstat(file.fileno())
+        except FileNotFoundError:
+            raise ArtifactError(f"{path} is damaged: {name} is missing") from None
+        state[name] = [status.st_size, status.st_mtime_ns]
     expected = json.dumps({"digest": manifest.digest, "files": state})
     try:
         if stamp is not None and stamp.read_text() == expected:
@@ -278,10 +293,14 @@ def cache_directory() -> Path | None:
 
 def hash_file(path: Path) -> str:
     """sha256 in hexadecimal."""
+    with open_file(path) as file:
+        return _hash(file)
+
+
+def _hash(file: BinaryIO) -> str:
     digest, buffer = hashlib.sha256(), memoryview(bytearray(1 << 18))
-    with path.open("rb", buffering=0) as file:
-        while size := file.readinto(buffer):
-            digest.update(buffer[:size])
+    while size := file.readinto(buffer):  # type: ignore[attr-defined]
+        digest.update(buffer[:size])
     return digest.hexdigest()
 
 

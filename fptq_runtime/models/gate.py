@@ -24,6 +24,7 @@ from ml_dtypes import bfloat16
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from fptq_runtime.artifact.files import open_file, path_of
 from fptq_runtime.artifact.io import GOLDEN, Manifest
 from fptq_runtime.config import KVCacheDtype, ModelConfig
 from fptq_runtime.errors import FptqError
@@ -202,7 +203,7 @@ class Golden:
     def read(cls, path: Path) -> Golden:
         """Raises GateError where the file is missing or malformed."""
         try:
-            with safe_open(path, "numpy") as file:
+            with open_file(path) as opened, safe_open(path_of(opened), "numpy") as file:
                 arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
                 facts = json.loads(file.metadata()["fptq"])
             return cls(

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import math
+import weakref
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from ml_dtypes import bfloat16, float8_e4m3fn
 from safetensors import SafetensorError, safe_open
 
+from fptq_runtime.artifact.files import FileError, is_there, open_file, path_of, read_file
 from fptq_runtime.errors import FptqError
 from fptq_runtime.kernels.base import Array
 
@@ -31,7 +34,7 @@ class CheckpointError(FptqError):
 class _Stored:
     """Where a tensor lies: dtype as the header names it, offset in bytes from the file's start."""
 
-    file: Path
+    file: BinaryIO
     dtype: str
     shape: tuple[int, ...]
     offset: int
@@ -44,9 +47,13 @@ class Tensors:
         self._path = path
         self._bare_prefix = bare_prefix
         self._stored: dict[str, _Stored] = {}
+        files = ExitStack()
+        weakref.finalize(self, files.close)
         for shard in sorted(_shards(path)):
             try:
-                self._stored |= _read_header(path / shard)
+                self._stored |= _read_header(files.enter_context(open_file(path / shard)))
+            except FileNotFoundError:
+                raise CheckpointError(f"{path} has no {shard}") from None
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(f"{path / shard} is not a readable safetensors file: {error}") from None
 
@@ -81,14 +88,14 @@ class Tensors:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a model directory. Raises CheckpointError."""
+    """A JSON object from a model directory. Raises CheckpointError, or FileError where the file is none."""
     try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise CheckpointError(f"{path} is larger than {MAX_JSON_BYTES >> 20} MiB")
-        data = json.loads(path.read_text("utf-8"))
+        data = json.loads(read_file(path, MAX_JSON_BYTES).decode())
     except FileNotFoundError:
         raise CheckpointError(f"{path.parent} has no {path.name}") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except FileError:
+        raise
+    except (ValueError, RecursionError) as error:  # ValueError: also a number of too many digits
         raise CheckpointError(f"{path} is not readable JSON: {error}") from None
     if not isinstance(data, dict):
         raise CheckpointError(f"{path} must hold a JSON object")
@@ -98,7 +105,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def _shards(path: Path) -> set[str]:
     """model.safetensors, what its index names, or the one .safetensors file there is (AutoGPTQ names its own)."""
     index = path / "model.safetensors.index.json"
-    if index.is_file():
+    if is_there(index):
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, Mapping) or not weight_map:
             raise CheckpointError(f"{index.name} has no weight_map")
@@ -116,14 +123,13 @@ def _shards(path: Path) -> set[str]:
     raise CheckpointError(f"{path} has no model.safetensors")
 
 
-def _read_header(file: Path) -> dict[str, _Stored]:
+def _read_header(file: BinaryIO) -> dict[str, _Stored]:
     """Every tensor of a safetensors file, once the library found its header sound: sizes and offsets within the file
     that agree. Raises SafetensorError or OSError."""
-    with safe_open(file, framework="numpy"):
+    with safe_open(path_of(file), framework="numpy"):
         pass
-    with file.open("rb") as stream:
-        size = int.from_bytes(stream.read(8), "little")
-        header = json.loads(stream.read(size))
+    size = int.from_bytes(file.read(8), "little")
+    header = json.loads(file.read(size))
     header.pop("__metadata__", None)
     return {name: _Stored(file, entry["dtype"], tuple(entry["shape"]), 8 + size + entry["data_offsets"][0])
             for name, entry in header.items()}

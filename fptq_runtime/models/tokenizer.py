@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
-from datetime import datetime
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
+from fptq_runtime.artifact.files import is_there, read_file
 from fptq_runtime.errors import FptqError
+from fptq_runtime.models.chat_template import ChatTemplate, ChatTemplateError
 from fptq_runtime.models.loader import CheckpointError, read_json
 
 REPLACEMENT = "\ufffd"  # what a decoder shows for bytes that make no character, or none yet
@@ -26,10 +26,9 @@ INFILL_TOKENS = (  # before the prefix, before the suffix, before what is asked 
     ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>"),  # DeepSeek
     ("▁<PRE>", "▁<SUF>", "▁<MID>"),  # Code Llama
 )
+MAX_TOKENIZER_BYTES = 256 << 20
+MAX_TEMPLATE_BYTES = 4 << 20
 BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")  # SentencePiece's, for what its vocabulary lacks
-MAX_RENDERED = 1 << 26  # characters of a conversation
-MAX_LOOPS = 1 << 20  # that a template may count through in one conversation, all ranges together
-MAX_NUMBER_BITS = 1 << 16
 
 
 def _byte_alphabet() -> dict[str, int]:
@@ -40,10 +39,6 @@ def _byte_alphabet() -> dict[str, int]:
 
 
 BYTE_ALPHABET = _byte_alphabet()
-
-
-class ChatTemplateError(FptqError):
-    """The model has no chat template, or it cannot render these messages."""
 
 
 class TokenStream:
@@ -93,12 +88,14 @@ class Tokenizer:
 
     def __init__(self, path: Path | str) -> None:
         path = Path(path)
-        file = path / "tokenizer.json"
-        if not file.is_file():
-            raise CheckpointError(f"{path} has no tokenizer.json; save the model's fast tokenizer beside its weights")
         try:
-            self._backend = Backend.from_file(str(file))
-            config = read_json(path / "tokenizer_config.json") if (path / "tokenizer_config.json").is_file() else {}
+            content = read_file(path / "tokenizer.json", MAX_TOKENIZER_BYTES)
+        except FileNotFoundError:
+            raise CheckpointError(f"{path} has no tokenizer.json; save the model's fast tokenizer beside its weights"
+                                  ) from None
+        config = read_json(file) if is_there(file := path / "tokenizer_config.json") else {}
+        try:
+            self._backend = Backend.from_buffer(content)
             roles = _special_tokens(path, config)
             self._special_tokens = {role: str(token.content) for role, token in roles.items()}
             self._configure(config, list(roles.values()))
@@ -148,7 +145,8 @@ class Tokenizer:
 
     def info(self) -> dict[str, Any]:
         """The special tokens by their role, and the chat template."""
-        return {**self._special_tokens, "chat_template": self._chat_template, "vocab_size": self.vocab_size}
+        template = None if self._chat_template is None else self._chat_template.source
+        return {**self._special_tokens, "chat_template": template, "vocab_size": self.vocab_size}
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Raises FptqError where the text has lone surrogates, which a command line's bytes become where not UTF-8."""
@@ -204,27 +202,18 @@ class Tokenizer:
                             **kwargs: Any) -> list[int]:
         """Token ids of the conversation; the template writes the special tokens, nothing adds them again. Raises
         ChatTemplateError."""
-        return self.encode(self._render(messages, add_generation_prompt, kwargs), add_special_tokens=False)
+        text = self.render_chat(messages, add_generation_prompt, **kwargs).result()
+        return self.encode(text, add_special_tokens=False)
 
-    def _render(self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool, variables: Mapping[str, Any]
-                ) -> str:
-        if not self._chat_template:
+    def render_chat(self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool = True,
+                    **kwargs: Any) -> Future[str]:
+        """What the template makes of the conversation. Raises ChatTemplateError, here or in the future."""
+        if self._chat_template is None:
             raise ChatTemplateError("this model has no chat template; use /v1/completions")
         # A key without a value is left out: templates ask whether a key is there and would write "None".
         given = [{key: value for key, value in message.items() if value is not None} for message in messages]
-        variables = {"tools": None, "documents": None, "range": _counted_range(), **self._special_tokens, **variables}
-        parts: list[str] = []
-        length = 0
-        try:
-            for part in _compiled(self._chat_template).generate(
-                    messages=given, add_generation_prompt=add_generation_prompt, **variables):
-                parts.append(part)
-                length += len(part)
-                if length > MAX_RENDERED:
-                    raise ValueError(f"it writes more than {MAX_RENDERED} characters")
-        except Exception as error:  # a template is a foreign program: it fails in whatever way it likes
-            raise ChatTemplateError(f"the chat template refuses these messages: {_first_line(error)}") from None
-        return "".join(parts)
+        return self._chat_template.render({"tools": None, "documents": None, **self._special_tokens, **kwargs,
+                                           "messages": given, "add_generation_prompt": add_generation_prompt})
 
     def end_of_turn(self) -> int | None:
         """The token that the chat template puts right after what the assistant said: a model trained on it ends its
@@ -233,7 +222,7 @@ class Tokenizer:
         turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]
         for messages in (turns, [*turns, turns[0]]):  # some write the end of a turn where the next one begins
             try:
-                text = self._render(messages, False, {})
+                text = self.render_chat(messages, False).result()
             except ChatTemplateError:
                 return None
             _, found, rest = text.rpartition(said)
@@ -272,83 +261,21 @@ def _added_token(token: str | Mapping[str, Any]) -> AddedToken:
 def _special_tokens(path: Path, config: Mapping[str, Any]) -> dict[str, AddedToken]:
     """By role: bos_token, eos_token, … special_tokens_map.json is of the time before added_tokens_decoder."""
     roles = dict(config)
-    if "added_tokens_decoder" not in config and (path / "special_tokens_map.json").is_file():
-        roles |= read_json(path / "special_tokens_map.json")
+    if "added_tokens_decoder" not in config and is_there(file := path / "special_tokens_map.json"):
+        roles |= read_json(file)
     return {role: _added_token(token) for role, token in roles.items() if role.endswith("_token") and (
         isinstance(token, str) or (isinstance(token, Mapping) and isinstance(token.get("content"), str)))}
 
 
-def _chat_template(path: Path, config: Mapping[str, Any]) -> str | None:
+def _chat_template(path: Path, config: Mapping[str, Any]) -> ChatTemplate | None:
     """Of several templates, the one named default."""
-    file = path / "chat_template.jinja"
-    template = file.read_text("utf-8") if file.is_file() else config.get("chat_template")
+    if is_there(file := path / "chat_template.jinja"):
+        template: Any = read_file(file, MAX_TEMPLATE_BYTES).decode()
+    else:
+        template = config.get("chat_template")
     if isinstance(template, list):
         template = {entry["name"]: entry["template"] for entry in template}.get("default")
-    return None if template is None else str(template)
-
-
-@lru_cache(maxsize=8)
-def _compiled(template: str) -> Any:
-    """With what transformers gives to chat templates, which are written for it; they are foreign, hence the sandbox,
-    which also bounds what one expression makes."""
-    import jinja2.ext
-    import jinja2.sandbox
-
-    class Generation(jinja2.ext.Extension):
-        """{% generation %} marks what the assistant said, for training."""
-
-        tags = {"generation"}  # noqa: RUF012
-
-        def parse(self, parser: Any) -> Any:
-            line = next(parser.stream).lineno
-            return jinja2.nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
-
-    def raise_exception(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    def tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None,
-               separators: tuple[str, str] | None = None, sort_keys: bool = False) -> str:
-        """Without Jinja's escapes for HTML."""
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-    class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
-        intercepted_binops = frozenset({"*", "**"})
-
-        def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-            if operator == "**" and isinstance(left, int) and isinstance(right, int):
-                size, most = left.bit_length() * right, MAX_NUMBER_BITS
-            else:
-                size, most = max(_repeated(left, right), _repeated(right, left)), MAX_RENDERED
-            if size > most:
-                raise OverflowError("it makes a value that is too large")
-            return super().call_binop(context, operator, left, right)
-
-    environment = Sandbox(
-        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, Generation])
-    environment.filters["tojson"] = tojson
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    return environment.from_string(template)
-
-
-def _counted_range() -> Callable[..., range]:
-    """Jinja's sandbox bounds one range, not one within another."""
-    left = MAX_LOOPS
-
-    def counted(*bounds: int) -> range:
-        nonlocal left
-        numbers = range(*bounds)
-        left -= len(numbers)
-        if left < 0:
-            raise OverflowError(f"it counts through more than {MAX_LOOPS} numbers")
-        return numbers
-
-    return counted
-
-
-def _repeated(value: Any, times: Any) -> int:
-    """How long value * times gets, where that repeats."""
-    return len(value) * times if isinstance(value, (str, list, tuple)) and isinstance(times, int) else 0
+    return ChatTemplate(str(template)) if template else None
 
 
 def _first_line(error: Exception) -> str:

@@ -8,12 +8,14 @@ from typing import Any, TypeVar
 
 from fptq_runtime.engine.request import SamplingParams
 from fptq_runtime.errors import FptqError
-from fptq_runtime.models.tokenizer import ChatTemplateError, Tokenizer
+from fptq_runtime.models.chat_template import ChatTemplateError
+from fptq_runtime.models.tokenizer import Tokenizer
 from fptq_server.config import ModelCard
 from fptq_server.errors import APIError, bad_parameter
 from fptq_server.protocol import ChatMessage, CompletionRequest, SamplingBody, TextPart
 
 MAX_CHARACTERS_PER_TOKEN = 64  # of a prompt: far above what text needs, and tokenizing stays quick
+RENDER_SECONDS = 9.0  # for a conversation's place among those that wait for the template, and its rendering
 INLINE_SIZE = 4096  # characters or tokens that the tokenizer has done in about a millisecond
 
 T = TypeVar("T")
@@ -85,12 +87,21 @@ async def chat_prompt(messages: list[ChatMessage], tokenizer: Tokenizer, model: 
             part.text for part in message.content if isinstance(part, TextPart))
         rendered.append({"role": message.role, "content": content}
                         | ({} if message.name is None else {"name": message.name}))
-    size = len(check_text("".join(m["content"] for m in rendered), "messages", model))
+    check_text("".join(m["content"] for m in rendered), "messages", model)
     try:
-        return await tokenizing(size, lambda: tokenizer.apply_chat_template(rendered, add_generation_prompt,
-                                                                            **(variables or {})))
+        text = await asyncio.wait_for(asyncio.wrap_future(
+            tokenizer.render_chat(rendered, add_generation_prompt, **(variables or {}))), RENDER_SECONDS)
     except ChatTemplateError as error:
         raise APIError(400, str(error), param="messages", code="chat_template") from None
+    except asyncio.TimeoutError:
+        raise APIError(429, f"the chat template had no time for these messages within {RENDER_SECONDS:g} s; try again "
+                            "later", reason="queue_full", param="messages", code="chat_template",
+                       retry_after=RENDER_SECONDS) from None
+    if len(text) > MAX_CHARACTERS_PER_TOKEN * model.max_model_len:
+        raise APIError(400, f"the chat template makes {len(text)} characters of these messages; the context of "
+                            f"{model.max_model_len} tokens cannot hold them", param="messages",
+                       code="context_length_exceeded")
+    return await tokenizing(len(text), lambda: tokenizer.encode(text, add_special_tokens=False))
 
 
 def check_length(prompt: list[int], max_tokens: int, param: str, model: ModelCard) -> None:

@@ -10,6 +10,7 @@ import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import pytest
@@ -251,13 +252,13 @@ def test_full_hashes_once_then_size_and_mtime(tmp_path: Path, monkeypatch: pytes
     out = tmp_path / "out"
     manifest = write(out)
     hashed = []
-    hash_file = io.hash_file
+    read_and_hash = io._hash
 
-    def counted(path: Path) -> str:
-        hashed.append(path.name)
-        return hash_file(path)
+    def counted(file: BinaryIO) -> str:
+        hashed.append(Path(f"/proc/self/fd/{file.fileno()}").resolve().name)
+        return read_and_hash(file)
 
-    monkeypatch.setattr(io, "hash_file", counted)
+    monkeypatch.setattr(io, "_hash", counted)
     with caplog.at_level(logging.INFO):
         assert check_files(out) == check_files(out) == manifest
     files = len(manifest.files)

@@ -16,11 +16,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from fptq_runtime.artifact.scheme import SchemeError
+from fptq_runtime.models.chat_template import ChatTemplateError
 from fptq_runtime.models.families import FAMILIES as BY_ARCHITECTURE
 from fptq_runtime.models.families import parse_config
 from fptq_runtime.models.fields import ModelError
 from fptq_runtime.models.loader import Checkpoint, CheckpointError, load_block, load_head, load_stem
-from fptq_runtime.models.tokenizer import ChatTemplateError, Tokenizer
+from fptq_runtime.models.tokenizer import Tokenizer
 from tests.models.hf import FAMILIES, LLAMA, change_config, save_random
 
 DEMO = Path(__file__).parents[2] / "fptq_runtime" / "demo"

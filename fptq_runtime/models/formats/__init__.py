@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from fptq_runtime.artifact.files import is_there
 from fptq_runtime.artifact.scheme import LayerScheme, SchemeError
 from fptq_runtime.kernels.base import Array, QuantizedWeight
 from fptq_runtime.models.formats.awq import Awq
@@ -36,7 +37,7 @@ def open_format(config: Mapping[str, Any], path: Path, tensors: Tensors) -> Weig
     quantization = config.get("quantization_config")
     if quantization is None:
         beside = next((file for name in ("quantize_config.json", "quant_config.json")
-                       if (file := path / name).is_file()), None)
+                       if is_there(file := path / name)), None)
         if beside is None:
             return None
         quantization = read_json(beside)

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
 import pytest
 
-from fptq_runtime.models.tokenizer import ChatTemplateError, Tokenizer
+from fptq_runtime.models.chat_template import ChatTemplateError
+from fptq_runtime.models.tokenizer import Tokenizer
 from tests.server.conftest import EOS, Served
 
 MESSAGES: list[Any] = [{"role": "system", "content": "You tell tales."}, {"role": "user", "content": "Of a king."}]
@@ -180,3 +185,28 @@ def test_no_chat_template(run_server: Callable[..., Any], tokenizer: Tokenizer, 
         response = served.http.post("/v1/chat/completions", json={"messages": MESSAGES})
         assert response.status_code == 400
         assert "no chat template" in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(("template", "said"), [
+    ("{{ messages[0].content }}{% if messages[0].content == 'boom' %}{{ 'a' * 10 ** 9 }}{% endif %}", "needs more"),
+    ("{{ messages[0].content }}{% if messages[0].content == 'boom' %}{{ 'a' * 10 ** 6 }}{% endif %}", "characters"),
+])
+def test_a_hostile_chat_template(run_server: Callable[..., Any], model_path: Path, tmp_path: Path, template: str,
+                                 said: str) -> None:
+    """One conversation sets it off; the others are answered."""
+    path = Path(shutil.copytree(model_path, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors")))
+    (path / "chat_template.jinja").write_text(template)
+
+    def post(content: str) -> httpx.Response:
+        return served.http.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": content}],
+                                                              "max_tokens": 1})
+
+    with run_server(tokenizer=Tokenizer(path)) as served, ThreadPoolExecutor(9) as pool:
+        booms = [pool.submit(post, "boom") for _ in range(6)]
+        assert [post("a king").status_code for _ in range(3)] == [200] * 3
+        for boom in booms:
+            error = boom.result().json()["error"]
+            assert boom.result().status_code == 400
+            assert error["param"] == "messages"
+            assert "chat template" in error["message"]
+            assert said in error["message"]
