@@ -51,10 +51,9 @@ if _native.contracts() != _contracts():
 
 @dataclass(frozen=True)
 class Prepared:
-    """A native parameter and the arrays whose memory it points into."""
+    """A native parameter; it holds the arrays that it reads."""
 
     native: Any
-    arrays: tuple[Array, ...] = ()
     act: ActivationQuant | None = None  # of a linear
     low_rank: tuple[Any, Any] | None = None  # of a linear: two more
 
@@ -118,7 +117,7 @@ class CpuBackend:
                             f"activations; quantize the weight or use the reference backend")
         self._linears[f"linear {weight.dtype.name}"] = self._float
         values = np.ascontiguousarray(weight)
-        kept = _native.pack_float(values.view(np.int16) if weight.dtype == bfloat16 else values, self._pool, self._isa)
+        kept = _native.pack_float(_bits(values), self._pool, self._isa)
         return _native.Linear(linear.name, None, kept, _floats(linear.bias), None)
 
     def _prepare_low_rank(self, linear: Linear, down: Array, up: Array) -> tuple[Any, Any]:
@@ -129,9 +128,8 @@ class CpuBackend:
 
     def compile(self, forward: Callable[[Ops[Any]], Any], limits: StepLimits) -> CpuExecutor:
         program = _native.Program(self._pool, self._isa, **vars(limits))
-        ops = CaptureOps(program)
-        program.finish(forward(ops))
-        return CpuExecutor(program, ops.parameters, limits.max_logits_rows)
+        program.finish(forward(CaptureOps(program)))
+        return CpuExecutor(program, limits.max_logits_rows)
 
     def sample(self, logits: Float32Array, batch: SampleInput) -> SampleOutput:
         """Raises ValueError, and draws nothing, where an array or an index is wrong."""
@@ -166,22 +164,21 @@ class CaptureOps:
 
     def __init__(self, program: _native.Program) -> None:
         self._program = program
-        self.parameters: list[Prepared] = []
 
     def embed(self, table: Prepared) -> int:
-        return self._program.embed(self._use(table))
+        return self._program.embed(table.native)
 
     def embed_positions(self, table: Prepared) -> int:
-        return self._program.embed_positions(self._use(table))
+        return self._program.embed_positions(table.native)
 
     def norm(self, x: int, norm: Prepared, act: ActivationQuant | None) -> int:
-        return self._program.norm(x, self._use(norm), _act(act))
+        return self._program.norm(x, norm.native, _act(act))
 
     def quantize(self, x: int, act: ActivationQuant | None) -> int:
         return self._program.quantize(x, _act(act))
 
     def linear(self, x: int, linear: Prepared, residual: int | None = None) -> int:
-        y = self._program.linear(x, self._use(linear), residual)
+        y = self._program.linear(x, linear.native, residual)
         if linear.low_rank is None:
             return y
         down, up = linear.low_rank
@@ -200,25 +197,20 @@ class CaptureOps:
         return self._program.softcap(x, cap)
 
     def rope_and_cache(self, qkv: int, attention: Prepared) -> int:
-        return self._program.rope_and_cache(qkv, self._use(attention))
+        return self._program.rope_and_cache(qkv, attention.native)
 
     def attention(self, q: int, attention: Prepared, act: ActivationQuant | None, selected: bool = False) -> int:
-        return self._program.attention(q, self._use(attention), _act(act), selected)
+        return self._program.attention(q, attention.native, _act(act), selected)
 
     def select_rows(self, x: int) -> int:
         return self._program.select_rows(x)
-
-    def _use(self, parameter: Prepared) -> Any:
-        self.parameters.append(parameter)
-        return parameter.native
 
 
 class CpuExecutor:
     """One recorded program and its KV cache. Steps are for one thread at a time."""
 
-    def __init__(self, program: _native.Program, parameters: list[Prepared], max_logits_rows: int) -> None:
+    def __init__(self, program: _native.Program, max_logits_rows: int) -> None:
         self._program = program
-        self._parameters = parameters  # the program points into their arrays
         # For steps with `reuse`, touched as far as they need it: the kernel would zero a fresh one each time.
         self._logits = np.empty((max_logits_rows, program.logits_width), np.float32)
 
@@ -313,15 +305,18 @@ def _int8_rows(name: str, weight: Array) -> QuantizedWeight:
     return QuantizedWeight(octets.view(np.int32), scale, 8, codes.shape[1])
 
 
+def _bits(array: Array) -> Array:
+    """The native form of floats: of bfloat16, the bits."""
+    return array.view(np.int16) if array.dtype == bfloat16 else array
+
+
 def _floats(array: Array | None) -> list[float]:
     return [] if array is None else _float32(array).ravel().tolist()
 
 
 def _prepare_embedding(embedding: Embedding) -> Prepared:
     """Rows are gathered from where they lie: of a mapped file, a process holds those that were asked for."""
-    weight = embedding.weight if embedding.weight.flags.c_contiguous else embedding.weight.copy()
-    vocab, width = weight.shape
-    return Prepared(_native.Embedding(weight.ctypes.data, weight.dtype.name, vocab, width), (weight,))
+    return Prepared(_native.Embedding(_bits(np.ascontiguousarray(embedding.weight))))
 
 
 def _prepare_norm(norm: Norm) -> Any:
@@ -329,13 +324,7 @@ def _prepare_norm(norm: Norm) -> Any:
 
 
 def _prepare_attention(spec: AttentionSpec) -> Prepared:
-    rope: tuple[Float32Array, ...] = ()
-    if spec.rope is not None:
-        rope = tuple(map(_float32, spec.rope))
-        if any(table.shape != rope[0].shape or table.ndim != 2 or not 0 < 2 * table.shape[1] <= spec.head_dim
-               for table in rope):
-            raise ValueError(f"rope tables must be [positions, at most {spec.head_dim // 2}], not {rope[0].shape} and "
-                             f"{rope[1].shape}")
+    rope_cos, rope_sin = (None, None) if spec.rope is None else map(_float32, spec.rope)
     if spec.sliding_window is not None and spec.sliding_window < 1:
         raise FptqError(f"sliding_window must be at least 1, not {spec.sliding_window}")
     if spec.softcap is not None and not spec.softcap > 0:
@@ -347,10 +336,8 @@ def _prepare_attention(spec: AttentionSpec) -> Prepared:
         head_dim=spec.head_dim,
         softmax_scale=spec.softmax_scale,
         sliding_window=spec.sliding_window or 0,
-        rope_dim=2 * rope[0].shape[1] if rope else 0,
-        rope_cos=rope[0].ctypes.data if rope else 0,
-        rope_sin=rope[1].ctypes.data if rope else 0,
-        rope_positions=rope[0].shape[0] if rope else 0,
+        rope_cos=rope_cos,
+        rope_sin=rope_sin,
         alibi_slopes=_floats(spec.alibi_slopes),
         sinks=_floats(spec.sinks),
         softcap=spec.softcap or 0.0,
@@ -360,4 +347,4 @@ def _prepare_attention(spec: AttentionSpec) -> Prepared:
         k_norm_own=spec.k_norm is not None and np.ndim(spec.k_norm.weight) == 2,
         norm_after_rope=spec.norm_after_rope,
     )
-    return Prepared(native, rope)
+    return Prepared(native)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import runpy
 import subprocess
 import sys
 import threading
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from fptq_runtime.kernels.base import (
     Linear,
     QuantizedWeight,
     StepInput,
+    StepLimits,
     Work,
 )
 from fptq_runtime.kernels.cpu import CpuBackend, _cgroup_quota, available_threads
@@ -356,8 +359,20 @@ def test_an_unknown_isa_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_an_embedding_stays_where_it_is() -> None:
     weight = np.zeros((10, 64), np.float32)
-    [kept] = CpuBackend(1).prepare(Embedding(weight)).arrays
-    assert np.shares_memory(kept, weight)
+    backend = CpuBackend(1)
+    table = backend.prepare(Embedding(weight))
+    weight[3] = 7
+    limits = StepLimits(max_tokens=1, max_seqs=1, max_logits_rows=1, max_model_len=16, num_blocks=1, block_size=16,
+                        kv_dtype="float32", num_layers=1, num_kv_heads=1, head_dim=16)
+    executor = backend.compile(lambda ops, table=table: ops.select_rows(ops.embed(table)), limits)
+    assert executor.step(StepInput.whole([[3]])).tolist() == [[7.0] * 64]
+    held = weakref.ref(weight)
+    del weight, table
+    gc.collect()
+    assert held() is not None  # while a program reads it
+    del executor
+    gc.collect()
+    assert held() is None
 
 
 def test_threads() -> None:

@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -20,6 +21,7 @@
 #include <vector>
 
 #include "core/dispatch.h"
+#include "core/float_matrix.h"
 #include "core/pack.h"
 #include "core/thread_pool.h"
 
@@ -34,6 +36,8 @@ template <class T>
 using Vector = nb::ndarray<T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 template <class T>
 using NumpyMatrix = nb::ndarray<nb::numpy, T, nb::ndim<2>>;
+
+constexpr const char* kCannotBe = "a weight of that size, group size or bits cannot be";
 
 void require(bool condition, const char* message) {
   if (!condition) throw std::invalid_argument(message);
@@ -51,13 +55,12 @@ class QuantizedRows {
  public:
   QuantizedRows(const Matrix<const float>& x, std::optional<float> scale, const std::string& isa)
       : kernels_(kernels_for(isa)),
-        rows_(x.shape(0)),
+        rows_(checked(x).shape(0)),
         k_(static_cast<int>(x.shape(1))),
         codes_(layout().codes_size(rows_, k_)),
         scales_(rows_),
         sums_(layout().sums_size(rows_, k_)) {
-    require(rows_ > 0 && k_ > 0, "x must have rows and columns");
-    require(!scale || *scale > 0, "the static scale must be positive");
+    require(!scale || (*scale > 0 && std::isfinite(*scale)), "the static scale must be positive and finite");
     Activations view = activations();
     nb::gil_scoped_release release;
     for (size_t m = 0; m < rows_; ++m)
@@ -74,6 +77,12 @@ class QuantizedRows {
   NumpyMatrix<int32_t> sums() { return to_numpy(plain().second, rows_, padded_k() / layout().k_unit); }
 
  private:
+  static const Matrix<const float>& checked(const Matrix<const float>& x) {
+    const auto fits = [](size_t size) { return size > 0 && size <= 1 << 24; };
+    require(fits(x.shape(0)) && fits(x.shape(1)), "x must have 1 to 2^24 rows and columns");
+    return x;
+  }
+
   size_t padded_k() const { return round_up(k_, layout().k_unit); }
 
   std::pair<std::vector<int8_t>, std::vector<int32_t>> plain() {
@@ -174,7 +183,7 @@ double peak_gops(ThreadPool& pool, const std::string& isa) {
 }
 
 double read_bandwidth(ThreadPool& pool, int megabytes) {
-  require(megabytes > 0 && megabytes <= 1 << 16, "megabytes must be within 1..65536");
+  require(megabytes > 0 && megabytes <= 4096, "megabytes must be within 1..4096");
   constexpr int kPasses = 10;
   constexpr size_t kLine = 64, kAhead = 4096;
   using Vector = int64_t __attribute__((vector_size(16)));
@@ -216,7 +225,7 @@ void bind_gemm(nb::module_& m) {
       [](const Matrix<const int8_t>& codes, const Matrix<const float>& scale, int group_size, int bits,
          const std::string& isa) {
         const size_t n = codes.shape(0), k = codes.shape(1);
-        require(n <= INT32_MAX && k <= INT32_MAX && group_size > 0, "a weight or group size that cannot be");
+        require(n <= INT32_MAX && k <= INT32_MAX && group_size > 0, kCannotBe);
         const size_t groups = (k + group_size - 1) / group_size;
         require(scale.shape(0) == n && scale.shape(1) == groups, "scale must be [N, ceil(K / group_size)]");
         const Layout& layout = *kernels_for(isa).layout;
@@ -240,8 +249,9 @@ void bind_gemm(nb::module_& m) {
       "pack_weight",
       [](const Matrix<const int32_t>& packed, const Matrix<const float>& scale, int group_size, int bits,
          ThreadPool* pool, const std::string& isa) {
+        require(group_size > 0 && scale.shape(1) <= INT32_MAX && (bits == 4 || bits == 8), kCannotBe);
         const size_t n = packed.shape(0), k = scale.shape(1) * group_size;
-        require(n <= INT32_MAX && k <= INT32_MAX && group_size > 0, "a weight or group size that cannot be");
+        require(n <= INT32_MAX && k <= INT32_MAX, kCannotBe);
         require(scale.shape(0) == n && packed.shape(1) == (k * bits + 31) / 32,
                 "packed must be [N, ceil(K * bits / 32)] and scale [N, K / group_size]");
         const Layout& layout = *kernels_for(isa).layout;
@@ -254,17 +264,12 @@ void bind_gemm(nb::module_& m) {
 
   m.def(
       "pack_float",
-      [](const nb::ndarray<nb::ro, nb::ndim<2>, nb::c_contig, nb::device::cpu>& weight, ThreadPool* pool,
-         const std::string& isa) {
-        const nb::dlpack::dtype half{static_cast<uint8_t>(nb::dlpack::dtype_code::Float), 16, 1};
-        const bool bf16 = weight.dtype() == nb::dtype<int16_t>(), fp16 = weight.dtype() == half;
-        require(bf16 || fp16 || weight.dtype() == nb::dtype<float>(), "weight must be float32, float16 or int16");
-        const size_t n = weight.shape(0), k = weight.shape(1);
-        require(n <= INT32_MAX && k <= INT32_MAX, "a weight that cannot be");
-        const FloatType type = bf16 ? FloatType::kBfloat16 : fp16 ? FloatType::kFloat16 : FloatType::kFloat32;
+      [](const FloatMatrix& weight, ThreadPool* pool, const std::string& isa) {
+        const FloatType type = float_type(weight, "weight");
+        const int n = static_cast<int>(weight.shape(0)), k = static_cast<int>(weight.shape(1));
         const Layout& layout = *kernels_for(isa).layout;
         nb::gil_scoped_release release;
-        return pack_float(weight.data(), type, static_cast<int>(n), static_cast<int>(k), layout, pool);
+        return pack_float(weight.data(), type, n, k, layout, pool);
       },
       nb::arg("weight"), nb::arg("pool") = nb::none(), nb::arg("isa") = "",
       nb::sig("def pack_float(weight: numpy.typing.NDArray[numpy.floating | numpy.int16], "

@@ -1,6 +1,7 @@
 // The module: parameters, programs and the pool. A step's and a draw's arrays arrive as the dataclasses that hold them;
 // arrays.h checks dtype, contiguity and shape, program.cpp and sampler.cpp every index.
 #include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
 #include <nanobind/stl/map.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
@@ -9,12 +10,14 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <climits>
 #include <cstddef>
 #include <stdexcept>
 #include <tuple>
 #include <utility>
 
 #include "core/arrays.h"
+#include "core/float_matrix.h"
 #include "core/program.h"
 #include "core/sampler.h"
 
@@ -109,16 +112,10 @@ Description describe(const std::vector<Field<View>>& fields) {
   return description;
 }
 
-template <class T>
-const T* at(uintptr_t address) {
-  return reinterpret_cast<const T*>(address);
-}
-
-FloatType float_type(const std::string& name) {
-  if (name == "float32") return FloatType::kFloat32;
-  if (name == "bfloat16") return FloatType::kBfloat16;
-  if (name == "float16") return FloatType::kFloat16;
-  throw std::invalid_argument("an embedding must be float32, bfloat16 or float16, not " + name);
+// What an array holds, and the array with it.
+template <class T, class Array>
+std::shared_ptr<const T> held(const Array& array) {
+  return {std::make_shared<Array>(array), static_cast<const T*>(array.data())};
 }
 
 KvType kv_type(const std::string& name) {
@@ -156,22 +153,29 @@ HeadNormView head_norm(const std::shared_ptr<const NormParameter>& norm, bool ow
   return view;
 }
 
+using RopeTable = std::optional<nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>>;
+
 std::shared_ptr<AttentionParameter> make_attention(int layer, int num_heads, int num_kv_heads, int head_dim,
-                                                   float softmax_scale, int sliding_window, int rope_dim,
-                                                   uintptr_t rope_cos, uintptr_t rope_sin, int rope_positions,
-                                                   std::vector<float> alibi_slopes, std::vector<float> sinks,
-                                                   float softcap, std::shared_ptr<NormParameter> q_norm,
-                                                   bool q_norm_own, std::shared_ptr<NormParameter> k_norm,
-                                                   bool k_norm_own, bool norm_after_rope) {
+                                                   float softmax_scale, int sliding_window, const RopeTable& rope_cos,
+                                                   const RopeTable& rope_sin, std::vector<float> alibi_slopes,
+                                                   std::vector<float> sinks, float softcap,
+                                                   std::shared_ptr<NormParameter> q_norm, bool q_norm_own,
+                                                   std::shared_ptr<NormParameter> k_norm, bool k_norm_own,
+                                                   bool norm_after_rope) {
+  if (num_heads > kMaxHeads) throw std::invalid_argument("num_heads must be at most " + std::to_string(kMaxHeads));
   if (num_heads < 1 || num_kv_heads < 1 || num_heads % num_kv_heads)
     throw std::invalid_argument("num_heads must be a multiple of num_kv_heads, not " + std::to_string(num_heads) +
                                 " of " + std::to_string(num_kv_heads));
   if (head_dim < 1 || head_dim > kMaxHeadDim)
     throw std::invalid_argument("head_dim must be at most " + std::to_string(kMaxHeadDim) + ", not " +
                                 std::to_string(head_dim));
-  if (rope_dim < 0 || rope_dim > head_dim || rope_dim % 2)
-    throw std::invalid_argument("rope must rotate an even number of at most " + std::to_string(head_dim) +
-                                " dimensions, not " + std::to_string(rope_dim));
+  const size_t rope_pairs = rope_cos ? rope_cos->shape(1) : 0;
+  if (rope_cos.has_value() != rope_sin.has_value() ||
+      (rope_cos && (rope_cos->shape(0) != rope_sin->shape(0) || rope_pairs != rope_sin->shape(1) || rope_pairs < 1 ||
+                    rope_pairs > static_cast<size_t>(head_dim) / 2 || rope_cos->shape(0) > INT_MAX)))
+    throw std::invalid_argument("rope tables must be [positions, at most " + std::to_string(head_dim / 2) +
+                                "], both alike");
+  if (layer < 0) throw std::invalid_argument("layer must be at least 0, not " + std::to_string(layer));
   if (sliding_window < 0) throw std::invalid_argument("sliding_window must be positive");
   for (const auto* values : {&alibi_slopes, &sinks})
     if (!values->empty() && values->size() != static_cast<size_t>(num_heads))
@@ -179,7 +183,11 @@ std::shared_ptr<AttentionParameter> make_attention(int layer, int num_heads, int
   if (!(softcap >= 0)) throw std::invalid_argument("softcap must be positive");
   auto attention = std::make_shared<AttentionParameter>();
   attention->layer = layer;
-  attention->rope_positions = rope_positions;
+  if (rope_cos) {
+    attention->rope_positions = static_cast<int>(rope_cos->shape(0));
+    attention->rope_cos = held<float>(*rope_cos);
+    attention->rope_sin = held<float>(*rope_sin);
+  }
   attention->alibi_slopes = std::move(alibi_slopes);
   attention->sinks = std::move(sinks);
   attention->q_norm = q_norm;
@@ -190,9 +198,9 @@ std::shared_ptr<AttentionParameter> make_attention(int layer, int num_heads, int
                      head_dim,
                      softmax_scale,
                      sliding_window,
-                     rope_dim,
-                     at<float>(rope_cos),
-                     at<float>(rope_sin),
+                     static_cast<int>(2 * rope_pairs),
+                     attention->rope_cos.get(),
+                     attention->rope_sin.get(),
                      data(attention->alibi_slopes),
                      data(attention->sinks),
                      softcap,
@@ -232,6 +240,9 @@ NB_MODULE(_native, m) {
   m.def(
       "kv_token_bytes",
       [](const std::string& kv_dtype, int num_kv_heads, int head_dim) {
+        if (num_kv_heads < 1 || num_kv_heads > kMaxHeads || head_dim < 1 || head_dim > kMaxHeadDim)
+          throw std::invalid_argument("a cache of " + std::to_string(num_kv_heads) + " KV heads of " +
+                                      std::to_string(head_dim) + " cannot be");
         const KvCache one{kv_type(kv_dtype), 1, num_kv_heads, head_dim, 0, nullptr};
         return num_kv_heads * one.head_bytes();
       },
@@ -246,10 +257,13 @@ NB_MODULE(_native, m) {
   nb::class_<EmbeddingParameter>(m, "Embedding")
       .def(
           "__init__",
-          [](EmbeddingParameter* self, uintptr_t address, const std::string& dtype, int vocab, int width) {
-            new (self) EmbeddingParameter{at<void>(address), float_type(dtype), vocab, width};
+          [](EmbeddingParameter* self, const FloatMatrix& table) {
+            const FloatType type = float_type(table, "an embedding");
+            new (self) EmbeddingParameter{held<void>(table), type, static_cast<int>(table.shape(0)),
+                                          static_cast<int>(table.shape(1))};
           },
-          "address"_a, "dtype"_a, "vocab"_a, "width"_a);
+          "table"_a, nb::sig("def __init__(self, table: numpy.typing.NDArray[numpy.floating | numpy.int16]) -> None"),
+          "table [vocab, width]: float32, float16, or the bits of bfloat16 as int16; read where it lies.");
 
   nb::class_<NormParameter>(m, "Norm").def(
       "__init__",
@@ -265,9 +279,8 @@ NB_MODULE(_native, m) {
 
   nb::class_<AttentionParameter>(m, "Attention")
       .def(nb::new_(&make_attention), "layer"_a, "num_heads"_a, "num_kv_heads"_a, "head_dim"_a, "softmax_scale"_a,
-           "sliding_window"_a, "rope_dim"_a, "rope_cos"_a, "rope_sin"_a, "rope_positions"_a, "alibi_slopes"_a,
-           "sinks"_a, "softcap"_a, "q_norm"_a.none(), "q_norm_own"_a, "k_norm"_a.none(), "k_norm_own"_a,
-           "norm_after_rope"_a);
+           "sliding_window"_a, "rope_cos"_a.none(), "rope_sin"_a.none(), "alibi_slopes"_a, "sinks"_a, "softcap"_a,
+           "q_norm"_a.none(), "q_norm_own"_a, "k_norm"_a.none(), "k_norm_own"_a, "norm_after_rope"_a);
 
   nb::class_<Program>(m, "Program")
       .def(

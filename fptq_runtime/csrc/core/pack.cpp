@@ -14,6 +14,7 @@ namespace fptq {
 namespace {
 
 constexpr size_t kHugePage = size_t{2} << 20;
+constexpr int kMaxN = 1 << 26;  // sizes in panels fit in 32 bits
 
 size_t round_up(size_t value, size_t unit) { return (value + unit - 1) / unit * unit; }
 
@@ -21,10 +22,10 @@ size_t round_up(size_t value, size_t unit) { return (value + unit - 1) / unit * 
 int max_k(const Layout& layout) { return (1 << 17) - layout.k_unit; }
 
 void check_shape(int n, int k, const Layout& layout) {
-  if (n <= 0 || k <= 0 || k > max_k(layout))
+  if (n <= 0 || n > kMaxN || k <= 0 || k > max_k(layout))
     throw std::invalid_argument("a weight of " + std::to_string(n) + " x " + std::to_string(k) +
-                                " cannot be packed: N must be positive and K within 1.." +
-                                std::to_string(max_k(layout)));
+                                " cannot be packed: N must be within 1.." + std::to_string(kMaxN) +
+                                " and K within 1.." + std::to_string(max_k(layout)));
 }
 
 template <class F>

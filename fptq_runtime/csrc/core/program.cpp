@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
+#include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <limits>
@@ -23,6 +24,7 @@ constexpr int kChunkCost = 4;                 // rows that fetching a chunk cost
 constexpr int kRowPanels = 16;                // a tile's activations stay in L2 while its panels stream past
 constexpr int kScratch = 1 << 14;             // floats of gate and up at once, or a panel of each for a tile
 constexpr int kMinSplitChunks = 2;
+constexpr int kMaxCount = 1 << 30;  // of tokens, rows, sequences and blocks
 constexpr size_t kMaxPartials = size_t{16} << 20;
 
 template <class... Parts>
@@ -54,34 +56,35 @@ Program::Program(std::shared_ptr<ThreadPool> pool, const std::string& isa, const
       layout_(*kernels_.layout),
       limits_(limits),
       scratch_size_(std::max(kScratch, 2 * layout_.panel_cols * kRowPanels * layout_.tile_rows)) {
-  const auto positive = [](const char* name, int value) {
-    if (value < 1) refuse(name, " must be at least 1, not ", value);
+  const auto positive = [](const char* name, int value, int most = kMaxCount) {
+    if (value < 1 || value > most) refuse(name, " must be within 1..", most, ", not ", value);
   };
   positive("max_tokens", limits.max_tokens);
   positive("max_seqs", limits.max_seqs);
   positive("max_logits_rows", limits.max_logits_rows);
   positive("max_model_len", limits.max_model_len);
   positive("num_blocks", limits.num_blocks);
-  positive("num_layers", limits.num_layers);
-  positive("num_kv_heads", limits.num_kv_heads);
-  positive("head_dim", limits.head_dim);
+  positive("num_layers", limits.num_layers, kMaxLayers);
+  positive("num_kv_heads", limits.num_kv_heads, kMaxHeads);
+  positive("head_dim", limits.head_dim, kMaxHeadDim);
   if (limits.block_size < kKeyBlock || kKvChunk % limits.block_size)
     refuse("block_size must be 16, 32, 64 or 128, not ", limits.block_size);
-  if (limits.head_dim > kMaxHeadDim) refuse("head_dim must be at most ", kMaxHeadDim, ", not ", limits.head_dim);
   if (limits.num_blocks > std::numeric_limits<int32_t>::max() / limits.block_size)
     refuse("num_blocks · block_size must fit in 32 bits, num_blocks is ", limits.num_blocks);
 
   KvCache cache{limits.kv_type, limits.block_size, limits.num_kv_heads, limits.head_dim, 0, nullptr};
   const size_t layer_bytes = limits.num_kv_heads * cache.head_bytes();
   cache.block_bytes = limits.num_layers * layer_bytes;
-  cache.data = allocate(limits.num_blocks * cache.block_bytes);
-  use_huge_pages(cache.data, limits.num_blocks * cache.block_bytes);
+  size_t cache_bytes;
+  if (__builtin_mul_overflow(limits.num_blocks, cache.block_bytes, &cache_bytes)) throw std::bad_alloc();
+  cache.data = allocate(cache_bytes);
+  use_huge_pages(cache.data, cache_bytes);
   for (int layer = 0; layer < limits.num_layers; ++layer, cache.data += layer_bytes) cache_.push_back(cache);
 }
 
 // Zeroed, and touched page by page as it is used.
 char* Program::allocate(size_t bytes) {
-  void* memory = std::calloc(1, bytes + 2 * kLine);
+  void* memory = bytes > PTRDIFF_MAX - 2 * kLine ? nullptr : std::calloc(1, bytes + 2 * kLine);
   if (!memory) throw std::bad_alloc();
   memory_.emplace_back(static_cast<char*>(memory), std::free);
   return reinterpret_cast<char*>(lines(reinterpret_cast<size_t>(memory)));
@@ -187,8 +190,8 @@ int Program::gather(std::shared_ptr<const EmbeddingParameter> table, const int32
   record([=, this_ = this](const StepView& step) {
     float* y = this_->floats(out, step);
     this_->each_row(out, step, [&](int row, int) {
-      this_->kernels_.widen_row(static_cast<const char*>(table->data) + (step.*indices)[row] * row_bytes, table->type,
-                                table->width, y + static_cast<size_t>(row) * table->width);
+      this_->kernels_.widen_row(static_cast<const char*>(table->data.get()) + (step.*indices)[row] * row_bytes,
+                                table->type, table->width, y + static_cast<size_t>(row) * table->width);
     });
   });
   return out;
@@ -668,6 +671,8 @@ void Program::step(const StepView& step) {
 }
 
 Work Program::work(int tokens, int rows) const {
+  check_range("tokens", 0, tokens, limits_.max_tokens + 1L);
+  check_range("rows", 0, rows, limits_.max_logits_rows + 1L);
   return {tokens * token_work_.multiply_adds + rows * row_work_.multiply_adds,
           token_work_.weight_bytes + (rows ? row_work_.weight_bytes : 0)};
 }

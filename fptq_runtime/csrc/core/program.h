@@ -37,17 +37,17 @@ struct NormParameter {
   }
 };
 
-// Memory at `data` and the rope tables belong to the caller and must outlive every program that uses them.
 struct EmbeddingParameter {
-  const void* data;  // [vocab][width]
+  std::shared_ptr<const void> data;  // [vocab][width]
   FloatType type;
   int vocab, width;
 };
 
 struct AttentionParameter {
   int layer;
-  AttentionView view;  // its pointers lead here or to the caller's rope tables
+  AttentionView view;  // its pointers lead to the members below
   int rope_positions;
+  std::shared_ptr<const float> rope_cos, rope_sin;  // [positions][rope_dim / 2] or null
   std::vector<float> alibi_slopes, sinks;
   std::shared_ptr<const NormParameter> q_norm, k_norm;
 };

@@ -8,6 +8,7 @@ namespace fptq {
 
 namespace {
 
+constexpr int kMaxThreads = 1024;
 constexpr auto kSpin = std::chrono::microseconds(40);
 
 inline void pause() {
@@ -20,12 +21,17 @@ inline void pause() {
 
 }  // namespace
 
-ThreadPool::ThreadPool(int threads) : threads_(threads), shares_(new Share[threads]) {
+ThreadPool::ThreadPool(int threads) : threads_(threads) {
+  const auto cannot_start = [threads] {
+    return std::invalid_argument("this machine cannot start " + std::to_string(threads) + " threads");
+  };
+  if (threads < 1 || threads > kMaxThreads) throw cannot_start();
+  shares_.reset(new Share[threads]);
   try {
     for (int thread = 1; thread < threads; ++thread) workers_.emplace_back([this, thread] { loop(thread); });
   } catch (const std::exception&) {
     stop();
-    throw std::invalid_argument("this machine cannot start " + std::to_string(threads) + " threads");
+    throw cannot_start();
   }
 }
 

@@ -13,7 +13,7 @@ namespace fptq {
 
 class ThreadPool {
  public:
-  // The caller of run() counts as one. Throws std::invalid_argument where the system does not start so many.
+  // The caller of run() counts as one. Throws std::invalid_argument where there are none, or more than can be started.
   explicit ThreadPool(int threads);
   ~ThreadPool();
   ThreadPool(const ThreadPool&) = delete;

@@ -14,7 +14,8 @@ constexpr ptrdiff_t float_bytes(FloatType type) { return type == FloatType::kFlo
 constexpr int kKvChunk = 128;  // keys of one softmax partial, at absolute positions
 constexpr int kKeyBlock = 16;  // keys that lie side by side in the cache; a cache block is a multiple of it
 constexpr int kMaxHeadDim = 256;
-constexpr int kTileQueries = 48;  // (token, head) rows of one attention tile
+constexpr int kMaxHeads = 4096, kMaxLayers = 4096;  // no model comes near, and sizes made of them fit
+constexpr int kTileQueries = 48;                    // (token, head) rows of one attention tile
 
 // RMSNorm, or LayerNorm where `layer`.
 struct NormView {
