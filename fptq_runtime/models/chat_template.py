@@ -78,7 +78,7 @@ class _Renderer:
         self._lines = self._socket.makefile("rb")
         environment = {name: os.environ[name] for name in KEPT_ENVIRONMENT if name in os.environ}
         with theirs:
-            self._process = subprocess.Popen([sys.executable, "-I", "-S", str(_SCRIPT)], stdin=theirs,
+            self._process = subprocess.Popen([sys.executable, "-I", "-S", str(_SCRIPT)], stdin=theirs.fileno(),
                                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
         setup = {"path": sys.path, "template": template, "max_bytes": MAX_BYTES, "max_characters": MAX_CHARACTERS}
         self._setup = f"{json.dumps(setup)}\n"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from fptq_runtime.artifact.files import is_there
 from fptq_runtime.engine.request import SamplingParams
 from fptq_runtime.errors import FptqError
 from fptq_runtime.models.loader import read_json
@@ -17,7 +18,7 @@ def sampling_defaults(path: Path) -> dict[str, Any]:
     """What generation_config.json of a model directory says, under SamplingParams' names; do_sample false is
     temperature 0. Raises FptqError where a value cannot be used."""
     file = path / "generation_config.json"
-    config = read_json(file) if file.is_file() else {}
+    config = read_json(file) if is_there(file) else {}
     defaults = {ours: config[theirs] for theirs, ours in NAMES.items() if config.get(theirs) is not None}
     if config.get("do_sample") is False:
         defaults["temperature"] = 0.0
