@@ -55,7 +55,7 @@ def test_a_template_that_fails_or_reaches_out_is_refused(template: str) -> None:
 @pytest.mark.parametrize("template", TOO_MUCH)
 def test_a_template_that_takes_too_much_is_refused(template: str) -> None:
     before = psutil.Process().memory_info().rss
-    with pytest.raises(ChatTemplateError, match=r"refuses these messages: it (takes|needs|writes) more than"):
+    with pytest.raises(ChatTemplateError, match=r"refuses these messages: it (takes|needs|writes|has not ended)"):
         render(template)
     assert psutil.Process().memory_info().rss < before + MAX_BYTES
 
@@ -76,7 +76,7 @@ def test_conversations_after_and_beside_one_that_takes_too_much() -> None:
     stuck = slow.render({"n": 1})
     assert slow.render({"n": 0}).result() == "0"
     assert not stuck.done()
-    with pytest.raises(ChatTemplateError, match="CPU time"):
+    with pytest.raises(ChatTemplateError, match="CPU time|has not ended"):
         stuck.result()
     assert slow.render({"n": 0}).result() == "0"
 
