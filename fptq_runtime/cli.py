@@ -357,6 +357,10 @@ def _tells_what_is_left(out: Path) -> Iterator[None]:
 @click.option("--served-model-name", help="The model id that clients send (the artifact's name).")
 @click.option("--generation-config", type=click.Choice(["auto", "none"]), default="auto", show_default=True,
               help="auto: the model's generation_config.json gives the defaults of sampling.")
+@click.option("--tool-call-parser", default="auto", show_default=True, metavar="NAME",
+              help="The format of the model's tool calls; auto: as its chat template tells, none: as text.")
+@click.option("--reasoning-parser", default="auto", show_default=True, metavar="NAME",
+              help="The format of the model's reasoning; auto: as its chat template tells, none: as text.")
 @engine_options
 @click.option("--max-waiting-requests", type=click.IntRange(1), default=256, show_default=True,
               help="Past so many in the queue a request is refused with 429.")
@@ -368,7 +372,8 @@ def _tells_what_is_left(out: Path) -> Iterator[None]:
 @click.option("--drain-timeout", type=click.FloatRange(0), default=30.0, show_default=True,
               help="Seconds that running requests get after SIGTERM.")
 def serve(artifact: str, host: str, port: int, served_model_name: str | None, generation_config: str,
-          api_keys: tuple[str, ...], public_metrics: bool, drain_timeout: float, **options: Any) -> None:
+          tool_call_parser: str, reasoning_parser: str, api_keys: tuple[str, ...], public_metrics: bool,
+          drain_timeout: float, **options: Any) -> None:
     """Serve ARTIFACT over HTTP."""
     if served_model_name is not None and not served_model_name.strip():
         raise click.UsageError("--served-model-name is empty; give clients a name, or leave it out")
@@ -379,7 +384,8 @@ def serve(artifact: str, host: str, port: int, served_model_name: str | None, ge
     from fptq_server.main import bind, serve
 
     config = ServerConfig(host=host, port=port, api_keys=api_keys or _api_key_of_environment(),
-                          public_metrics=public_metrics, drain_timeout=drain_timeout)
+                          public_metrics=public_metrics, drain_timeout=drain_timeout, tool_call_parser=tool_call_parser,
+                          reasoning_parser=reasoning_parser)
     with bind(host, port) as listener:  # before the model is fetched or made, which can take minutes
         path = find_artifact(artifact)
         from fptq_runtime.artifact.io import is_artifact

@@ -149,7 +149,7 @@ class Engine(Generic[T]):
             self.grammars.matchers(params.structured, params.n, params.stop_token_ids)
         for sequence, matcher in zip(sequences, matchers, strict=True):
             sequence.matcher = matcher
-            stream = self.tokenizer.stream(params.skip_special_tokens, prompt_token_ids)
+            stream = self.tokenizer.stream(params.skip_special_tokens, prompt_token_ids, params.shown_special_tokens)
             sequence.text = TextStream(stream, params.stop)
             sequence.sampling = Sampling(sequence, self._eos_token_ids)
         tokens = len(prompt_token_ids) * params.n

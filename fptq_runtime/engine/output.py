@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -54,8 +54,9 @@ class TokenTexts(Protocol):
 class Detokenizer(Protocol):
     """What the engine asks of a tokenizer."""
 
-    def stream(self, skip_special_tokens: bool = True, prompt_token_ids: Sequence[int] = ()) -> TokenTexts:
-        """The text of what follows the prompt."""
+    def stream(self, skip_special_tokens: bool = True, prompt_token_ids: Sequence[int] = (),
+               shown: Collection[int] = ()) -> TokenTexts:
+        """The text of what follows the prompt. shown: special tokens that are not skipped."""
         ...
 
     def to_json(self) -> str:

@@ -32,7 +32,8 @@ class SamplingParams:
     presence and frequency subtract (output only). seed None draws one for the request. logprobs: how many top
     alternatives to return beside the chosen token's own; prompt_logprobs the same for every prompt token.
     stop strings are cut from the text. min_tokens: until so many are out, neither an end-of-sequence or stop id is
-    drawn nor a stop string looked for. Raises FptqError that names the parameter.
+    drawn nor a stop string looked for. shown_special_tokens: ids of special tokens that the text has, though
+    skip_special_tokens leaves the others out. Raises FptqError that names the parameter.
 
     structured: what the answer must be, such as Grammar.json_schema({"type": "object", …}) or Grammar.lark('start: …').
     It ends only where the grammar does, or early by max_tokens or a stop string; min_tokens forbids an end only where
@@ -57,6 +58,7 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
+    shown_special_tokens: frozenset[int] = frozenset()
     structured: Grammar | None = None
 
     def __post_init__(self) -> None:

@@ -6,7 +6,7 @@ import platform
 import random
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -217,7 +217,8 @@ def machine() -> str:
 class NoText:
     """What the engine asks of a tokenizer, for a model without a vocabulary."""
 
-    def stream(self, skip_special_tokens: bool = True, prompt_token_ids: Sequence[int] = ()) -> NoText:
+    def stream(self, skip_special_tokens: bool = True, prompt_token_ids: Sequence[int] = (),
+               shown: Collection[int] = ()) -> NoText:
         return self
 
     def to_json(self) -> str:

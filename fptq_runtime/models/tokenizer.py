@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
@@ -81,6 +81,17 @@ class TokenStream:
         return str(self._backend.decode(self._window, skip_special_tokens=self._skip_special_tokens))
 
 
+class SomeTokens:
+    """A stream without the tokens that are hidden."""
+
+    def __init__(self, stream: TokenStream, hidden: Collection[int]) -> None:
+        self._stream = stream
+        self._hidden = hidden
+
+    def step(self, token_id: int) -> str | None:
+        return None if token_id in self._hidden else self._stream.step(token_id)
+
+
 class Tokenizer:
     """tokenizer.json as it stands, with the special tokens and the chat template that lie beside it, read as
     transformers reads them but without importing it. Raises CheckpointError where the directory has no usable
@@ -103,7 +114,9 @@ class Tokenizer:
             decoder = self._backend.decoder
             self._byte_level = decoder is not None and decoder.decode(["Ġ"]) == " "
             self._byte_fallback = decoder is not None and decoder.decode(["<0x41>"]) == "A"
-            self._chat_template = _chat_template(path, config)
+            templates = _chat_templates(path, config)
+            self._chat_template = templates.get("default")
+            self._tools_template = templates.get("tool_use")
         except Exception as error:  # the library raises bare Exception for a malformed file
             raise CheckpointError(f"the tokenizer of {path} cannot be loaded: {_first_line(error)}") from None
 
@@ -194,9 +207,20 @@ class Tokenizer:
         """tokenizer.json, with what lies beside it."""
         return str(self._backend.to_str())
 
-    def stream(self, skip_special_tokens: bool = True, prompt_token_ids: Sequence[int] = ()) -> TokenStream:
-        """The text of what follows the prompt. The prompt's last tokens decide whether it begins with a space."""
-        return TokenStream(self._backend, skip_special_tokens, prompt_token_ids[-8:])
+    def stream(self, skip_special_tokens: bool = True, prompt_token_ids: Sequence[int] = (),
+               shown: Collection[int] = ()) -> TokenStream | SomeTokens:
+        """The text of what follows the prompt. The prompt's last tokens decide whether it begins with a space. shown:
+        special tokens that are not skipped."""
+        context = prompt_token_ids[-8:]
+        if not skip_special_tokens or not shown:
+            return TokenStream(self._backend, skip_special_tokens, context)
+        hidden = {token_id for token_id in self._added if self.is_special(token_id)} - set(shown)
+        return SomeTokens(TokenStream(self._backend, False, [i for i in context if i not in hidden]), hidden)
+
+    def chat_template(self, tools: bool = False) -> str | None:
+        """tools: the one for conversations with tools, where the model has one of its own for them."""
+        template = self._tools_template or self._chat_template if tools else self._chat_template
+        return None if template is None else template.source
 
     def apply_chat_template(self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool = True,
                             **kwargs: Any) -> list[int]:
@@ -208,12 +232,14 @@ class Tokenizer:
     def render_chat(self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool = True,
                     **kwargs: Any) -> Future[str]:
         """What the template makes of the conversation. Raises ChatTemplateError, here or in the future."""
-        if self._chat_template is None:
+        template = self._tools_template or self._chat_template if kwargs.get("tools") else self._chat_template
+        if template is None:
             raise ChatTemplateError("this model has no chat template; use /v1/completions")
         # A key without a value is left out: templates ask whether a key is there and would write "None".
-        given = [{key: value for key, value in message.items() if value is not None} for message in messages]
-        return self._chat_template.render({"tools": None, "documents": None, **self._special_tokens, **kwargs,
-                                           "messages": given, "add_generation_prompt": add_generation_prompt})
+        given = [_with_reasoning({key: value for key, value in message.items() if value is not None})
+                 for message in messages]
+        return template.render({"tools": None, "documents": None, **self._special_tokens, **kwargs,
+                                "messages": given, "add_generation_prompt": add_generation_prompt})
 
     def end_of_turn(self) -> int | None:
         """The token that the chat template puts right after what the assistant said: a model trained on it ends its
@@ -267,15 +293,22 @@ def _special_tokens(path: Path, config: Mapping[str, Any]) -> dict[str, AddedTok
         isinstance(token, str) or (isinstance(token, Mapping) and isinstance(token.get("content"), str)))}
 
 
-def _chat_template(path: Path, config: Mapping[str, Any]) -> ChatTemplate | None:
-    """Of several templates, the one named default."""
+def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
+    """Under every name that templates have for it, as transformers does."""
+    names = ("reasoning_content", "thinking", "reasoning")
+    reasoning = next((message[name] for name in names if name in message), None)
+    return message if reasoning is None else {"thinking": reasoning, **message, "reasoning_content": reasoning}
+
+
+def _chat_templates(path: Path, config: Mapping[str, Any]) -> dict[str, ChatTemplate]:
+    """By name; one alone is "default"."""
     if is_there(file := path / "chat_template.jinja"):
         template: Any = read_file(file, MAX_TEMPLATE_BYTES).decode()
     else:
         template = config.get("chat_template")
-    if isinstance(template, list):
-        template = {entry["name"]: entry["template"] for entry in template}.get("default")
-    return ChatTemplate(str(template)) if template else None
+    if not isinstance(template, list):
+        template = [{"name": "default", "template": template}]
+    return {entry["name"]: ChatTemplate(str(entry["template"])) for entry in template if entry["template"]}
 
 
 def _first_line(error: Exception) -> str:

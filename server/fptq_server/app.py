@@ -14,6 +14,7 @@ from fptq_runtime import __version__
 from fptq_runtime.engine.async_engine import AsyncEngine
 from fptq_runtime.models.tokenizer import Tokenizer
 from fptq_server.auth import PUBLIC_PATHS, RequireKey
+from fptq_server.chat_format import ChatFormat
 from fptq_server.config import ModelCard, ServerConfig
 from fptq_server.errors import APIError, ErrorHandlers
 from fptq_server.logprobs import TokenTexts
@@ -40,12 +41,13 @@ def create_app(engine: AsyncEngine, tokenizer: Tokenizer, config: ServerConfig, 
 
     app = FastAPI(title="FPTQ Serve", version=__version__, lifespan=lifespan, redirect_slashes=False)
     texts = TokenTexts(tokenizer)
+    chat = ChatFormat(tokenizer, config.tool_call_parser, config.reasoning_parser)
     for router in (
         completions_router(engine, tokenizer, texts, model, config),
-        chat_router(engine, tokenizer, texts, model, config),
+        chat_router(engine, tokenizer, texts, chat, model, config),
         models_router(model),
         generate_router(engine, tokenizer, texts, model, config),
-        tokens_router(tokenizer, model),
+        tokens_router(tokenizer, chat, model),
         status_router(engine, model, config, metrics),
     ):
         app.include_router(router)

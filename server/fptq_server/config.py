@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fptq_runtime.errors import FptqError
+from fptq_server.parsers import REASONING_FORMATS, TOOL_PARSERS
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,7 @@ class ServerConfig:
     public_metrics: /metrics answers without a key.
     stall_timeout: /livez fails when the engine has work and finished no step for this long.
     head_timeout: from a connection's or a request's first byte to the end of its headers.
+    tool_call_parser, reasoning_parser: ChatFormat's.
     body_timeout: from one byte of a body to the next, and for a short one in all; RequestLimits gives long ones more.
     """
 
@@ -32,6 +34,8 @@ class ServerConfig:
     max_body_bytes: int = 16 << 20
     max_header_bytes: int = 64 << 10
     max_prompts: int = 1024
+    tool_call_parser: str = "auto"
+    reasoning_parser: str = "auto"
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
@@ -44,6 +48,11 @@ class ServerConfig:
                      "max_header_bytes", "max_prompts"):
             if getattr(self, name) <= 0:
                 raise FptqError(f"{name} must be more than 0, not {getattr(self, name)}", name)
+        for field_name, formats in (("tool_call_parser", TOOL_PARSERS), ("reasoning_parser", REASONING_FORMATS)):
+            known = ["auto", "none", *sorted(form.name for form in formats)]
+            if getattr(self, field_name) not in known:
+                raise FptqError(f"there is no {field_name} {getattr(self, field_name)}; there are {', '.join(known)}",
+                                field_name)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    ModelWrapValidatorHandler,
+    PrivateAttr,
+    Tag,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 
@@ -259,15 +269,19 @@ class TextPart(Body):
     cache_control: Unused = None
 
 
-def _refuse_part(kind: str) -> str:
+def _refuse_kind(kind: str) -> str:
     raise PydanticCustomError("not_supported", "{kind} is not supported by this server", {"kind": kind})
+
+
+def _function_kind(kind: str) -> str:
+    return kind if kind == "function" else _refuse_kind(kind)
 
 
 class OtherPart(Body):
     """An image, a sound or a file: named, so that it can be refused by its name."""
 
     model_config = ConfigDict(extra="ignore")
-    type: Annotated[str, AfterValidator(_refuse_part)]
+    type: Annotated[str, AfterValidator(_refuse_kind)]
 
 
 def _part_kind(part: Any) -> str:
@@ -284,11 +298,28 @@ Content = Annotated[
 ]
 
 
-class ChatMessage(Body):
-    """An earlier answer can be sent back as it came: annotations say where a text comes from and are not part of it."""
+class FunctionCall(Body):
+    """arguments: JSON."""
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Content
+    name: Text
+    arguments: Annotated[
+        Annotated[Text, Tag("<a string>")] | Annotated[dict[str, Any], Tag("<an object>")],
+        _variant(str="<a string>", dict="<an object>"),
+    ] = ""
+    parsed_arguments: Unused = None
+
+
+class ToolCall(Body):
+    id: Text
+    type: Annotated[Text, AfterValidator(_function_kind)] = "function"
+    function: FunctionCall
+    index: Unused = None
+
+
+class Turn(Body):
+    """What messages of all roles may have. An earlier answer can be sent back as it came: annotations say where a text
+    comes from and are not part of it."""
+
     name: Text | None = None
     type: Annotated[Any, _unsupported("message", "text")] = None
     id: Unused = None
@@ -301,7 +332,81 @@ class ChatMessage(Body):
     audio: Unsupported = None
     images: NotEmpty = None
     function_call: Unsupported = None
+
+
+class ChatMessage(Turn):
+    """tool_call_id: of the call whose result a message of role tool is."""
+
+    role: Literal["system", "developer", "user", "tool"]
+    content: Content
+    tool_call_id: Text | None = None
     tool_calls: NotEmpty = None
+
+
+class AssistantTurn(Turn):
+    """An earlier answer. reasoning: vLLM's name for reasoning_content."""
+
+    role: Literal["assistant"]
+    content: Content | None = None
+    reasoning_content: Text | None = None
+    reasoning: Text | None = None
+    tool_calls: list[ToolCall] | None = None
+
+
+def _role_kind(message: Any) -> str:
+    role = message.get("role") if isinstance(message, dict) else None
+    return "<assistant>" if role == "assistant" else "<message>"
+
+
+Message = Annotated[Annotated[ChatMessage, Tag("<message>")] | Annotated[AssistantTurn, Tag("<assistant>")],
+                    Discriminator(_role_kind)]
+Messages = Annotated[list[Message], Field(min_length=1, fail_fast=True)]
+
+
+class Function(Body):
+    """strict: a call's arguments match the schema."""
+
+    name: Text
+    description: Text | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(Body):
+    """given: as the client wrote it, which is how chat templates show it to the model."""
+
+    type: Annotated[Text, AfterValidator(_function_kind)]
+    function: Function
+    cache_control: Unused = None
+    _given: dict[str, Any] = PrivateAttr(default_factory=dict)
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _keep(cls, data: Any, handler: ModelWrapValidatorHandler[Tool]) -> Tool:
+        tool = handler(data)
+        tool._given = data
+        return tool
+
+    @property
+    def given(self) -> dict[str, Any]:
+        return self._given
+
+
+class FunctionName(Body):
+    name: Text
+
+
+class NamedToolChoice(Body):
+    type: Annotated[Text, AfterValidator(_function_kind)]
+    function: FunctionName
+
+
+ToolChoice = Annotated[
+    Annotated[Literal["none", "auto", "required"], Tag("<none, auto, required>")]
+    | Annotated[NamedToolChoice, Tag("<an object that names a function>")],
+    _variant(str="<none, auto, required>", dict="<an object that names a function>"),
+]
+ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
 
 
 class ChatTemplateOptions(Body):
@@ -311,19 +416,20 @@ class ChatTemplateOptions(Body):
 
 
 class ChatCompletionRequest(SamplingBody):
-    messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
+    messages: Messages
     logprobs: bool | None = None
     top_logprobs: TopLogprobs | None = None
     chat_template_kwargs: ChatTemplateOptions | None = None
-    tools: NotEmpty = None
-    tool_choice: Annotated[Any, _unsupported("none")] = None
-    parallel_tool_calls: Annotated[Any, _unsupported(True, False)] = None
+    tools: list[Tool] | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
     functions: NotEmpty = None
     function_call: Annotated[Any, _unsupported("none")] = None
     modalities: Annotated[Any, _unsupported(["text"])] = None
     audio: Unsupported = None
     prediction: Unsupported = None
-    reasoning_effort: Unsupported = None
+    reasoning_effort: ReasoningEffort | None = None
+    include_reasoning: bool | None = None
     web_search_options: Unsupported = None
     echo: NotTrue = None
     documents: NotEmpty = None
@@ -370,7 +476,7 @@ class TokenizeRequest(Body):
 
     model: Text | None = None
     prompt: Text | None = None
-    messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)] | None = None
+    messages: Messages | None = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
     return_token_strs: bool | None = None
@@ -457,16 +563,33 @@ class ChatLogprobs(BaseModel):
     content: list[TokenLogprob]
 
 
+ChatFinishReason = Literal["stop", "length", "tool_calls"]
+Absent = Field(default=None, exclude_if=lambda value: value is None)
+
+
+class FunctionCallOut(BaseModel):
+    name: str
+    arguments: str
+
+
+class ToolCallOut(BaseModel):
+    id: str
+    type: Literal["function"] = "function"
+    function: FunctionCallOut
+
+
 class AssistantMessage(BaseModel):
     role: Literal["assistant"] = "assistant"
-    content: str
+    content: str | None
+    reasoning_content: str | None = Absent
+    tool_calls: list[ToolCallOut] | None = Absent
 
 
 class ChatChoice(BaseModel):
     index: int
     message: AssistantMessage
     logprobs: ChatLogprobs | None
-    finish_reason: Literal["stop", "length"] | None
+    finish_reason: ChatFinishReason | None
 
 
 class ChatCompletionResponse(BaseModel):
@@ -479,15 +602,32 @@ class ChatCompletionResponse(BaseModel):
     prompt_logprobs: PromptLogprobs | None
 
 
-class ContentDelta(BaseModel):
-    content: str
+class FunctionCallDelta(BaseModel):
+    name: str | None = Absent
+    arguments: str
+
+
+class ToolCallDelta(BaseModel):
+    """id, type and name come with a call's first delta."""
+
+    index: int
+    id: str | None = Absent
+    type: Literal["function"] | None = Absent
+    function: FunctionCallDelta
+
+
+class MessageDelta(BaseModel):
+    role: Literal["assistant"] | None = Absent
+    content: str | None = Absent
+    reasoning_content: str | None = Absent
+    tool_calls: list[ToolCallDelta] | None = Absent
 
 
 class ChatChunkChoice(BaseModel):
     index: int
-    delta: AssistantMessage | ContentDelta
+    delta: MessageDelta
     logprobs: ChatLogprobs | None
-    finish_reason: Literal["stop", "length"] | None
+    finish_reason: ChatFinishReason | None
 
 
 class ChatCompletionChunk(BaseModel):

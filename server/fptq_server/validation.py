@@ -12,7 +12,7 @@ from fptq_runtime.models.chat_template import ChatTemplateError
 from fptq_runtime.models.tokenizer import Tokenizer
 from fptq_server.config import ModelCard
 from fptq_server.errors import APIError, bad_parameter
-from fptq_server.protocol import ChatMessage, CompletionRequest, SamplingBody, TextPart
+from fptq_server.protocol import CompletionRequest, SamplingBody
 
 MAX_CHARACTERS_PER_TOKEN = 64  # of a prompt: far above what text needs, and tokenizing stays quick
 RENDER_SECONDS = 9.0  # for a conversation's place among those that wait for the template, and its rendering
@@ -78,19 +78,14 @@ def _infill(prompt: Any, body: CompletionRequest, tokenizer: Tokenizer) -> str:
     return text
 
 
-async def chat_prompt(messages: list[ChatMessage], tokenizer: Tokenizer, model: ModelCard,
+async def chat_prompt(messages: list[dict[str, Any]], tokenizer: Tokenizer, model: ModelCard,
                       add_generation_prompt: bool = True, variables: Mapping[str, Any] | None = None) -> list[int]:
-    """Token ids of a conversation. Raises APIError where the model has no chat template or it refuses the messages."""
-    rendered = []
-    for message in messages:
-        content = message.content if isinstance(message.content, str) else "\n".join(
-            part.text for part in message.content if isinstance(part, TextPart))
-        rendered.append({"role": message.role, "content": content}
-                        | ({} if message.name is None else {"name": message.name}))
-    check_text("".join(m["content"] for m in rendered), "messages", model)
+    """Token ids of a conversation, whose messages are as the chat template takes them. Raises APIError where the model
+    has no chat template or it refuses the messages."""
+    check_text("".join(message["content"] for message in messages), "messages", model)
     try:
         text = await asyncio.wait_for(asyncio.wrap_future(
-            tokenizer.render_chat(rendered, add_generation_prompt, **(variables or {}))), RENDER_SECONDS)
+            tokenizer.render_chat(messages, add_generation_prompt, **(variables or {}))), RENDER_SECONDS)
     except ChatTemplateError as error:
         raise APIError(400, str(error), param="messages", code="chat_template") from None
     except asyncio.TimeoutError:

@@ -4,7 +4,7 @@ entry changes what comes out. It lets the engine be tested without kernels."""
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -118,7 +118,8 @@ class FakeTokenizer:
         backend.add_special_tokens(["</s>"])
         return str(backend.to_str())
 
-    def stream(self, skip_special_tokens: bool = True, prompt_token_ids: Sequence[int] = ()) -> FakeTokenStream:
+    def stream(self, skip_special_tokens: bool = True, prompt_token_ids: Sequence[int] = (),
+               shown: Collection[int] = ()) -> FakeTokenStream:
         return FakeTokenStream()
 
 

@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from jinja2 import UndefinedError
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from fptq_runtime.models.chat_template import ChatTemplateError
 from fptq_runtime.models.tokenizer import Tokenizer, eos_token_ids
 from fptq_runtime.quantizer.source import load_tokenizer
 
@@ -191,6 +193,54 @@ def test_chat_templates(ours: Tokenizer, theirs: PreTrainedTokenizerFast, add_ge
     expected = theirs.apply_chat_template(MESSAGES[:count], add_generation_prompt=add_generation_prompt,
                                           return_dict=False, **variables)
     assert ours.apply_chat_template(MESSAGES[:count], add_generation_prompt, **variables) == expected
+
+
+TOOLS = [
+    {"type": "function", "function": {"name": "look_up", "strict": True, "description": "Ask <b> & é.", "parameters": {
+        "type": "object", "properties": {"q": {"type": "string"}, "n": {"type": ["integer", "null"]}}}}},
+    {"type": "function", "function": {"name": "now"}},
+]
+CALLS = [{"id": "c00000001", "type": "function", "function": {
+    "name": "look_up", "arguments": {"q": "é \n\"", "n": None}}},
+         {"id": "c00000002", "type": "function", "function": {"name": "now", "arguments": {}}}]
+TOOL_MESSAGES = [{"role": "user", "content": "the"}, {"role": "assistant", "content": "", "reasoning_content": "Hm.",
+                                                      "tool_calls": CALLS},
+                 {"role": "tool", "tool_call_id": "c00000001", "name": "look_up", "content": "<s>\n"},
+                 {"role": "tool", "tool_call_id": "c00000002", "content": "a"}, {"role": "user", "content": "a"}]
+TOOL_TEMPLATES: dict[str, Any] = {
+    "hermes": "{% if tools %}<tools>{% for tool in tools %}{{ tool | tojson }}\n{% endfor %}</tools>{% endif %}"
+              "{% for m in messages %}{{ m.role }}:{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>"
+              "{% endif %}{{ m.content }}{% if m.tool_calls %}{% for c in m.tool_calls %}{% if c.function %}"
+              "{% set c = c.function %}{% endif %}<tool_call>{\"name\": \"{{ c.name }}\", \"arguments\": "
+              "{{ c.arguments | tojson }}}</tool_call>{% endfor %}{% endif %}{% endfor %}",
+    "mistral": "{% for m in messages %}{% if m.tool_calls is defined and m.tool_calls is not none %}[TOOL_CALLS]["
+               "{% for c in m.tool_calls %}{% set out = c.function | tojson %}{{ out[:-1] }}, \"id\": \"{{ c.id }}\"}"
+               "{% if not loop.last %}, {% endif %}{% if c.id | length != 9 %}{{ raise_exception('id') }}{% endif %}"
+               "{% endfor %}]{% elif m.role == 'tool' %}[TOOL_RESULTS]{\"content\": {{ m.content | tojson }}}"
+               "{% elif loop.last and tools %}[AVAILABLE_TOOLS] {{ tools | tojson(indent=2) }}[INST]{{ m.content }}"
+               "{% else %}{{ m.content }}{% endif %}{% endfor %}",
+    "glm": "{% for t in tools or [] %}{{ t.function.parameters.properties.items() | list | length }}{% endfor %}"
+           "{% for m in messages %}{% for c in m.tool_calls or [] %}<tool_call>{{ c.function.name }}"
+           "{% for k, v in c.function.arguments.items() %}<arg_key>{{ k }}</arg_key><arg_value>"
+           "{{ v if v is string else v | tojson(ensure_ascii=False) }}</arg_value>{% endfor %}</tool_call>{% endfor %}"
+           "{% endfor %}",
+    "by name": [{"name": "default", "template": "{{ messages | length }}"},
+                {"name": "tool_use", "template": "{{ tools | tojson }}{{ messages | tojson(sort_keys=True) }}"}],
+}
+
+
+@pytest.mark.parametrize("name", TOOL_TEMPLATES)
+@pytest.mark.parametrize("tools", [TOOLS, TOOLS[:1], None])
+def test_chat_templates_with_tools(tmp_path: Path, name: str, tools: Any) -> None:
+    path = write(tmp_path / "model", byte_level(), {"chat_template": TOOL_TEMPLATES[name]})
+    theirs = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    try:
+        expected = theirs.apply_chat_template(TOOL_MESSAGES, tools=tools, add_generation_prompt=True, return_dict=False)
+    except UndefinedError:  # a function without parameters
+        with pytest.raises(ChatTemplateError):
+            Tokenizer(path).apply_chat_template(TOOL_MESSAGES, tools=tools)
+        return
+    assert Tokenizer(path).apply_chat_template(TOOL_MESSAGES, tools=tools) == expected
 
 
 def test_the_quantizer_reads_what_transformers_reads(directory: Path, theirs: PreTrainedTokenizerFast,

@@ -48,6 +48,18 @@ def test_text_arrives_whole(prompt: str, text: str) -> None:
 
 
 @given(prompt=texts, text=texts)
+def test_special_tokens_that_are_shown(prompt: str, text: str) -> None:
+    """One of two special tokens is a part of the text, wherever it stands; the other one is not."""
+    bos, eos = DEMO.bos_token_id, DEMO.eos_token_id
+    assert bos is not None and eos is not None
+    ids = DEMO.encode(text, add_special_tokens=False)
+    stream = DEMO.stream(True, [bos, *DEMO.encode(prompt, add_special_tokens=False)], shown={eos})
+    got = "".join(stream.step(token_id) or "" for token_id in [eos, *ids, bos, eos, *ids, eos])
+    end = DEMO.token(eos)
+    assert got == f"{end}{text}{end}{text}{end}"
+
+
+@given(prompt=texts, text=texts)
 def test_spaces_and_bytes_of_sentencepiece(sentencepiece: Backend, prompt: str, text: str) -> None:
     def encoded(value: str) -> list[int]:
         return [6 + byte for byte in value.encode()]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,8 +19,10 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from fptq_runtime import __version__
 from fptq_runtime.config import EngineConfig
-from fptq_runtime.engine.async_engine import AsyncEngine
+from fptq_runtime.engine.async_engine import AsyncEngine, RequestStream
 from fptq_runtime.engine.engine import Engine
+from fptq_runtime.engine.output import RequestOutput
+from fptq_runtime.engine.request import FinishReason, SamplingParams
 from fptq_runtime.kernels.base import Backend
 from fptq_runtime.kernels.select import select_backend
 from fptq_runtime.locate import find_artifact
@@ -106,6 +108,27 @@ def served(run_server: Callable[..., Any]) -> Iterator[Served]:
 def client(served: Served) -> Iterator[openai.OpenAI]:
     with openai.OpenAI(base_url=served.url + "/v1", api_key="none", max_retries=0) as client:
         yield client
+
+
+@contextmanager
+def scripted(served: Served, text: str, reason: FinishReason = FinishReason.STOP, size: int = 3
+             ) -> Iterator[list[tuple[Sequence[int], SamplingParams]]]:
+    """The model answers every request with this text, so many characters a token. Yields what was asked of it."""
+    asked: list[tuple[Sequence[int], SamplingParams]] = []
+    pieces = [text[i : i + size] for i in range(0, len(text), size)]
+
+    def add_request(request_id: str, prompt: Sequence[int], params: SamplingParams) -> RequestStream:
+        asked.append((prompt, params))
+        stream = RequestStream(request_id, params.n, lambda _: None)
+        for index in range(params.n):
+            for piece in pieces:
+                stream.put(RequestOutput(request_id, index, (5,), piece, ()))
+            stream.put(RequestOutput(request_id, index, (EOS,), "", (), reason))
+        return stream
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(served.engine, "add_request", add_request)
+        yield asked
 
 
 def events(text: str) -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ class Cohere(Parser):
     name = "cohere"
     marks = ("<|START_ACTION|>", "Write 'Action:'")
     openers = ("<|START_ACTION|>", FENCE, *RESPONSE)
+    inner = ("<|END_ACTION|>",)
     json_calls = JsonCalls('{"tool_call_id": "0", "tool_name": "{name}", "parameters": ', "}", ", ",
                            "<|START_ACTION|>[", "]<|END_ACTION|>")
 

@@ -14,6 +14,7 @@ class DeepSeek(Parser):
     name = "deepseek"
     marks = (CALLS, "｜DSML｜")
     openers = (CALLS, f"{DSML}function_calls>", f"{DSML}tool_calls>")
+    inner = (CALL, SEPARATOR, END, CALLS_END, "</｜DSML｜invoke>")
     json_calls = JsonCalls(f"{CALL}{{name}}{SEPARATOR}", END, "", CALLS, CALLS_END)
 
     def call(self, opener: str) -> Steps[None]:

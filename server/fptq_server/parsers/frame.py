@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import re
 import secrets
-from collections.abc import Callable, Generator, Mapping
+import string
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple, TypeAlias, TypeVar
 
 T = TypeVar("T")
@@ -63,8 +64,40 @@ class JsonCalls(NamedTuple):
     single: bool = False
 
 
-def random_id() -> str:
-    return "call_" + secrets.token_hex(12)
+@dataclass
+class Call:
+    id: str
+    name: str
+    arguments: str = ""
+
+
+@dataclass
+class Answer:
+    """What deltas add up to."""
+
+    content: str = ""
+    reasoning: str = ""
+    calls: list[Call] = field(default_factory=list)
+
+    def add(self, deltas: Iterable[Delta]) -> Answer:
+        for delta in deltas:
+            match delta:
+                case Content(text):
+                    self.content += text
+                case Reasoning(text):
+                    self.reasoning += text
+                case CallStart(_, call_id, name):
+                    self.calls.append(Call(call_id, name))
+                case Arguments(index, text):
+                    self.calls[index].arguments += text
+        return self
+
+
+def random_id(length: int | None) -> str:
+    """length: of an id without the prefix that OpenAI's have."""
+    if length is None:
+        return "call_" + secrets.token_hex(12)
+    return "".join(secrets.choice(string.ascii_letters + string.digits) for _ in range(length))
 
 
 class Parser:
@@ -80,12 +113,14 @@ class Parser:
     name: ClassVar[str]
     marks: ClassVar[tuple[str, ...]]  # any of them in a chat template says that the model writes this format
     openers: ClassVar[tuple[str, ...]]
+    inner: ClassVar[tuple[str, ...]] = ()  # markers beside them, some of which are special tokens
     bare: ClassVar[str] = ""  # what an answer begins with that may be a call without an opener
     json_calls: ClassVar[JsonCalls]
+    id_length: ClassVar[int | None] = None  # of a call's id, where templates insist on one
+    always: ClassVar[bool] = False  # the model writes this format where it calls nothing too
 
-    def __init__(self, tools: Mapping[str, Any], new_id: Callable[[], str] = random_id) -> None:
+    def __init__(self, tools: Mapping[str, Any]) -> None:
         self.tools = tools
-        self._new_id = new_id
         self._text = ""
         self._at = 0  # what is before it has been read
         self._kept: int | None = None  # where the text begins that may still turn out to be content
@@ -294,7 +329,7 @@ class Parser:
         self._kept = None
         self._space, self._after_call = "", True
         self._function, self._num_members = name, 0
-        self._deltas.append(CallStart(self._num_calls, self._new_id(), name))
+        self._deltas.append(CallStart(self._num_calls, random_id(self.id_length), name))
         self._num_calls += 1
 
     def arguments(self, text: str) -> None:

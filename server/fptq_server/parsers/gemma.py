@@ -19,6 +19,7 @@ class Gemma(Hermes):
     name = "gemma"
     marks = (FUNCTION_GEMMA, GEMMA_4)
     openers = (FUNCTION_GEMMA, GEMMA_4, "<tool_call>")
+    inner = ("<end_function_call>", "<escape>", "<tool_call|>", '<|"|>', "</tool_call>")
 
     def call(self, opener: str) -> Steps[None]:
         if opener == "<tool_call>":

@@ -11,6 +11,7 @@ class Glm(Hermes):
 
     name = "glm"
     marks = ("<arg_key>",)
+    inner = ("</tool_call>", "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>")
 
     def call(self, opener: str) -> Steps[None]:
         if (yield from self.skip_space()) == "{":

@@ -9,6 +9,7 @@ class Granite(Parser):
     name = "granite"
     marks = ("<|tool_call|>",)
     openers = ("<|tool_call|>", "<tool_call>")
+    inner = ("</tool_call>",)
     json_calls = JsonCalls('{"name": "{name}", "arguments": ', "}", ", ", "<|tool_call|>[", "]")
 
     def call(self, opener: str) -> Steps[None]:

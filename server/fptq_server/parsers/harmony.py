@@ -19,6 +19,8 @@ class Harmony(Parser):
     name = "harmony"
     marks = ("<|channel|>",)
     openers = ("<|start|>assistant", "<|channel|>", "to=functions.")
+    inner = ("<|message|>", "<|constrain|>", *ENDS)
+    always = True
     json_calls = JsonCalls("<|channel|>commentary to=functions.{name} <|constrain|>json<|message|>", "", single=True)
 
     def call(self, opener: str) -> Steps[None]:

@@ -11,6 +11,7 @@ class Hermes(Parser):
     name = "hermes"
     marks: ClassVar[tuple[str, ...]] = ("<tool_call>",)
     openers: ClassVar[tuple[str, ...]] = ("<tool_call>",)
+    inner: ClassVar[tuple[str, ...]] = ("</tool_call>",)
     json_calls = JsonCalls('<tool_call>\n{"name": "{name}", "arguments": ', "}\n</tool_call>", "\n")
 
     def call(self, opener: str) -> Steps[None]:

@@ -10,6 +10,7 @@ class Lfm2(Pythonic):
     name = "lfm2"
     marks = ("<|tool_call_start|>",)
     openers = ("<|tool_call_start|>",)
+    inner = ("<|tool_call_end|>",)
     bare = ""
     json_calls = JsonCalls('{"name": "{name}", "arguments": ', "}", ", ", "<|tool_call_start|>[", "]<|tool_call_end|>")
 

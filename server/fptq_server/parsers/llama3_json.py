@@ -13,6 +13,7 @@ class Llama3Json(Parser):
     name = "llama3_json"
     marks: ClassVar[tuple[str, ...]] = ("<|python_tag|>", '"parameters": dictionary of argument name')
     openers: ClassVar[tuple[str, ...]] = ("<|python_tag|>",)
+    inner: ClassVar[tuple[str, ...]] = ()
     bare = "{"
     json_calls = JsonCalls('{"name": "{name}", "parameters": ', "}", "; ")
 

@@ -9,6 +9,7 @@ class Phi4(Parser):
     name = "phi4"
     marks = ("<|tool|>",)
     openers = ("<|tool_call|>", "functools[")
+    inner = ("<|/tool_call|>",)
     json_calls = JsonCalls('{"name": "{name}", "arguments": ', "}", ", ", "<|tool_call|>[", "]<|/tool_call|>")
 
     def call(self, opener: str) -> Steps[None]:

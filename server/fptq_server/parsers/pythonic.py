@@ -20,6 +20,7 @@ class Pythonic(Llama3Json):
     name = "pythonic"
     marks = ("<|python_start|>",)
     openers = ("<|python_start|>",)
+    inner = ("<|python_end|>",)
     bare = "[{"
 
     def call(self, opener: str) -> Steps[None]:

@@ -13,6 +13,7 @@ class Qwen3Coder(Hermes):
     name = "qwen3_coder"
     marks = ("<function=",)
     openers = ("<tool_call>", "<function=")
+    inner = ("</tool_call>", "</function>", "<parameter=", "</parameter>")
 
     def call(self, opener: str) -> Steps[None]:
         if opener == "<tool_call>":

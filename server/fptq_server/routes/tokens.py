@@ -7,13 +7,15 @@ from typing import Any
 from fastapi import APIRouter
 
 from fptq_runtime.models.tokenizer import Tokenizer
+from fptq_server.chat_format import ChatFormat
 from fptq_server.config import ModelCard
 from fptq_server.errors import ERROR_RESPONSES, APIError
 from fptq_server.protocol import DetokenizeRequest, DetokenizeResponse, TokenizeRequest, TokenizeResponse
+from fptq_server.tools import template_messages
 from fptq_server.validation import chat_prompt, check_model, check_text, tokenizing
 
 
-def tokens_router(tokenizer: Tokenizer, model: ModelCard) -> APIRouter:
+def tokens_router(tokenizer: Tokenizer, chat: ChatFormat, model: ModelCard) -> APIRouter:
     router = APIRouter(tags=["tokens"], responses=ERROR_RESPONSES)
 
     @router.post("/tokenize")
@@ -26,7 +28,8 @@ def tokens_router(tokenizer: Tokenizer, model: ModelCard) -> APIRouter:
             if body.add_special_tokens:
                 raise APIError(400, "add_special_tokens is not supported with messages; the chat template writes the "
                                     "special tokens", param="add_special_tokens", code="not_supported")
-            tokens = await chat_prompt(body.messages, tokenizer, model, body.add_generation_prompt is not False)
+            messages = chat.messages(template_messages(body.messages))
+            tokens = await chat_prompt(messages, tokenizer, model, body.add_generation_prompt is not False)
         else:
             if body.add_generation_prompt:
                 raise APIError(400, "add_generation_prompt needs messages", param="add_generation_prompt")
