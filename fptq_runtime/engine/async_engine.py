@@ -113,8 +113,10 @@ class AsyncEngine:
 
     async def compile(self, grammar: Grammar) -> None:
         """Have a grammar ready for add_request, which would wait for it. Raises GrammarError."""
-        await asyncio.wait([asyncio.wrap_future(self.engine.grammars.submit(grammar))], timeout=COMPILE_SECONDS)
-        self.engine.grammars.parser(grammar, timeout=0)
+        grammars = self.engine.grammars
+        await asyncio.wait([asyncio.wrap_future(grammars.tokenizer)])
+        await asyncio.wait([asyncio.wrap_future(grammars.submit(grammar))], timeout=COMPILE_SECONDS)
+        grammars.parser(grammar, timeout=0)
 
     async def drain(self, timeout: float) -> int:
         """Refuse what is new and wait for what runs, at most `timeout` seconds; then abort the rest. Returns how many

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -18,11 +19,12 @@ import numpy.typing as npt
 from llguidance.gbnf_to_lark import gbnf_to_lark
 from llguidance.numpy import fill_next_token_bitmask
 
+from fptq_runtime.engine.json_schema import culprit, prepared
 from fptq_runtime.errors import FptqError
 
 logger = logging.getLogger(__name__)
 
-MAX_GRAMMAR = 1 << 18  # characters
+MAX_GRAMMAR = 1 << 20  # characters
 COMPILE_SECONDS = 5.0
 KEPT_GRAMMARS = 64
 LIMITS = llguidance.LLParserLimits(verbose_errors=False)
@@ -54,8 +56,6 @@ class Grammar:
     @classmethod
     def json_schema(cls, schema: Mapping[str, Any] | bool | str) -> Grammar:
         """schema: as an object, or as JSON text."""
-        if isinstance(schema, bool):
-            schema = {} if schema else {"enum": []}
         return cls("json_schema", schema if isinstance(schema, str) else json.dumps(schema))
 
     @classmethod
@@ -120,10 +120,9 @@ class Grammars:
         self._tokenizer_json = tokenizer
         self._vocab_size = vocab_size
         self._eos_token_ids = sorted(eos_token_ids)
-        self._tokenizer: llguidance.LLTokenizer | None = None
-        self._tokenizer_lock = threading.Lock()
         self._workers = ThreadPoolExecutor(2, "fptq-grammar")
-        self._compiled: OrderedDict[Grammar, Future[llguidance.LLMatcher | str]] = OrderedDict()
+        self._tokenizer: Future[llguidance.LLTokenizer] | None = None
+        self._parsers: OrderedDict[Grammar, Future[llguidance.LLMatcher | str]] = OrderedDict()
         self._lock = threading.Lock()
 
     @property
@@ -131,17 +130,29 @@ class Grammars:
         """Of one mask."""
         return (self._vocab_size + 31) // 32
 
-    def submit(self, grammar: Grammar) -> Future[llguidance.LLMatcher | str]:
-        """Begin to compile a grammar unless that was done: its parser, or why there is none."""
+    @property
+    def tokenizer(self) -> Future[llguidance.LLTokenizer]:
+        """Read when first asked for: a second or more for a large vocabulary, which is no grammar's fault."""
         with self._lock:
-            future = self._compiled.pop(grammar, None) or self._workers.submit(self._compile, grammar)
-            self._compiled[grammar] = future
-            if len(self._compiled) > KEPT_GRAMMARS:
-                self._compiled.popitem(last=False)
-        return future
+            if self._tokenizer is None:
+                self._tokenizer = self._workers.submit(
+                    lambda: llguidance.LLTokenizer(self._tokenizer_json(), n_vocab=self._vocab_size,
+                                                   eos_token=self._eos_token_ids))
+        return self._tokenizer
+
+    def submit(self, grammar: Grammar) -> Future[llguidance.LLMatcher | str]:
+        """Begin to compile a grammar, unless it is known: to its parser, or to why there is none."""
+        tokenizer = self.tokenizer
+        with self._lock:
+            parser = self._parsers.pop(grammar, None) or self._workers.submit(self._compile, grammar, tokenizer)
+            self._parsers[grammar] = parser
+            if len(self._parsers) > KEPT_GRAMMARS:
+                self._parsers.popitem(last=False)
+        return parser
 
     def parser(self, grammar: Grammar, timeout: float = COMPILE_SECONDS) -> llguidance.LLMatcher:
-        """Waits for it, so many seconds. Raises GrammarError."""
+        """Waits for it, so many seconds once there is a tokenizer. Raises GrammarError."""
+        wait([self.tokenizer])
         try:
             parser = self.submit(grammar).result(timeout)
         except FutureTimeoutError:
@@ -158,30 +169,52 @@ class Grammars:
             ends[token_id // 32] |= np.uint32(1 << token_id % 32)
         return [Matcher(parser.deep_copy(), ends.view(np.int32)) for _ in range(count)]
 
-    def _compile(self, grammar: Grammar) -> llguidance.LLMatcher | str:
+    def _compile(self, grammar: Grammar, tokenizer: Future[llguidance.LLTokenizer]) -> llguidance.LLMatcher | str:
         if len(grammar.text) > MAX_GRAMMAR:
             return f"the grammar has {len(grammar.text)} characters; at most {MAX_GRAMMAR} are taken"
         if not self._eos_token_ids:
             return "this model has no end of sequence, which a structured answer needs"
+        deadline = time.monotonic() + COMPILE_SECONDS / 2
+
+        def error_of(schema: Any) -> str | None:
+            if time.monotonic() > deadline:
+                return "no time is left to find out where"
+            built = _from_schema(tokenizer.result(), schema)
+            return built if isinstance(built, str) else None
+
         try:
-            parser = self._parse(grammar)
+            if grammar.kind != "json_schema":
+                return _built(tokenizer.result(), _SOURCES[grammar.kind](grammar.text))
+            schema = json.loads(grammar.text)
+            built = _from_schema(tokenizer.result(), schema)
+            if isinstance(built, str) and (found := culprit(schema, error_of)) is not None:
+                return f"{found[0]} cannot be enforced: {found[1]}"
+            return built
+        except RecursionError:
+            return "the schema is nested too deeply"
         except Exception as error:
             return _one_line(error)
-        return _one_line(parser.get_error()) if parser.is_error() else parser
 
-    def _parse(self, grammar: Grammar) -> llguidance.LLMatcher:
-        with self._tokenizer_lock:
-            if self._tokenizer is None:
-                self._tokenizer = llguidance.LLTokenizer(
-                    self._tokenizer_json(), n_vocab=self._vocab_size, eos_token=self._eos_token_ids)
-        match grammar.kind:
-            case "json_schema":
-                source = llguidance.LLMatcher.grammar_from_json_schema(grammar.text, overrides=JSON_OPTIONS)
-            case "regex":
-                source = llguidance.LLMatcher.grammar_from_regex(grammar.text)
-            case "lark":
-                source = llguidance.LLMatcher.grammar_from_lark(grammar.text)
-        return llguidance.LLMatcher(self._tokenizer, source, log_level=0, limits=LIMITS)
+
+_SOURCES = {"regex": llguidance.LLMatcher.grammar_from_regex, "lark": llguidance.LLMatcher.grammar_from_lark}
+
+
+def _from_schema(tokenizer: llguidance.LLTokenizer, schema: Any) -> llguidance.LLMatcher | str:
+    if isinstance(schema, bool):
+        schema = {} if schema else {"enum": []}
+    if not isinstance(schema, dict):
+        return "a JSON schema is an object, true or false"
+    source = llguidance.LLMatcher.grammar_from_json_schema(json.dumps(prepared(schema)), overrides=JSON_OPTIONS)
+    built = _built(tokenizer, source)
+    if isinstance(built, str) and "coerce_one_of" in built:
+        return "more than one of its alternatives may hold at a time; anyOf takes that"
+    return built
+
+
+def _built(tokenizer: llguidance.LLTokenizer, source: str) -> llguidance.LLMatcher | str:
+    """A parser, or why there is none. Without the GIL, mostly."""
+    parser = llguidance.LLMatcher(tokenizer, source, log_level=0, limits=LIMITS)
+    return _one_line(parser.get_error()) if parser.is_error() else parser
 
 
 def _one_line(error: object) -> str:

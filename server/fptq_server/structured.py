@@ -80,9 +80,7 @@ def _json(schema: Any) -> Grammar:
         try:
             schema = json.loads(schema)
         except ValueError as error:
-            raise GrammarError(f"is not JSON: {error}") from None
-    if not isinstance(schema, (dict, bool)):
-        raise GrammarError("must be a JSON schema: an object, true or false")
+            raise GrammarError(f"it is not JSON: {error}") from None
     return Grammar.json_schema(schema)
 
 

@@ -139,13 +139,14 @@ def grammars() -> Grammars:
     (Grammar.regex("(?=a)b"), "look"),
     (Grammar.lark("begin: \"a\""), "start"),
     (Grammar.lark("start: other"), "other"),
-    (Grammar.json_schema("{"), "EOF"),
+    (Grammar.json_schema("{"), "line 1 column 2"),
+    (Grammar.json_schema("5"), "object"),
     (Grammar.json_schema({"type": "strange"}), "strange"),
     (Grammar.json_schema({"not": {"type": "null"}}), "not"),
     (Grammar.json_schema({"x-guidance": {"lenient": True}, "not": {"type": "null"}}), "not"),
     (Grammar.json_schema(False), "nsatisfiable"),
     (Grammar.json_schema({"$ref": "http://example.com/schema"}), "example.com"),
-    (Grammar.regex("a" * (1 << 20)), "characters"),
+    (Grammar.regex("a" * (1 << 20 | 1)), "characters"),
 ], ids=lambda value: str(value)[:60])
 def test_what_cannot_be_enforced_is_refused(grammars: Grammars, grammar: Grammar, message: str) -> None:
     for _ in range(2):  # the second time it is known

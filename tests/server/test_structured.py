@@ -132,7 +132,8 @@ def test_tgi(served: Served, path: str, kind: str) -> None:
     ({"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}}, "response_format.json_schema.schema",
      "required"),
     ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {
-        "type": "object", "properties": {"v": {"not": {}}}}}}}, "response_format.json_schema.schema", "not"),
+        "type": "object", "properties": {"v": {"not": {}}}}}}}, "response_format.json_schema.schema",
+     "/properties/v/not cannot be enforced"),
     ({"guided_regex": "(?=a)b"}, "guided_regex", "look"),
     ({"guided_choice": []}, "guided_choice", "at least 1"),
     ({"guided_json": "{"}, "guided_json", "JSON"),
