@@ -6,15 +6,19 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
+from fptq_runtime.engine.async_engine import AsyncEngine
+from fptq_runtime.engine.grammar import Grammar
 from fptq_runtime.engine.request import FinishReason
 from fptq_runtime.models.chat_template import ChatTemplateError
 from fptq_runtime.models.tokenizer import Tokenizer
+from fptq_server.answer_grammar import AnswerGrammar, enforced_schema
 from fptq_server.errors import APIError
 from fptq_server.generation import openai_reason
 from fptq_server.parsers import REASONING_FORMATS, TOOL_PARSERS, find_reasoning, find_tool_parser
 from fptq_server.parsers.frame import Answer, Arguments, CallStart, Content, Delta, Parser, Reasoning
 from fptq_server.parsers.hermes import Hermes
 from fptq_server.parsers.reasoning import Thinking
+from fptq_server.structured import compiled
 from fptq_server.tools import NO_TOOLS, Tools
 
 PROBE_FUNCTIONS = [{"name": "f", "description": "x", "parameters": {
@@ -150,8 +154,7 @@ class ChatFormat:
         """What reads the answers to a prompt."""
         schemas = tools.schemas if tools.offered and self.reads_calls else {}
         form = self.reasoning
-        opened = form is not None and self._tokenizer.decode(prompt[-TAIL:], skip_special_tokens=False).rstrip() \
-            .endswith(form.begin.rstrip())
+        opened = self.opened(prompt)
 
         def parser() -> Parser:
             answer = self.parser(schemas) if self._parses(tools) else None
@@ -162,6 +165,35 @@ class ChatFormat:
 
         return Reading(parser if self._parses(tools) or form is not None else None,
                        tools.parallel and not (self._native and self._single_call), include_reasoning)
+
+    def opened(self, prompt: Sequence[int]) -> bool:
+        """Whether a prompt ends where the reasoning has begun."""
+        if self.reasoning is None:
+            return False
+        tail = self._tokenizer.decode(prompt[-TAIL:], skip_special_tokens=False)
+        return tail.rstrip().endswith(self.reasoning.begin.rstrip())
+
+    async def grammar(self, prompt: Sequence[int], tools: Tools, structured: Grammar | None, engine: AsyncEngine
+                      ) -> Grammar | None:
+        """What the answer to a prompt must be, compiled: calls where they are required, else `structured`, if given, or
+        calls; else text whose calls match their schemas where a function is strict. Raises APIError."""
+        forced = tools.choice == "required"
+        strict = any(tool["function"].get("strict") for tool in tools.offered)
+        opened = self.opened(prompt)
+        if not forced and structured is None and (not strict or not self.reads_calls or self.parser.json_calls.single):
+            return None
+        if not forced and structured is not None and (
+                structured.kind != "json_schema" or not (opened or tools.offered)):
+            return structured
+        for i, tool in enumerate(tools.offered):
+            schema = Grammar.json_schema(enforced_schema(tool, forced))
+            await compiled(schema, engine, f"tools.{i}.function.parameters")
+        tokens = {token: token_id for token_id, token in self._tokenizer.added_tokens.items()
+                  if self._tokenizer.is_special(token_id) or (token[:1], token[-1:]) == ("<", ">")}
+        answer = AnswerGrammar(self.parser, tools, tokens, None if self.parser.always else self.reasoning, opened)
+        grammar = answer.calls() if forced else \
+            answer.calls_in_text() if structured is None else answer.calls_or(structured)
+        return await compiled(grammar, engine, "tools")
 
     def shown_special_tokens(self, tools: Tools) -> frozenset[int]:
         """Those that `reading` needs to see."""

@@ -92,6 +92,14 @@ async def _compiled(form: Form, engine: AsyncEngine) -> Grammar:
     param, make, value = form
     try:
         grammar = make(value)
+    except GrammarError as error:
+        raise APIError(400, f"{param}: {error}", param=param, code="invalid_grammar") from None
+    return await compiled(grammar, engine, param)
+
+
+async def compiled(grammar: Grammar, engine: AsyncEngine, param: str) -> Grammar:
+    """The grammar, which the engine has ready then. Raises APIError that names the parameter."""
+    try:
         await engine.compile(grammar)
     except GrammarError as error:
         raise APIError(400, f"{param}: {error}", param=param, code="invalid_grammar") from None

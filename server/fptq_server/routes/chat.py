@@ -173,8 +173,9 @@ def chat_router(engine: AsyncEngine, tokenizer: Tokenizer, texts: TokenTexts, ch
         prompt = truncated(prompt, body, max_tokens, model)
         check_length(prompt, max_tokens, "messages", model)
         check_prompt_logprobs(body)
+        structured = await chat.grammar(prompt, tools, await openai_grammar(body, engine), engine)
         params = sampling_params(body, model, max_tokens=max_tokens, prompt_logprobs=body.prompt_logprobs,
-                                 structured=await openai_grammar(body, engine),
+                                 structured=structured,
                                  shown_special_tokens=chat.shown_special_tokens(tools),
                                  logprobs=(body.top_logprobs or 0) if body.logprobs else None)
         include_usage, continuous_usage = stream_usage(body)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jsonschema_rs
 import openai
 import pytest
 
@@ -234,3 +235,101 @@ def test_refusals(served: Served, extra: dict[str, Any], param: str) -> None:
 def test_what_asks_for_nothing_is_taken(served: Served, extra: dict[str, Any]) -> None:
     body = {"messages": MESSAGES, "max_tokens": 1}
     assert served.http.post("/v1/chat/completions", json=body | extra).status_code == 200
+
+
+def check_call(call: Any) -> None:
+    """Its name is a tool's, its arguments match that one's schema, by jsonschema-rs."""
+    [schema] = [tool["function"]["parameters"] for tool in FORCED if tool["function"]["name"] == call.function.name]
+    jsonschema_rs.validate(schema, json.loads(call.function.arguments))
+
+
+FORCED: list[Any] = [
+    {"type": "function", "function": {"name": "book", "parameters": {
+        "type": "object", "required": ["city", "nights"], "additionalProperties": False,
+        "properties": {"city": {"enum": ["Paris", "Rome"]}, "nights": {"type": "integer", "minimum": 1}}}}},
+    {"type": "function", "function": {"name": "cancel", "parameters": {
+        "type": "object", "required": ["id"], "additionalProperties": False,
+        "properties": {"id": {"type": "string", "pattern": "^[a-c]{3}$"}}}}},
+]
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "cancel"}}], ids=str)
+@pytest.mark.parametrize("seed", range(3))
+def test_required_calls_match_their_schemas(client: openai.OpenAI, choice: Any, seed: int) -> None:
+    """A model that never learned to call has no other choice; hot, too."""
+    options: dict[str, Any] = {"model": "demo", "messages": MESSAGES, "tools": FORCED, "tool_choice": choice,
+                               "temperature": 2.0, "seed": seed, "max_completion_tokens": 600}
+    [choice_] = client.chat.completions.create(**options).choices
+    chunks = list(client.chat.completions.create(**options, stream=True))
+    calls = choice_.message.tool_calls or []
+    assert choice_.message.content is None
+    assert choice_.finish_reason == "tool_calls"
+    assert calls
+    for call in calls:
+        check_call(call)
+    if choice != "required":
+        assert [call.function.name for call in calls] == ["cancel"]  # type: ignore[union-attr]
+    arguments: dict[int, str] = {}
+    for chunk in chunks:
+        assert not chunk.choices[0].delta.content
+        for entry in chunk.choices[0].delta.tool_calls or []:
+            arguments[entry.index] = arguments.get(entry.index, "") + (entry.function.arguments or "")  # type: ignore[union-attr]
+    assert list(arguments.values()) == [call.function.arguments for call in calls]  # type: ignore[union-attr]
+
+
+def test_one_required_call_where_they_are_not_to_be_parallel(client: openai.OpenAI) -> None:
+    for seed in range(4):
+        [choice] = client.chat.completions.create(
+            model="demo", messages=MESSAGES, tools=FORCED, tool_choice="required", parallel_tool_calls=False, seed=seed,
+            temperature=2.0, max_completion_tokens=400).choices
+        assert len(choice.message.tool_calls or []) == 1
+
+
+def test_strict_calls_in_text_match_their_schemas(served: Served, client: openai.OpenAI, tokenizer: Tokenizer) -> None:
+    """Where a call begins, and nowhere else, the grammar binds."""
+    tools: list[Any] = [{**tool, "function": {**tool["function"], "strict": True}} for tool in FORCED]
+    [free] = client.chat.completions.create(model="demo", messages=MESSAGES, tools=tools, seed=1, temperature=1.5,
+                                            max_completion_tokens=20).choices
+    assert free.message.content
+    with scripted(served, "x") as asked:
+        client.chat.completions.create(model="demo", messages=MESSAGES, tools=tools)
+    grammar = asked[0][1].structured
+    assert grammar is not None
+    matcher = served.engine.engine.grammars.parser(grammar).deep_copy()
+    good = 'Well.\n<tool_call>\n{"name": "cancel", "arguments": {"id": "abc"}}\n</tool_call>\n'
+    for output, accepted in ((good, True), ("Well, <tool", True), (good + good, True),
+                             (good.replace("abc", "abd"), False), (good.replace("cancel", "drop"), False)):
+        ids = tokenizer.encode(output, add_special_tokens=False)
+        fresh = matcher.deep_copy()
+        assert (fresh.try_consume_tokens(ids) == len(ids) and fresh.is_accepting()) is accepted
+
+
+def test_an_answer_in_a_form_or_a_call(client: openai.OpenAI) -> None:
+    """Agents ask for both at once: the last answer in a form, and calls before it."""
+    schema = {"type": "object", "properties": {"warm": {"type": "boolean"}}, "required": ["warm"],
+              "additionalProperties": False}
+    form: Any = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
+    kinds = set()
+    for seed in range(8):
+        [choice] = client.chat.completions.create(
+            model="demo", messages=MESSAGES, tools=FORCED, response_format=form, seed=seed, temperature=2.0,
+            max_completion_tokens=800).choices
+        kinds.add(choice.finish_reason)
+        if choice.message.tool_calls:
+            assert choice.message.content is None
+        else:
+            jsonschema_rs.validate(schema, json.loads(choice.message.content or ""))
+    assert "stop" in kinds
+
+
+def test_a_schema_that_cannot_be_enforced_is_named(served: Served) -> None:
+    tools = [FORCED[0], {"type": "function", "function": {"name": "f", "strict": True, "parameters": {
+        "type": "object", "properties": {"v": {"not": {"type": "string"}}}}}}]
+    for choice in ("required", "auto"):
+        body = {"messages": MESSAGES, "tools": tools, "tool_choice": choice}
+        error = served.http.post("/v1/chat/completions", json=body).json()["error"]
+        assert error["param"] == "tools.1.function.parameters"
+        assert "not" in error["message"]
+    del tools[1]["function"]["strict"]
+    with scripted(served, "x"):
+        assert served.http.post("/v1/chat/completions", json=body).status_code == 200, "not asked to hold it"
