@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
@@ -117,6 +117,19 @@ class ExistingFile(click.ParamType[Path]):
             words = "".join(f" or {word}" for word in self.words)
             self.fail(f"{value} is no file{words}{did_you_mean(path, *self.words, files='*')}", param, ctx)
         return path
+
+
+class JsonObject(click.ParamType[dict[str, Any]]):
+    name = "JSON"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> dict[str, Any]:
+        try:
+            parsed = json.loads(value) if isinstance(value, str) else value
+        except ValueError as error:
+            self.fail(f"{value} is not JSON: {error}", param, ctx)
+        if not isinstance(parsed, dict):
+            self.fail(f"{value} is not a JSON object", param, ctx)
+        return parsed
 
 
 class RecipeName(click.ParamType[str]):
@@ -354,7 +367,17 @@ def _tells_what_is_left(out: Path) -> Iterator[None]:
 @click.argument("artifact")
 @click.option("--host", default="127.0.0.1", show_default=True)
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True)
-@click.option("--served-model-name", help="The model id that clients send (the artifact's name).")
+@click.option("--uds", help="Listen on this socket file instead of host and port.", type=click.Path(dir_okay=False))
+@click.option("--ssl-certfile", type=click.Path(dir_okay=False), help="PEM, with its chain; the server speaks TLS.")
+@click.option("--ssl-keyfile", type=click.Path(dir_okay=False), help="PEM, where --ssl-certfile does not hold the key.")
+@click.option("--root-path", default="", help="Where a proxy puts the server, as /llm.")
+@click.option("--cors-origins", multiple=True, metavar="ORIGIN", help="Pages that may call the server, as "
+              "https://example.com, or *; may be given more than once.")
+@click.option("--served-model-name", "model_names", multiple=True, help="The model id that clients send (the "
+              "artifact's name); may be given more than once, answers have the first.")
+@click.option("--chat-template", type=ExistingFile(), help="A Jinja file, in place of the model's chat template.")
+@click.option("--default-chat-template-kwargs", "chat_template_kwargs", type=JsonObject(), default={}, metavar="JSON",
+              help="""Variables of the chat template, where a request gives none, as '{"enable_thinking": false}'.""")
 @click.option("--generation-config", type=click.Choice(["auto", "none"]), default="auto", show_default=True,
               help="auto: the model's generation_config.json gives the defaults of sampling.")
 @click.option("--tool-call-parser", default="auto", show_default=True, metavar="NAME",
@@ -371,30 +394,30 @@ def _tells_what_is_left(out: Path) -> Iterator[None]:
 @click.option("--public-metrics", is_flag=True, help="/metrics asks for no key.")
 @click.option("--drain-timeout", type=click.FloatRange(0), default=30.0, show_default=True,
               help="Seconds that running requests get after SIGTERM.")
-def serve(artifact: str, host: str, port: int, served_model_name: str | None, generation_config: str,
-          tool_call_parser: str, reasoning_parser: str, api_keys: tuple[str, ...], public_metrics: bool,
-          drain_timeout: float, **options: Any) -> None:
+def serve(artifact: str, model_names: tuple[str, ...], generation_config: str, chat_template: Path | None,
+          api_keys: tuple[str, ...], **options: Any) -> None:
     """Serve ARTIFACT over HTTP."""
-    if served_model_name is not None and not served_model_name.strip():
+    if not all(name.strip() for name in model_names):
         raise click.UsageError("--served-model-name is empty; give clients a name, or leave it out")
     from fptq_runtime.locate import DEMO, find_artifact, find_model
 
     find_model(artifact)
     from fptq_server.config import ServerConfig
-    from fptq_server.main import bind, serve
+    from fptq_server.main import listen, serve
 
-    config = ServerConfig(host=host, port=port, api_keys=api_keys or _api_key_of_environment(),
-                          public_metrics=public_metrics, drain_timeout=drain_timeout, tool_call_parser=tool_call_parser,
-                          reasoning_parser=reasoning_parser)
-    with bind(host, port) as listener:  # before the model is fetched or made, which can take minutes
+    of_server = {field.name for field in fields(ServerConfig)} & options.keys()
+    config = ServerConfig(api_keys=api_keys or _api_key_of_environment(),
+                          **{name: options.pop(name) for name in of_server})
+    with listen(config) as listener:  # before the model is fetched or made, which can take minutes
         path = find_artifact(artifact)
         from fptq_runtime.artifact.io import is_artifact
         from fptq_runtime.models.loader import Checkpoint
 
         if not is_artifact(path) and not Checkpoint(path).quantized:
             raise FptqError(f"{artifact} is not quantized; make an artifact with `fptq quantize {artifact} OUT` first")
-        name = served_model_name or (DEMO if artifact == DEMO else None)
-        serve(path, config, model_id=name, listener=listener, generation_config=generation_config != "none", **options)
+        names = model_names or ((DEMO,) if artifact == DEMO else ())
+        serve(path, config, model_names=names, listener=listener, generation_config=generation_config != "none",
+              chat_template=chat_template, **options)
 
 
 def _api_key_of_environment() -> tuple[str, ...]:

@@ -100,16 +100,16 @@ class LLM:
 
 def load_engine(path: str | Path, *, backend: str | Backend = "auto", device: str = "auto",
                 activations: Activations = "checkpoint", threads: int = 0, max_model_len: int | None = None,
-                kv_cache_memory: int | None = None, gpu_memory_utilization: float = 0.9, **options: Any
-                ) -> Engine[Tokenizer]:
+                kv_cache_memory: int | None = None, gpu_memory_utilization: float = 0.9,
+                chat_template: str | None = None, **options: Any) -> Engine[Tokenizer]:
     """An engine for a model directory; an artifact's files and golden values are checked first, of these what
     activations that are not its own leave as it was.
 
     backend: its name, or what `select_backend` gave for a device and so many threads. threads: 0 means what
     the machine, its affinity mask and its cgroup quota allow. max_model_len: the model's own unless given, or what the
     KV cache holds where that is less. kv_cache_memory: EngineConfig's default unless given; on a GPU, what the weights
-    and a step leave of the gpu_memory_utilization share of its free memory. options: the other fields of EngineConfig.
-    Raises FptqError (ArtifactError, CheckpointError, GateError, …).
+    and a step leave of the gpu_memory_utilization share of its free memory. chat_template: in place of the
+    model's. options: the other fields of EngineConfig. Raises FptqError (ArtifactError, CheckpointError, GateError, …).
     """
     manifest = check_files(Path(path)) if is_artifact(Path(path)) else None
     checkpoint = Checkpoint(path, activations)
@@ -129,7 +129,7 @@ def load_engine(path: str | Path, *, backend: str | Backend = "auto", device: st
     prompt = () if manifest is None or manifest.format_version > 1 else manifest.golden.get("prompt_token_ids", ())
     checkpoint.max_positions = min(model.max_position_embeddings, max(config.max_model_len, len(prompt)))
     with ThreadPoolExecutor(1) as executor:
-        tokenizer = executor.submit(Tokenizer, path)  # half a second for a large vocabulary
+        tokenizer = executor.submit(Tokenizer, path, chat_template)  # half a second for a large vocabulary
         decoder = load_model(checkpoint, kernels)
         if manifest is None:
             if checkpoint.quantized:

@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,11 @@ class ChatTemplate:
         except (TypeError, ValueError, RecursionError) as error:
             raise ChatTemplateError(f"the chat template cannot be given these messages: {error}") from None
         return self._threads.submit(self._render, line)
+
+    @cached_property
+    def variables(self) -> frozenset[str]:
+        """Names that it reads and does not set. Raises ChatTemplateError."""
+        return frozenset(json.loads(self._threads.submit(self._render, "null").result()))
 
     def _render(self, variables: str) -> str:
         renderer = self._idle.pop() if self._idle else _Renderer(self.source)

@@ -3,8 +3,8 @@ expression can get around it, by the kernel. chat_template.py starts this file a
 ours.
 
 Standard input is a socket. Lines of JSON come: first the template and its limits, then, for each conversation, its
-variables and the CPU time that they may take. For each of these a line goes back with its text or error, and whether it
-is the last. Where that time is over the process ends by SIGPROF.
+variables, or null to be told which it reads, and the CPU time that they may take. For each of these a line goes back
+with its text or error, and whether it is the last. Where that time is over the process ends by SIGPROF.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 KEPT_BYTES = 128 << 20  # still holding more, the process ends with its answer, so that a fresh one takes its place
 
 
-def compile_template(source: str) -> Any:
+def environment() -> Any:
     """With what transformers gives to chat templates, which are written for it."""
     import jinja2.ext
     import jinja2.sandbox
@@ -43,12 +43,20 @@ def compile_template(source: str) -> Any:
         """Without Jinja's escapes for HTML."""
         return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+    made = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, Generation])
-    environment.filters["tojson"] = tojson
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    return environment.from_string(source)
+    made.filters["tojson"] = tojson
+    made.globals["raise_exception"] = raise_exception
+    made.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    return made
+
+
+def variables_of(source: str) -> list[str]:
+    """What a template reads and does not set, beside what every template is given."""
+    import jinja2.meta
+
+    jinja = environment()
+    return sorted(jinja2.meta.find_undeclared_variables(jinja.parse(source)) - jinja.globals.keys())
 
 
 def render(template: Any, variables: Mapping[str, Any], max_characters: int) -> str:
@@ -87,8 +95,11 @@ def main() -> None:
         try:
             request = json.loads(line)
             signal.setitimer(signal.ITIMER_PROF, request["seconds"])
-            template = template or compile_template(setup["template"])
-            answer: dict[str, Any] = {"text": render(template, request["variables"], setup["max_characters"])}
+            if request["variables"] is None:
+                answer: dict[str, Any] = {"text": json.dumps(variables_of(setup["template"]))}
+            else:
+                template = template or environment().from_string(setup["template"])
+                answer = {"text": render(template, request["variables"], setup["max_characters"])}
         except MemoryError:
             answer = {"error": f"it needs more than {memory >> 20} MiB"}
         except Exception as error:  # it fails in whatever way it likes

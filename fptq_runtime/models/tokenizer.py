@@ -94,10 +94,10 @@ class SomeTokens:
 
 class Tokenizer:
     """tokenizer.json as it stands, with the special tokens and the chat template that lie beside it, read as
-    transformers reads them but without importing it. Raises CheckpointError where the directory has no usable
-    tokenizer."""
+    transformers reads them but without importing it. chat_template: in place of the model's own. Raises
+    CheckpointError where the directory has no usable tokenizer."""
 
-    def __init__(self, path: Path | str) -> None:
+    def __init__(self, path: Path | str, chat_template: str | None = None) -> None:
         path = Path(path)
         try:
             content = read_file(path / "tokenizer.json", MAX_TOKENIZER_BYTES)
@@ -114,7 +114,8 @@ class Tokenizer:
             decoder = self._backend.decoder
             self._byte_level = decoder is not None and decoder.decode(["Ġ"]) == " "
             self._byte_fallback = decoder is not None and decoder.decode(["<0x41>"]) == "A"
-            templates = _chat_templates(path, config)
+            templates = _chat_templates(path, config) if chat_template is None else {
+                "default": ChatTemplate(chat_template)}
             self._chat_template = templates.get("default")
             self._tools_template = templates.get("tool_use")
         except Exception as error:  # the library raises bare Exception for a malformed file
@@ -221,6 +222,13 @@ class Tokenizer:
         """tools: the one for conversations with tools, where the model has one of its own for them."""
         template = self._tools_template or self._chat_template if tools else self._chat_template
         return None if template is None else template.source
+
+    @property
+    def template_variables(self) -> frozenset[str]:
+        """What a request may tell the chat template beside its messages. Raises ChatTemplateError."""
+        templates = [template for template in (self._chat_template, self._tools_template) if template is not None]
+        read = frozenset[str]().union(*(template.variables for template in templates))
+        return read - {"messages", "tools", "documents", "add_generation_prompt", *self._special_tokens}
 
     def apply_chat_template(self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool = True,
                             **kwargs: Any) -> list[int]:

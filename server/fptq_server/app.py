@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 
 from fptq_runtime import __version__
 from fptq_runtime.engine.async_engine import AsyncEngine
@@ -19,13 +20,17 @@ from fptq_server.config import ModelCard, ServerConfig
 from fptq_server.errors import APIError, ErrorHandlers
 from fptq_server.logprobs import TokenTexts
 from fptq_server.metrics import Metrics
-from fptq_server.middleware import RequestContext, RequestLimits
+from fptq_server.middleware import RequestContext, RequestLimits, Routing
 from fptq_server.routes.chat import chat_router
 from fptq_server.routes.completions import completions_router
+from fptq_server.routes.docs import docs_router
 from fptq_server.routes.generate import generate_router
 from fptq_server.routes.models import models_router
 from fptq_server.routes.status import status_router
 from fptq_server.routes.tokens import tokens_router
+
+CORS_METHODS = ("GET", "HEAD", "POST", "DELETE")
+CORS_EXPOSED = ("X-Request-Id", "Retry-After", "Retry-After-Ms")
 
 
 def create_app(engine: AsyncEngine, tokenizer: Tokenizer, config: ServerConfig, model: ModelCard,
@@ -39,7 +44,8 @@ def create_app(engine: AsyncEngine, tokenizer: Tokenizer, config: ServerConfig, 
         yield
         await asyncio.to_thread(engine.stop)
 
-    app = FastAPI(title="FPTQ Serve", version=__version__, lifespan=lifespan, redirect_slashes=False)
+    app = FastAPI(title="FPTQ Serve", version=__version__, lifespan=lifespan, redirect_slashes=False,
+                  servers=[{"url": config.root_path or "/"}], docs_url=None, redoc_url=None)
     texts = TokenTexts(tokenizer)
     chat = ChatFormat(tokenizer, config.tool_call_parser, config.reasoning_parser)
     for router in (
@@ -47,11 +53,13 @@ def create_app(engine: AsyncEngine, tokenizer: Tokenizer, config: ServerConfig, 
         chat_router(engine, tokenizer, texts, chat, model, config),
         models_router(model),
         generate_router(engine, tokenizer, texts, model, config),
-        tokens_router(tokenizer, chat, model),
+        tokens_router(tokenizer, chat, model, config),
         status_router(engine, model, config, metrics),
     ):
         app.include_router(router)
-    metrics.add_routes(app.openapi()["paths"])
+    paths = app.openapi()["paths"]
+    app.include_router(docs_router(app))
+    metrics.add_routes(paths)
 
     handlers = ErrorHandlers(metrics)
     app.add_exception_handler(APIError, handlers.api_error)
@@ -64,4 +72,8 @@ def create_app(engine: AsyncEngine, tokenizer: Tokenizer, config: ServerConfig, 
                        body_timeout=config.body_timeout, errors=handlers)
     app.add_middleware(RequireKey, keys=config.api_keys, public_paths=public, errors=handlers)
     app.add_middleware(RequestContext, errors=handlers, metrics=metrics)
+    if config.cors_origins:
+        app.add_middleware(CORSMiddleware, allow_origins=config.cors_origins, allow_methods=CORS_METHODS,
+                           allow_headers=["*"], expose_headers=CORS_EXPOSED)
+    app.add_middleware(Routing, root_path=config.root_path, paths=paths)
     return app

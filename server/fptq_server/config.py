@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,12 +10,17 @@ from typing import Any
 from fptq_runtime.errors import FptqError
 from fptq_server.parsers import REASONING_FORMATS, TOOL_PARSERS
 
+ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^/\s]+")
+
 
 @dataclass(frozen=True)
 class ServerConfig:
     """Sizes in bytes, times in seconds.
 
     api_keys: any one of them opens every endpoint; with none the server is open.
+    uds: a socket file, instead of host and port. ssl_certfile and ssl_keyfile: PEM; with them the server speaks TLS.
+    root_path: where a proxy puts the server, as /llm. cors_origins: what pages may call it from, or "*".
+    chat_template_kwargs: variables of the chat template, where a request does not give them.
     public_metrics: /metrics answers without a key.
     stall_timeout: /livez fails when the engine has work and finished no step for this long.
     head_timeout: from a connection's or a request's first byte to the end of its headers.
@@ -24,7 +30,13 @@ class ServerConfig:
 
     host: str = "127.0.0.1"
     port: int = 8000
+    uds: str | None = None
+    ssl_certfile: str | None = None
+    ssl_keyfile: str | None = None
+    root_path: str = ""
+    cors_origins: tuple[str, ...] = ()
     api_keys: tuple[str, ...] = ()
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     public_metrics: bool = False
     drain_timeout: float = 30.0
     stall_timeout: float = 120.0
@@ -40,6 +52,14 @@ class ServerConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
             raise FptqError(f"port must be between 0 and 65535, not {self.port}", "port")
+        if self.ssl_keyfile is not None and self.ssl_certfile is None:
+            raise FptqError("ssl_keyfile needs ssl_certfile", "ssl_keyfile", "ssl_certfile")
+        if self.root_path and (not self.root_path.startswith("/") or self.root_path.endswith("/")):
+            raise FptqError(f"root_path must be a path such as /llm, not {self.root_path}", "root_path")
+        for origin in self.cors_origins:
+            if not ORIGIN.fullmatch(origin):
+                raise FptqError(f"cors_origins must be like https://example.com:8080, or *, not {origin!r}",
+                                "cors_origins")
         if any(not key or not key.isascii() or not key.isprintable() or key != key.strip() for key in self.api_keys):
             raise FptqError("an api key must be printable ASCII, not empty, and without spaces around it", "api_keys")
         if not 0 <= self.drain_timeout < float("inf"):
@@ -59,9 +79,9 @@ class ServerConfig:
 class ModelCard:
     """The served model, as clients see it.
 
-    created: Unix seconds. description, engine and kernels are reported as they are: what the model is, the engine's
-    limits, and which kernel runs each kind of layer. sampling: what a request gets that does not say otherwise, under
-    SamplingParams' names.
+    aliases: further names that clients may call it by. created: Unix seconds. description, engine and kernels are
+    reported as they are: what the model is, the engine's limits, and which kernel runs each kind of layer. sampling:
+    what a request gets that does not say otherwise, under SamplingParams' names.
     """
 
     id: str
@@ -72,3 +92,4 @@ class ModelCard:
     engine: Mapping[str, object] = field(default_factory=dict)
     kernels: Mapping[str, str] = field(default_factory=dict)
     sampling: Mapping[str, Any] = field(default_factory=dict)
+    aliases: tuple[str, ...] = ()

@@ -8,10 +8,11 @@ import logging
 import resource
 import signal
 import socket
+import ssl
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from http import HTTPStatus
@@ -22,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import httptools
 import uvicorn
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from fptq_runtime import __version__
 from fptq_runtime.engine.async_engine import AsyncEngine
@@ -30,6 +31,8 @@ from fptq_runtime.engine.engine import Engine
 from fptq_runtime.engine.llm import load_engine
 from fptq_runtime.engine.sizing import format_bytes
 from fptq_runtime.errors import FptqError
+from fptq_runtime.models.chat_template import ChatTemplate
+from fptq_runtime.models.tokenizer import Tokenizer
 from fptq_server.config import ModelCard, ServerConfig
 from fptq_server.defaults import sampling_defaults
 from fptq_server.record import peer
@@ -46,29 +49,31 @@ class AddressError(FptqError):
     """The host and port cannot be served on."""
 
 
-def serve(path: Path | str, config: ServerConfig, *, model_id: str | None = None,
+def serve(path: Path | str, config: ServerConfig, *, model_names: Sequence[str] = (),
           listener: socket.socket | None = None, backend: str = "auto", generation_config: bool = True,
-          **engine_options: Any) -> None:
+          chat_template: Path | None = None, **engine_options: Any) -> None:
     """Serve a model directory until SIGTERM or SIGINT: then requests that run get config.drain_timeout seconds, and a
     second signal ends them at once.
 
-    model_id: the name clients use, the directory's unless given. listener: what `bind` gave, where the caller did that
-    itself. generation_config: whether the model's own gives the defaults of sampling. backend and engine_options are
-    load_engine's. Raises FptqError where the address, the model or
-    an option cannot be used.
+    model_names: the names clients use, the directory's unless given. listener: what `listen` gave, where the caller did
+    that itself. generation_config: whether the model's own gives the defaults of sampling. chat_template: a file with
+    one, in place of the model's. backend and engine_options are load_engine's. Raises FptqError where the address, the
+    model or an option cannot be used.
     """
     path = Path(path)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
-    with listener or bind(config.host, config.port) as listener:  # before the model loads, which can take minutes
+    with listener or listen(config) as listener:  # before the model loads, which can take minutes
         log.info("loading %s", path)
         sampling = sampling_defaults(path) if generation_config else {}
+        template = None if chat_template is None else read_template(chat_template)
         # What the endpoints import takes a good part of the time that a small model loads in.
         threading.Thread(target=import_module, args=("fptq_server.app",), daemon=True).start()
-        engine = load_engine(path, backend=backend, **engine_options)
+        engine = load_engine(path, backend=backend, chat_template=template, **engine_options)
+        check_template_variables(config, engine.tokenizer)
         from fptq_server.app import create_app
         from fptq_server.metrics import Metrics
 
-        model = model_card(model_id or path.resolve().name, engine, sampling)
+        model = model_card(model_names or [path.resolve().name], engine, sampling)
         metrics = Metrics(__version__, model)
         async_engine = AsyncEngine(engine, metrics.record_step)
         log.info("%s", describe(model, config))
@@ -77,13 +82,38 @@ def serve(path: Path | str, config: ServerConfig, *, model_id: str | None = None
                      ", ".join(f"{name} {value}" for name, value in sampling.items()))
         app = create_app(async_engine, engine.tokenizer, config, model, metrics)
         raise_open_files()
-        Server(app, async_engine, config, metrics).run([listener])
+        try:
+            Server(app, async_engine, config, metrics).run([listener])
+        finally:
+            if config.uds is not None:
+                Path(config.uds).unlink(missing_ok=True)
 
 
-def model_card(model_id: str, engine: Engine[Any], sampling: Mapping[str, Any] | None = None) -> ModelCard:
+def read_template(path: Path) -> str:
+    """Raises FptqError where it is no chat template."""
+    try:
+        template = path.read_text("utf-8")
+        if "messages" not in ChatTemplate(template).variables:
+            raise FptqError(f"chat_template {path} reads no messages", "chat_template")
+    except (OSError, UnicodeDecodeError) as error:
+        raise FptqError(f"chat_template {path} cannot be read: {error}", "chat_template") from None
+    return template
+
+
+def check_template_variables(config: ServerConfig, tokenizer: Tokenizer) -> None:
+    """Raises FptqError where config gives the chat template what it does not read."""
+    read = tokenizer.template_variables if config.chat_template_kwargs else frozenset[str]()
+    for name in config.chat_template_kwargs:
+        if name not in read:
+            raise FptqError(f"chat_template_kwargs: the chat template reads no {name}; it reads "
+                            f"{', '.join(sorted(read)) or 'no variables'}", "chat_template_kwargs")
+
+
+def model_card(names: Sequence[str], engine: Engine[Any], sampling: Mapping[str, Any] | None = None) -> ModelCard:
     config = engine.model_config
     return ModelCard(
-        id=model_id,
+        id=names[0],
+        aliases=tuple(names[1:]),
         created=int(time.time()),
         max_model_len=engine.config.max_model_len,
         vocab_size=config.vocab_size,
@@ -119,6 +149,40 @@ def raise_open_files() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
+def listen(config: ServerConfig) -> socket.socket:
+    """What the server is reached by, bound and not listening yet. Raises FptqError where that, or what it needs to
+    speak TLS, cannot be used."""
+    if config.ssl_certfile is not None:
+        try:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(config.ssl_certfile, config.ssl_keyfile)
+        except OSError as error:  # an ssl.SSLError is one
+            raise FptqError(f"ssl_certfile {config.ssl_certfile} and ssl_keyfile {config.ssl_keyfile} cannot be used: "
+                            f"{error.strerror or error}", "ssl_certfile", "ssl_keyfile") from None
+    return bind(config.host, config.port) if config.uds is None else bind_unix(config.uds)
+
+
+def bind_unix(path: str) -> socket.socket:
+    """The same of a socket file, in place of one that nobody listens on any more. Everyone on this machine may connect,
+    as with a loopback port. Raises AddressError."""
+    listener = socket.socket(socket.AF_UNIX)
+    try:
+        if Path(path).is_socket():
+            with socket.socket(socket.AF_UNIX) as probe, suppress(ConnectionRefusedError):
+                probe.connect(path)
+                raise AddressError(f"{path} is already in use; stop what uses it or choose another --uds")
+            Path(path).unlink()
+        listener.bind(path)
+        Path(path).chmod(0o666)
+    except OSError as error:
+        listener.close()
+        reason = "it exists and is no socket" if error.errno == errno.EADDRINUSE else error.strerror or error
+        raise AddressError(f"cannot make the socket {path}: {reason}") from None
+    except AddressError:
+        listener.close()
+        raise
+    return listener
+
+
 def bind(host: str, port: int) -> socket.socket:
     """A socket that owns the address and does not listen yet. Raises AddressError."""
     try:
@@ -140,8 +204,22 @@ def bind(host: str, port: int) -> socket.socket:
     return listener
 
 
+class UnchunkedCycle(RequestResponseCycle):
+    """An answer to HTTP/1.0, which knows no chunks: where its length is not known, it ends with the connection."""
+
+    _to_the_end = False
+
+    async def send(self, message: Any) -> None:
+        if message["type"] == "http.response.start":
+            self._to_the_end = not any(name.lower() == b"content-length" for name, _ in message["headers"])
+        if self._to_the_end:
+            self.chunked_encoding, self.expected_content_length = False, len(message.get("body", b""))
+        await super().send(message)
+
+
 class BoundedProtocol(HttpToolsProtocol):
-    """Closes connections that uvicorn would keep for ever: headers twice as long as are read, or that have not ended
+    """Declines upgrades, as to HTTP/2: the request is answered as it is. Closes connections that uvicorn would keep for
+    ever: headers twice as long as are read, or that have not ended
     `head_timeout` seconds after the connection or their first byte; a body that has not ended `body_timeout` after its
     answer. A body that comes too slowly, before its answer, is RequestLimits'."""
 
@@ -162,10 +240,10 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         self._unset_keepalive_if_required()
+        unread: bytes | None = data
         try:
-            self.parser.feed_data(data)
-        except httptools.HttpParserUpgrade:
-            pass  # none is offered; the request is answered as it is
+            while unread is not None:
+                unread = self._parse(unread)
         except httptools.HttpParserError as error:
             self._refuse(400, f"not an HTTP request: {error}")
             return
@@ -176,17 +254,42 @@ class BoundedProtocol(HttpToolsProtocol):
         elif self._deadline is None and not self._in_message and self.cycle.response_complete:
             self._close_in(self.limits.head_timeout)  # line ends between requests stop uvicorn's own timer
 
+    def _parse(self, data: bytes) -> bytes | None:
+        """What is still to be parsed where the parser has stopped after the head of a request that would upgrade: that
+        head without its wish, for a new parser, and what follows."""
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as stopped:
+            if not self._upgrades():
+                return None
+            [end] = stopped.args
+            head = b"%s %s HTTP/1.1\r\n" % (self.parser.get_method(), self.url)
+            head += b"".join(b"%s: %s\r\n" % header for header in self.headers if header[0] != b"upgrade")
+            self.parser = httptools.HttpRequestParser(self)
+            return head + b"\r\n" + data[end:]
+        return None
+
+    def _upgrades(self) -> bool:
+        """The parser takes what follows the head for another protocol. CONNECT is refused as any unknown method."""
+        return bool(self.parser.should_upgrade()) and self.parser.get_method() != b"CONNECT"
+
     def on_message_begin(self) -> None:
         self._in_head, self._in_message, self._head_bytes = True, True, 0
         self._close_in(self.limits.head_timeout)
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:
+        if self._upgrades():
+            return
         self._in_head = False
         self._keep()
         super().on_headers_complete()
+        if self.scope["http_version"] == "1.0":
+            self.cycle.__class__ = UnchunkedCycle  # its task has not begun
 
     def on_message_complete(self) -> None:
+        if self._upgrades():
+            return
         self._in_message = False
         self._keep()
         super().on_message_complete()
@@ -243,6 +346,8 @@ class Server(uvicorn.Server):
             server_header=False,
             timeout_keep_alive=75,  # above the usual 60 s of proxies, which must be the first to close
             timeout_graceful_shutdown=CLOSE_TIMEOUT,
+            ssl_certfile=config.ssl_certfile,
+            ssl_keyfile=config.ssl_keyfile,
         ))
         self._engine = engine
         self._drain_timeout = config.drain_timeout
@@ -260,8 +365,10 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         for listener in sockets or ():
-            host, port = listener.getsockname()[:2]
-            log.info("serving on http://%s (OpenAI API under /v1%s)", peer((host, port)),
+            address = listener.getsockname()
+            url = f"unix:{address}" if isinstance(address, str) else \
+                f"{'https' if self.config.is_ssl else 'http'}://{peer(address[:2])}"
+            log.info("serving on %s (OpenAI API under /v1%s)", url,
                      ", documentation at /docs" if self._documented else "")
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:

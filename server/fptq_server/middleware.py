@@ -6,6 +6,8 @@ import asyncio
 import logging
 import re
 import time
+import zlib
+from collections.abc import Iterable
 
 from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
@@ -21,11 +23,35 @@ log = logging.getLogger("fptq.server")
 
 CLIENT_REQUEST_ID = re.compile(r"[!-~]{1,128}")
 BODY_RATE = 64 << 10  # bytes a second at which a long body may come
+GZIP = 16 + zlib.MAX_WBITS
 PROBES = PUBLIC_PATHS | {"/metrics"}
 
 
+class Routing:
+    """Outermost. A request as its route is written, however a client or a proxy puts it: without root_path, where a
+    proxy leaves that on; with /v1, where a client's base URL has none; HEAD as GET, whose body uvicorn leaves out.
+
+    paths: of all routes.
+    """
+
+    def __init__(self, app: ASGIApp, root_path: str, paths: Iterable[str]) -> None:
+        self._app = app
+        self._root_path = root_path
+        self._versioned = {path.split("/")[2] for path in paths if path.startswith("/v1/")}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            path: str = scope["path"]
+            if path.startswith(f"{self._root_path}/"):
+                path = path.removeprefix(self._root_path)
+            if path.split("/")[1] in self._versioned:
+                path = f"/v1{path}"
+            scope = {**scope, "path": path, "method": "GET" if scope["method"] == "HEAD" else scope["method"]}
+        await self._app(scope, receive, send)
+
+
 class RequestContext:
-    """Outermost. Takes the client's X-Request-Id or makes one, and sends it back."""
+    """Takes the client's X-Request-Id or makes one, and sends it back."""
 
     def __init__(self, app: ASGIApp, errors: ErrorHandlers, metrics: Metrics) -> None:
         self._app = app
@@ -81,7 +107,8 @@ class RequestContext:
 
 class RequestLimits:
     """Refuses long headers, bodies past the limit whether or not they announce their length, bodies that stop for
-    body_timeout, or take longer than it and a second for each BODY_RATE bytes that came, and compressed ones."""
+    body_timeout, or take longer than it and a second for each BODY_RATE bytes that came. gzip is undone, within the
+    same limit."""
 
     def __init__(self, app: ASGIApp, max_header_bytes: int, max_body_bytes: int, body_timeout: float,
                  errors: ErrorHandlers) -> None:
@@ -104,17 +131,44 @@ class RequestLimits:
                              reason="too_large")
         elif length.isdecimal() and int(length) > self._max_body_bytes:
             error = self._too_large()
-        elif encoding.lower() != "identity":
-            error = APIError(415, f"Content-Encoding {encoding} is not supported; send the body as it is",
+        elif encoding.lower() not in ("identity", "gzip"):
+            error = APIError(415, f"Content-Encoding {encoding} is not supported; send the body as it is, or with gzip",
                              code="not_supported")
         else:
-            await self._app(scope, self._limited(receive), send)
+            limited = self._limited(receive)
+            await self._app(scope, limited if encoding.lower() == "identity" else self._unzipped(limited), send)
             return
         await self._errors.refuse(scope, error)(scope, receive, send)
 
     def _too_large(self) -> APIError:
         return APIError(413, f"the request body is too large; at most {self._max_body_bytes} bytes are read",
                         reason="too_large")
+
+    def _unzipped(self, receive: Receive) -> Receive:
+        member = zlib.decompressobj(wbits=GZIP)
+        size = 0
+
+        async def unzipped() -> Message:
+            nonlocal member, size
+            message = await receive()
+            if message["type"] != "http.request":
+                return message
+            packed, body = message.get("body", b""), b""
+            try:
+                while packed:
+                    if member.eof:  # gzip files can be put one after the other
+                        member = zlib.decompressobj(wbits=GZIP)
+                    part = member.decompress(packed, self._max_body_bytes + 1 - size)
+                    body, packed, size = body + part, member.unused_data, size + len(part)
+                    if size > self._max_body_bytes:
+                        raise self._too_large()
+            except zlib.error:
+                raise APIError(400, "the request body is not gzip, as its Content-Encoding says") from None
+            if not message.get("more_body", False) and not member.eof:
+                raise APIError(400, "the request body, in gzip, has no end")
+            return {**message, "body": body}
+
+        return unzipped
 
     def _limited(self, receive: Receive) -> Receive:
         loop = asyncio.get_running_loop()

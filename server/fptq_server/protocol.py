@@ -10,12 +10,17 @@ from pydantic import (
     ConfigDict,
     Discriminator,
     Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
     ModelWrapValidatorHandler,
     PrivateAttr,
     Tag,
     model_validator,
 )
-from pydantic_core import PydanticCustomError
+from pydantic_core import CoreSchema, PydanticCustomError
+from pydantic_core.core_schema import no_info_after_validator_function
+
+from fptq_runtime.engine.request import MAX_N
 
 
 def _well_formed(text: str) -> str:
@@ -40,15 +45,26 @@ def _variant(**types: str) -> Discriminator:
     return Discriminator(tag, custom_error_type="variant", custom_error_message=f"must be {allowed}")
 
 
-def _unsupported(*harmless: Any) -> AfterValidator:
+class _OnlyAt:
     """Accepts the values that change nothing; clients send those by default. 1 and 1.0 are one number, true is none."""
 
-    def check(value: Any) -> Any:
-        if any(value == v and isinstance(value, bool) == isinstance(v, bool) for v in (None, *harmless)):
+    def __init__(self, *taken: Any) -> None:
+        self._taken = taken
+
+    def _check(self, value: Any) -> Any:
+        if any(value == taken and isinstance(value, bool) == isinstance(taken, bool) for taken in self._taken):
             return value
         raise PydanticCustomError("not_supported", "is not supported by this server")
 
-    return AfterValidator(check)
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return no_info_after_validator_function(self._check, handler(source))
+
+    def __get_pydantic_json_schema__(self, _: CoreSchema, __: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {"enum": list(self._taken)}
+
+
+def _unsupported(*harmless: Any) -> _OnlyAt:
+    return _OnlyAt(None, *harmless)
 
 
 def _prompt_length(length: int) -> int:
@@ -409,17 +425,13 @@ ToolChoice = Annotated[
 ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
 
 
-class ChatTemplateOptions(Body):
-    """Variables that chat templates of the supported families read."""
-
-    enable_thinking: bool | None = None
-
-
 class ChatCompletionRequest(SamplingBody):
     messages: Messages
     logprobs: bool | None = None
     top_logprobs: TopLogprobs | None = None
-    chat_template_kwargs: ChatTemplateOptions | None = None
+    chat_template_kwargs: dict[Text, Any] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
     tools: list[Tool] | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
@@ -459,7 +471,7 @@ class GenerateParameters(Body):
     details: bool | None = None
     decoder_input_details: bool | None = None
     top_n_tokens: TopLogprobs | None = None
-    best_of: NotOne = None
+    best_of: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
     typical_p: NotOne = None
     watermark: NotTrue = None
     grammar: GenerateGrammar | None = None
@@ -468,6 +480,7 @@ class GenerateParameters(Body):
 
 class GenerateRequest(Body):
     inputs: Text
+    stream: bool | None = None
     parameters: GenerateParameters | None = None
 
 
@@ -479,6 +492,8 @@ class TokenizeRequest(Body):
     messages: Messages | None = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[Text, Any] | None = None
     return_token_strs: bool | None = None
 
 
@@ -652,13 +667,23 @@ class PrefillToken(BaseModel):
     logprob: float | None
 
 
-class GenerateDetails(BaseModel):
+class SequenceDetails(BaseModel):
     finish_reason: Literal["length", "eos_token", "stop_sequence"]
     generated_tokens: int
     seed: int | None
     prefill: list[PrefillToken]
     tokens: list[GenerateToken]
     top_tokens: list[list[GenerateToken]] | None
+
+
+class BestOfSequence(SequenceDetails):
+    generated_text: str
+
+
+class GenerateDetails(SequenceDetails):
+    """best_of_sequences: those that are not the best."""
+
+    best_of_sequences: list[BestOfSequence] | None
 
 
 class GenerateResponse(BaseModel):
@@ -716,7 +741,23 @@ class Version(BaseModel):
 
 
 class Info(BaseModel):
+    """Ours, and under model_id to max_client_batch_size what clients of text-generation-inference look for."""
+
     version: str
     model: dict[str, Any]
     engine: dict[str, Any]
     kernels: dict[str, str]
+    model_id: str
+    model_sha: str | None
+    model_dtype: str | None
+    model_device_type: str
+    model_pipeline_tag: str
+    max_concurrent_requests: int
+    max_best_of: int
+    max_stop_sequences: int
+    max_input_length: int
+    max_input_tokens: int
+    max_total_tokens: int
+    max_batch_total_tokens: int
+    max_batch_prefill_tokens: int
+    max_client_batch_size: int

@@ -10,14 +10,16 @@ from fptq_runtime.engine.request import SamplingParams
 from fptq_runtime.errors import FptqError
 from fptq_runtime.models.chat_template import ChatTemplateError
 from fptq_runtime.models.tokenizer import Tokenizer
-from fptq_server.config import ModelCard
+from fptq_server.config import ModelCard, ServerConfig
 from fptq_server.errors import APIError, bad_parameter
-from fptq_server.protocol import CompletionRequest, SamplingBody
+from fptq_server.protocol import ChatCompletionRequest, CompletionRequest, SamplingBody, TokenizeRequest
 
 MAX_CHARACTERS_PER_TOKEN = 64  # of a prompt: far above what text needs, and tokenizing stays quick
 RENDER_SECONDS = 9.0  # for a conversation's place among those that wait for the template, and its rendering
+FINAL_TAG = "CONTINUE_FINAL_MESSAGE_TAG "  # marks the end of the last message; as in transformers
 INLINE_SIZE = 4096  # characters or tokens that the tokenizer has done in about a millisecond
 
+TGI_NAMES = ("tgi", "dummy")  # what clients of text-generation-inference send, whose servers have one model
 T = TypeVar("T")
 
 SAME_NAME = ("n", "min_tokens", "temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "ignore_eos",
@@ -25,7 +27,7 @@ SAME_NAME = ("n", "min_tokens", "temperature", "top_p", "min_p", "presence_penal
 
 
 def check_model(name: str | None, model: ModelCard) -> None:
-    if name is not None and name != model.id:
+    if name is not None and name not in (model.id, *model.aliases, *TGI_NAMES):
         raise APIError(404, f"the model {name} does not exist; this server has {model.id}", param="model",
                        code="model_not_found")
 
@@ -79,10 +81,15 @@ def _infill(prompt: Any, body: CompletionRequest, tokenizer: Tokenizer) -> str:
 
 
 async def chat_prompt(messages: list[dict[str, Any]], tokenizer: Tokenizer, model: ModelCard,
-                      add_generation_prompt: bool = True, variables: Mapping[str, Any] | None = None) -> list[int]:
+                      add_generation_prompt: bool = True, variables: Mapping[str, Any] | None = None,
+                      continue_final: bool = False) -> list[int]:
     """Token ids of a conversation, whose messages are as the chat template takes them. Raises APIError where the model
-    has no chat template or it refuses the messages."""
+    has no chat template or it refuses the messages.
+
+    continue_final: they end where the last message does, for the answer to go on with it."""
     check_text("".join(message["content"] for message in messages), "messages", model)
+    if continue_final:
+        messages = [*messages[:-1], {**messages[-1], "content": messages[-1]["content"] + FINAL_TAG}]
     try:
         text = await asyncio.wait_for(asyncio.wrap_future(
             tokenizer.render_chat(messages, add_generation_prompt, **(variables or {}))), RENDER_SECONDS)
@@ -92,11 +99,47 @@ async def chat_prompt(messages: list[dict[str, Any]], tokenizer: Tokenizer, mode
         raise APIError(429, f"the chat template had no time for these messages within {RENDER_SECONDS:g} s; try again "
                             "later", reason="queue_full", param="messages", code="chat_template",
                        retry_after=RENDER_SECONDS) from None
+    if continue_final:
+        text, found, rest = text.rpartition(FINAL_TAG.rstrip())
+        if not found:
+            raise APIError(400, "continue_final_message: the chat template leaves the final message out",
+                           param="continue_final_message", code="chat_template")
+        text = text if rest.startswith(" ") else text.rstrip()  # the template trims what a message ends with
     if len(text) > MAX_CHARACTERS_PER_TOKEN * model.max_model_len:
-        raise APIError(400, f"the chat template makes {len(text)} characters of these messages; the context of "
-                            f"{model.max_model_len} tokens cannot hold them", param="messages",
-                       code="context_length_exceeded")
-    return await tokenizing(len(text), lambda: tokenizer.encode(text, add_special_tokens=False))
+        raise too_long(f"the chat template makes {len(text)} characters of your messages, more than those tokens hold",
+                       "messages", model)
+    try:
+        return await tokenizing(len(text), lambda: tokenizer.encode(text, add_special_tokens=False))
+    except FptqError as error:  # lone surrogates in a variable
+        raise APIError(400, f"chat_template_kwargs: {error}", param="chat_template_kwargs") from None
+
+
+def continues(body: ChatCompletionRequest | TokenizeRequest) -> tuple[bool, bool]:
+    """Whether the prompt ends with what begins an answer, and whether it ends within the last message."""
+    if body.add_generation_prompt and body.continue_final_message:
+        raise APIError(400, "add_generation_prompt and continue_final_message exclude each other",
+                       param="continue_final_message")
+    within = bool(body.continue_final_message)
+    return body.add_generation_prompt is not False and not within, within
+
+
+async def template_variables(body: ChatCompletionRequest | TokenizeRequest, tokenizer: Tokenizer, config: ServerConfig
+                             ) -> dict[str, Any]:
+    """What the request, and otherwise the server, tells the chat template beside the messages. What it does not read is
+    refused, unless it asks for nothing: false, or empty."""
+    given = {name: value for name, value in (body.chat_template_kwargs or {}).items() if value is not None}
+    if not given:
+        return dict(config.chat_template_kwargs)
+    try:
+        read = await asyncio.to_thread(lambda: tokenizer.template_variables)
+    except ChatTemplateError as error:
+        raise APIError(400, str(error), param="messages", code="chat_template") from None
+    for name, value in given.items():
+        if value and name not in read:
+            raise APIError(400, f"chat_template_kwargs.{name} is nothing that this model's chat template reads; it "
+                                f"reads {', '.join(sorted(read)) or 'no such variables'}",
+                           param=f"chat_template_kwargs.{name}", code="not_supported")
+    return {**config.chat_template_kwargs, **{name: value for name, value in given.items() if name in read}}
 
 
 def check_length(prompt: list[int], max_tokens: int, param: str, model: ModelCard) -> None:

@@ -66,16 +66,17 @@ def tokenizer(model_path: Path) -> Tokenizer:
 
 @pytest.fixture(scope="session")
 def run_server(decoder: tuple[Decoder, Backend], tokenizer: Tokenizer) -> Callable[..., Any]:
-    """run_server(config, sampling=…, engine options…): a context manager that yields a Served."""
+    """run_server(config, sampling=…, aliases=…, engine options…): a context manager that yields a Served."""
 
     @contextmanager
     def run(config: ServerConfig | None = None, tokenizer: Tokenizer = tokenizer,
-            sampling: Mapping[str, Any] | None = None, **options: Any) -> Iterator[Served]:
+            sampling: Mapping[str, Any] | None = None, aliases: tuple[str, ...] = (), **options: Any
+            ) -> Iterator[Served]:
         config = replace(config or ServerConfig(), port=0)
         model, backend = decoder
         limits = EngineConfig(**{"max_model_len": 1024, "max_num_seqs": 32} | options)
         engine = Engine(model, backend, limits, tokenizer)
-        card = model_card("demo", engine, sampling)
+        card = model_card(["demo", *aliases], engine, sampling)
         metrics = Metrics(__version__, card)
         async_engine = AsyncEngine(engine, metrics.record_step)
         app = create_app(async_engine, tokenizer, config, card, metrics)

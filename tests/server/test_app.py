@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import httpx
+import openai
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
+from fptq_runtime.errors import FptqError
+from fptq_server.config import ServerConfig
 from fptq_server.protocol import (
     ChatCompletionRequest,
     CompletionRequest,
@@ -34,6 +41,7 @@ MINIMAL: dict[str, tuple[type[BaseModel], dict[str, Any]]] = {
     "/v1/completions": (CompletionRequest, {"prompt": "x", "max_tokens": 1}),
     "/v1/chat/completions": (ChatCompletionRequest, {"messages": [{"role": "user", "content": "x"}], "max_tokens": 1}),
     "/generate": (GenerateRequest, {"inputs": "x", "parameters": {"max_new_tokens": 1}}),
+    "/": (GenerateRequest, {"inputs": "x", "parameters": {"max_new_tokens": 1}}),
     "/generate_stream": (GenerateRequest, {"inputs": "x", "parameters": {"max_new_tokens": 1}}),
     "/tokenize": (TokenizeRequest, {"prompt": "x"}),
     "/detokenize": (DetokenizeRequest, {"tokens": [5]}),
@@ -115,4 +123,97 @@ def test_paths_and_methods(tiny: Served) -> None:
     response = tiny.http.get("/v1/completions")
     assert response.status_code == 405
     assert response.headers["Allow"] == "POST"
-    assert tiny.http.get("/docs").status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/docs", "/v1/models", "/metrics", "/openapi.json", "/info", "/tokenizer_info"])
+def test_head(tiny: Served, path: str) -> None:
+    """What GET answers, without its body."""
+    answer, head = tiny.http.get(path), tiny.http.head(path)
+    assert (head.status_code, head.content) == (200, b"")
+    assert head.headers["Content-Type"] == answer.headers["Content-Type"]
+    assert tiny.http.head("/v1/completions").status_code == 405
+    assert tiny.http.head("/nowhere").status_code == 404
+
+
+@pytest.mark.parametrize("base", ["", "/v1"])
+def test_a_base_url_without_version(tiny: Served, base: str) -> None:
+    with openai.OpenAI(base_url=tiny.url + base, api_key="none", max_retries=0) as client:
+        assert [model.id for model in client.models.list()] == ["demo"]
+        assert client.models.retrieve("demo").id == "demo"
+        assert client.completions.create(model="demo", prompt="x", max_tokens=1).choices
+        messages: Any = [{"role": "user", "content": "x"}]
+        assert client.chat.completions.create(model="demo", messages=messages, max_tokens=1).choices
+
+
+def test_documentation_needs_nothing_from_elsewhere(tiny: Served) -> None:
+    """Every operation and every schema is in it; no script, and nothing that the policy does not name."""
+    answer = tiny.http.get("/docs")
+    assert answer.headers["Content-Type"] == "text/html; charset=utf-8"
+    policy = answer.headers["Content-Security-Policy"]
+    [style] = re.findall("<style>(.*?)</style>", answer.text, re.DOTALL)
+    assert base64.b64encode(hashlib.sha256(style.encode()).digest()).decode() in policy
+    assert not re.search(r"<script|src=|href=[\"'](?!#|openapi.json)|url\(|@import", answer.text)
+    document = tiny.app.openapi()
+    for path, methods in document["paths"].items():
+        for method in methods:
+            assert f"<code>{method.upper()} {path}</code>" in answer.text
+    for name in document["components"]["schemas"]:
+        assert f'<h2 id="{name}">' in answer.text
+    assert not set(re.findall('href="#(.*?)"', answer.text)) - set(document["components"]["schemas"])
+
+
+def test_root_path(run_server: Callable[..., Any]) -> None:
+    """Whether or not the proxy leaves it on."""
+    with run_server(ServerConfig(root_path="/llm")) as served:
+        for path in ("/llm/v1/models", "/v1/models", "/llm/models", "/llm/livez"):
+            assert served.http.get(path).status_code == 200, path
+        assert served.http.get("/llmx/livez").status_code == 404
+        assert served.http.get("/llm/openapi.json").json()["servers"] == [{"url": "/llm"}]
+
+
+def test_several_names(run_server: Callable[..., Any]) -> None:
+    with run_server(aliases=("gpt-4o", "tales/king")) as served, \
+            openai.OpenAI(base_url=served.url + "/v1", api_key="none", max_retries=0) as client:
+        assert [model.id for model in client.models.list()] == ["demo", "gpt-4o", "tales/king"]
+        for name in ("demo", "gpt-4o", "tales/king"):
+            assert client.models.retrieve(name).id == name
+            assert client.completions.create(model=name, prompt="x", max_tokens=1).model == "demo"
+        with pytest.raises(openai.NotFoundError):
+            client.models.retrieve("gpt-4")
+
+
+ORIGIN = "https://app.example:8443"
+
+
+def test_no_other_origin_by_default(tiny: Served) -> None:
+    asked = {"Origin": ORIGIN, "Access-Control-Request-Method": "POST"}
+    assert tiny.http.options("/v1/completions", headers=asked).status_code == 405
+    assert "Access-Control-Allow-Origin" not in tiny.http.get("/v1/models", headers=asked).headers
+
+
+@pytest.mark.parametrize(("origins", "allowed"), [((ORIGIN,), ORIGIN), (("https://other.example", ORIGIN), ORIGIN),
+                                                  (("*",), "*"), (("https://other.example",), None)], ids=str)
+def test_cors(run_server: Callable[..., Any], origins: tuple[str, ...], allowed: str | None) -> None:
+    """As the fetch standard asks: a preflight needs no key and names methods and headers; refusals can be read too."""
+    with run_server(ServerConfig(cors_origins=origins, api_keys=("key",))) as served:
+        preflight = httpx.options(served.url + "/v1/chat/completions", headers={
+            "Origin": ORIGIN, "Access-Control-Request-Method": "POST",
+            "Access-Control-Request-Headers": "authorization,content-type,x-stainless-os"})
+        assert preflight.headers.get("Access-Control-Allow-Origin") == allowed
+        assert preflight.status_code == (200 if allowed else 400)
+        if allowed:
+            assert "POST" in preflight.headers["Access-Control-Allow-Methods"]
+            for name in ("authorization", "content-type", "x-stainless-os"):
+                assert name in preflight.headers["Access-Control-Allow-Headers"]
+        for answer in (served.http.get("/v1/models", headers={"Origin": ORIGIN}),
+                       httpx.get(served.url + "/v1/models", headers={"Origin": ORIGIN}),
+                       served.http.post("/nowhere", headers={"Origin": ORIGIN})):
+            assert answer.headers.get("Access-Control-Allow-Origin") == allowed
+            if allowed:
+                assert "X-Request-Id" in answer.headers["Access-Control-Expose-Headers"]
+
+
+@pytest.mark.parametrize("origin", ["example.com", "https://example.com/", "https://example.com/app", "", "https://"])
+def test_what_is_no_origin(origin: str) -> None:
+    with pytest.raises(FptqError, match="cors_origins"):
+        ServerConfig(cors_origins=(origin,))

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import re
 import resource
+import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -16,8 +21,9 @@ from typing import Any
 import httpx
 import pytest
 
+from fptq_runtime.errors import FptqError
 from fptq_server.config import ModelCard, ServerConfig
-from fptq_server.main import AddressError, bind, describe, raise_open_files
+from fptq_server.main import AddressError, bind, bind_unix, describe, listen, raise_open_files
 from tests.server.conftest import Served, events, metric, wait_until
 
 
@@ -146,10 +152,12 @@ print([name for name in ("torch", "transformers", "huggingface_hub") if name in 
 
 
 @contextmanager
-def serving(model_path: Path, drain_timeout: float) -> Iterator[tuple[subprocess.Popen[str], str]]:
+def serving(model_path: Path, drain_timeout: float, address: str = "port=0"
+            ) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """A server process on a free port, and its URL."""
     program = ("from fptq_server.config import ServerConfig\nfrom fptq_server.main import serve\n"
-               f"serve({str(model_path)!r}, ServerConfig(port=0, drain_timeout={drain_timeout}), model_id='demo')\n")
+               f"serve({str(model_path)!r}, ServerConfig({address}, drain_timeout={drain_timeout}), "
+               "model_names=['demo'])\n")
     process = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     try:
@@ -217,3 +225,124 @@ def test_the_rest_is_aborted(model_path: Path, drain_timeout: float, signals: in
         last = process.stderr.read().splitlines()[-1]
         aborted = sum("error" in future.result()[-1] for future in streams)
         assert last.endswith(f"INFO stopped ({'SIGTERM' if signals == 1 else 'SIGINT'}, {aborted} aborted)")
+
+
+BODY = b'{"prompt": "The old king", "max_tokens": 4}'
+POST = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+JDK = (b"Connection: Upgrade, HTTP2-Settings\r\nHTTP2-Settings: AAEAAEAAAAIAAAABAAMAAABkAAQBAAAAAAUAAEAA\r\n"
+       b"Upgrade: h2c\r\n")  # what Java's own client sends
+
+
+def answers(port: int, sent: bytes, number: int, pause_after: int | None = None) -> list[bytes]:
+    """The status lines of what one connection answers. pause_after: bytes after which the rest comes a little later."""
+    with socket.create_connection(("127.0.0.1", port), 30) as connection:
+        connection.sendall(sent[:pause_after])
+        if pause_after is not None:
+            time.sleep(0.05)
+            connection.sendall(sent[pause_after:])
+        received = b""
+        while received.count(b"HTTP/1.1 ") < number:
+            received += connection.recv(65536)
+    return re.findall(rb"HTTP/1.1 (\d+)", received)
+
+
+@pytest.mark.parametrize("upgrade", [JDK, b"Upgrade: websocket\r\nConnection: keep-alive, Upgrade\r\n",
+                                     b"Connection: upgrade\r\nUpgrade: a\r\nUpgrade: b\r\n"], ids=repr)
+def test_an_upgrade_loses_no_body(served: Served, upgrade: bytes) -> None:
+    """However it is cut on its way, with Content-Length or chunks, and with a request behind it."""
+    length = POST + upgrade + b"Content-Length: %d\r\n\r\n%s" % (len(BODY), BODY)
+    chunked = POST + upgrade + b"Transfer-Encoding: chunked\r\n\r\n%x\r\n%s\r\n0\r\n\r\n" % (len(BODY), BODY)
+    for request in (length, chunked):
+        for cut in (None, 10, len(POST) + 5, request.index(b"\r\n\r\n") + 2, request.index(b"\r\n\r\n") + 4,
+                    len(request) - 3):
+            assert answers(served.port, request * 2 + b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n", 3, cut) == [b"200"] * 3
+    assert answers(served.port, b"GET /livez HTTP/1.1\r\nHost: x\r\n" + upgrade + b"\r\n", 1) == [b"200"]
+
+
+def test_many_upgrades_at_once(served: Served) -> None:
+    request = b"GET /livez HTTP/1.1\r\nHost: x\r\n" + JDK + b"\r\n"
+    assert answers(served.port, request * 1500, 1500) == [b"200"] * 1500
+
+
+def test_connect_is_refused(served: Served) -> None:
+    with socket.create_connection(("127.0.0.1", served.port), 30) as connection:
+        connection.sendall(b"CONNECT example.com:443 HTTP/1.1\r\nHost: example.com:443\r\n\r\n")
+        assert connection.recv(4096).startswith(b"HTTP/1.1 4")
+    assert served.http.get("/livez").status_code == 200
+
+
+@pytest.mark.parametrize("stream", [b"true", b"false"])
+def test_http_1_0(served: Served, stream: bytes) -> None:
+    """It knows no chunks: what comes is the body, up to the end of the connection."""
+    body = b'{"prompt": "The old king", "max_tokens": 4, "ignore_eos": true, "stream": %s}' % stream
+    with socket.create_connection(("127.0.0.1", served.port), 30) as connection:
+        connection.sendall(POST.replace(b"1.1", b"1.0") + b"Content-Length: %d\r\n\r\n%s" % (len(body), body))
+        head, _, answer = b"".join(iter(lambda: connection.recv(65536), b"")).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 200 ")
+    assert b"transfer-encoding" not in head.lower()
+    assert b"connection: close" in head.lower()
+    if stream == b"true":
+        assert answer.startswith(b"data: {")
+        assert answer.endswith(b"data: [DONE]\n\n")
+        assert len(events(answer.decode())) == 4
+    else:
+        assert json.loads(answer)["usage"]["completion_tokens"] == 4
+
+
+def test_unix_socket(model_path: Path, tmp_path: Path) -> None:
+    """In place of a file that a server which was killed left; afterwards there is none."""
+    path = tmp_path / "fptq.sock"
+    bind_unix(str(path)).close()
+    assert path.is_socket()
+    with serving(model_path, 1, f"uds={str(path)!r}") as (process, url):
+        assert url == f"unix:{path}"
+        with httpx.Client(transport=httpx.HTTPTransport(uds=str(path)), base_url="http://localhost") as http:
+            assert http.post("/v1/completions", json={"prompt": "x", "max_tokens": 1}).status_code == 200
+        with pytest.raises(AddressError, match="already in use"):
+            bind_unix(str(path))
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
+    assert not path.exists()
+
+
+def test_what_is_no_unix_socket(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for path, why in (("file", "exists and is no socket"), ("none/x.sock", "No such file"), ("x" * 120, "too long")):
+        with pytest.raises(AddressError, match=why):
+            bind_unix(str(tmp_path / path))
+    assert (tmp_path / "file").is_file()
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A self-signed certificate of localhost and its key."""
+    if (openssl := shutil.which("openssl")) is None:
+        pytest.skip("openssl is not installed")
+    path = tmp_path_factory.mktemp("tls")
+    subprocess.run([openssl, "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes",
+                    "-keyout", path / "key.pem", "-out", path / "cert.pem", "-days", "2", "-subj", "/CN=localhost",
+                    "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"], check=True, capture_output=True)
+    return path / "cert.pem", path / "key.pem"
+
+
+def test_tls(run_server: Callable[..., Any], certificate: tuple[Path, Path], caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "fptq.server")
+    cert, key = map(str, certificate)
+    with run_server(ServerConfig(ssl_certfile=cert, ssl_keyfile=key)) as served:
+        assert f"serving on https://127.0.0.1:{served.port}" in caplog.text
+        trusted = ssl.create_default_context(cafile=cert)
+        with httpx.Client(verify=trusted, base_url=f"https://127.0.0.1:{served.port}") as http:
+            body = {"prompt": "x", "max_tokens": 3, "stream": True}
+            assert len(events(http.post("/v1/completions", json=body).text)) == 3
+        with pytest.raises(httpx.HTTPError):
+            httpx.get(f"http://127.0.0.1:{served.port}/livez")
+
+
+def test_unusable_tls_files_are_named(certificate: tuple[Path, Path], tmp_path: Path) -> None:
+    cert, key = map(str, certificate)
+    (tmp_path / "nonsense").write_text("nonsense")
+    for files in ((str(tmp_path / "none"), key), (cert, str(tmp_path / "nonsense")), (cert, None), (key, cert)):
+        with pytest.raises(FptqError, match=r"ssl_certfile .* cannot be used: ."):
+            listen(ServerConfig(port=0, ssl_certfile=files[0], ssl_keyfile=files[1]))
+    with pytest.raises(FptqError, match="ssl_keyfile needs ssl_certfile"):
+        ServerConfig(ssl_keyfile=key)

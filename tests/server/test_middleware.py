@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
+import itertools
+import json
 import re
 import socket
 import time
@@ -12,6 +15,8 @@ from contextlib import suppress
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from starlette.types import Message, Receive, Scope, Send
 
 from fptq_server.config import ModelCard, ServerConfig
@@ -143,7 +148,11 @@ def test_the_log_says_why_a_request_was_refused(served: Served, caplog: pytest.L
 @pytest.mark.parametrize(("content", "headers", "status", "message"), [
     (b'{"prompt": x}', {}, 400, "the request body is not valid JSON: Expecting value at character 11"),
     (b'{"prompt": "\xff"}', {}, 400, "the request body is not valid UTF-8: byte 0xff at offset 12"),
-    (b"\x1f\x8b", {"Content-Encoding": "gzip"}, 415, "Content-Encoding gzip is not supported; send the body as it is"),
+    (b"x", {"Content-Encoding": "br"}, 415,
+     "Content-Encoding br is not supported; send the body as it is, or with gzip"),
+    (b"{}", {"Content-Encoding": "gzip"}, 400, "the request body is not gzip, as its Content-Encoding says"),
+    (gzip.compress(b"{}")[:-1], {"Content-Encoding": "gzip"}, 400, "the request body, in gzip, has no end"),
+    (b"", {"Content-Encoding": "gzip"}, 400, "the request body, in gzip, has no end"),
 ])
 def test_unreadable_bodies_are_named(served: Served, content: bytes, headers: dict[str, str], status: int, message: str
                                      ) -> None:
@@ -151,6 +160,30 @@ def test_unreadable_bodies_are_named(served: Served, content: bytes, headers: di
                                 headers={"Content-Type": "application/json"} | headers)
     assert response.status_code == status
     assert response.json()["error"]["message"] == message
+
+
+@given(text=st.text(max_size=300), cuts=st.lists(st.integers(1, 400), max_size=5), members=st.integers(1, 3))
+@settings(max_examples=25, database=None, deadline=None)
+def test_gzip_bodies(served: Served, text: str, cuts: list[int], members: int) -> None:
+    """In one member or several, in whatever pieces they come."""
+    body = json.dumps({"prompt": text, "add_special_tokens": False}).encode()
+    size = len(body) // members + 1
+    packed = b"".join(gzip.compress(body[start:start + size]) for start in range(0, len(body), size))
+    edges = [0, *sorted(cut for cut in set(cuts) if cut < len(packed)), len(packed)]
+    pieces = (packed[start:end] for start, end in itertools.pairwise(edges))
+    headers = {"Content-Type": "application/json"}
+    answer = served.http.post("/tokenize", content=pieces, headers=headers | {"Content-Encoding": "gzip"})
+    assert answer.status_code == 200, answer.text
+    assert answer.json() == served.http.post("/tokenize", content=body, headers=headers).json()
+
+
+def test_a_small_gzip_body_that_grows(small: Served) -> None:
+    huge = gzip.compress(b" " * (64 << 20), 9)[:900]
+    for content in (gzip.compress(b" " * 1001), gzip.compress(b" " * 600) * 2, huge):
+        answer = small.http.post("/tokenize", content=content,
+                                 headers={"Content-Type": "application/json", "Content-Encoding": "gzip"})
+        assert answer.status_code == 413, answer.text
+        assert "1000 bytes" in answer.json()["error"]["message"]
 
 
 def begin_post(port: int, request_id: str, begun: bytes = b"{") -> socket.socket:

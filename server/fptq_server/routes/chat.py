@@ -43,9 +43,11 @@ from fptq_server.validation import (
     check_length,
     check_model,
     check_prompt_logprobs,
+    continues,
     max_tokens_of,
     sampling_params,
     stream_usage,
+    template_variables,
     truncated,
 )
 
@@ -164,11 +166,11 @@ def chat_router(engine: AsyncEngine, tokenizer: Tokenizer, texts: TokenTexts, ch
             raise APIError(400, "add_special_tokens is not supported here; the chat template writes the special tokens",
                            param="add_special_tokens", code="not_supported")
         tools = _tools(body)
-        variables = chat.variables(tools, body.reasoning_effort)
-        if body.chat_template_kwargs is not None:
-            variables |= body.chat_template_kwargs.model_dump(exclude_none=True)
+        begin, continue_final = continues(body)
+        variables = {**chat.variables(tools, body.reasoning_effort),
+                     **await template_variables(body, tokenizer, config)}
         messages = chat.messages(template_messages(body.messages), tools)
-        prompt = await chat_prompt(messages, tokenizer, model, variables=variables)
+        prompt = await chat_prompt(messages, tokenizer, model, begin, variables, continue_final)
         max_tokens = max_tokens_of(body, model.max_model_len, model)
         prompt = truncated(prompt, body, max_tokens, model)
         check_length(prompt, max_tokens, "messages", model)

@@ -1,4 +1,4 @@
-"""/generate and /generate_stream, as text-generation-inference has them."""
+"""/generate, /generate_stream and /, as text-generation-inference has them."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from fptq_runtime.engine.request import FinishReason
 from fptq_runtime.models.tokenizer import Tokenizer
 from fptq_server.config import ModelCard, ServerConfig
 from fptq_server.errors import ERROR_RESPONSES, APIError
-from fptq_server.generation import Generation
+from fptq_server.generation import Choice, Generation
 from fptq_server.logprobs import TokenTexts
 from fptq_server.protocol import (
+    BestOfSequence,
     GenerateDetails,
     GenerateEvent,
     GenerateParameters,
@@ -47,21 +48,27 @@ class Reply:
     parameters: GenerateParameters
 
     async def whole(self) -> GenerateResponse:
-        [choice] = await self.generation.collect()
-        details = None
-        if self.parameters.details or self.parameters.decoder_input_details:
-            [prompt], known = self.generation.prompts, self.generation.prompt_logprobs[0] or ()
-            details = GenerateDetails(
-                finish_reason=_reason(choice.finish_reason, choice.stop_reason),
-                generated_tokens=len(choice.logprobs),
-                seed=self.parameters.seed,
-                prefill=[PrefillToken(id=token_id, text=self.texts.look_up(token_id).text,
-                                      logprob=None if entry is None else entry.logprob)
-                         for token_id, entry in zip(prompt, known, strict=False)],
-                tokens=[self._token(*token) for token in zip(choice.logprobs, choice.texts, strict=False)],
-                top_tokens=[self._top(entry) for entry in choice.logprobs] if self.parameters.top_n_tokens else None,
-            )
-        return GenerateResponse(generated_text=self.prefix + "".join(choice.texts), details=details)
+        drawn = sorted(await self.generation.collect(), key=lambda choice: choice.mean_logprob, reverse=True)
+        best, *others = [self.prefix + "".join(choice.texts) for choice in drawn]
+        if not self.parameters.details and not self.parameters.decoder_input_details:
+            return GenerateResponse(generated_text=best, details=None)
+        sequences = [BestOfSequence(generated_text=text, **self._details(choice))
+                     for text, choice in zip(others, drawn[1:], strict=True)]
+        return GenerateResponse(generated_text=best, details=GenerateDetails(
+            best_of_sequences=sequences or None, **self._details(drawn[0])))
+
+    def _details(self, choice: Choice) -> dict[str, Any]:
+        [prompt], known = self.generation.prompts, self.generation.prompt_logprobs[0] or ()
+        return {
+            "finish_reason": _reason(choice.finish_reason, choice.stop_reason),
+            "generated_tokens": len(choice.logprobs),
+            "seed": self.parameters.seed,
+            "prefill": [PrefillToken(id=token_id, text=self.texts.look_up(token_id).text,
+                                     logprob=None if entry is None else entry.logprob)
+                        for token_id, entry in zip(prompt, known, strict=False)],
+            "tokens": [self._token(*token) for token in zip(choice.logprobs, choice.texts, strict=False)],
+            "top_tokens": [self._top(entry) for entry in choice.logprobs] if self.parameters.top_n_tokens else None,
+        }
 
     async def events(self) -> AsyncGenerator[str, None]:
         generated, text = 0, self.prefix
@@ -107,6 +114,7 @@ def generate_router(engine: AsyncEngine, tokenizer: Tokenizer, texts: TokenTexts
         max_tokens = DEFAULT_MAX_NEW_TOKENS if parameters.max_new_tokens is None else parameters.max_new_tokens
         check_length(prompt, max_tokens, "inputs", model)
         params = make_params(
+            n=parameters.best_of or 1,
             max_tokens=max_tokens,
             seed=fold_seed(parameters.seed),
             stop=tuple(parameters.stop or ()),
@@ -118,13 +126,25 @@ def generate_router(engine: AsyncEngine, tokenizer: Tokenizer, texts: TokenTexts
         generation = Generation(engine, record_of(request.scope), "gen", [prompt], params)
         return Reply(generation, texts, body.inputs if parameters.return_full_text else "", parameters)
 
-    @router.post("/generate", response_model=GenerateResponse)
-    async def generate(body: GenerateRequest, request: Request) -> Response:
-        """Continue `inputs`."""
+    async def whole(body: GenerateRequest, request: Request) -> GenerateResponse:
         reply = await start(body, request)
         with reply.generation:
-            whole = await run_while_connected(request.receive, reply.whole())
-        return Response(whole.model_dump_json(), media_type="application/json")
+            return await run_while_connected(request.receive, reply.whole())
+
+    @router.post("/generate", response_model=GenerateResponse, responses=STREAM_RESPONSE)
+    async def generate(body: GenerateRequest, request: Request) -> Response:
+        """Continue `inputs`. With `stream`, as /generate_stream does."""
+        if body.stream:
+            return await generate_stream(body, request)
+        return Response((await whole(body, request)).model_dump_json(), media_type="application/json")
+
+    @router.post("/", response_model=list[GenerateResponse], responses=STREAM_RESPONSE)
+    async def generate_at_root(body: GenerateRequest, request: Request) -> Response:
+        """The same as /generate, but a list of one answer where it is not a stream: what clients expect of a model's
+        own URL."""
+        if body.stream:
+            return await generate_stream(body, request)
+        return Response(f"[{(await whole(body, request)).model_dump_json()}]", media_type="application/json")
 
     @router.post("/generate_stream", response_class=Response, responses=STREAM_RESPONSE)
     async def generate_stream(body: GenerateRequest, request: Request) -> Response:
@@ -133,9 +153,11 @@ def generate_router(engine: AsyncEngine, tokenizer: Tokenizer, texts: TokenTexts
         if parameters.max_new_tokens == 0:
             raise APIError(400, "max_new_tokens must be at least 1 in a stream, whose events are tokens",
                            param="parameters.max_new_tokens")
-        if parameters.decoder_input_details:
-            raise APIError(400, "decoder_input_details is not supported in a stream; use /generate",
-                           param="parameters.decoder_input_details", code="not_supported")
+        for name, asked in (("decoder_input_details", parameters.decoder_input_details),
+                            ("best_of", (parameters.best_of or 1) > 1)):
+            if asked:
+                raise APIError(400, f"{name} is not supported in a stream; use /generate without it",
+                               param=f"parameters.{name}", code="not_supported")
         reply = await start(body, request)
         return EventStream(reply.events(), reply.generation.abort, config.keep_alive_interval)
 

@@ -12,17 +12,18 @@ from fptq_server.validation import check_model
 
 def models_router(model: ModelCard) -> APIRouter:
     router = APIRouter(tags=["OpenAI"], responses=ERROR_RESPONSES)
-    info = ModelInfo(id=model.id, created=model.created, owned_by="fptq", max_model_len=model.max_model_len)
+    named = {name: ModelInfo(id=name, created=model.created, owned_by="fptq", max_model_len=model.max_model_len)
+             for name in (model.id, *model.aliases)}
 
     @router.get("/v1/models")
     async def list_models() -> ModelList:
-        """The one model of this server."""
-        return ModelList(data=[info])
+        """The one model of this server, under each of its names."""
+        return ModelList(data=list(named.values()))
 
     @router.get("/v1/models/{model_id:path}")
     async def retrieve_model(model_id: str) -> ModelInfo:
         """The model by its id, which may hold slashes."""
         check_model(model_id, model)
-        return info
+        return named.get(model_id, named[model.id])
 
     return router

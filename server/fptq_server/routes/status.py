@@ -10,6 +10,7 @@ from starlette.responses import PlainTextResponse, Response
 
 from fptq_runtime import __version__
 from fptq_runtime.engine.async_engine import AsyncEngine
+from fptq_runtime.engine.request import MAX_N, MAX_STOP_STRINGS
 from fptq_server.config import ModelCard, ServerConfig
 from fptq_server.metrics import Metrics
 from fptq_server.protocol import Info, Status, Version
@@ -31,19 +32,16 @@ def status_router(engine: AsyncEngine, model: ModelCard, config: ServerConfig, m
         body = Status(status=problem or "ok").model_dump_json()
         return Response(body, 503 if problem else 200, media_type="application/json")
 
-    @router.head("/livez", include_in_schema=False)
     @router.get("/livez", response_model=Status, responses=UNAVAILABLE)
     async def livez() -> Response:
         """200 while the engine makes progress, however loaded it is."""
         return answer(alive())
 
-    @router.head("/readyz", include_in_schema=False)
     @router.get("/readyz", response_model=Status, responses=UNAVAILABLE)
     async def readyz() -> Response:
         """200 while new requests are taken; the port opens once the model is loaded and passed the gate."""
         return answer("draining" if engine.draining else alive())
 
-    @router.head("/health", include_in_schema=False)
     @router.get("/health", response_model=Status, responses=UNAVAILABLE)
     async def health() -> Response:
         """The same as /readyz."""
@@ -57,7 +55,24 @@ def status_router(engine: AsyncEngine, model: ModelCard, config: ServerConfig, m
     async def info() -> Info:
         """The model, the engine's limits, and the kernel that runs each kind of layer on this machine."""
         described = {"id": model.id, "max_model_len": model.max_model_len, **model.description}
-        return Info(version=__version__, model=described, engine=dict(model.engine), kernels=dict(model.kernels))
+        limits = engine.engine.config
+        return Info(
+            version=__version__, model=described, engine=dict(model.engine), kernels=dict(model.kernels),
+            model_id=model.id,
+            model_sha=None,
+            model_dtype=None,
+            model_device_type="cuda" if model.kernels["backend"] == "triton" else "cpu",
+            model_pipeline_tag="text-generation",
+            max_concurrent_requests=limits.max_unfinished_seqs,
+            max_best_of=MAX_N,
+            max_stop_sequences=MAX_STOP_STRINGS,
+            max_input_length=model.max_model_len - 1,
+            max_input_tokens=model.max_model_len - 1,
+            max_total_tokens=model.max_model_len,
+            max_batch_total_tokens=engine.engine.num_blocks * limits.block_size,
+            max_batch_prefill_tokens=limits.max_num_batched_tokens,
+            max_client_batch_size=1,
+        )
 
     @router.get("/metrics", response_class=PlainTextResponse)
     async def prometheus() -> Response:

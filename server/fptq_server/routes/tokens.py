@@ -8,14 +8,14 @@ from fastapi import APIRouter
 
 from fptq_runtime.models.tokenizer import Tokenizer
 from fptq_server.chat_format import ChatFormat
-from fptq_server.config import ModelCard
+from fptq_server.config import ModelCard, ServerConfig
 from fptq_server.errors import ERROR_RESPONSES, APIError
 from fptq_server.protocol import DetokenizeRequest, DetokenizeResponse, TokenizeRequest, TokenizeResponse
 from fptq_server.tools import template_messages
-from fptq_server.validation import chat_prompt, check_model, check_text, tokenizing
+from fptq_server.validation import chat_prompt, check_model, check_text, continues, template_variables, tokenizing
 
 
-def tokens_router(tokenizer: Tokenizer, chat: ChatFormat, model: ModelCard) -> APIRouter:
+def tokens_router(tokenizer: Tokenizer, chat: ChatFormat, model: ModelCard, config: ServerConfig) -> APIRouter:
     router = APIRouter(tags=["tokens"], responses=ERROR_RESPONSES)
 
     @router.post("/tokenize")
@@ -28,11 +28,14 @@ def tokens_router(tokenizer: Tokenizer, chat: ChatFormat, model: ModelCard) -> A
             if body.add_special_tokens:
                 raise APIError(400, "add_special_tokens is not supported with messages; the chat template writes the "
                                     "special tokens", param="add_special_tokens", code="not_supported")
+            begin, continue_final = continues(body)
+            variables = await template_variables(body, tokenizer, config)
             messages = chat.messages(template_messages(body.messages))
-            tokens = await chat_prompt(messages, tokenizer, model, body.add_generation_prompt is not False)
+            tokens = await chat_prompt(messages, tokenizer, model, begin, variables, continue_final)
         else:
-            if body.add_generation_prompt:
-                raise APIError(400, "add_generation_prompt needs messages", param="add_generation_prompt")
+            for name in ("add_generation_prompt", "continue_final_message", "chat_template_kwargs"):
+                if getattr(body, name):
+                    raise APIError(400, f"{name} needs messages", param=name)
             text = check_text(body.prompt or "", "prompt", model)
             special = body.add_special_tokens is not False
             tokens = await tokenizing(len(text), lambda: tokenizer.encode(text, special))
