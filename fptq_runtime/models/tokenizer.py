@@ -45,7 +45,8 @@ class TokenStream:
     """Incremental detokenization: text comes out as soon as it can no longer change.
 
     Not tokenizers' DecodeStream, which raises on bytes that make no character, as a model may well generate, and
-    repeats the prompt where that ends within a character.
+    repeats the prompt where that ends within a character. A character that the prompt leaves open and the answer
+    completes is the answer's; U+FFFD that the prompt ends with is not.
     """
 
     def __init__(self, backend: Backend, skip_special_tokens: bool, context: Sequence[int]) -> None:
@@ -53,11 +54,12 @@ class TokenStream:
         self._skip_special_tokens = skip_special_tokens
         self._window = list(context)  # tokens whose text is out, since they shape what follows, then those still open
         self._text = self._decode()
-        while self._text.startswith(REPLACEMENT):  # a context cut within a character spoils the bytes after the cut
-            del self._window[0]
+        while self._text.strip(REPLACEMENT) and self._text.startswith(REPLACEMENT):
+            del self._window[0]  # a context cut within a character spoils the bytes after the cut
             self._text = self._decode()
         self._num_out = len(self._window)
-        self._chars_out = len(self._text.rstrip(REPLACEMENT))
+        self._out = self._text
+        self._out_if_completed = self._before_open_character()
 
     def step(self, token_id: int) -> str | None:
         """The text that this token completes, or None while a character is still open."""
@@ -70,15 +72,22 @@ class TokenStream:
         self._text = text
         if text.endswith(REPLACEMENT) and len(self._window) - self._num_out < MAX_CHARACTER_TOKENS:
             return None
-        new = text[self._chars_out :]
+        new = text[len(self._out if text.startswith(self._out) else self._out_if_completed) :]
         del self._window[: self._num_out]
         self._num_out = len(self._window)
-        self._text = self._decode()
-        self._chars_out = len(self._text)
+        self._text = self._out = self._out_if_completed = self._decode()
         return new or None
 
-    def _decode(self) -> str:
-        return str(self._backend.decode(self._window, skip_special_tokens=self._skip_special_tokens))
+    def _before_open_character(self) -> str:
+        """The text of the window without the tokens of a character that may be open at its end."""
+        for end in range(len(self._window), max(0, len(self._window) - MAX_CHARACTER_TOKENS), -1):
+            text = self._decode(end)
+            if not text.endswith(REPLACEMENT):
+                return text
+        return self._text
+
+    def _decode(self, end: int | None = None) -> str:
+        return str(self._backend.decode(self._window[:end], skip_special_tokens=self._skip_special_tokens))
 
 
 class SomeTokens:

@@ -8,7 +8,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from fptq_runtime.engine.output import TokenLogprobs
-from fptq_runtime.models.tokenizer import Tokenizer
+from fptq_runtime.models.tokenizer import REPLACEMENT, Tokenizer
 from fptq_server.protocol import (
     ChatLogprobs,
     CompletionLogprobs,
@@ -59,11 +59,13 @@ class TextPosition:
     def __init__(self, texts: TokenTexts, skip_special: bool, context: Sequence[int] = ()) -> None:
         self._texts = texts
         self._skip_special = skip_special
-        self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._begun = False
+        self._open = False
         self.offset = 0
         for token_id in context[-CONTEXT:]:
             self.advance(token_id)
+        self._open = bool(self._bytes_left())
         self.offset = 0
 
     def advance(self, token_id: int) -> None:
@@ -72,7 +74,14 @@ class TextPosition:
             return
         raw = token.raw if self._begun else self._texts.first(token_id)
         self._begun = True
-        self.offset += len(self._decode(raw))
+        text = self._decoder.decode(raw)
+        if self._open and text:  # the context's last character is completed, or shown as U+FFFD, which is not ours
+            text = text.removeprefix(REPLACEMENT)
+            self._open = False
+        self.offset += len(text)
+
+    def _bytes_left(self) -> bytes:
+        return self._decoder.getstate()[0]
 
 
 class LogprobsRenderer:

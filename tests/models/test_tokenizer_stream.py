@@ -47,6 +47,23 @@ def test_text_arrives_whole(prompt: str, text: str) -> None:
         assert "".join(stream.step(token_id) or "" for token_id in ids[split:]) == whole[len(before) :]
 
 
+ANY_TOKENS = st.lists(st.integers(2, 4095), max_size=12)
+HALVES = [DEMO.encode("\ufffd", False), *([DEMO.encode("é漢😀", False)[:end] for end in range(1, 9)])]
+
+
+@given(prompt=ANY_TOKENS, end=st.sampled_from([*HALVES, HALVES[0] * 9]), answer=ANY_TOKENS)
+def test_an_answers_text_is_its_own_tokens_text(prompt: list[int], end: list[int], answer: list[int]) -> None:
+    """Whatever half character or U+FFFD the prompt ends with, where the answer does not complete it."""
+    answer = [*DEMO.encode(" king", False), *answer, *DEMO.encode(" a", False)]
+    stream = DEMO.stream(True, prompt + end)
+    assert "".join(stream.step(token_id) or "" for token_id in answer) == DEMO.decode(answer)
+
+
+@given(prompt=st.lists(st.sampled_from([2, 3, 4, 6 + 0xE2, 6 + 0x98, 6 + 0x83, 6 + 0xF0, 6 + 0x9F]), max_size=9))
+def test_the_same_of_sentencepiece(sentencepiece: Backend, prompt: list[int]) -> None:
+    assert streamed(sentencepiece, [3, *prompt], [2, 4, 3]) == " ab the"
+
+
 @given(prompt=texts, text=texts)
 def test_special_tokens_that_are_shown(prompt: str, text: str) -> None:
     """One of two special tokens is a part of the text, wherever it stands; the other one is not."""

@@ -138,6 +138,16 @@ def test_text_offsets_where_the_prompt_ends_within_a_character(served: Served, t
     assert choice["logprobs"]["text_offset"] == [0, 1]
 
 
+@pytest.mark.parametrize("end", ["🙂", "\ufffd"])
+def test_what_a_prompt_ends_with_is_no_part_of_the_answer(served: Served, tokenizer: Tokenizer, end: str) -> None:
+    """Half a character, or U+FFFD; nor do offsets count it."""
+    [king] = tokenizer.encode(" king", add_special_tokens=False)
+    prompt = tokenizer.encode("a" + end)[: -1 if end == "🙂" else None]
+    choice = complete(served, prompt=prompt, max_tokens=3, logit_bias={str(king): 100}, logprobs=0)["choices"][0]
+    assert choice["text"] == " king king king"
+    assert choice["logprobs"]["text_offset"] == [0, 5, 10]
+
+
 def test_generated_logprobs_do_not_depend_on_echo(served: Served) -> None:
     plain = complete(served, logprobs=3)["choices"][0]["logprobs"]
     echoed = complete(served, logprobs=3, echo=True)["choices"][0]["logprobs"]
