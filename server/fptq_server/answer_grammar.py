@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fptq_runtime.engine.grammar import JSON_OPTIONS, Grammar
+from fptq_runtime.engine.json_schema import prepared
 from fptq_server.parsers.frame import Parser
 from fptq_server.parsers.reasoning import ReasoningFormat
 from fptq_server.tools import Tools
@@ -105,5 +106,5 @@ class AnswerGrammar:
 
 
 def _json(schema: Any) -> str:
-    given = schema if isinstance(schema, dict) else {"anyOf": [schema]}
+    given = prepared(schema if isinstance(schema, dict) else {"anyOf": [schema]})
     return f"%json {json.dumps({**given, 'x-guidance': JSON_OPTIONS}, ensure_ascii=False)}"

@@ -14,6 +14,7 @@ from starlette.middleware.cors import CORSMiddleware
 from fptq_runtime import __version__
 from fptq_runtime.engine.async_engine import AsyncEngine
 from fptq_runtime.models.tokenizer import Tokenizer
+from fptq_server.assistant import Assistant
 from fptq_server.auth import PUBLIC_PATHS, RequireKey
 from fptq_server.chat_format import ChatFormat
 from fptq_server.config import ModelCard, ServerConfig
@@ -25,6 +26,7 @@ from fptq_server.routes.chat import chat_router
 from fptq_server.routes.completions import completions_router
 from fptq_server.routes.docs import docs_router
 from fptq_server.routes.generate import generate_router
+from fptq_server.routes.messages import messages_router
 from fptq_server.routes.models import models_router
 from fptq_server.routes.status import status_router
 from fptq_server.routes.tokens import tokens_router
@@ -48,9 +50,11 @@ def create_app(engine: AsyncEngine, tokenizer: Tokenizer, config: ServerConfig, 
                   servers=[{"url": config.root_path or "/"}], docs_url=None, redoc_url=None)
     texts = TokenTexts(tokenizer)
     chat = ChatFormat(tokenizer, config.tool_call_parser, config.reasoning_parser)
+    assistant = Assistant(engine, tokenizer, chat, model)
     for router in (
         completions_router(engine, tokenizer, texts, model, config),
         chat_router(engine, tokenizer, texts, chat, model, config),
+        messages_router(assistant, config),
         models_router(model),
         generate_router(engine, tokenizer, texts, model, config),
         tokens_router(tokenizer, chat, model, config),

@@ -26,9 +26,11 @@ class RequireKey:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and self._digests and scope["path"] not in self._public_paths:
-            scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
-            if scheme.lower() != "bearer" or not self._accepts(key.strip()):
-                error = APIError(401, "a valid API key is required, as Authorization: Bearer <key>",
+            headers = Headers(scope=scope)
+            scheme, _, key = headers.get("authorization", "").partition(" ")
+            keys = [key.strip()] if scheme.lower() == "bearer" else []
+            if not any(map(self._accepts, [*keys, headers.get("x-api-key", "")])):
+                error = APIError(401, "a valid API key is required, as Authorization: Bearer <key> or x-api-key: <key>",
                                  reason="unauthorized", code="invalid_api_key")
                 await self._errors.refuse(scope, error)(scope, receive, send)
                 return

@@ -15,11 +15,13 @@ from starlette.types import Scope
 from fptq_runtime.errors import FptqError
 from fptq_server.metrics import Metrics
 from fptq_server.protocol import ErrorInfo, ErrorResponse
+from fptq_server.protocol_messages import AnthropicError, AnthropicErrorInfo
 from fptq_server.record import record_of
 
 MAX_MESSAGE = 400  # characters; a message may quote what the client sent
 
 TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+ANTHROPIC_PATHS = ("/v1/messages", "/messages")
 ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorResponse}, "5XX": {"model": ErrorResponse}}
 
 
@@ -42,6 +44,13 @@ class APIError(FptqError):
         labels = {"code": self.code, "param": self.param}
         return " ".join([*(f"{name}={value}" for name, value in labels.items() if value is not None), self.message])
 
+    def anthropic_body(self) -> str:
+        """In Anthropic's words."""
+        types = {400: "invalid_request_error", 413: "request_too_large", 503: "overloaded_error"}
+        kind = TYPES.get(self.status) or types.get(self.status) or (
+            "invalid_request_error" if self.status < 500 else "api_error")
+        return AnthropicError(error=AnthropicErrorInfo(type=kind, message=self.message)).model_dump_json()
+
     def body(self) -> str:
         default = "invalid_request_error" if self.status < 500 else "server_error"
         return ErrorResponse(error=ErrorInfo(
@@ -51,7 +60,8 @@ class APIError(FptqError):
             code=self.code,
         )).model_dump_json()
 
-    def response(self) -> Response:
+    def response(self, path: str = "") -> Response:
+        """path: of the request, which says whose clients are to understand it."""
         headers = {}
         if self.retry_after is not None:
             # Retry-After has whole seconds only; the SDKs read the milliseconds first.
@@ -61,7 +71,8 @@ class APIError(FptqError):
             headers["WWW-Authenticate"] = "Bearer"
         if self.status == 408:  # what is left of the request may still come
             headers["Connection"] = "close"
-        return Response(self.body(), self.status, headers, media_type="application/json")
+        body = self.anthropic_body() if path.startswith(ANTHROPIC_PATHS) else self.body()
+        return Response(body, self.status, headers, media_type="application/json")
 
 
 def bad_parameter(error: FptqError) -> APIError:
@@ -79,7 +90,7 @@ class ErrorHandlers:
         """The answer; it is counted, and noted for the log."""
         self._metrics.record_rejection(error.reason)
         record_of(scope).error = error.summary
-        return error.response()
+        return error.response(scope["path"])
 
     def api_error(self, request: Request, error: Exception) -> Response:
         assert isinstance(error, APIError)

@@ -31,7 +31,7 @@ def _well_formed(text: str) -> str:
     return text
 
 
-def _variant(**types: str) -> Discriminator:
+def variant(**types: str) -> Discriminator:
     """Chooses a union's variant by the JSON type of the value, or of its first element, so that an error names the
     client's field and one cause instead of every variant that did not match."""
 
@@ -63,7 +63,7 @@ class _OnlyAt:
         return {"enum": list(self._taken)}
 
 
-def _unsupported(*harmless: Any) -> _OnlyAt:
+def unsupported(*harmless: Any) -> _OnlyAt:
     return _OnlyAt(None, *harmless)
 
 
@@ -87,28 +87,28 @@ Prompt = Annotated[
     | Annotated[list[Text], Field(min_length=1, fail_fast=True), Tag("<a list of strings>")]
     | Annotated[TokenIds, Tag("<a list of token ids>")]
     | Annotated[list[TokenIds], Field(min_length=1, fail_fast=True), Tag("<a list of lists of token ids>")],
-    _variant(str="<a string>", list_str="<a list of strings>", list_int="<a list of token ids>",
+    variant(str="<a string>", list_str="<a list of strings>", list_int="<a list of token ids>",
              list_list="<a list of lists of token ids>"),
 ]
 Stop = Annotated[
     Annotated[Text, Tag("<a string>")] | Annotated[list[Text], Field(fail_fast=True), Tag("<a list of strings>")],
-    _variant(str="<a string>", list="<a list of strings>", list_str="<a list of strings>"),
+    variant(str="<a string>", list="<a list of strings>", list_str="<a list of strings>"),
 ]
 Seed = Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)]
 LLAMA_CPP_SAMPLERS = ["penalties", "dry", "top_n_sigma", "top_k", "typ_p", "top_p", "min_p", "xtc", "temperature"]
 TopLogprobs = Annotated[int, Field(ge=0, le=20)]
 LogitBias = dict[Annotated[str, AfterValidator(_token_id_key)], Annotated[float, Field(ge=-100, le=100)]]
-Unsupported = Annotated[Any, _unsupported()]
-NotTrue = Annotated[Any, _unsupported(False)]
-NotFalse = Annotated[Any, _unsupported(True)]
-NotEmpty = Annotated[Any, _unsupported([], {}, "")]
-Off = Annotated[Any, _unsupported(0, False)]
-NotMinusOne = Annotated[Any, _unsupported(-1)]
-NotOne = Annotated[Any, _unsupported(1)]
+Unsupported = Annotated[Any, unsupported()]
+NotTrue = Annotated[Any, unsupported(False)]
+NotFalse = Annotated[Any, unsupported(True)]
+NotEmpty = Annotated[Any, unsupported([], {}, "")]
+Off = Annotated[Any, unsupported(0, False)]
+NotMinusOne = Annotated[Any, unsupported(-1)]
+NotOne = Annotated[Any, unsupported(1)]
 Unused = Any  # whatever it says changes nothing that we do
 Schema = Annotated[
     Annotated[dict[str, Any], Tag("<a JSON schema>")] | Annotated[Text, Tag("<the text of one>")],
-    _variant(dict="<a JSON schema>", str="<the text of one>"),
+    variant(dict="<a JSON schema>", str="<the text of one>"),
 ]
 Choices = Annotated[list[Text], Field(min_length=1, fail_fast=True)]
 
@@ -155,9 +155,9 @@ class StructuredOutputs(Body):
     grammar: Text | None = None
     json_object: bool | None = None
     structural_tag: Unsupported = None
-    disable_fallback: Annotated[Any, _unsupported(True, False)] = None
-    disable_any_whitespace: Annotated[Any, _unsupported(False)] = None
-    disable_additional_properties: Annotated[Any, _unsupported(False)] = None
+    disable_fallback: Annotated[Any, unsupported(True, False)] = None
+    disable_any_whitespace: Annotated[Any, unsupported(False)] = None
+    disable_additional_properties: Annotated[Any, unsupported(False)] = None
     whitespace_pattern: Unsupported = None
 
 
@@ -166,8 +166,8 @@ class ForeignBody(Body):
     that is off say nothing, and whether a prompt is cached never changes an answer."""
 
     store: NotTrue = None
-    service_tier: Annotated[Any, _unsupported("auto", "default")] = None
-    verbosity: Annotated[Any, _unsupported("medium")] = None
+    service_tier: Annotated[Any, unsupported("auto", "default")] = None
+    verbosity: Annotated[Any, unsupported("medium")] = None
     prompt_cache_retention: Unused = None
 
     use_beam_search: NotTrue = None
@@ -188,12 +188,12 @@ class ForeignBody(Body):
     include_reasoning: NotFalse = None
 
     cache_prompt: bool | None = None
-    samplers: Annotated[Any, _unsupported(LLAMA_CPP_SAMPLERS)] = None
-    repeat_last_n: Annotated[Any, _unsupported(64, -1)] = None
+    samplers: Annotated[Any, unsupported(LLAMA_CPP_SAMPLERS)] = None
+    repeat_last_n: Annotated[Any, unsupported(64, -1)] = None
     typical_p: NotOne = None
     typ_p: NotOne = None
     tfs_z: NotOne = None
-    top_n_sigma: Annotated[Any, _unsupported(-1, 0)] = None
+    top_n_sigma: Annotated[Any, unsupported(-1, 0)] = None
     mirostat: Off = None
     mirostat_tau: Unused = None
     mirostat_eta: Unused = None
@@ -206,12 +206,12 @@ class ForeignBody(Body):
     dry_sequence_breakers: Unused = None
     xtc_probability: Off = None
     xtc_threshold: Unused = None
-    min_keep: Annotated[Any, _unsupported(0, 1)] = None
+    min_keep: Annotated[Any, unsupported(0, 1)] = None
     n_probs: Off = None
     n_keep: Unused = None  # of a prompt that is shifted out of the context; none is
     n_discard: Unused = None
     n_indent: Off = None
-    t_max_predict_ms: Annotated[Any, _unsupported(0, -1)] = None
+    t_max_predict_ms: Annotated[Any, unsupported(0, -1)] = None
     id_slot: NotMinusOne = None
     slot_id: NotMinusOne = None
     lora: NotEmpty = None
@@ -285,19 +285,19 @@ class TextPart(Body):
     cache_control: Unused = None
 
 
-def _refuse_kind(kind: str) -> str:
+def refuse_kind(kind: str) -> str:
     raise PydanticCustomError("not_supported", "{kind} is not supported by this server", {"kind": kind})
 
 
 def _function_kind(kind: str) -> str:
-    return kind if kind == "function" else _refuse_kind(kind)
+    return kind if kind == "function" else refuse_kind(kind)
 
 
 class OtherPart(Body):
     """An image, a sound or a file: named, so that it can be refused by its name."""
 
     model_config = ConfigDict(extra="ignore")
-    type: Annotated[str, AfterValidator(_refuse_kind)]
+    type: Annotated[str, AfterValidator(refuse_kind)]
 
 
 def _part_kind(part: Any) -> str:
@@ -310,7 +310,7 @@ ContentPart = Annotated[Annotated[TextPart, Tag("<text>")] | Annotated[OtherPart
 Content = Annotated[
     Annotated[Text, Tag("<a string>")]
     | Annotated[list[ContentPart], Field(min_length=1, fail_fast=True), Tag("<a list of text parts>")],
-    _variant(str="<a string>", list_dict="<a list of text parts>"),
+    variant(str="<a string>", list_dict="<a list of text parts>"),
 ]
 
 
@@ -320,7 +320,7 @@ class FunctionCall(Body):
     name: Text
     arguments: Annotated[
         Annotated[Text, Tag("<a string>")] | Annotated[dict[str, Any], Tag("<an object>")],
-        _variant(str="<a string>", dict="<an object>"),
+        variant(str="<a string>", dict="<an object>"),
     ] = ""
     parsed_arguments: Unused = None
 
@@ -337,9 +337,9 @@ class Turn(Body):
     comes from and are not part of it."""
 
     name: Text | None = None
-    type: Annotated[Any, _unsupported("message", "text")] = None
+    type: Annotated[Any, unsupported("message", "text")] = None
     id: Unused = None
-    status: Annotated[Any, _unsupported("completed")] = None
+    status: Annotated[Any, unsupported("completed")] = None
     annotations: Unused = None
     cache_control: Unused = None
     provider_specific_fields: Unused = None
@@ -420,7 +420,7 @@ class NamedToolChoice(Body):
 ToolChoice = Annotated[
     Annotated[Literal["none", "auto", "required"], Tag("<none, auto, required>")]
     | Annotated[NamedToolChoice, Tag("<an object that names a function>")],
-    _variant(str="<none, auto, required>", dict="<an object that names a function>"),
+    variant(str="<none, auto, required>", dict="<an object that names a function>"),
 ]
 ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
 
@@ -436,8 +436,8 @@ class ChatCompletionRequest(SamplingBody):
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     functions: NotEmpty = None
-    function_call: Annotated[Any, _unsupported("none")] = None
-    modalities: Annotated[Any, _unsupported(["text"])] = None
+    function_call: Annotated[Any, unsupported("none")] = None
+    modalities: Annotated[Any, unsupported(["text"])] = None
     audio: Unsupported = None
     prediction: Unsupported = None
     reasoning_effort: ReasoningEffort | None = None

@@ -55,21 +55,33 @@ async def run_while_connected(receive: Receive, work: Coroutine[Any, Any, T]) ->
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
+def data_frame(data: str) -> str:
+    return f"data: {data}\n\n"
+
+
+def named_frame(data: str) -> str:
+    """With the event's name, which is its JSON's type."""
+    return f"event: {json.loads(data)['type']}\ndata: {data}\n\n"
+
+
 class EventStream(Response):
-    """Sends each JSON text of `events` as one event; a comment after `keep_alive` seconds of silence keeps proxies from
-    closing the connection. A failure on the way is an event too, since the status has been sent. `close` runs in any
-    case, even where the client left before the first event."""
+    """Sends each JSON text of `events` as one event, framed by `frame`; a comment after `keep_alive` seconds of silence
+    keeps proxies from closing the connection. A failure on the way is an event too, what `fail` says of it, since the
+    status has been sent. `close` runs in any case, even where the client left before the first event."""
 
     media_type = "text/event-stream"
 
     def __init__(self, events: AsyncGenerator[str, None], close: Callable[[], None], keep_alive: float,
-                 done: str | None = None) -> None:
+                 done: str | None = None, frame: Callable[[str], str] = data_frame,
+                 fail: Callable[[APIError], str] = APIError.body) -> None:
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._events = events
         self._close = close
         self._keep_alive = keep_alive
         self._done = done
+        self._frame = frame
+        self._fail = fail
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -94,14 +106,14 @@ class EventStream(Response):
 
         async def fail(error: APIError) -> None:
             record.error = error.summary
-            await write(f"data: {error.body()}\n\n")
+            await write(self._frame(self._fail(error)))
 
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         heartbeat = asyncio.create_task(keep_alive())
         try:
             async with aclosing(self._events) as events:
                 async for event in events:
-                    await write(f"data: {event}\n\n")
+                    await write(self._frame(event))
             if self._done is not None:
                 await write(f"data: {self._done}\n\n")
         except APIError as error:
