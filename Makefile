@@ -1,4 +1,4 @@
-# make serve | test | lint | format | stubs | bench | gpu-check | image | clean      PYTHON, VENV, CXX and TORCH_INDEX may be set on the command line.
+# make serve | test | lint | format | stubs | bench | compat | gpu-check | image | clean      PYTHON, VENV, CXX and TORCH_INDEX may be set on the command line.
 PYTHON ?= python3
 VENV ?= .venv
 ifeq ($(origin CXX),default)
@@ -14,7 +14,7 @@ NATIVE := CMakeLists.txt $(filter fptq_runtime/%,$(CSRC))
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
 PIP_INSTALL := $(PIP) install --constraint constraints.txt
 
-.PHONY: install serve test lint format stubs bench gpu-check image clean
+.PHONY: install serve test lint format stubs bench compat gpu-check image clean
 
 install: $(INSTALLED)
 
@@ -54,6 +54,10 @@ stubs: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(VENV)/bin/fptq bench demo
+
+# Installs clients of other people beside us and writes what of each works into docs/compatibility.md.
+compat: $(INSTALLED)
+	$(VENV)/bin/python -m benchmarks.compat
 
 gpu-check: $(INSTALLED)
 	$(VENV)/bin/python -m benchmarks.gpu_check

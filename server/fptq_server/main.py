@@ -156,8 +156,9 @@ def listen(config: ServerConfig) -> socket.socket:
         try:
             ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(config.ssl_certfile, config.ssl_keyfile)
         except OSError as error:  # an ssl.SSLError is one
-            raise FptqError(f"ssl_certfile {config.ssl_certfile} and ssl_keyfile {config.ssl_keyfile} cannot be used: "
-                            f"{error.strerror or error}", "ssl_certfile", "ssl_keyfile") from None
+            key = "" if config.ssl_keyfile is None else f" and ssl_keyfile {config.ssl_keyfile}"
+            raise FptqError(f"ssl_certfile {config.ssl_certfile}{key} cannot be used: {error.strerror or error}",
+                            "ssl_certfile", "ssl_keyfile") from None
     return bind(config.host, config.port) if config.uds is None else bind_unix(config.uds)
 
 

@@ -44,7 +44,7 @@ class Routing:
             path: str = scope["path"]
             if path.startswith(f"{self._root_path}/"):
                 path = path.removeprefix(self._root_path)
-            if path.split("/")[1] in self._versioned:
+            if path[1:].partition("/")[0] in self._versioned:
                 path = f"/v1{path}"
             scope = {**scope, "path": path, "method": "GET" if scope["method"] == "HEAD" else scope["method"]}
         await self._app(scope, receive, send)

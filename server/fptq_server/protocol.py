@@ -20,6 +20,7 @@ from pydantic import (
 from pydantic_core import CoreSchema, PydanticCustomError
 from pydantic_core.core_schema import no_info_after_validator_function
 
+from fptq_runtime import __version__
 from fptq_runtime.engine.request import MAX_N
 
 
@@ -95,6 +96,7 @@ Stop = Annotated[
     variant(str="<a string>", list="<a list of strings>", list_str="<a list of strings>"),
 ]
 Seed = Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)]
+FINGERPRINT = f"fptq-{__version__}"  # of what computes an answer; clients of text-generation-inference insist on one
 LLAMA_CPP_SAMPLERS = ["penalties", "dry", "top_n_sigma", "top_k", "typ_p", "top_p", "min_p", "xtc", "temperature"]
 TopLogprobs = Annotated[int, Field(ge=0, le=20)]
 LogitBias = dict[Annotated[str, AfterValidator(_token_id_key)], Annotated[float, Field(ge=-100, le=100)]]
@@ -560,6 +562,7 @@ class CompletionResponse(BaseModel):
     object: Literal["text_completion"] = "text_completion"
     created: int
     model: str
+    system_fingerprint: str = FINGERPRINT
     choices: list[CompletionChoice]
     usage: Usage | None
 
@@ -612,6 +615,7 @@ class ChatCompletionResponse(BaseModel):
     object: Literal["chat.completion"] = "chat.completion"
     created: int
     model: str
+    system_fingerprint: str = FINGERPRINT
     choices: list[ChatChoice]
     usage: Usage
     prompt_logprobs: PromptLogprobs | None
@@ -650,6 +654,7 @@ class ChatCompletionChunk(BaseModel):
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
     created: int
     model: str
+    system_fingerprint: str = FINGERPRINT
     choices: list[ChatChunkChoice]
     usage: Usage | None
 

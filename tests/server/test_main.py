@@ -264,9 +264,11 @@ def test_many_upgrades_at_once(served: Served) -> None:
     assert answers(served.port, request * 1500, 1500) == [b"200"] * 1500
 
 
-def test_connect_is_refused(served: Served) -> None:
+@pytest.mark.parametrize("target", [b"CONNECT example.com:443", b"OPTIONS *", b"GET http://x/nowhere", b"GET //v1",
+                                    b"POST /v1/"])
+def test_targets_that_are_no_endpoint(served: Served, target: bytes) -> None:
     with socket.create_connection(("127.0.0.1", served.port), 30) as connection:
-        connection.sendall(b"CONNECT example.com:443 HTTP/1.1\r\nHost: example.com:443\r\n\r\n")
+        connection.sendall(target + b" HTTP/1.1\r\nHost: x\r\n\r\n")
         assert connection.recv(4096).startswith(b"HTTP/1.1 4")
     assert served.http.get("/livez").status_code == 200
 

@@ -13,6 +13,7 @@ import httpx
 import openai
 import pytest
 
+import fptq_runtime
 from fptq_runtime.models.chat_template import ChatTemplateError
 from fptq_runtime.models.tokenizer import Tokenizer
 from tests.server.conftest import EOS, Served
@@ -24,6 +25,7 @@ OPTIONS: dict[str, Any] = {"model": "demo", "messages": MESSAGES, "max_tokens": 
 def test_sdk(client: openai.OpenAI, tokenizer: Tokenizer) -> None:
     answer = client.chat.completions.create(**OPTIONS)
     assert answer.object == "chat.completion"
+    assert answer.system_fingerprint == f"fptq-{fptq_runtime.__version__}"
     [choice] = answer.choices
     assert choice.message.role == "assistant"
     assert choice.finish_reason == "length"

@@ -1,0 +1,1 @@
+"""Clients of other people, each against our server: what works, and what is refused."""
