@@ -263,7 +263,7 @@ class Engine(Generic[T]):
                 early = sequence.num_output_tokens < sequence.params.min_tokens
                 sequence.matcher.fill(sequence.output_token_ids, early, mask)
             except GrammarError as error:
-                logger.warning("request %s, sequence %d: %s", sequence.request_id, sequence.index, error)
+                sequence.failure = str(error)
                 mask[:] = 0
         return masks.view(np.uint32)
 
@@ -341,7 +341,8 @@ class Engine(Generic[T]):
 
     def _fail(self, step: _Step, sequence: Sequence) -> None:
         """What went wrong concerns one sequence alone: it ends, and nothing else does."""
-        logger.exception("request %s, sequence %d ends with an error", sequence.request_id, sequence.index)
+        if sequence.failure is None:
+            logger.exception("request %s, sequence %d ends with an error", sequence.request_id, sequence.index)
         self._emit(step, sequence, finish_reason=FinishReason.ERROR)
 
     def _draw(self, item: ScheduledSequence, result: SampleResult, first: int,
@@ -417,6 +418,7 @@ class Engine(Generic[T]):
             num_cached_tokens=sequence.num_cached_tokens,
             num_output_tokens=sequence.num_output_tokens,
             prompt_logprobs=prompt_logprobs,
+            failure=sequence.failure,
         ))
         if finish_reason is None:
             return

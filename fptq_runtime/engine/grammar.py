@@ -27,7 +27,8 @@ logger = logging.getLogger(__name__)
 MAX_GRAMMAR = 1 << 20  # characters
 COMPILE_SECONDS = 5.0
 KEPT_GRAMMARS = 64
-LIMITS = llguidance.LLParserLimits(verbose_errors=False)
+# Of what a mask may take: some 10 ms of the whole batch's time at worst, and 40 MB for what a grammar's masks share.
+LIMITS = llguidance.LLParserLimits(max_items_in_row=500, max_lexer_states=20_000, verbose_errors=False)
 JSON_OPTIONS: Any = {
     # A space at most: where any whitespace may stand, a weak model writes nothing else.
     "whitespace_pattern": " ", "item_separator": ",", "key_separator": ":", "coerce_one_of": False, "lenient": False,
@@ -46,8 +47,8 @@ class Grammar:
     """A language that an answer must be of, from its first character to the end of sequence; SamplingParams.structured.
 
     Made by the methods below. A JSON schema holds with every keyword in it, or is refused when it is compiled; object
-    properties come in the schema's order. Lark is llguidance's: `%json {…}` embeds a schema, `<|name|>` is a special
-    token.
+    properties come in the schema's order. Lark is llguidance's: `embedded` puts a schema into it, and `<|name|>` is a
+    special token.
     """
 
     kind: Literal["json_schema", "regex", "lark"]
@@ -194,6 +195,13 @@ class Grammars:
             return "the schema is nested too deeply"
         except Exception as error:
             return _one_line(error)
+
+
+def embedded(schema: Any) -> str:
+    """A JSON schema as the body of a rule in Lark, `%json {…}`, which means what Grammar.json_schema does."""
+    if not isinstance(schema, dict):
+        schema = {"allOf": [schema]}
+    return f"%json {json.dumps({**prepared(schema), 'x-guidance': JSON_OPTIONS})}"
 
 
 _SOURCES = {"regex": llguidance.LLMatcher.grammar_from_regex, "lark": llguidance.LLMatcher.grammar_from_lark}

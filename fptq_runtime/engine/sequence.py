@@ -54,6 +54,7 @@ class Sequence:
         self.scheduled_time: float | None = None
         self.last_token_time: float | None = None
         self.prompt_logprobs: list[TokenLogprobs | None] = [None]  # so far; nothing precedes the first token
+        self.failure: str | None = None  # why its grammar can be followed no further
 
     @classmethod
     def expand(cls, request_id: str, prompt_token_ids: abc.Sequence[int], params: SamplingParams) -> list[Sequence]:

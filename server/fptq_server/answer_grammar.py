@@ -7,8 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from fptq_runtime.engine.grammar import JSON_OPTIONS, Grammar
-from fptq_runtime.engine.json_schema import prepared
+from fptq_runtime.engine.grammar import Grammar, embedded
 from fptq_server.parsers.frame import Parser
 from fptq_server.parsers.reasoning import ReasoningFormat
 from fptq_server.tools import Tools
@@ -25,16 +24,26 @@ def enforced_schema(tool: Mapping[str, Any], forced: bool) -> dict[str, Any]:
     return {"type": "object", **(function.get("parameters") or NO_PARAMETERS)}
 
 
-class AnswerGrammar:
-    """Rules in llguidance's Lark. tokens: the tokenizer's added tokens by their text, which no string of a grammar can
+def literal(text: str, tokens: Mapping[str, int]) -> str:
+    """A text in llguidance's Lark. tokens: the tokenizer's added tokens by their text, which no string of a grammar can
     stand for."""
+    split = re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)")
+    parts, end = [], 0
+    for match in split.finditer(text):
+        parts += [text[end : match.start()], match[0]]
+        end = match.end()
+    return " ".join(f"<[{tokens[part]}]>" if part in tokens else json.dumps(part, ensure_ascii=False)
+                    for part in [*parts, text[end:]] if part)
+
+
+class AnswerGrammar:
+    """Rules in llguidance's Lark. tokens: as `literal` takes them."""
 
     def __init__(self, parser: type[Parser], tools: Tools, tokens: Mapping[str, int],
                  reasoning: ReasoningFormat | None, opened: bool) -> None:
         self._parser = parser
         self._tools = tools
         self._tokens = tokens
-        self._split = re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)")
         self._rules = [r"TEXT: /(.|\n)*/"]
         self._start = self._thinking(reasoning, opened)
 
@@ -44,7 +53,7 @@ class AnswerGrammar:
 
     def calls_or(self, structured: Grammar) -> Grammar:
         """Calls, or an answer of a JSON schema."""
-        self._rules.append(f"answer: {_json(json.loads(structured.text))}")
+        self._rules.append(f"answer: {embedded(json.loads(structured.text))}")
         return self._grammar(f"({self._calls(forced=False, start=0)} | answer)" if self._tools.offered else "answer")
 
     def calls_in_text(self) -> Grammar:
@@ -71,7 +80,7 @@ class AnswerGrammar:
             name = tool["function"]["name"]
             if self._tools.only not in (None, name):
                 continue
-            self._rules.append(f"arguments{i}: {_json(enforced_schema(tool, forced))}")
+            self._rules.append(f"arguments{i}: {embedded(enforced_schema(tool, forced))}")
             opening = form.open.replace("{name}", name)
             for rules, text in ((first, (form.before + opening)[start:]), (call, opening)):
                 rules.append(f"{self._literal(text)} arguments{i} {self._literal(form.close)}")
@@ -96,15 +105,4 @@ class AnswerGrammar:
         return Grammar.lark("\n".join([f"start: {self._start} {answer}", *self._rules]))
 
     def _literal(self, text: str) -> str:
-        parts = []
-        end = 0
-        for match in self._split.finditer(text):
-            parts += [text[end : match.start()], match[0]]
-            end = match.end()
-        return " ".join(f"<[{self._tokens[part]}]>" if part in self._tokens else json.dumps(part, ensure_ascii=False)
-                        for part in [*parts, text[end:]] if part)
-
-
-def _json(schema: Any) -> str:
-    given = prepared(schema if isinstance(schema, dict) else {"anyOf": [schema]})
-    return f"%json {json.dumps({**given, 'x-guidance': JSON_OPTIONS}, ensure_ascii=False)}"
+        return literal(text, self._tokens)

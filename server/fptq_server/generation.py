@@ -162,6 +162,8 @@ class Generation:
     def _account(self, i: int, output: RequestOutput) -> tuple[int, RequestOutput]:
         if output.finish_reason is not None:
             self._record.finish_reasons.add(output.finish_reason.value)
+        if output.failure is not None:
+            raise APIError(400, output.failure, code="invalid_grammar")
         if output.finish_reason is FinishReason.ERROR:
             raise APIError(500, "the engine failed on this request", reason="failed", code="engine_error")
         if output.finish_reason is FinishReason.ABORT:

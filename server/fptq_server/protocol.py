@@ -143,20 +143,30 @@ class JSONSchema(Body):
     strict: bool | None = None
 
 
+class Structure(Body):
+    begin: Text
+    schema_: Annotated[dict[str, Any], Field(alias="schema")]
+    end: Text
+
+
 class ResponseFormat(Body):
-    type: Literal["text", "json_object", "json_schema"]
+    """structural_tag is vLLM's: text in which what begins with a trigger is one of the structures."""
+
+    type: Literal["text", "json_object", "json_schema", "structural_tag"]
     json_schema: JSONSchema | None = None
+    structures: Annotated[list[Structure], Field(min_length=1)] | None = None
+    triggers: Choices | None = None
 
 
 class StructuredOutputs(Body):
-    """vLLM's: one of the first six."""
+    """vLLM's: one of the first six. structural_tag: a response_format of that type, or the JSON text of one."""
 
     json_: Annotated[Schema | None, Field(alias="json")] = None
     regex: Text | None = None
     choice: Choices | None = None
     grammar: Text | None = None
     json_object: bool | None = None
-    structural_tag: Unsupported = None
+    structural_tag: Schema | None = None
     disable_fallback: Annotated[Any, unsupported(True, False)] = None
     disable_any_whitespace: Annotated[Any, unsupported(False)] = None
     disable_additional_properties: Annotated[Any, unsupported(False)] = None

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
+from pydantic import ValidationError
+
 from fptq_runtime.engine.async_engine import AsyncEngine
-from fptq_runtime.engine.grammar import Grammar, GrammarError
+from fptq_runtime.engine.grammar import Grammar, GrammarError, embedded
+from fptq_server.answer_grammar import literal
 from fptq_server.errors import APIError
 from fptq_server.protocol import (
     ChatCompletionRequest,
@@ -23,9 +27,35 @@ GBNF = re.compile(r"^\s*root\s*::=", re.MULTILINE)
 Form = tuple[str, Callable[[Any], Grammar], Any]  # the field, and what makes a grammar of its value
 
 
+def structural_tag(given: Any, tokens: Mapping[str, int]) -> Grammar:
+    """Of a response_format of that type, parsed or not. tokens: the tokenizer's added tokens by their text."""
+    try:
+        given = given if isinstance(given, ResponseFormat) else \
+            ResponseFormat.model_validate_json(given if isinstance(given, str) else json.dumps(given))
+    except ValidationError as error:
+        [first, *_] = error.errors()
+        raise GrammarError(f"{'.'.join(map(str, first['loc'])) or 'it'}: {first['msg']}") from None
+    if given.type != "structural_tag" or not given.structures or not given.triggers:
+        raise GrammarError("a structural_tag has structures and triggers")
+    rules, tags = [r"TEXT: /(.|\n)*/"], []
+    for i, tag in enumerate(given.structures):
+        trigger = next((t for t in given.triggers if t and tag.begin.startswith(t)), None)
+        if trigger is None:
+            raise GrammarError(f"structures.{i}.begin begins with no trigger")
+        before = f"TEXT {literal(trigger, tokens)}"
+        if trigger not in tokens:
+            rules.append(f"begin{i}[lazy]: {before}")
+            before = f"begin{i}"
+        rest, end = literal(tag.begin[len(trigger):], tokens), literal(tag.end, tokens)
+        rules.append(f"tag{i}: {before} {rest} {embedded(tag.schema_)} {end}")
+        tags.append(f"tag{i}")
+    return Grammar.lark("\n".join([f"start: ({' | '.join(tags)})* TEXT", *rules]))
+
+
 async def openai_grammar(body: ChatCompletionRequest | CompletionRequest, engine: AsyncEngine) -> Grammar | None:
     """The one form that a request gives, if any, compiled. Raises APIError that names the field."""
-    forms = list(_openai_forms(body))
+    tokens = {text: token_id for token_id, text in engine.engine.tokenizer.added_tokens.items()}
+    forms = list(_openai_forms(body, partial(structural_tag, tokens=tokens)))
     if len(forms) > 1:
         raise APIError(400, f"{forms[0][0]} and {forms[1][0]} both say what the answer must be; give one of them",
                        param=forms[1][0])
@@ -42,18 +72,20 @@ async def generate_grammar(grammar: GenerateGrammar | None, engine: AsyncEngine)
     return await _compiled(("parameters.grammar.value", make, grammar.value), engine)
 
 
-def _openai_forms(body: ChatCompletionRequest | CompletionRequest) -> Iterator[Form]:
+def _openai_forms(body: ChatCompletionRequest | CompletionRequest, tags: Callable[[Any], Grammar]) -> Iterator[Form]:
     if body.response_format is not None:
-        yield from _response_format(body.response_format)
+        yield from _response_format(body.response_format, tags)
     if body.structured_outputs is not None:
-        yield from _structured_outputs(body.structured_outputs)
+        yield from _structured_outputs(body.structured_outputs, tags)
     for name, make in (("guided_json", _json), ("guided_regex", Grammar.regex), ("guided_choice", Grammar.choice),
                        ("guided_grammar", _grammar)):
         if (value := getattr(body, name)) is not None:
             yield name, make, value
 
 
-def _response_format(given: ResponseFormat) -> Iterator[Form]:
+def _response_format(given: ResponseFormat, tags: Callable[[Any], Grammar]) -> Iterator[Form]:
+    if given.type == "structural_tag":
+        yield "response_format", tags, given
     if given.type == "json_object":
         yield "response_format", lambda _: Grammar.json_object(), None
     if given.type == "json_schema":
@@ -63,13 +95,15 @@ def _response_format(given: ResponseFormat) -> Iterator[Form]:
         yield "response_format.json_schema.schema", _json, given.json_schema.schema_
 
 
-def _structured_outputs(given: StructuredOutputs) -> Iterator[Form]:
+def _structured_outputs(given: StructuredOutputs, tags: Callable[[Any], Grammar]) -> Iterator[Form]:
     forms: list[Form] = [("json", _json, given.json_), ("regex", Grammar.regex, given.regex),
                          ("choice", Grammar.choice, given.choice), ("grammar", _grammar, given.grammar),
-                         ("json_object", lambda _: Grammar.json_object(), given.json_object or None)]
+                         ("json_object", lambda _: Grammar.json_object(), given.json_object or None),
+                         ("structural_tag", tags, given.structural_tag)]
     forms = [(f"structured_outputs.{name}", make, value) for name, make, value in forms if value is not None]
     if not forms:
-        raise APIError(400, "structured_outputs needs one of json, regex, choice, grammar, json_object",
+        raise APIError(400, "structured_outputs needs one of json, regex, choice, grammar, json_object, "
+                            "structural_tag",
                        param="structured_outputs")
     yield from forms
 

@@ -111,17 +111,16 @@ def test_log_probabilities_are_those_of_what_is_allowed() -> None:
     assert (end.token_id, end.logprob) == (EOS, 0)
 
 
-def test_a_grammar_that_fails_on_the_way_ends_its_sequence_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = make_engine()
-    engine.add_request("good", [1, 2], SamplingParams(max_tokens=20, structured=Grammar.regex("A{30}")))
-    engine.add_request("bad", [1, 2], SamplingParams(max_tokens=20, structured=Grammar.regex("B{30}")))
-    engine.step()
-    [matcher] = [sequence.matcher for (name, _), sequence in engine._live.items() if name == "bad"]
-    assert matcher is not None
-    matcher._parser.consume_token(ord("A"))  # which the grammar does not have
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_grammar_that_grows_too_complex_ends_its_sequence_alone(asynchronous: bool) -> None:
+    engine = make_engine(asynchronous=asynchronous)
+    ambiguous = Grammar.lark('start: a\na: "B" | a a a | a "C" a | a "B" a')
+    engine.add_request("good", [1, 2], SamplingParams(max_tokens=100, structured=Grammar.regex("A{200}")))
+    engine.add_request("bad", [1, 2], SamplingParams(max_tokens=200, structured=ambiguous, logit_bias={EOS: -100}))
     events = run(engine)
     assert events["bad", 0][-1].finish_reason is FinishReason.ERROR
-    assert text(events["good", 0]) == "A" * 19
+    assert "cannot be followed" in events["bad", 0][-1].failure
+    assert text(events["good", 0]) == "A" * 100
 
 
 def test_ignore_eos_is_refused() -> None:

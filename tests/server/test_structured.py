@@ -113,6 +113,27 @@ def test_logprobs_are_finite_and_few(served: Served) -> None:
     assert all(top["token"] in "yesno</s>" for entry in entries for top in entry["top_logprobs"])
 
 
+TAGS: dict[str, Any] = {  # the demo model likes to write " a"
+    "type": "structural_tag", "triggers": [" a"],
+    "structures": [{"begin": f" a{i}>", "schema": {"const": [i]}, "end": "</a>"} for i in range(2)],
+}
+
+
+@pytest.mark.parametrize("form", [{"response_format": TAGS}, {"structured_outputs": {"structural_tag": TAGS}},
+                                  {"structured_outputs": {"structural_tag": json.dumps(TAGS)}}], ids=str)
+def test_structural_tags(served: Served, form: dict[str, Any]) -> None:
+    """Text is free, and what begins as a tag is one."""
+    begun = 0
+    for seed in range(5):
+        body = {"messages": MESSAGES, "max_tokens": 60, "seed": seed, **form}
+        [choice] = served.http.post("/v1/chat/completions", json=body).json()["choices"]
+        for rest in choice["message"]["content"].split(" a")[1:]:
+            begun += 1
+            whole = re.match(r"(0>\[ ?0 ?\]|1>\[ ?1 ?\])</a>", rest)
+            assert whole or choice["message"]["content"].endswith(rest)
+    assert begun
+
+
 @pytest.mark.parametrize("kind", ["json", "regex"])
 @pytest.mark.parametrize("path", ["/generate", "/generate_stream"])
 def test_tgi(served: Served, path: str, kind: str) -> None:
@@ -143,6 +164,10 @@ def test_tgi(served: Served, path: str, kind: str) -> None:
     ({"structured_outputs": {"json": {}, "regex": "a"}}, "structured_outputs.regex", "give one"),
     ({"guided_json": {}, "guided_regex": "a"}, "guided_regex", "give one"),
     ({"guided_json": {}, "ignore_eos": True}, "ignore_eos", "structured"),
+    ({"response_format": {"type": "structural_tag", "structures": TAGS["structures"]}}, "response_format", "triggers"),
+    ({"response_format": TAGS | {"triggers": ["x"]}}, "response_format", "structures.0.begin"),
+    ({"structured_outputs": {"structural_tag": '{"type": "structural_tag", "format": {}}'}},
+     "structured_outputs.structural_tag", "format"),
 ])
 def test_refusals(served: Served, fields: dict[str, Any], param: str, words: str) -> None:
     error = refusal(served, **fields)
