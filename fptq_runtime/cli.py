@@ -384,6 +384,8 @@ def _tells_what_is_left(out: Path) -> Iterator[None]:
               help="The format of the model's tool calls; auto: as its chat template tells, none: as text.")
 @click.option("--reasoning-parser", default="auto", show_default=True, metavar="NAME",
               help="The format of the model's reasoning; auto: as its chat template tells, none: as text.")
+@click.option("--responses-db", type=click.Path(dir_okay=False, path_type=Path),
+              help="Keeps stored responses of /v1/responses in this file, not in memory.")
 @engine_options
 @click.option("--max-waiting-requests", type=click.IntRange(1), default=256, show_default=True,
               help="Past so many in the queue a request is refused with 429.")

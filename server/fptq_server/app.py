@@ -22,12 +22,14 @@ from fptq_server.errors import APIError, ErrorHandlers
 from fptq_server.logprobs import TokenTexts
 from fptq_server.metrics import Metrics
 from fptq_server.middleware import RequestContext, RequestLimits, Routing
+from fptq_server.response_store import ResponseStore
 from fptq_server.routes.chat import chat_router
 from fptq_server.routes.completions import completions_router
 from fptq_server.routes.docs import docs_router
 from fptq_server.routes.generate import generate_router
 from fptq_server.routes.messages import messages_router
 from fptq_server.routes.models import models_router
+from fptq_server.routes.responses import responses_router
 from fptq_server.routes.status import status_router
 from fptq_server.routes.tokens import tokens_router
 
@@ -40,21 +42,25 @@ def create_app(engine: AsyncEngine, tokenizer: Tokenizer, config: ServerConfig, 
     """An app around an engine that has not been started; the lifespan starts and stops it. `metrics.record_step` is
     what the engine was given as on_stats."""
 
+    store = ResponseStore(config.responses_db)
+
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         engine.start()
         yield
         await asyncio.to_thread(engine.stop)
+        store.close()
 
     app = FastAPI(title="FPTQ Serve", version=__version__, lifespan=lifespan, redirect_slashes=False,
                   servers=[{"url": config.root_path or "/"}], docs_url=None, redoc_url=None)
     texts = TokenTexts(tokenizer)
     chat = ChatFormat(tokenizer, config.tool_call_parser, config.reasoning_parser)
-    assistant = Assistant(engine, tokenizer, chat, model)
+    assistant = Assistant(engine, tokenizer, chat, model, config.chat_template_kwargs)
     for router in (
         completions_router(engine, tokenizer, texts, model, config),
         chat_router(engine, tokenizer, texts, chat, model, config),
         messages_router(assistant, config),
+        responses_router(assistant, store, config),
         models_router(model),
         generate_router(engine, tokenizer, texts, model, config),
         tokens_router(tokenizer, chat, model, config),

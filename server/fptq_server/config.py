@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from fptq_runtime.errors import FptqError
@@ -24,7 +25,7 @@ class ServerConfig:
     public_metrics: /metrics answers without a key.
     stall_timeout: /livez fails when the engine has work and finished no step for this long.
     head_timeout: from a connection's or a request's first byte to the end of its headers.
-    tool_call_parser, reasoning_parser: ChatFormat's.
+    tool_call_parser, reasoning_parser: ChatFormat's. responses_db: ResponseStore's file.
     body_timeout: from one byte of a body to the next, and for a short one in all; RequestLimits gives long ones more.
     """
 
@@ -48,6 +49,7 @@ class ServerConfig:
     max_prompts: int = 1024
     tool_call_parser: str = "auto"
     reasoning_parser: str = "auto"
+    responses_db: Path | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:

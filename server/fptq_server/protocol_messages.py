@@ -40,11 +40,11 @@ class ToolUseBlock(Body):
 
 def _by_type(*types: str) -> Discriminator:
     """Of blocks: the variant is named by the type, and what is none of the types is `other`."""
-    return Discriminator(lambda block: block["type"] if isinstance(block, dict) and block.get("type") in types
-                         else "<other>" if isinstance(block, dict) and "type" in block else types[0])
+    return Discriminator(lambda block: f"<{block['type']}>" if isinstance(block, dict) and block.get("type") in types
+                         else "<other>" if isinstance(block, dict) and "type" in block else f"<{types[0]}>")
 
 
-ResultBlock = Annotated[Annotated[TextBlock, Tag("text")] | Annotated[OtherBlock, Tag("<other>")], _by_type("text")]
+ResultBlock = Annotated[Annotated[TextBlock, Tag("<text>")] | Annotated[OtherBlock, Tag("<other>")], _by_type("text")]
 Blocks = "<a list of blocks>"
 
 
@@ -60,8 +60,8 @@ class ToolResultBlock(Body):
 
 
 Block = Annotated[
-    Annotated[TextBlock, Tag("text")] | Annotated[ThinkingBlock, Tag("thinking")]
-    | Annotated[ToolUseBlock, Tag("tool_use")] | Annotated[ToolResultBlock, Tag("tool_result")]
+    Annotated[TextBlock, Tag("<text>")] | Annotated[ThinkingBlock, Tag("<thinking>")]
+    | Annotated[ToolUseBlock, Tag("<tool_use>")] | Annotated[ToolResultBlock, Tag("<tool_result>")]
     | Annotated[OtherBlock, Tag("<other>")],
     _by_type("text", "thinking", "tool_use", "tool_result"),
 ]

@@ -27,6 +27,7 @@ from fptq_server.protocol import (
     TokenizeRequest,
 )
 from fptq_server.protocol_messages import CountTokensRequest, MessagesRequest
+from fptq_server.protocol_responses import ResponsesRequest
 from tests.server.conftest import Served
 
 schemathesis = pytest.importorskip("schemathesis")
@@ -38,6 +39,7 @@ from schemathesis.specs.openapi.checks import (  # noqa: E402
     status_code_conformance,
 )
 
+STORED = "/v1/responses/{response_id}"
 MESSAGE: dict[str, Any] = {"model": "demo", "messages": [{"role": "user", "content": "x"}]}
 MINIMAL: dict[str, tuple[type[BaseModel], dict[str, Any]]] = {
     "/v1/completions": (CompletionRequest, {"prompt": "x", "max_tokens": 1}),
@@ -45,6 +47,7 @@ MINIMAL: dict[str, tuple[type[BaseModel], dict[str, Any]]] = {
     "/generate": (GenerateRequest, {"inputs": "x", "parameters": {"max_new_tokens": 1}}),
     "/": (GenerateRequest, {"inputs": "x", "parameters": {"max_new_tokens": 1}}),
     "/generate_stream": (GenerateRequest, {"inputs": "x", "parameters": {"max_new_tokens": 1}}),
+    "/v1/responses": (ResponsesRequest, {"input": "x", "max_output_tokens": 1}),
     "/v1/messages": (MessagesRequest, MESSAGE | {"max_tokens": 1}),
     "/v1/messages/count_tokens": (CountTokensRequest, MESSAGE),
     "/tokenize": (TokenizeRequest, {"prompt": "x"}),
@@ -69,7 +72,8 @@ def tiny(run_server: Callable[..., Any]) -> Iterator[Served]:
 
 @pytest.mark.parametrize("operation", [("POST", path) for path in MINIMAL] + [
     ("GET", path) for path in ("/v1/models", "/v1/models/{model_id}", "/tokenizer_info", "/livez", "/readyz", "/health",
-                               "/version", "/info", "/metrics")], ids=" ".join)
+                               "/version", "/info", "/metrics", STORED, f"{STORED}/input_items")] + [
+    ("DELETE", STORED), ("POST", f"{STORED}/cancel")], ids=" ".join)
 def test_openapi(tiny: Served, operation: tuple[str, str]) -> None:
     method, path = operation
     schema = schemathesis.openapi.from_url(tiny.url + "/openapi.json")
@@ -85,7 +89,7 @@ def test_openapi(tiny: Served, operation: tuple[str, str]) -> None:
 
 def test_every_operation_is_tested(tiny: Served) -> None:
     paths = tiny.app.openapi()["paths"]
-    assert {path for path, methods in paths.items() if "post" in methods} == set(MINIMAL)
+    assert {path for path, methods in paths.items() if "post" in methods} == {*MINIMAL, f"{STORED}/cancel"}
 
 
 @pytest.mark.parametrize(("path", "within", "field"), FIELDS, ids=str)

@@ -120,6 +120,7 @@ def messages_router(assistant: Assistant, config: ServerConfig) -> APIRouter:
         generation, reading = await assistant.answer(
             record_of(request.scope), "msg", prompt, tools, body.max_tokens,
             structured=None if form is None else Grammar.json_schema(form.schema_),
+            structured_param="output_config.format.schema",
             include_reasoning=body.thinking is not None and body.thinking.type != "disabled",
             temperature=body.temperature, top_p=body.top_p, top_k=body.top_k, stop=tuple(body.stop_sequences or ()))
         reply = Reply(generation.id, assistant.model.id, generation, reading)
