@@ -391,11 +391,19 @@ def _tells_what_is_left(out: Path) -> Iterator[None]:
               help="Past so many in the queue a request is refused with 429.")
 @click.option("--max-waiting-tokens", type=click.IntRange(1), default=1 << 20, show_default=True,
               help="Past so many prompt tokens in the queue a request is refused with 429.")
+@click.option("--max-wait", type=click.FloatRange(0, min_open=True), default=10.0, show_default=True,
+              help="A request that would wait longer for its first token, in seconds, is refused with 429.")
 @click.option("--api-key", "api_keys", multiple=True, help="Clients must send it as a bearer token; may be given more "
               "than once. Without it, FPTQ_API_KEY is the key where it is set.")
 @click.option("--public-metrics", is_flag=True, help="/metrics asks for no key.")
 @click.option("--drain-timeout", type=click.FloatRange(0), default=30.0, show_default=True,
               help="Seconds that running requests get after SIGTERM.")
+@click.option("--stall-timeout", type=click.FloatRange(0, min_open=True), default=60.0, show_default=True,
+              help="/livez fails when requests wait and no step has ended for so many seconds.")
+@click.option("--verify-weights", is_flag=True, help="Check the artifact's hashes, also where they were before and no "
+              "size or time has changed.")
+@click.option("--scrub-interval", type=click.FloatRange(0), default=3600.0, show_default=True,
+              help="Seconds in which the artifact's files are read and hashed once while serving; 0: never.")
 def serve(artifact: str, model_names: tuple[str, ...], generation_config: str, chat_template: Path | None,
           api_keys: tuple[str, ...], **options: Any) -> None:
     """Serve ARTIFACT over HTTP."""

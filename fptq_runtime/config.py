@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from typing import Literal
@@ -40,6 +41,7 @@ class EngineConfig:
 
     block_size: tokens per KV block, 16, 32, 64 or 128 (what the attention kernels accept).
     max_waiting_requests, max_waiting_tokens: bounds of the queue; past them a request is refused.
+    max_wait: seconds in which a request is to have its first token; one that would wait longer is refused.
     """
 
     max_model_len: int
@@ -51,12 +53,15 @@ class EngineConfig:
     enable_prefix_caching: bool = True
     max_waiting_requests: int = 256
     max_waiting_tokens: int = 1 << 20
+    max_wait: float = math.inf
 
     def __post_init__(self) -> None:
         for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "kv_cache_memory",
                      "max_waiting_requests", "max_waiting_tokens"):
             if getattr(self, name) < 1:
                 raise FptqError(f"{name} must be at least 1, not {getattr(self, name)}", name)
+        if not self.max_wait > 0:
+            raise FptqError(f"max_wait must be more than 0 seconds, not {self.max_wait}", "max_wait")
         if self.block_size not in (16, 32, 64, 128):
             raise FptqError(f"block_size must be 16, 32, 64 or 128, not {self.block_size}", "block_size")
         if self.kv_cache_dtype not in ("float32", "bf16", "int8"):

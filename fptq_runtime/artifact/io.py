@@ -250,8 +250,9 @@ def _fault(path: Path, record: FileRecord) -> str | None:
         return str(error)
 
 
-def check_files(path: Path) -> Manifest:
-    """`verify`, skipped where this user verified the same artifact before and no size or mtime has changed since."""
+def check_files(path: Path, full: bool = False) -> Manifest:
+    """`verify`, skipped, unless `full`, where this user verified the same artifact before and no size or mtime has
+    changed since."""
     manifest = read_manifest(path)
     cache, key = cache_directory(), hashlib.sha256(str(path.resolve()).encode()).hexdigest()
     stamp = None if cache is None else cache / "verified" / f"{key}.json"
@@ -265,7 +266,7 @@ def check_files(path: Path) -> Manifest:
         state[name] = [status.st_size, status.st_mtime_ns]
     expected = json.dumps({"digest": manifest.digest, "files": state})
     try:
-        if stamp is not None and stamp.read_text() == expected:
+        if stamp is not None and not full and stamp.read_text() == expected:
             logger.info("%s: %d files unchanged since their hashes were checked", path, len(manifest.files))
             return manifest
     except OSError:

@@ -77,7 +77,9 @@ class QuantizationArgs:
                 symmetric=bool(data.get("symmetric", True)),
                 type=data.get("type", "int"),
             )
-        except (KeyError, TypeError) as error:
+        except SchemeError:
+            raise
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise SchemeError(f"malformed quantization args {dict(data)!r}: {error}") from None
 
 

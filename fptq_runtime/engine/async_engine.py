@@ -7,13 +7,13 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from fptq_runtime.engine.engine import Engine, QueueFullError
 from fptq_runtime.engine.grammar import COMPILE_SECONDS, Grammar
 from fptq_runtime.engine.output import RequestOutput
-from fptq_runtime.engine.request import FinishReason, SamplingParams
+from fptq_runtime.engine.request import ANYONE, FinishReason, Origin, SamplingParams
 from fptq_runtime.engine.stats import StepStats
 
 logger = logging.getLogger(__name__)
@@ -70,13 +70,22 @@ class AsyncEngine:
 
     All methods belong to one event loop and never wait for a step. on_stats is called on the engine's thread.
     error: what ended the thread, if anything did; every open stream has then ended with FinishReason.ERROR.
+    deviation: the greatest of the engine's probes, which run one by one while there is no work, all of them every
+    probe_interval seconds; 1 is what is tolerated, None before the first round's end. on_deviation gets it too.
     """
 
-    def __init__(self, engine: Engine[Any], on_stats: Callable[[StepStats], None] | None = None) -> None:
+    def __init__(self, engine: Engine[Any], on_stats: Callable[[StepStats], None] | None = None,
+                 on_deviation: Callable[[float], None] | None = None, probe_interval: float = 60.0) -> None:
         self.engine = engine
         self.error: BaseException | None = None
         self.draining = False
+        self.deviation: float | None = None
         self._on_stats = on_stats
+        self._on_deviation = on_deviation
+        self._probe_interval = probe_interval
+        self._round: Iterator[float] | None = None
+        self._worst = 0.0
+        self._next_round = time.monotonic() + probe_interval
         self._streams: dict[str, RequestStream] = {}  # only touched on the event loop
         self._loop: asyncio.AbstractEventLoop | None = None
         self._idle = asyncio.Event()  # no stream is open
@@ -94,7 +103,8 @@ class AsyncEngine:
     def start(self) -> None:
         self._thread.start()
 
-    def add_request(self, request_id: str, prompt_token_ids: Sequence[int], params: SamplingParams) -> RequestStream:
+    def add_request(self, request_id: str, prompt_token_ids: Sequence[int], params: SamplingParams,
+                    origin: Origin = ANYONE) -> RequestStream:
         """Raises RequestError, QueueFullError, or EngineDeadError."""
         if self.draining:
             raise QueueFullError(1.0, "draining")
@@ -103,7 +113,7 @@ class AsyncEngine:
                 raise EngineDeadError("the engine has stopped")
             if not self.engine.has_unfinished_requests:
                 self._last_progress = time.monotonic()
-            self.engine.add_request(request_id, prompt_token_ids, params)
+            self.engine.add_request(request_id, prompt_token_ids, params, origin)
             stream = RequestStream(request_id, params.n, self._abort)
             self._loop = asyncio.get_running_loop()
             self._streams[request_id] = stream
@@ -153,7 +163,10 @@ class AsyncEngine:
     def _run(self) -> None:
         reason = FinishReason.ABORT
         try:
-            while self._wait_for_work():
+            while not self._stopping:
+                if not self._wait_for_work():
+                    self._probe()
+                    continue
                 outputs, stats = self.engine.step()
                 self._last_progress = time.monotonic()
                 self._post(self._deliver, outputs)
@@ -166,9 +179,29 @@ class AsyncEngine:
         self._post(self._end_all, reason)
 
     def _wait_for_work(self) -> bool:
+        """False where a probe is due, or the thread is to end."""
         with self._work:
-            self._work.wait_for(lambda: self._stopping or self.engine.has_unfinished_requests)
-            return not self._stopping
+            due = None if self.engine.probes is None else max(0.0, self._next_round - time.monotonic())
+            self._work.wait_for(lambda: self._stopping or self.engine.has_unfinished_requests, due)
+            return not self._stopping and self.engine.has_unfinished_requests
+
+    def _probe(self) -> None:
+        if self.engine.probes is None or self._stopping:
+            return
+        if self._round is None:
+            self._round, self._worst = self.engine.probes(), 0.0
+        deviation = next(self._round, None)
+        if deviation is not None:
+            self._worst = max(self._worst, deviation)
+            return
+        self._round = None
+        self._next_round = time.monotonic() + self._probe_interval
+        if self._worst > 1 and (self.deviation or 0) <= 1:
+            logger.error("this machine does not compute what was recorded: %.3g times what rounding explains",
+                         self._worst)
+        self.deviation = self._worst
+        if self._on_deviation is not None:
+            self._on_deviation(self._worst)
 
     def _publish(self, stats: StepStats) -> None:
         if self._on_stats is None:

@@ -112,12 +112,13 @@ class BlockManager:
         assert self._evictable.keys() <= self._hash_of.keys(), "an evictable block is not cached"
 
     def _block_hash(self, sequence: Sequence, index: int) -> bytes:
-        """What block `index` holds: a digest of its tokens and, through its parent's digest, of all before them.
+        """What block `index` holds: a digest of its tokens and, through its parent's digest, of all before them and of
+        its tenant, so that no time taken tells of another's prompts.
         128 bits, so that two texts never share a block by chance."""
         hashes, size = sequence.block_hashes, self.block_size
         while len(hashes) <= index:
             start = len(hashes) * size
-            parent = hashes[-1] if hashes else b""
+            parent = hashes[-1] if hashes else sequence.origin.tenant.encode()
             tokens = array("i", sequence.token_ids[start : start + size]).tobytes()
             hashes.append(blake2b(parent + tokens, digest_size=16).digest())
         return hashes[index]

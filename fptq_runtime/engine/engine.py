@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import logging
-import math
 import threading
 import time
-from collections import abc
+from collections import Counter, abc
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from dataclasses import dataclass, field, replace
+from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 
 from fptq_runtime.config import EngineConfig
+from fptq_runtime.engine.admission import Forecast, Work
 from fptq_runtime.engine.batch import build_step_input
 from fptq_runtime.engine.block_manager import BlockManager
 from fptq_runtime.engine.grammar import GrammarError, Grammars
 from fptq_runtime.engine.output import Detokenizer, RequestOutput, TextStream, TokenLogprobs
-from fptq_runtime.engine.request import FinishReason, SamplingParams
+from fptq_runtime.engine.request import ANYONE, FinishReason, Origin, SamplingParams
 from fptq_runtime.engine.sampler import NO_MASKS, SampleBatch, SampleResult, Sampling
 from fptq_runtime.engine.scheduler import ScheduledSequence, Scheduler, SchedulerOutput
 from fptq_runtime.engine.sequence import Sequence, SequenceStatus
@@ -32,8 +32,7 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T", bound=Detokenizer)
 
-DRAIN_RATE_SECONDS = 30.0  # how far back the measured drain rate looks
-RETRY_AFTER_SECONDS = (1.0, 60.0)
+RETRY_AFTER_SECONDS = (1.0, 600.0)
 
 
 class RequestError(FptqError):
@@ -41,8 +40,8 @@ class RequestError(FptqError):
 
 
 class QueueFullError(Exception):
-    """Too much is waiting. retry_after: seconds until what waits now should have been started, from the measured
-    rate. reason: queue_full, or draining where the server shuts down."""
+    """Too much is waiting. retry_after: seconds until a request like this should find a place, at the measured pace.
+    reason: queue_full, or draining where the server shuts down."""
 
     def __init__(self, retry_after: float, reason: str = "queue_full") -> None:
         super().__init__(f"{reason}: retry after {retry_after:.0f} s")
@@ -53,11 +52,20 @@ class QueueFullError(Exception):
 @dataclass(frozen=True)
 class _Batch:
     """What the executor computes, or has computed. logits: None where that failed. masks: of the items that draw a
-    token of a structured answer, in their order."""
+    token of a structured answer, in their order. failed: whom it cannot compute, taken out of the plan."""
 
     plan: SchedulerOutput
     logits: Logits | None
     masks: Future[UInt32Array] | None = None
+    failed: tuple[Sequence, ...] = ()
+
+
+class _Waiting(NamedTuple):
+    """A sequence in the queue, as whoever comes next sees it."""
+
+    turn: tuple[int, float]
+    tenant: str
+    work: Work
 
 
 @dataclass
@@ -91,12 +99,15 @@ class Engine(Generic[T]):
 
     add_request and abort may be called from any thread, also while a step runs; they take effect at the next step.
     step belongs to one thread. Raises FptqError where the configuration does not fit the model.
-    eos_token_ids: those of the model's config unless given.
+    eos_token_ids: those of the model's config unless given. probes: small computations whose results are known; each
+    gives its deviation, 1 being what is tolerated. They belong between steps.
     """
 
     def __init__(self, decoder: Decoder, backend: Backend, config: EngineConfig, tokenizer: T,
-                 eos_token_ids: abc.Sequence[int] | None = None) -> None:
+                 eos_token_ids: abc.Sequence[int] | None = None,
+                 probes: abc.Callable[[], abc.Iterator[float]] | None = None) -> None:
         self.config = config
+        self.probes = probes
         self.model_config = decoder.config
         self.backend = backend
         self.tokenizer = tokenizer
@@ -114,14 +125,16 @@ class Engine(Generic[T]):
         self._mask_worker = ThreadPoolExecutor(1, "fptq-masks")
         self._launched: _Batch | None = None  # between steps, with an asynchronous backend
         self._live: dict[tuple[str, int], Sequence] = {}
-        self._drain_rate = _DrainRate()
+        self._forecast = Forecast(limits.max_tokens)
         # Shared between threads, under the lock.
         self._lock = threading.Lock()
         self._inbox: list[Sequence] = []
         self._to_abort: list[str] = []
         self._unfinished: dict[str, int] = {}  # sequences by request
         self._num_unfinished = 0
-        self._waiting_tokens = 0
+        self._tenants: Counter[str] = Counter()  # unfinished sequences of each
+        self._running: list[Work] = []  # after the last step, and
+        self._waiting: list[_Waiting] = []  # what waits, also since then
 
     @property
     def executor(self) -> Executor:
@@ -140,30 +153,55 @@ class Engine(Generic[T]):
     def num_waiting(self) -> int:
         return len(self._scheduler.waiting) + len(self._inbox)
 
-    def add_request(self, request_id: str, prompt_token_ids: abc.Sequence[int], params: SamplingParams) -> None:
+    def add_request(self, request_id: str, prompt_token_ids: abc.Sequence[int], params: SamplingParams,
+                    origin: Origin = ANYONE) -> None:
         """Queue a request. Raises RequestError or GrammarError where it can never run, QueueFullError where it cannot
         now. Waits for its grammar where `grammars` has not compiled it yet."""
         self.validate(prompt_token_ids, params)
-        sequences = Sequence.expand(request_id, prompt_token_ids, params)
+        sequences = Sequence.expand(request_id, prompt_token_ids, params, origin)
         matchers = [None] * params.n if params.structured is None else \
             self.grammars.matchers(params.structured, params.n, params.stop_token_ids)
+        work = Work(len(prompt_token_ids), 0, self._most_tokens(len(prompt_token_ids), params))
         for sequence, matcher in zip(sequences, matchers, strict=True):
             sequence.matcher = matcher
             stream = self.tokenizer.stream(params.skip_special_tokens, prompt_token_ids, params.shown_special_tokens)
             sequence.text = TextStream(stream, params.stop)
             sequence.sampling = Sampling(sequence, self._eos_token_ids)
-        tokens = len(prompt_token_ids) * params.n
+            sequence.cost = work.prompt + self._forecast.output(work)
         with self._lock:
             if request_id in self._unfinished:
                 raise RequestError(f"a request with id {request_id!r} is already running")
-            if self._num_unfinished + params.n > self.config.max_unfinished_seqs or (
-                self._waiting_tokens and self._waiting_tokens + tokens > self.config.max_waiting_tokens
-            ):
-                raise QueueFullError(self._retry_after())
+            turn = self._scheduler.turn_of(origin)
+            self._check_room(origin, turn, work, params.n)
             self._inbox += sequences
             self._unfinished[request_id] = params.n
             self._num_unfinished += params.n
-            self._waiting_tokens += tokens
+            self._tenants[origin.tenant] += params.n
+            self._waiting += [_Waiting(turn, origin.tenant, work)] * params.n
+
+    def _check_room(self, origin: Origin, turn: tuple[int, float], work: Work, n: int) -> None:
+        """Raises QueueFullError where the queue holds too much, unless it is others who fill it, or where the wait
+        would be too long. A prompt's own computation counts only for half of what it may wait: one that takes longer
+        would never be served."""
+        ahead = [each.work for each in self._waiting if each.turn <= turn]
+        begins, first_token = self._forecast.wait(self._running, ahead, self._slots, work.prompt)
+        most = min(origin.max_wait, self.config.max_wait)
+        if (ahead or len(self._running) >= self._slots) and begins + min(first_token, most / 2) > most:
+            raise QueueFullError(_bounded(begins + min(first_token, most / 2) - most))
+        tokens = sum(each.work.prompt for each in self._waiting)
+        own = sum(each.work.prompt for each in self._waiting if each.tenant == origin.tenant)
+        for held, of_tenant, more, most_held in (
+                (self._num_unfinished, self._tenants[origin.tenant], n, self.config.max_unfinished_seqs),
+                (tokens, own, n * work.prompt if tokens else 0, self.config.max_waiting_tokens)):
+            share = most_held // len({*self._tenants, origin.tenant})
+            if held + more > most_held and of_tenant + more > share:
+                raise QueueFullError(_bounded(begins))
+
+    @property
+    def _slots(self) -> int:
+        """Sequences that run at once: fewer than are allowed where the cache holds no more."""
+        scheduler = self._scheduler
+        return max(1, len(self._running)) if scheduler.waiting else scheduler.max_num_seqs
 
     def abort(self, request_id: str) -> None:
         """Finish a request's sequences with FinishReason.ABORT; one that is unknown or finished is left alone."""
@@ -172,8 +210,9 @@ class Engine(Generic[T]):
                 self._to_abort.append(request_id)
 
     def step(self) -> tuple[list[RequestOutput], StepStats]:
-        """Compute one batch. What one sequence breaks finishes that sequence with FinishReason.ERROR; what the
-        executor breaks, those that were in the batch. Raises DeviceLostError, after which no step can succeed.
+        """Compute one batch. What one sequence breaks, in company or alone, finishes that sequence with
+        FinishReason.ERROR; what no one sequence breaks, those that were in the batch. Raises DeviceLostError, after
+        which no step can succeed.
 
         An asynchronous backend gets the next batch as soon as this one's tokens are known, and computes it while their
         text is made and the outputs are delivered. A sequence that its text then ends is dropped from that batch. Masks
@@ -218,11 +257,6 @@ class Engine(Generic[T]):
             raise RequestError(f"n {params.n} exceeds the {self.config.max_num_seqs} running and "
                                f"{self.config.max_waiting_requests} waiting sequences that this server takes", "n")
 
-    def _retry_after(self) -> float:
-        rate = self._drain_rate.per_second
-        low, high = RETRY_AFTER_SECONDS
-        return low if rate == 0 else min(max((self.num_waiting + 1) / rate, low), high)
-
     def _receive(self, step: _Step) -> None:
         """Queue what was added since the last step, then drop what was aborted."""
         with self._lock:
@@ -244,15 +278,46 @@ class Engine(Generic[T]):
             if self._scheduler.running or self._scheduler.waiting:
                 raise RuntimeError("sequences are left but none can be scheduled")
             return _Batch(plan, None)
-        structured = [item.sequence for item in plan.scheduled if item.samples and item.sequence.matcher is not None]
-        masks = self._mask_worker.submit(self._masks, structured) if structured else None
         try:
-            return _Batch(plan, self._executor.step(build_step_input(plan, self.config.block_size), reuse=True), masks)
+            return self._compute(plan)
         except DeviceLostError:
             raise
         except Exception:
-            logger.exception("a step failed; its %d sequences end with an error", len(plan.scheduled))
-            return _Batch(plan, None)
+            logger.exception("a step of %d sequences failed; it is taken apart", len(plan.scheduled))
+        failed = self._culprits(plan.scheduled)
+        for item in failed:
+            logger.error("request %s, sequence %d cannot be computed and ends with an error",
+                         item.sequence.request_id, item.sequence.index)
+        rest = replace(plan, scheduled=[item for item in plan.scheduled if item not in failed])
+        sequences = tuple(item.sequence for item in failed)
+        try:
+            computed = self._compute(rest) if failed and rest.scheduled else _Batch(rest, None)
+            return replace(computed, failed=sequences)
+        except DeviceLostError:
+            raise
+        except Exception:
+            logger.exception("a step failed; its %d sequences end with an error", len(rest.scheduled))
+            return _Batch(rest, None, None, sequences)
+
+    def _compute(self, plan: SchedulerOutput) -> _Batch:
+        structured = [item.sequence for item in plan.scheduled if item.samples and item.sequence.matcher is not None]
+        masks = self._mask_worker.submit(self._masks, structured) if structured else None
+        return _Batch(plan, self._executor.step(build_step_input(plan, self.config.block_size), reuse=True), masks)
+
+    def _culprits(self, items: list[ScheduledSequence]) -> list[ScheduledSequence]:
+        """Of items that fail together, those that fail without the others. Keys and values that are computed again
+        are the same."""
+        if len(items) == 1:
+            return items
+        culprits = []
+        for half in (items[: len(items) // 2], items[len(items) // 2 :]):
+            try:
+                self._executor.step(build_step_input(SchedulerOutput(half), self.config.block_size), reuse=True)
+            except DeviceLostError:
+                raise
+            except Exception:
+                culprits += self._culprits(half)
+        return culprits
 
     def _masks(self, sequences: list[Sequence]) -> UInt32Array:
         """[sequences, words]; nothing is allowed where that cannot be known."""
@@ -302,6 +367,9 @@ class Engine(Generic[T]):
     def _take_in(self, step: _Step, batch: _Batch) -> list[_Gain]:
         """Give every sequence of a batch what was drawn for it, if it is still there; those that end with it leave the
         scheduler at once."""
+        for sequence in batch.failed:
+            if sequence.status is not SequenceStatus.FINISHED:
+                self._emit(step, sequence, finish_reason=FinishReason.ERROR)
         draws, items = self._draw_all(batch), batch.plan.scheduled
         if draws is None:
             for item in items:
@@ -424,8 +492,14 @@ class Engine(Generic[T]):
             return
         self._scheduler.finish(sequence)
         del self._live[sequence.key]
+        if finish_reason in (FinishReason.STOP, FinishReason.LENGTH):
+            self._forecast.observe_answer(sequence.num_output_tokens, finish_reason is FinishReason.LENGTH)
+        tenant = sequence.origin.tenant
         with self._lock:
             self._num_unfinished -= 1
+            self._tenants[tenant] -= 1
+            if self._tenants[tenant] == 0:
+                del self._tenants[tenant]
             self._unfinished[sequence.request_id] -= 1
             if self._unfinished[sequence.request_id] == 0:
                 del self._unfinished[sequence.request_id]
@@ -458,25 +532,22 @@ class Engine(Generic[T]):
         if self.config.enable_prefix_caching:
             stats.prefix_query_tokens = sum(sequence.num_prompt_tokens for sequence in plan.admitted)
             stats.prefix_hit_tokens = sum(sequence.num_cached_tokens for sequence in plan.admitted)
-        self._drain_rate.add(len(stats.finished), seconds)
+        if plan.scheduled:
+            self._forecast.observe_step(plan.num_tokens, seconds)
+        running = [self._work(sequence) for sequence in scheduler.running]
         with self._lock:
-            queued = [*scheduler.waiting, *self._inbox]
-            self._waiting_tokens = sum(sequence.num_tokens for sequence in queued)
+            self._running = running
+            self._waiting = [_Waiting(sequence.turn, sequence.origin.tenant, self._work(sequence))
+                             for sequence in [*scheduler.waiting, *self._inbox]]
+
+    def _work(self, sequence: Sequence) -> Work:
+        return Work(sequence.num_tokens - sequence.num_computed_tokens, sequence.num_output_tokens,
+                    self._most_tokens(sequence.num_prompt_tokens, sequence.params))
+
+    def _most_tokens(self, prompt: int, params: SamplingParams) -> int:
+        return min(params.max_tokens, self.config.max_model_len - prompt)
 
 
-class _DrainRate:
-    """Sequences finished per second of work; what is long past counts less and less."""
-
-    def __init__(self) -> None:
-        self._finished = 0.0
-        self._seconds = 0.0
-
-    def add(self, finished: int, seconds: float) -> None:
-        decay = math.exp(-seconds / DRAIN_RATE_SECONDS)
-        self._finished = self._finished * decay + finished
-        self._seconds = self._seconds * decay + seconds
-
-    @property
-    def per_second(self) -> float:
-        """0 before anything was measured."""
-        return self._finished / self._seconds if self._seconds else 0.0
+def _bounded(seconds: float) -> float:
+    low, high = RETRY_AFTER_SECONDS
+    return min(max(seconds, low), high)

@@ -6,14 +6,14 @@ import ctypes
 import itertools
 import logging
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fptq_runtime.artifact.io import MANIFEST, check_files, is_artifact
+from fptq_runtime.artifact.io import GOLDEN, MANIFEST, check_files, is_artifact
 from fptq_runtime.config import Activations, EngineConfig
 from fptq_runtime.engine.engine import Engine, QueueFullError
 from fptq_runtime.engine.output import RequestOutput, TokenLogprobs
@@ -22,7 +22,7 @@ from fptq_runtime.engine.sizing import cache_tokens, device_cache_memory, format
 from fptq_runtime.errors import FptqError
 from fptq_runtime.kernels.base import Backend
 from fptq_runtime.kernels.select import select_backend
-from fptq_runtime.models.gate import check_artifact
+from fptq_runtime.models.gate import Golden, check_artifact, probe
 from fptq_runtime.models.loader import Checkpoint, load_model
 from fptq_runtime.models.tokenizer import Tokenizer, eos_token_ids
 
@@ -101,17 +101,18 @@ class LLM:
 def load_engine(path: str | Path, *, backend: str | Backend = "auto", device: str = "auto",
                 activations: Activations = "checkpoint", threads: int = 0, max_model_len: int | None = None,
                 kv_cache_memory: int | None = None, gpu_memory_utilization: float = 0.9,
-                chat_template: str | None = None, **options: Any) -> Engine[Tokenizer]:
+                chat_template: str | None = None, verify_weights: bool = False, **options: Any) -> Engine[Tokenizer]:
     """An engine for a model directory; an artifact's files and golden values are checked first, of these what
     activations that are not its own leave as it was.
 
     backend: its name, or what `select_backend` gave for a device and so many threads. threads: 0 means what
     the machine, its affinity mask and its cgroup quota allow. max_model_len: the model's own unless given, or what the
     KV cache holds where that is less. kv_cache_memory: EngineConfig's default unless given; on a GPU, what the weights
-    and a step leave of the gpu_memory_utilization share of its free memory. chat_template: in place of the
-    model's. options: the other fields of EngineConfig. Raises FptqError (ArtifactError, CheckpointError, GateError, …).
+    and a step leave of the gpu_memory_utilization share of its free memory. chat_template: in place of the model's.
+    verify_weights: an artifact's hashes are checked also where they were before and nothing seems to have changed.
+    options: the other fields of EngineConfig. Raises FptqError (ArtifactError, CheckpointError, GateError, …).
     """
-    manifest = check_files(Path(path)) if is_artifact(Path(path)) else None
+    manifest = check_files(Path(path), verify_weights) if is_artifact(Path(path)) else None
     checkpoint = Checkpoint(path, activations)
     model = checkpoint.model_config
     if not 0 < gpu_memory_utilization <= 1:
@@ -126,8 +127,9 @@ def load_engine(path: str | Path, *, backend: str | Backend = "auto", device: st
     token_bytes = kernels.token_bytes(model, config.kv_cache_dtype)
     config = _fit(config, token_bytes) if max_model_len is None else config
     limits = step_limits(model, config, token_bytes)  # says what is wrong with it before minutes of loading
-    prompt = () if manifest is None or manifest.format_version > 1 else manifest.golden.get("prompt_token_ids", ())
-    checkpoint.max_positions = min(model.max_position_embeddings, max(config.max_model_len, len(prompt)))
+    prompt = None if manifest is None or manifest.format_version > 1 else manifest.golden.get("prompt_token_ids")
+    checkpoint.max_positions = min(model.max_position_embeddings,
+                                   max(config.max_model_len, len(prompt) if isinstance(prompt, list) else 0))
     with ThreadPoolExecutor(1) as executor:
         tokenizer = executor.submit(Tokenizer, path, chat_template)  # half a second for a large vocabulary
         decoder = load_model(checkpoint, kernels)
@@ -156,9 +158,14 @@ def load_engine(path: str | Path, *, backend: str | Backend = "auto", device: st
         memory = device_cache_memory(free, now, gpu_memory_utilization, kernels.step_bytes(model, limits))
         config = replace(config, kv_cache_memory=memory)
         config = _fit(config, token_bytes) if max_model_len is None else config
+    probes: Callable[[], Iterator[float]] | None = None
+    if manifest is not None and manifest.format_version > 1 and activations == "checkpoint":
+        golden, kv_dtype = Golden.read(Path(path) / GOLDEN), config.kv_cache_dtype
+        probes = lambda: (outcome.ratio for outcome in probe(  # noqa: E731
+            decoder, kernels, golden, checkpoint.max_positions, kv_dtype))
     try:
         engine = Engine(decoder, kernels, config, tokenizer.result(),
-                        eos_token_ids(Path(path), model.eos_token_ids, tokenizer.result(), model.vocab_size))
+                        eos_token_ids(Path(path), model.eos_token_ids, tokenizer.result(), model.vocab_size), probes)
     except MemoryError:
         raise FptqError(f"a KV cache of {format_bytes(config.kv_cache_memory)} does not fit into this machine's "
                         "memory; lower kv_cache_memory", "kv_cache_memory") from None

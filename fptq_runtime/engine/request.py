@@ -25,6 +25,20 @@ class FinishReason(str, enum.Enum):
 
 
 @dataclass(frozen=True)
+class Origin:
+    """Who sends a request, and how soon it must begin. tenants share what there is, and no cached prompt; of one
+    priority the lower number goes first; a request that would wait longer than max_wait seconds for its first token is
+    refused."""
+
+    tenant: str = ""
+    priority: int = 0
+    max_wait: float = math.inf
+
+
+ANYONE = Origin()
+
+
+@dataclass(frozen=True)
 class SamplingParams:
     """How tokens are drawn; OpenAI's and vLLM's names and meanings.
 

@@ -10,6 +10,7 @@ from collections import abc, deque
 from dataclasses import dataclass, field
 
 from fptq_runtime.engine.block_manager import BlockManager
+from fptq_runtime.engine.request import Origin
 from fptq_runtime.engine.sequence import Sequence, SequenceStatus
 
 
@@ -39,8 +40,9 @@ class SchedulerOutput:
 
 
 class Scheduler:
-    """First come, first served. `waiting` and `running` are in order of arrival, except that a preempted sequence
-    goes to the head of the queue.
+    """First come, first served, within a priority and a tenant. Tenants take turns by what they ask for (start-time
+    fair queueing): a sequence's turn begins where its tenant's last one ends, or now where that has had its turn.
+    `waiting` is in the order of turns, except that a preempted sequence goes to the head of the queue.
 
     max_prompt_logits: rows of prompt logits in one step, besides one row for each sequence.
     The cache must hold at least one sequence of the greatest length, or the oldest sequence could not finish.
@@ -55,9 +57,22 @@ class Scheduler:
         self.max_prompt_logits = max_prompt_logits
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
+        self._now = 0.0  # the turn that was admitted last
+        self._ends: dict[str, float] = {}  # of the last turn of each tenant, where that is to come
 
     def add(self, sequence: Sequence) -> None:
-        self.waiting.append(sequence)
+        tenant = sequence.origin.tenant
+        begin = max(self._now, self._ends.get(tenant, 0.0))
+        self._ends[tenant] = begin + sequence.cost
+        sequence.turn = (sequence.origin.priority, begin)
+        place = len(self.waiting)
+        while place and self.waiting[place - 1].turn > sequence.turn and not self.waiting[place - 1].num_preemptions:
+            place -= 1
+        self.waiting.insert(place, sequence)
+
+    def turn_of(self, origin: Origin) -> tuple[int, float]:
+        """That a sequence would get now."""
+        return origin.priority, max(self._now, self._ends.get(origin.tenant, 0.0))
 
     def finish(self, sequence: Sequence) -> None:
         """Take a sequence out, whatever its state, and free its blocks."""
@@ -96,6 +111,8 @@ class Scheduler:
             output.scheduled.append(item)
             if sequence.num_preemptions == 0:
                 output.admitted.append(sequence)
+                self._now = max(self._now, sequence.turn[1])
+                self._ends = {tenant: end for tenant, end in self._ends.items() if end > self._now}
             tokens -= item.num_tokens
             prompt_logits -= item.num_logits if sequence.needs_prompt_logits else 0
         return output

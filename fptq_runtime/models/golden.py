@@ -44,7 +44,7 @@ def check_golden(decoder: Decoder, backend: Backend, golden: Mapping[str, Any]) 
         expected = np.asarray(golden["logits"], dtype=np.float64)
         scale = np.asarray(golden["max_abs"], dtype=np.float64)  # [T]
         prompt = [int(token) for token in golden["prompt_token_ids"]]
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise GoldenMismatch(f"the golden logits are malformed: {error!r}") from None
     vocab = decoder.config.vocab_size
     well_formed = (

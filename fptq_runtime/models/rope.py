@@ -81,7 +81,7 @@ def read_rope(fields: Fields, head_dim: int, max_position_embeddings: int, layer
         "rope_type": given.get("type", "default"),
     }
     rope = Fields({**outside, **{name: value for name, value in given.items() if value is not None}}, where)
-    if (said := rope.data["rope_type"]) in aliases:
+    if isinstance(said := rope.data["rope_type"], str) and said in aliases:
         rope = Fields({**rope.data, "rope_type": aliases[said]}, where)
     kind: RopeType = rope.only("rope_type", get_args(RopeType), "default")
     theta = rope.number("rope_theta", theta, low=1.0)

@@ -127,7 +127,11 @@ class Tokenizer:
                 "default": ChatTemplate(chat_template)}
             self._chat_template = templates.get("default")
             self._tools_template = templates.get("tool_use")
-        except Exception as error:  # the library raises bare Exception for a malformed file
+        except FptqError:
+            raise
+        except BaseException as error:  # the library raises bare Exception for a malformed file, or panics
+            if isinstance(error, (KeyboardInterrupt, SystemExit)):
+                raise
             raise CheckpointError(f"the tokenizer of {path} cannot be loaded: {_first_line(error)}") from None
 
     def _configure(self, config: Mapping[str, Any], special: list[AddedToken]) -> None:
@@ -328,5 +332,5 @@ def _chat_templates(path: Path, config: Mapping[str, Any]) -> dict[str, ChatTemp
     return {entry["name"]: ChatTemplate(str(entry["template"])) for entry in template if entry["template"]}
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

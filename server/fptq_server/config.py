@@ -24,6 +24,7 @@ class ServerConfig:
     chat_template_kwargs: variables of the chat template, where a request does not give them.
     public_metrics: /metrics answers without a key.
     stall_timeout: /livez fails when the engine has work and finished no step for this long.
+    scrub_interval: in which the artifact's files are read and hashed once, again and again; 0: never.
     head_timeout: from a connection's or a request's first byte to the end of its headers.
     tool_call_parser, reasoning_parser: ChatFormat's. responses_db: ResponseStore's file.
     body_timeout: from one byte of a body to the next, and for a short one in all; RequestLimits gives long ones more.
@@ -40,7 +41,8 @@ class ServerConfig:
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     public_metrics: bool = False
     drain_timeout: float = 30.0
-    stall_timeout: float = 120.0
+    stall_timeout: float = 60.0
+    scrub_interval: float = 3600.0
     keep_alive_interval: float = 15.0
     head_timeout: float = 20.0
     body_timeout: float = 30.0
@@ -64,8 +66,9 @@ class ServerConfig:
                                 "cors_origins")
         if any(not key or not key.isascii() or not key.isprintable() or key != key.strip() for key in self.api_keys):
             raise FptqError("an api key must be printable ASCII, not empty, and without spaces around it", "api_keys")
-        if not 0 <= self.drain_timeout < float("inf"):
-            raise FptqError(f"drain_timeout must be 0 or more seconds, not {self.drain_timeout}", "drain_timeout")
+        for name in ("drain_timeout", "scrub_interval"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise FptqError(f"{name} must be 0 or more seconds, not {getattr(self, name)}", name)
         for name in ("stall_timeout", "keep_alive_interval", "head_timeout", "body_timeout", "max_body_bytes",
                      "max_header_bytes", "max_prompts"):
             if getattr(self, name) <= 0:

@@ -67,7 +67,7 @@ class Generation:
         self._streams: list[RequestStream] = []
         try:
             for prompt in prompts:
-                self._streams.append(engine.add_request(f"{self.id}-{next(SERIAL)}", prompt, params))
+                self._streams.append(engine.add_request(f"{self.id}-{next(SERIAL)}", prompt, params, record.origin))
         except Exception as error:
             self.abort()
             raise _refusal(error) from None
@@ -185,8 +185,8 @@ def _refusal(error: Exception) -> Exception:
             return APIError(503, "the server is shutting down", reason="draining", code="draining",
                             retry_after=error.retry_after)
         case QueueFullError():
-            return APIError(429, "the queue is full; try again later", reason="queue_full", code="queue_full",
-                            retry_after=error.retry_after)
+            return APIError(429, "the server is busy, and this request would wait too long; try again later",
+                            reason="queue_full", code="queue_full", retry_after=error.retry_after)
         case EngineDeadError():
             return APIError(503, "the engine has stopped", reason="engine_stopped", code="engine_stopped")
     return error

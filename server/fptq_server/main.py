@@ -12,8 +12,8 @@ import ssl
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from http import HTTPStatus
 from importlib import import_module
@@ -26,6 +26,8 @@ import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from fptq_runtime import __version__
+from fptq_runtime.artifact.io import is_artifact, read_manifest
+from fptq_runtime.artifact.scrub import Scrub
 from fptq_runtime.engine.async_engine import AsyncEngine
 from fptq_runtime.engine.engine import Engine
 from fptq_runtime.engine.llm import load_engine
@@ -75,7 +77,7 @@ def serve(path: Path | str, config: ServerConfig, *, model_names: Sequence[str] 
 
         model = model_card(model_names or [path.resolve().name], engine, sampling)
         metrics = Metrics(__version__, model)
-        async_engine = AsyncEngine(engine, metrics.record_step)
+        async_engine = AsyncEngine(engine, metrics.record_step, metrics.record_deviation)
         log.info("%s", describe(model, config))
         if sampling:
             log.info("requests get, unless they say otherwise, what generation_config.json does: %s",
@@ -83,10 +85,23 @@ def serve(path: Path | str, config: ServerConfig, *, model_names: Sequence[str] 
         app = create_app(async_engine, engine.tokenizer, config, model, metrics)
         raise_open_files()
         try:
-            Server(app, async_engine, config, metrics).run([listener])
+            with scrubbing(path, config.scrub_interval, metrics):
+                Server(app, async_engine, config, metrics).run([listener])
         finally:
             if config.uds is not None:
                 Path(config.uds).unlink(missing_ok=True)
+
+
+@contextmanager
+def scrubbing(path: Path, interval: float, metrics: Metrics) -> Iterator[None]:
+    """Its files are checked meanwhile, where it is an artifact and interval is not 0."""
+    if not interval or not is_artifact(path):
+        yield
+        return
+    scrub = Scrub(path, read_manifest(path).files, interval, metrics.record_scrub)
+    scrub.start()
+    yield
+    scrub.stop()
 
 
 def read_template(path: Path) -> str:

@@ -30,7 +30,8 @@ OTHER_ROUTES = "other"
 
 
 class Metrics:
-    """Written by the engine's thread (record_step) and by the event loop (the rest); prometheus_client locks."""
+    """Written by the engine's thread (record_step, record_deviation), the scrub's (record_scrub) and the event loop
+    (the rest); prometheus_client locks."""
 
     def __init__(self, version: str, model: ModelCard) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]  # they would double the number of series
@@ -70,6 +71,10 @@ class Metrics:
         self._preemptions = counter("fptq_preemptions", "Sequences sent back to the queue for want of KV blocks.")
         self._prefix_query = counter("fptq_prefix_cache_query_tokens", "Prompt tokens looked up in the prefix cache.")
         self._prefix_hit = counter("fptq_prefix_cache_hit_tokens", "Prompt tokens found in the prefix cache.")
+        self._deviation = gauge("fptq_golden_deviation_ratio", "Of golden values, in multiples of what is tolerated.")
+        self._checks = counter("fptq_golden_checks", "Rounds of golden probes.")
+        self._damaged = gauge("fptq_artifact_damaged_files", "Files of the artifact whose bytes have changed.")
+        self._scrubs = counter("fptq_artifact_scrubs", "Times that all files of the artifact were read and hashed.")
         self._routes: dict[str, re.Pattern[str]] = {}
         self._responses = Counter("fptq_http_responses", "HTTP responses, by route and class of status.",
                                   ("route", "status"), registry=registry)
@@ -107,6 +112,14 @@ class Metrics:
         for finished in stats.finished:
             self._finished.labels(finished.reason).inc()
             self._end_to_end.observe(finished.end_to_end_seconds)
+
+    def record_deviation(self, ratio: float) -> None:
+        self._deviation.set(ratio)
+        self._checks.inc()
+
+    def record_scrub(self, damaged: list[str]) -> None:
+        self._damaged.set(len(damaged))
+        self._scrubs.inc()
 
     def record_rejection(self, reason: str) -> None:
         self._rejected.labels(reason).inc()

@@ -8,6 +8,7 @@ import re
 import time
 import zlib
 from collections.abc import Iterable
+from dataclasses import replace
 
 from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
@@ -105,10 +106,19 @@ class RequestContext:
         access_log.info("%s", line.rstrip())
 
 
+def _seconds(text: str) -> float | None:
+    """None where that is no time."""
+    try:
+        seconds = float(text)
+    except ValueError:
+        return None
+    return seconds if seconds > 0 else None
+
+
 class RequestLimits:
-    """Refuses long headers, bodies past the limit whether or not they announce their length, bodies that stop for
-    body_timeout, or take longer than it and a second for each BODY_RATE bytes that came. gzip is undone, within the
-    same limit."""
+    """Takes X-Max-Wait, how long the client would wait for its first token. Refuses long headers, bodies past the limit
+    whether or not they announce their length, bodies that stop for body_timeout, or take longer than it and a second
+    for each BODY_RATE bytes that came. gzip is undone, within the same limit."""
 
     def __init__(self, app: ASGIApp, max_header_bytes: int, max_body_bytes: int, body_timeout: float,
                  errors: ErrorHandlers) -> None:
@@ -134,7 +144,11 @@ class RequestLimits:
         elif encoding.lower() not in ("identity", "gzip"):
             error = APIError(415, f"Content-Encoding {encoding} is not supported; send the body as it is, or with gzip",
                              code="not_supported")
+        elif (max_wait := _seconds(headers.get("x-max-wait", "inf"))) is None:
+            error = APIError(400, "X-Max-Wait must be a number of seconds above 0", param="X-Max-Wait")
         else:
+            record = record_of(scope)
+            record.origin = replace(record.origin, max_wait=max_wait)
             limited = self._limited(receive)
             await self._app(scope, limited if encoding.lower() == "identity" else self._unzipped(limited), send)
             return

@@ -7,15 +7,19 @@ from dataclasses import dataclass, field
 
 from starlette.types import Scope
 
+from fptq_runtime.engine.request import ANYONE, Origin
+
 SCOPE_KEY = "fptq.record"
 
 
 @dataclass
 class RequestRecord:
-    """id: the client's X-Request-Id or a random one; a generation's own id ends with it. prompt_tokens: None where
-    nothing was generated. finish_reasons: of the sequences that ended. error: what an APIError's `summary` says."""
+    """id: the client's X-Request-Id or a random one; a generation's own id ends with it. origin: whose it is, and how
+    long it may wait. prompt_tokens: None where nothing was generated. finish_reasons: of the sequences that ended.
+    error: what an APIError's `summary` says."""
 
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    origin: Origin = ANYONE
     prompt_tokens: int | None = None
     completion_tokens: int = 0
     finish_reasons: set[str] = field(default_factory=set)

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -138,6 +138,29 @@ async def test_a_failed_step_hangs_nobody() -> None:
         assert (await collect(engine.add_request("a", [1], GREEDY)))[-1].finish_reason is FinishReason.ERROR
         assert tokens(await collect(engine.add_request("b", [1], GREEDY))) == tokens(solo([1], GREEDY)[0])
         assert engine.error is None
+
+
+@in_loop
+async def test_probes_run_while_there_is_no_work() -> None:
+    """One by one, round after round, and none while a request waits; what they find is told."""
+    rounds: list[float] = []
+    deviations = [[0.1, 0.5], [], [0.2, 7.0, 0.3], [0.4]]
+
+    def probes() -> Iterator[float]:
+        yield from deviations.pop(0) if deviations else [0.0]
+
+    inner = make_engine()
+    inner.probes = probes
+    engine = AsyncEngine(inner, None, rounds.append, probe_interval=0.01)
+    engine.start()
+    for _ in range(20):
+        assert tokens(await collect(engine.add_request("a", [1], GREEDY))) == tokens(solo([1], GREEDY)[0])
+    while len(rounds) < 5:
+        await asyncio.sleep(0.01)
+    assert rounds[:5] == [0.5, 0.0, 7.0, 0.4, 0.0]
+    await asyncio.to_thread(engine.stop)
+    assert engine.deviation == 0.0
+    assert engine.error is None
 
 
 @in_loop

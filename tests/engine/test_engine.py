@@ -401,6 +401,33 @@ def test_a_step_that_fails_ends_its_batch_and_the_engine_lives() -> None:
     assert gist(events["c", 0]) == gist(one(prompt, GREEDY))
 
 
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("poisoned", [{"a"}, {"c", "d"}, {"e"}, set("abcdef")])
+def test_whoever_breaks_every_step_is_found_and_ends_alone(poisoned: set[str], asynchronous: bool) -> None:
+    """They decode with the others for a while before their token breaks the kernel."""
+    engine = make_engine(max_num_seqs=6, asynchronous=asynchronous)
+    prompts = {name: [ord(name) - 90] * (3 + i) for i, name in enumerate("abcdef")}
+    for name, prompt in prompts.items():
+        engine.add_request(name, prompt, GREEDY)
+    poison = {len(prompts[name]) + 4: one(prompts[name], GREEDY)[3].token_ids[0] for name in poisoned}
+
+    def fail(batch: Any) -> None:
+        last = batch.query_start_loc[1:] - 1
+        if any(poison.get(length) == batch.token_ids[row] for row, length in zip(last, batch.seq_lens, strict=True)):
+            raise RuntimeError("the kernel broke")
+
+    engine.backend.executor.before = fail  # type: ignore[attr-defined]
+    events = run(engine)
+    for name, prompt in prompts.items():
+        alone = one(prompt, GREEDY)
+        if events[name, 0][-1].finish_reason is FinishReason.ERROR:
+            assert name in poisoned
+            assert tokens(events[name, 0]) == tokens(alone[:4])
+        else:
+            assert name not in poisoned
+            assert gist(events[name, 0]) == gist(alone)
+
+
 def test_stats_add_up() -> None:
     engine = make_engine(max_num_seqs=2, max_num_batched_tokens=16)
     for i in range(4):

@@ -87,3 +87,23 @@ def test_a_dead_engine_is_not_counted_as_draining(served: Served, monkeypatch: p
     assert served.http.post("/v1/completions", json={"prompt": "x"}).status_code == 503
     after = {reason: metric(served, "fptq_requests_rejected_total", reason=reason) for reason in before}
     assert after == {"engine_stopped": before["engine_stopped"] + 1, "draining": before["draining"]}
+
+
+@pytest.mark.parametrize(("sent", "status"), [("0.000001", 429), ("60", 200), ("0", 400), ("-1", 400), ("x", 400),
+                                              ("nan", 400), ("inf", 200)])
+def test_how_long_a_request_may_wait(run_server: Callable[..., Any], sent: str, status: int) -> None:
+    """Behind others: one slot, taken by an answer that goes on."""
+    with run_server(max_num_seqs=1) as served:
+        endless = {"prompt": "x", "max_tokens": 900, "ignore_eos": True, "stream": True}
+        with served.http.stream("POST", "/v1/completions", json=endless) as running:
+            lines = running.iter_lines()
+            for _ in range(20):
+                next(lines)
+            answer = served.http.post("/v1/completions", json={"prompt": "y", "max_tokens": 1},
+                                      headers={"X-Max-Wait": sent})
+        assert answer.status_code == status, answer.text
+        if status == 429:
+            assert int(answer.headers["Retry-After"]) >= 1
+            assert answer.json()["error"]["type"] == "rate_limit_error"
+        if status == 400:
+            assert answer.json()["error"]["param"] == "X-Max-Wait"

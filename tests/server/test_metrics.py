@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
+import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from fptq_runtime import __version__
@@ -81,3 +84,25 @@ def test_apps_do_not_share_metrics() -> None:
     first, second = Metrics(__version__, CARD), Metrics(__version__, CARD)
     first.record_rejection("invalid")
     assert value(second, "fptq_requests_rejected_total", reason="invalid") == 0
+
+
+def test_alerts_read_metrics_that_exist() -> None:
+    """A misspelt name would never alert."""
+    rules = yaml.safe_load((Path(__file__).parents[2] / "docker" / "alerts.yml").read_text())
+    metrics = Metrics(__version__, CARD)
+    names = {name for name, _ in samples(metrics.exposition().decode())}
+    for rule in rules["groups"][0]["rules"]:
+        read = set(re.findall(r"fptq_\w+", rule["expr"]))
+        assert read <= names, rule["alert"]
+        assert read or rule["alert"] == "FptqDown"
+
+
+def test_checks_of_artifact_and_kernels_are_recorded() -> None:
+    metrics = Metrics(__version__, CARD)
+    metrics.record_deviation(0.25)
+    metrics.record_scrub(["model.safetensors"])
+    metrics.record_scrub([])
+    assert value(metrics, "fptq_golden_deviation_ratio") == 0.25
+    assert value(metrics, "fptq_golden_checks_total") == 1
+    assert value(metrics, "fptq_artifact_damaged_files") == 0
+    assert value(metrics, "fptq_artifact_scrubs_total") == 2

@@ -28,6 +28,10 @@ def status_router(engine: AsyncEngine, model: ModelCard, config: ServerConfig, m
             return "the engine makes no progress"
         return None
 
+    def fit() -> str | None:
+        wrong = engine.deviation is not None and engine.deviation > 1
+        return "the kernels do not compute what was recorded" if wrong else None
+
     def answer(problem: str | None) -> Response:
         body = Status(status=problem or "ok").model_dump_json()
         return Response(body, 503 if problem else 200, media_type="application/json")
@@ -39,8 +43,9 @@ def status_router(engine: AsyncEngine, model: ModelCard, config: ServerConfig, m
 
     @router.get("/readyz", response_model=Status, responses=UNAVAILABLE)
     async def readyz() -> Response:
-        """200 while new requests are taken; the port opens once the model is loaded and passed the gate."""
-        return answer("draining" if engine.draining else alive())
+        """200 while new requests are taken and their answers can be trusted; the port opens once the model is loaded
+        and passed the gate, which is repeated while nobody waits."""
+        return answer("draining" if engine.draining else alive() or fit())
 
     @router.get("/health", response_model=Status, responses=UNAVAILABLE)
     async def health() -> Response:

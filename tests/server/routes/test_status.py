@@ -50,6 +50,15 @@ def test_draining_is_alive_and_not_ready(served: Served, monkeypatch: pytest.Mon
     assert int(response.headers["Retry-After"]) >= 1
 
 
+def test_wrong_kernels_are_alive_and_not_ready(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(served.engine, "deviation", 1.0)
+    assert served.http.get("/readyz").status_code == 200
+    monkeypatch.setattr(served.engine, "deviation", 1.5)
+    assert served.http.get("/livez").status_code == 200
+    assert served.http.get("/readyz").json() == {"status": "the kernels do not compute what was recorded"}
+    assert served.http.get("/readyz").status_code == 503
+
+
 def test_a_dead_engine_is_not_alive(run_server: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     with run_server() as served:
         monkeypatch.setattr(served.engine.engine, "step", None)  # what the thread calls next is no function

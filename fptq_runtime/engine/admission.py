@@ -1,0 +1,88 @@
+"""How long a new request would wait for its first token: what is ahead of it, at the pace that was measured."""
+
+from __future__ import annotations
+
+import heapq
+import math
+from bisect import bisect_left, bisect_right
+from collections import deque
+from collections.abc import Iterable, Sequence
+from itertools import accumulate
+from typing import NamedTuple
+
+MEMORY_SECONDS = 20.0  # of work, over which a step's cost is forgotten
+MEMORY_ANSWERS = 100  # whose lengths are remembered
+FIRST_GUESS = 256  # tokens of an answer, before any has ended
+
+
+class Work(NamedTuple):
+    """Of one sequence: prompt tokens to compute, tokens generated so far, and how many that may become."""
+
+    prompt: int
+    generated: int
+    most: int
+
+
+class Forecast:
+    """A step costs some seconds, and more for each token: fitted to the steps of late. Answers end by themselves as
+    they did of late; those that were cut by max_tokens would have gone on."""
+
+    def __init__(self, max_tokens: int) -> None:
+        """max_tokens: of a step."""
+        self._max_tokens = max_tokens
+        self._sums = [0.0] * 5  # of 1, x, y, x², xy: tokens and seconds of steps
+        self._ended: deque[float] = deque(maxlen=MEMORY_ANSWERS)  # tokens; infinity where an answer was cut
+        self._lengths: list[float] = []  # the same, in order
+        self._totals = [0.0]  # of the lengths before each
+
+    def observe_step(self, tokens: int, seconds: float) -> None:
+        decay = math.exp(-seconds / MEMORY_SECONDS)
+        seen = (1, tokens, seconds, tokens * tokens, tokens * seconds)
+        self._sums = [old * decay + new for old, new in zip(self._sums, seen, strict=True)]
+
+    def observe_answer(self, tokens: int, cut: bool) -> None:
+        self._ended.append(math.inf if cut else tokens)
+        lengths = sorted(self._ended)
+        self._lengths, self._totals = lengths, [0.0, *accumulate(length for length in lengths if length < math.inf)]
+
+    def output(self, work: Work) -> float:
+        """Tokens that are expected still."""
+        lengths, totals = self._lengths, self._totals
+        longer = len(lengths) - (first := bisect_right(lengths, work.generated))
+        if longer == 0:
+            return min(FIRST_GUESS, work.most - work.generated) if not lengths else work.most - work.generated
+        end = bisect_left(lengths, work.most)
+        ended = totals[end] - totals[first] if end > first else 0.0
+        return (ended + (len(lengths) - max(end, first)) * work.most) / longer - work.generated
+
+    def wait(self, running: Iterable[Work], ahead: Sequence[Work], slots: int, prompt: int) -> tuple[float, float]:
+        """Seconds until a prompt of so many tokens begins, behind others in the queue, and those that it then takes to
+        its first token. slots: sequences that run at once."""
+        free = [self._held(work) for work in running]
+        free = sorted(free)[-slots:] if len(free) >= slots else [0.0] * (slots - len(free)) + free
+        heapq.heapify(free)
+        tokens = 0
+        for work in ahead:
+            heapq.heapreplace(free, free[0] + self._held(work))
+            tokens += work.prompt
+        steps = max(free[0], tokens / max(1, self._max_tokens - slots))
+        each_step, each_token = self._cost()
+        begins = steps * each_step + (tokens + steps * min(slots, self._max_tokens)) * each_token
+        return begins, self._steps(prompt) * each_step + prompt * each_token
+
+    def _held(self, work: Work) -> float:
+        """Steps that a sequence keeps its slot; the last one of its prompt gives its first token."""
+        return self._steps(work.prompt) + max(self.output(work), 1.0) - 1
+
+    def _steps(self, prompt: int) -> int:
+        return -(-prompt // self._max_tokens)
+
+    def _cost(self) -> tuple[float, float]:
+        """Seconds of a step, and of each of its tokens."""
+        n, x, y, xx, xy = self._sums
+        if n == 0:
+            return 0.0, 0.0
+        spread = n * xx - x * x
+        slope = max(0.0, (n * xy - x * y) / spread) if spread > 1e-6 * n * xx else 0.0
+        base = (y - slope * x) / n
+        return (base, slope) if base >= 0 else (0.0, y / x)
