@@ -1,4 +1,4 @@
-# make serve | test | lint | format | stubs | bench | compat | gpu-check | image | clean      PYTHON, VENV, CXX and TORCH_INDEX may be set on the command line.
+# make serve | test | fuzz | lint | format | stubs | bench | compat | gpu-check | image | clean      PYTHON, VENV, CXX and TORCH_INDEX may be set on the command line.
 PYTHON ?= python3
 VENV ?= .venv
 ifeq ($(origin CXX),default)
@@ -14,7 +14,7 @@ NATIVE := CMakeLists.txt $(filter fptq_runtime/%,$(CSRC))
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
 PIP_INSTALL := $(PIP) install --constraint constraints.txt
 
-.PHONY: install serve test lint format stubs bench compat gpu-check image clean
+.PHONY: install serve test fuzz lint format stubs bench compat gpu-check image clean
 
 install: $(INSTALLED)
 
@@ -38,6 +38,10 @@ serve: $(INSTALLED)
 
 test: $(DEV_INSTALLED)
 	$(VENV)/bin/python -m pytest
+
+fuzz: $(DEV_INSTALLED)
+	FPTQ_FUZZ_SEEDS=$${FPTQ_FUZZ_SEEDS:-8} FPTQ_FUZZ_CASES=$${FPTQ_FUZZ_CASES:-20000} FPTQ_FUZZ_CALLS=$${FPTQ_FUZZ_CALLS:-200000} \
+	$(VENV)/bin/python -m pytest tests/fuzz
 
 lint: $(DEV_INSTALLED)
 	$(VENV)/bin/ruff check .

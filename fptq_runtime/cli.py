@@ -395,6 +395,8 @@ def _tells_what_is_left(out: Path) -> Iterator[None]:
               help="A request that would wait longer for its first token, in seconds, is refused with 429.")
 @click.option("--api-key", "api_keys", multiple=True, help="Clients must send it as a bearer token; may be given more "
               "than once. Without it, FPTQ_API_KEY is the key where it is set.")
+@click.option("--api-keys-file", type=ExistingFile(), help="A key a line, or its hash as NAME=sha256:HEX, with "
+              "priority=N and max_requests=N after it where wanted; read again on SIGHUP.")
 @click.option("--public-metrics", is_flag=True, help="/metrics asks for no key.")
 @click.option("--drain-timeout", type=click.FloatRange(0), default=30.0, show_default=True,
               help="Seconds that running requests get after SIGTERM.")
@@ -416,8 +418,9 @@ def serve(artifact: str, model_names: tuple[str, ...], generation_config: str, c
     from fptq_server.main import listen, serve
 
     of_server = {field.name for field in fields(ServerConfig)} & options.keys()
-    config = ServerConfig(api_keys=api_keys or _api_key_of_environment(),
-                          **{name: options.pop(name) for name in of_server})
+    if not api_keys and options["api_keys_file"] is None:
+        api_keys = _api_key_of_environment()
+    config = ServerConfig(api_keys=api_keys, **{name: options.pop(name) for name in of_server})
     with listen(config) as listener:  # before the model is fetched or made, which can take minutes
         path = find_artifact(artifact)
         from fptq_runtime.artifact.io import is_artifact

@@ -61,7 +61,7 @@ class Sequence:
 
     @classmethod
     def expand(cls, request_id: str, prompt_token_ids: abc.Sequence[int], params: SamplingParams,
-               origin: Origin) -> list[Sequence]:
+               origin: Origin = ANYONE) -> list[Sequence]:
         """The n sequences of one request. Sequence i is seeded with seed + i, as if it had been sent alone so."""
         seed = secrets.randbits(63) if params.seed is None else params.seed
         now = time.monotonic()

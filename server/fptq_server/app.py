@@ -19,6 +19,7 @@ from fptq_server.auth import PUBLIC_PATHS, RequireKey
 from fptq_server.chat_format import ChatFormat
 from fptq_server.config import ModelCard, ServerConfig
 from fptq_server.errors import APIError, ErrorHandlers
+from fptq_server.keys import ApiKeys
 from fptq_server.logprobs import TokenTexts
 from fptq_server.metrics import Metrics
 from fptq_server.middleware import RequestContext, RequestLimits, Routing
@@ -40,7 +41,7 @@ CORS_EXPOSED = ("X-Request-Id", "Retry-After", "Retry-After-Ms")
 def create_app(engine: AsyncEngine, tokenizer: Tokenizer, config: ServerConfig, model: ModelCard,
                metrics: Metrics) -> FastAPI:
     """An app around an engine that has not been started; the lifespan starts and stops it. `metrics.record_step` is
-    what the engine was given as on_stats."""
+    what the engine was given as on_stats. app.state.reload() reads the keys again."""
 
     store = ResponseStore(config.responses_db)
 
@@ -76,11 +77,14 @@ def create_app(engine: AsyncEngine, tokenizer: Tokenizer, config: ServerConfig, 
     app.add_exception_handler(RequestValidationError, handlers.validation_error)
     app.add_exception_handler(HTTPException, handlers.http_exception)
 
+    keys = ApiKeys(config.api_keys, config.api_keys_file)
+    metrics.add_keys(keys.names)
+    app.state.reload = keys.load
     public = PUBLIC_PATHS | {"/metrics"} if config.public_metrics else PUBLIC_PATHS
     # The last one added is the outermost.
     app.add_middleware(RequestLimits, max_header_bytes=config.max_header_bytes, max_body_bytes=config.max_body_bytes,
                        body_timeout=config.body_timeout, errors=handlers)
-    app.add_middleware(RequireKey, keys=config.api_keys, public_paths=public, errors=handlers)
+    app.add_middleware(RequireKey, keys=keys, public_paths=public, errors=handlers)
     app.add_middleware(RequestContext, errors=handlers, metrics=metrics)
     if config.cors_origins:
         app.add_middleware(CORSMiddleware, allow_origins=config.cors_origins, allow_methods=CORS_METHODS,

@@ -1,42 +1,51 @@
-"""API keys. Every path is closed unless it is listed here as public."""
+"""Who may call. Every path is closed unless it is listed here as public."""
 
 from __future__ import annotations
 
-import hashlib
-import hmac
-from collections.abc import Sequence
+from collections import Counter
+from dataclasses import replace
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from fptq_server.errors import APIError, ErrorHandlers
+from fptq_server.keys import ApiKeys
+from fptq_server.record import record_of
 
 PUBLIC_PATHS = frozenset({"/livez", "/readyz", "/health"})
 
 
 class RequireKey:
-    """ASGI middleware. With no keys the server is open."""
+    """ASGI middleware. Requests are those of their key, by its name."""
 
-    def __init__(self, app: ASGIApp, keys: Sequence[str], public_paths: frozenset[str],
-                 errors: ErrorHandlers) -> None:
+    def __init__(self, app: ASGIApp, keys: ApiKeys, public_paths: frozenset[str], errors: ErrorHandlers) -> None:
         self._app = app
-        self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
+        self._keys = keys
         self._public_paths = public_paths
         self._errors = errors
+        self._running: Counter[str] = Counter()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and self._digests and scope["path"] not in self._public_paths:
-            headers = Headers(scope=scope)
-            scheme, _, key = headers.get("authorization", "").partition(" ")
-            keys = [key.strip()] if scheme.lower() == "bearer" else []
-            if not any(map(self._accepts, [*keys, headers.get("x-api-key", "")])):
-                error = APIError(401, "a valid API key is required, as Authorization: Bearer <key> or x-api-key: <key>",
-                                 reason="unauthorized", code="invalid_api_key")
-                await self._errors.refuse(scope, error)(scope, receive, send)
-                return
-        await self._app(scope, receive, send)
-
-    def _accepts(self, key: str) -> bool:
-        digest = hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
-        # Every key is compared, so that the time taken tells nothing.
-        return sum(hmac.compare_digest(digest, known) for known in self._digests) > 0
+        if scope["type"] != "http" or not self._keys or scope["path"] in self._public_paths:
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        scheme, _, bearer = headers.get("authorization", "").partition(" ")
+        key = (self._keys.find(bearer.strip()) if scheme.lower() == "bearer" else None) or \
+            self._keys.find(headers.get("x-api-key", ""))
+        if key is None:
+            error = APIError(401, "a valid API key is required, as Authorization: Bearer <key> or x-api-key: <key>",
+                             reason="unauthorized", code="invalid_api_key")
+        elif key.max_requests is not None and self._running[key.name] >= key.max_requests:
+            error = APIError(429, f"this API key may have {key.max_requests} requests at a time", reason="key_limit",
+                             code="rate_limit_exceeded", retry_after=1)
+        else:
+            record = record_of(scope)
+            record.origin = replace(record.origin, tenant=key.name, priority=key.priority)
+            self._running[key.name] += 1
+            try:
+                await self._app(scope, receive, send)
+            finally:
+                self._running[key.name] -= 1
+            return
+        await self._errors.refuse(scope, error)(scope, receive, send)

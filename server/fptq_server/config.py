@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fptq_runtime.errors import FptqError
+from fptq_server.keys import check_key
 from fptq_server.parsers import REASONING_FORMATS, TOOL_PARSERS
 
 ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^/\s]+")
@@ -18,7 +19,8 @@ ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^/\s]+")
 class ServerConfig:
     """Sizes in bytes, times in seconds.
 
-    api_keys: any one of them opens every endpoint; with none the server is open.
+    api_keys, api_keys_file: any one of them opens every endpoint; with none the server is open. keys.py has their
+    form.
     uds: a socket file, instead of host and port. ssl_certfile and ssl_keyfile: PEM; with them the server speaks TLS.
     root_path: where a proxy puts the server, as /llm. cors_origins: what pages may call it from, or "*".
     chat_template_kwargs: variables of the chat template, where a request does not give them.
@@ -39,6 +41,7 @@ class ServerConfig:
     cors_origins: tuple[str, ...] = ()
     api_keys: tuple[str, ...] = ()
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    api_keys_file: Path | None = None
     public_metrics: bool = False
     drain_timeout: float = 30.0
     stall_timeout: float = 60.0
@@ -64,8 +67,8 @@ class ServerConfig:
             if not ORIGIN.fullmatch(origin):
                 raise FptqError(f"cors_origins must be like https://example.com:8080, or *, not {origin!r}",
                                 "cors_origins")
-        if any(not key or not key.isascii() or not key.isprintable() or key != key.strip() for key in self.api_keys):
-            raise FptqError("an api key must be printable ASCII, not empty, and without spaces around it", "api_keys")
+        for key in self.api_keys:
+            check_key(key)
         for name in ("drain_timeout", "scrub_interval"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise FptqError(f"{name} must be 0 or more seconds, not {getattr(self, name)}", name)

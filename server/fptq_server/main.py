@@ -37,6 +37,7 @@ from fptq_runtime.models.chat_template import ChatTemplate
 from fptq_runtime.models.tokenizer import Tokenizer
 from fptq_server.config import ModelCard, ServerConfig
 from fptq_server.defaults import sampling_defaults
+from fptq_server.keys import ApiKeys
 from fptq_server.record import peer
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ def serve(path: Path | str, config: ServerConfig, *, model_names: Sequence[str] 
     model or an option cannot be used.
     """
     path = Path(path)
+    ApiKeys(config.api_keys, config.api_keys_file)  # says what is wrong with them before the model loads
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     with listener or listen(config) as listener:  # before the model loads, which can take minutes
         log.info("loading %s", path)
@@ -154,7 +156,7 @@ def describe(model: ModelCard, config: ServerConfig) -> str:
     kernel = ", ".join(f"{name} {kernels[name]}" for name in ("backend", "isa", "threads") if name in kernels)
     return (f"fptq {__version__}, model {model.id} ({model.description['architecture']}), {kernel}, context "
             f"{model.max_model_len} tokens, KV cache {format_bytes(memory)} {engine['kv_cache_dtype']}, "
-            f"{'API key required' if config.api_keys else 'no API key'}")
+            f"{'API key required' if config.api_keys or config.api_keys_file else 'no API key'}")
 
 
 def raise_open_files() -> None:
@@ -367,13 +369,15 @@ class Server(uvicorn.Server):
         ))
         self._engine = engine
         self._drain_timeout = config.drain_timeout
-        self._documented = not config.api_keys  # a browser has no key to send
+        self._documented = not (config.api_keys or config.api_keys_file)  # a browser has no key to send
         self._drains: list[asyncio.Task[None]] = []
         self._signal: signal.Signals | None = None
         self._aborted = 0
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
+        with suppress(ValueError, RuntimeError, NotImplementedError):  # only the main thread gets signals
+            self._loop.add_signal_handler(signal.SIGHUP, self._reload)
         await super().serve(sockets)
         if self._signal is not None:
             log.info("stopped (%s, %d aborted)", self._signal.name, self._aborted)
@@ -386,6 +390,13 @@ class Server(uvicorn.Server):
                 f"{'https' if self.config.is_ssl else 'http'}://{peer(address[:2])}"
             log.info("serving on %s (OpenAI API under /v1%s)", url,
                      ", documentation at /docs" if self._documented else "")
+
+    def _reload(self) -> None:
+        try:
+            self.config.app.state.reload()  # type: ignore[union-attr]
+            log.info("API keys were read again")
+        except FptqError as error:
+            log.error("API keys stay as they were: %s", error)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self._loop.call_soon_threadsafe(self._begin_exit, signal.Signals(sig))

@@ -24,7 +24,7 @@ SECONDS = (0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 LONG_SECONDS = (*SECONDS, 300, 600, 1800)
 REJECTIONS = ("queue_full", "draining", "aborted", "engine_stopped", "invalid", "unauthorized", "too_large", "timeout",
-              "failed")
+              "key_limit", "failed")
 STATUS_CLASSES = ("2xx", "3xx", "4xx", "5xx")
 OTHER_ROUTES = "other"
 
@@ -75,6 +75,10 @@ class Metrics:
         self._checks = counter("fptq_golden_checks", "Rounds of golden probes.")
         self._damaged = gauge("fptq_artifact_damaged_files", "Files of the artifact whose bytes have changed.")
         self._scrubs = counter("fptq_artifact_scrubs", "Times that all files of the artifact were read and hashed.")
+        self._key_requests = Counter("fptq_key_requests", "HTTP requests, by the name of their API key.", ("key",),
+                                     registry=registry)
+        self._key_tokens = Counter("fptq_key_tokens", "Tokens of prompts and answers, by the name of their API key.",
+                                   ("key", "kind"), registry=registry)
         self._routes: dict[str, re.Pattern[str]] = {}
         self._responses = Counter("fptq_http_responses", "HTTP responses, by route and class of status.",
                                   ("route", "status"), registry=registry)
@@ -112,6 +116,15 @@ class Metrics:
         for finished in stats.finished:
             self._finished.labels(finished.reason).inc()
             self._end_to_end.observe(finished.end_to_end_seconds)
+
+    def add_keys(self, names: Iterable[str]) -> None:
+        for name in names:
+            self.record_key(name, 0, 0, requests=0)
+
+    def record_key(self, name: str, prompt_tokens: int, completion_tokens: int, requests: int = 1) -> None:
+        self._key_requests.labels(name).inc(requests)
+        self._key_tokens.labels(name, "prompt").inc(prompt_tokens)
+        self._key_tokens.labels(name, "generated").inc(completion_tokens)
 
     def record_deviation(self, ratio: float) -> None:
         self._deviation.set(ratio)

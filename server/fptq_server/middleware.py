@@ -95,6 +95,8 @@ class RequestContext:
                                   reason="failed", code="internal"))
         finally:
             self._metrics.record_response(scope["path"], status)
+            if record.origin.tenant:
+                self._metrics.record_key(record.origin.tenant, record.prompt_tokens or 0, record.completion_tokens)
             if scope["path"] not in PROBES or status >= 400:
                 self._log(scope, status, time.monotonic() - start)
 

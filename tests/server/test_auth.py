@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pytest
 
+from fptq_runtime.errors import FptqError
 from fptq_server.auth import PUBLIC_PATHS
 from fptq_server.config import ServerConfig
-from tests.server.conftest import Served
+from fptq_server.keys import ApiKey, ApiKeys
+from tests.server.conftest import Served, metric, wait_until
 
 KEYS = ("first-key", "second key")
 
@@ -64,3 +68,68 @@ def test_public_metrics(run_server: Callable[..., Any]) -> None:
 def test_unusable_keys_are_refused(key: str) -> None:
     with pytest.raises(ValueError, match="api key"):
         ServerConfig(api_keys=(key,))
+
+
+def hashed(key: str) -> str:
+    return "sha256:" + hashlib.sha256(key.encode()).hexdigest()
+
+
+def test_named_and_hashed_keys_are_read_again(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text(f"# who\n\nalice={hashed('a secret')} priority=-2 max_requests=3\n{hashed('b')}\nplain key\n")
+    keys = ApiKeys(("first",), file)
+    assert keys.names == ["key1", "alice", "key3", "key4"]
+    assert keys.find("a secret") == ApiKey("alice", hashlib.sha256(b"a secret").digest(), -2, 3)
+    for key in ("first", "b", "plain key"):
+        assert keys.find(key) is not None
+    for key in ("", "alice", hashed("b"), "a secret "):
+        assert keys.find(key) is None
+    file.write_text(f"bob={hashed('c')}\n")
+    assert keys.find("c") is None
+    keys.load()
+    assert keys.names == ["key1", "bob"]
+    for wrong in ("", "#\n", "é\n", b"\xff\n"):
+        file.write_bytes(wrong if isinstance(wrong, bytes) else wrong.encode())
+        if wrong in ("", "#\n"):
+            continue  # beside the first key
+        with pytest.raises(FptqError):
+            keys.load()
+        assert keys.names == ["key1", "bob"]
+    file.write_text("# none\n")
+    with pytest.raises(FptqError, match="has no key"):
+        ApiKeys((), file)
+    with pytest.raises(FptqError, match="there is no file"):
+        ApiKeys((), tmp_path / "none")
+
+
+def test_keys_have_limits_metrics_and_no_part_in_each_others_prompts(run_server: Callable[..., Any], tmp_path: Path
+                                                                      ) -> None:
+    file = tmp_path / "keys"
+    file.write_text(f"alice={hashed('a')} max_requests=1\nbob={hashed('b')}\n")
+    body = {"prompt": "Once upon a time, " * 20, "max_tokens": 2}
+    with run_server(ServerConfig(api_keys=("admin",), api_keys_file=file)) as served:
+        def post(key: str, **more: Any) -> httpx.Response:
+            return httpx.post(served.url + "/v1/completions", json={**body, **more}, timeout=60,
+                              headers={"Authorization": f"Bearer {key}"})
+
+        def cached(key: str) -> int:
+            return int(post(key).json()["usage"]["prompt_tokens_details"]["cached_tokens"])
+
+        assert cached("a") == 0
+        assert cached("a") > 0
+        assert cached("b") == 0
+        prompt_tokens = post("b").json()["usage"]["prompt_tokens"]
+        assert metric(served, "fptq_key_requests_total", key="alice") == 2
+        assert metric(served, "fptq_key_tokens_total", key="alice", kind="prompt") == 2 * prompt_tokens
+        assert metric(served, "fptq_key_tokens_total", key="alice", kind="generated") == 4
+        with served.http.stream("POST", "/v1/completions", headers={"Authorization": "Bearer a"},
+                                json={**body, "max_tokens": 500, "ignore_eos": True, "stream": True}) as running:
+            next(running.iter_lines())
+            refused = post("a")
+            assert (refused.status_code, refused.json()["error"]["code"]) == (429, "rate_limit_exceeded")
+            assert int(refused.headers["Retry-After"]) >= 1
+            assert post("b").status_code == 200
+        wait_until(lambda: post("a").status_code == 200)
+        file.write_text(f"bob={hashed('b')}\n")
+        served.app.state.reload()
+        assert (post("a").status_code, post("b").status_code) == (401, 200)
