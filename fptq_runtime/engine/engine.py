@@ -492,6 +492,8 @@ class Engine(Generic[T]):
             return
         self._scheduler.finish(sequence)
         del self._live[sequence.key]
+        if finish_reason is FinishReason.ABORT:
+            step.stats.saved_tokens += self._forecast.output(self._work(sequence))
         if finish_reason in (FinishReason.STOP, FinishReason.LENGTH):
             self._forecast.observe_answer(sequence.num_output_tokens, finish_reason is FinishReason.LENGTH)
         tenant = sequence.origin.tenant

@@ -25,6 +25,7 @@ class StepStats:
     prompt_tokens: int = 0  # computed this step for the first time, cached ones excluded
     recomputed_tokens: int = 0  # of prompts and answers, whose keys and values a preemption threw away
     generated_tokens: int = 0
+    saved_tokens: float = 0.0  # that answers given up would have gone on for, as long as answers are of late
     preemptions: int = 0
     prefix_query_tokens: int = 0
     prefix_hit_tokens: int = 0

@@ -29,6 +29,7 @@ class ServerConfig:
     scrub_interval: in which the artifact's files are read and hashed once, again and again; 0: never.
     head_timeout: from a connection's or a request's first byte to the end of its headers.
     tool_call_parser, reasoning_parser: ChatFormat's. responses_db: ResponseStore's file.
+    write_timeout: in which a client must read some of what waits for it.
     body_timeout: from one byte of a body to the next, and for a short one in all; RequestLimits gives long ones more.
     """
 
@@ -40,8 +41,8 @@ class ServerConfig:
     root_path: str = ""
     cors_origins: tuple[str, ...] = ()
     api_keys: tuple[str, ...] = ()
-    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     api_keys_file: Path | None = None
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     public_metrics: bool = False
     drain_timeout: float = 30.0
     stall_timeout: float = 60.0
@@ -49,6 +50,7 @@ class ServerConfig:
     keep_alive_interval: float = 15.0
     head_timeout: float = 20.0
     body_timeout: float = 30.0
+    write_timeout: float = 60.0
     max_body_bytes: int = 16 << 20
     max_header_bytes: int = 64 << 10
     max_prompts: int = 1024
@@ -72,7 +74,8 @@ class ServerConfig:
         for name in ("drain_timeout", "scrub_interval"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise FptqError(f"{name} must be 0 or more seconds, not {getattr(self, name)}", name)
-        for name in ("stall_timeout", "keep_alive_interval", "head_timeout", "body_timeout", "max_body_bytes",
+        for name in ("stall_timeout", "keep_alive_interval", "head_timeout", "body_timeout", "write_timeout",
+                     "max_body_bytes",
                      "max_header_bytes", "max_prompts"):
             if getattr(self, name) <= 0:
                 raise FptqError(f"{name} must be more than 0, not {getattr(self, name)}", name)

@@ -247,12 +247,32 @@ class BoundedProtocol(HttpToolsProtocol):
     _in_head = True
     _in_message = False
     _deadline: asyncio.TimerHandle | None = None
+    _unread: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         self._close_in(self.limits.head_timeout)
 
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._unread = self.loop.call_later(self.limits.write_timeout, self._give_up)
+
+    def resume_writing(self) -> None:
+        self._reads()
+        super().resume_writing()
+
+    def _reads(self) -> None:
+        if self._unread is not None:
+            self._unread.cancel()
+            self._unread = None
+
+    def _give_up(self) -> None:
+        """What waits for the client is dropped, and what is generated for it ends."""
+        log.warning("%s has not read for %g s", peer(self.client), self.limits.write_timeout)
+        self.transport.abort()
+
     def connection_lost(self, exc: Exception | None) -> None:
+        self._reads()
         self._keep()
         super().connection_lost(exc)
 
@@ -394,9 +414,11 @@ class Server(uvicorn.Server):
     def _reload(self) -> None:
         try:
             self.config.app.state.reload()  # type: ignore[union-attr]
-            log.info("API keys were read again")
-        except FptqError as error:
-            log.error("API keys stay as they were: %s", error)
+            if self.config.ssl is not None and self.config.ssl_certfile is not None:
+                self.config.ssl.load_cert_chain(self.config.ssl_certfile, self.config.ssl_keyfile)
+            log.info("API keys and TLS files were read again")
+        except (FptqError, OSError) as error:
+            log.error("API keys or TLS files stay as they were: %s", error)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self._loop.call_soon_threadsafe(self._begin_exit, signal.Signals(sig))

@@ -69,6 +69,7 @@ class Metrics:
         self._rejected = counter("fptq_requests_rejected", "HTTP requests refused or given up, by reason.", "reason",
                                  REJECTIONS)
         self._preemptions = counter("fptq_preemptions", "Sequences sent back to the queue for want of KV blocks.")
+        self._saved = counter("fptq_saved_tokens", "Tokens not generated, of answers that were given up.")
         self._prefix_query = counter("fptq_prefix_cache_query_tokens", "Prompt tokens looked up in the prefix cache.")
         self._prefix_hit = counter("fptq_prefix_cache_hit_tokens", "Prompt tokens found in the prefix cache.")
         self._deviation = gauge("fptq_golden_deviation_ratio", "Of golden values, in multiples of what is tolerated.")
@@ -107,6 +108,7 @@ class Metrics:
         self._recomputed.inc(stats.recomputed_tokens)
         self._generated.inc(stats.generated_tokens)
         self._preemptions.inc(stats.preemptions)
+        self._saved.inc(stats.saved_tokens)
         self._prefix_query.inc(stats.prefix_query_tokens)
         self._prefix_hit.inc(stats.prefix_hit_tokens)
         for histogram, observed in ((self._queue, stats.queue_seconds), (self._first_token, stats.time_to_first_token),

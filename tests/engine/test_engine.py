@@ -353,6 +353,7 @@ def test_abort_while_waiting_and_while_running() -> None:
         ("a", FinishReason.ABORT), ("b", FinishReason.ABORT)}
     assert sorted(o.num_output_tokens for o in outputs if o.request_id != "c") == [0, 1]
     assert [f.reason for f in stats.finished] == ["abort"] * 2
+    assert stats.saved_tokens == 11 + 12
     engine.check_integrity()
     assert len(tokens(run(engine)["c", 0])) == 11
 

@@ -22,7 +22,7 @@ from fptq_runtime.config import EngineConfig
 from fptq_runtime.engine.async_engine import AsyncEngine, RequestStream
 from fptq_runtime.engine.engine import Engine
 from fptq_runtime.engine.output import RequestOutput
-from fptq_runtime.engine.request import FinishReason, SamplingParams
+from fptq_runtime.engine.request import FinishReason, Origin, SamplingParams
 from fptq_runtime.kernels.base import Backend
 from fptq_runtime.kernels.select import select_backend
 from fptq_runtime.locate import find_artifact
@@ -118,7 +118,7 @@ def scripted(served: Served, text: str, reason: FinishReason = FinishReason.STOP
     asked: list[tuple[Sequence[int], SamplingParams]] = []
     pieces = [text[i : i + size] for i in range(0, len(text), size)]
 
-    def add_request(request_id: str, prompt: Sequence[int], params: SamplingParams) -> RequestStream:
+    def add_request(request_id: str, prompt: Sequence[int], params: SamplingParams, origin: Origin) -> RequestStream:
         asked.append((prompt, params))
         stream = RequestStream(request_id, params.n, lambda _: None)
         for index in range(params.n):
