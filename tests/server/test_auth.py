@@ -126,7 +126,8 @@ def test_keys_have_limits_metrics_and_no_part_in_each_others_prompts(run_server:
         with served.http.stream("POST", "/v1/completions", headers={"Authorization": "Bearer a"},
                                 json={**body, "max_tokens": 800, "n": 24, "ignore_eos": True, "stream": True}
                                 ) as running:
-            next(running.iter_lines())
+            lines = running.iter_lines()  # dropped, it would end the request
+            assert next(lines)
             refused = post("a")
             assert (refused.status_code, refused.json()["error"]["code"]) == (429, "rate_limit_exceeded")
             assert int(refused.headers["Retry-After"]) >= 1
