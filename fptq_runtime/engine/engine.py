@@ -201,7 +201,7 @@ class Engine(Generic[T]):
     def _slots(self) -> int:
         """Sequences that run at once: fewer than are allowed where the cache holds no more."""
         scheduler = self._scheduler
-        return max(1, len(self._running)) if scheduler.waiting else scheduler.max_num_seqs
+        return max(1, len(self._running)) if scheduler.lacks_blocks else scheduler.max_num_seqs
 
     def abort(self, request_id: str) -> None:
         """Finish a request's sequences with FinishReason.ABORT; one that is unknown or finished is left alone."""

@@ -57,6 +57,7 @@ class Scheduler:
         self.max_prompt_logits = max_prompt_logits
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
+        self.lacks_blocks = False  # or more would have run in the last step
         self._now = 0.0  # the turn that was admitted last
         self._ends: dict[str, float] = {}  # of the last turn of each tenant, where that is to come
 
@@ -85,6 +86,7 @@ class Scheduler:
 
     def schedule(self) -> SchedulerOutput:
         output = SchedulerOutput()
+        self.lacks_blocks = False
         tokens, prompt_logits = self.max_num_batched_tokens, self.max_prompt_logits
         position = 0
         while position < len(self.running):
@@ -94,6 +96,7 @@ class Scheduler:
             while item and not self.blocks.allocate(sequence, item.start + item.num_tokens):
                 victim = self.running.pop()
                 self._preempt(victim)
+                self.lacks_blocks = True
                 output.preempted.append(victim)
                 if victim is sequence:
                     item = None
@@ -153,6 +156,7 @@ class Scheduler:
         missing = self.blocks.blocks_for(sequence.num_tokens) - len(prefix)
         promised = sum(max(0, self.blocks.blocks_for(r.num_tokens) - len(r.block_table)) + 1 for r in self.running)
         if missing + promised > self.blocks.free_blocks_after(prefix):
+            self.lacks_blocks = True
             return None
         sequence.num_computed_tokens = len(prefix) * self.blocks.block_size
         item = _chunk(sequence, tokens, prompt_logits)

@@ -36,7 +36,7 @@ class Clock:
             monkeypatch.setattr(f"fptq_runtime.engine.{module}.time.monotonic", lambda: self.now)
 
     def engine(self, **options: Any) -> Engine[Any]:
-        engine = make_engine(max_num_seqs=8, max_num_batched_tokens=64, num_blocks=512, **options)
+        engine = make_engine(**{"max_num_seqs": 8, "max_num_batched_tokens": 64, "num_blocks": 512} | options)
         engine.backend.executor.before = self._tick  # type: ignore[attr-defined]
         return engine
 
@@ -88,8 +88,7 @@ def capacity(clock: Clock) -> tuple[float, float]:
     return load.generated / clock.now, len(load.waits) / clock.now
 
 
-@pytest.mark.parametrize("overload", [1.3, 3.0, 10.0])
-@pytest.mark.parametrize("max_wait", [2.0, 10.0])
+@pytest.mark.parametrize(("overload", "max_wait"), [(1.3, 2.0), (3.0, 10.0), (10.0, 2.0)])
 def test_at_overload_what_is_accepted_begins_in_time_and_no_capacity_is_lost(clock: Clock, overload: float,
                                                                              max_wait: float) -> None:
     tokens_per_second, requests_per_second = capacity(clock)
@@ -107,6 +106,23 @@ def test_a_burst_that_meets_a_cold_engine(clock: Clock) -> None:
     load = clock.send(engine, burst)
     assert max(load.waits.values()) <= 5.0
     assert len(load.waits) > 20
+
+
+def test_a_burst_of_long_prompts_is_not_judged_by_who_runs_in_its_first_steps(clock: Clock) -> None:
+    """A step takes in one of them alone, and answers are short: all are through in two seconds."""
+    engine = clock.engine(max_wait=4.0)
+    clock.send(engine, arrivals(2, 20, 7))
+    load = clock.send(engine, [(0.01 * i, 150, 2, "") for i in range(25)])
+    assert load.refused == []
+    assert 0.5 < max(load.waits.values()) < 4.0
+
+
+def test_a_cache_that_holds_few_is_taken_into_account(clock: Clock) -> None:
+    engine = clock.engine(max_wait=3.0, num_blocks=20)  # two answers' worth
+    clock.send(engine, [(0.05 * i, 60, 40, "") for i in range(40)])
+    load = clock.send(engine, [(0.2 * i, 60, 40, "") for i in range(150)])
+    assert load.refused
+    assert sum(wait > 3.1 for wait in load.waits.values()) <= 0.05 * len(load.waits)
 
 
 def test_below_capacity_nobody_is_refused(clock: Clock) -> None:
