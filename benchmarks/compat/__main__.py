@@ -41,7 +41,7 @@ class Client:
 
 
 CLIENTS = (
-    Client("openai_python.py", ("openai",)),
+    Client("openai_python.py", ("openai",), "openai"),  # others hold it back
     Client("openai_node.mjs", ("openai",)),
     Client("anthropic_python.py", ("anthropic",)),
     Client("anthropic_node.mjs", ("@anthropic-ai/sdk",)),

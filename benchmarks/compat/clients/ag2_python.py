@@ -1,11 +1,11 @@
-from autogen import ConversableAgent
+import asyncio
+
+from ag2 import Agent
+from ag2.config import OpenAIConfig
 from trial import KEY, MODEL, URL, check, trial
 
 
-@trial("ConversableAgent.generate_reply")
+@trial("Agent.ask")
 def _():
-    where = {"model": MODEL, "base_url": f"{URL}/v1", "api_key": KEY, "api_type": "openai", "max_tokens": 8,
-             "max_retries": 0, "price": [0, 0]}
-    agent = ConversableAgent("teller", llm_config={"config_list": [where], "cache_seed": None},
-                             human_input_mode="NEVER")
-    check(agent.generate_reply([{"role": "user", "content": "Tell me of a king."}]))
+    config = OpenAIConfig(model=MODEL, base_url=f"{URL}/v1", api_key=KEY, max_tokens=8)
+    check(asyncio.run(Agent("teller", prompt="Tell tales.", config=config).ask("Of a king.")).body)
