@@ -150,10 +150,13 @@ class Structure(Body):
 
 
 class ResponseFormat(Body):
-    """structural_tag is vLLM's: text in which what begins with a trigger is one of the structures."""
+    """structural_tag is vLLM's: text in which what begins with a trigger is one of the structures. With json_object
+    llama.cpp's clients give the schema as `schema`, text-generation-inference's as `value`."""
 
     type: Literal["text", "json_object", "json_schema", "structural_tag"]
     json_schema: JSONSchema | None = None
+    schema_: Annotated[Schema | None, Field(alias="schema")] = None
+    value: Schema | None = None
     structures: Annotated[list[Structure], Field(min_length=1)] | None = None
     triggers: Choices | None = None
 

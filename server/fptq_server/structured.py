@@ -86,8 +86,12 @@ def _openai_forms(body: ChatCompletionRequest | CompletionRequest, tags: Callabl
 def _response_format(given: ResponseFormat, tags: Callable[[Any], Grammar]) -> Iterator[Form]:
     if given.type == "structural_tag":
         yield "response_format", tags, given
+    schemas: list[Form] = [(f"response_format.{name}", _json, schema) for name, schema in (
+        ("schema", given.schema_), ("value", given.value)) if schema is not None]
+    if schemas and given.type != "json_object":
+        raise APIError(400, f"{schemas[0][0]} needs the type json_object", param=schemas[0][0])
     if given.type == "json_object":
-        yield "response_format", lambda _: Grammar.json_object(), None
+        yield from schemas or [("response_format", lambda _: Grammar.json_object(), None)]
     if given.type == "json_schema":
         if given.json_schema is None or given.json_schema.schema_ is None:
             raise APIError(400, "response_format.json_schema.schema is required", code="missing_field",

@@ -78,6 +78,8 @@ def test_json_schema(client: openai.OpenAI, served: Served, strict: bool | None,
 def test_every_way_to_ask(served: Served, path: str) -> None:
     for fields in ({"structured_outputs": {"json": SCHEMA}}, {"structured_outputs": {"json": json.dumps(SCHEMA)}},
                    {"guided_json": SCHEMA}, {"guided_json": json.dumps(SCHEMA)},
+                   {"response_format": {"type": "json_object", "value": SCHEMA}},
+                   {"response_format": {"type": "json_object", "schema": SCHEMA}},
                    {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}}):
         jsonschema_rs.validate(SCHEMA, json.loads(answer(served, path, **fields)))
     for fields in ({"structured_outputs": {"regex": "[a-c]{3}[0-9]"}}, {"guided_regex": "[a-c]{3}[0-9]"},
@@ -149,6 +151,8 @@ def test_tgi(served: Served, path: str, kind: str) -> None:
 
 
 @pytest.mark.parametrize(("fields", "param", "words"), [
+    ({"response_format": {"type": "text", "value": SCHEMA}}, "response_format.value", "needs the type json_object"),
+    ({"response_format": {"type": "json_object", "value": SCHEMA, "schema": SCHEMA}}, "response_format.value", "both"),
     ({"response_format": {"type": "json_schema"}}, "response_format.json_schema.schema", "required"),
     ({"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}}, "response_format.json_schema.schema",
      "required"),
