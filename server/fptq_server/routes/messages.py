@@ -40,7 +40,7 @@ from fptq_server.protocol_messages import (
 )
 from fptq_server.record import record_of
 from fptq_server.sse import STREAM_RESPONSE, EventStream, named_frame, run_while_connected
-from fptq_server.tools import Tools, make_tools, template_call
+from fptq_server.tools import Tools, make_tools, template_arguments, template_call
 from fptq_server.validation import check_model
 
 ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": AnthropicError}, "5XX": {"model": AnthropicError}}
@@ -206,17 +206,16 @@ def _thinking(body: Conversation, assistant: Assistant) -> dict[str, Any]:
 
 
 def _blocks(answer: Answer) -> list[OutputBlock]:
+    """Without a call that max_tokens cut: half of its input is none, and another one would be wrong."""
     blocks: list[OutputBlock] = []
     if answer.reasoning:
         blocks.append(OutputThinking(thinking=answer.reasoning))
     if answer.content:
         blocks.append(OutputText(text=answer.content))
     for call in answer.calls:
-        try:
-            value = json.loads(call.arguments)
-        except (ValueError, RecursionError):  # cut by max_tokens
-            value = None
-        blocks.append(OutputToolUse(id=call.id, name=call.name, input=value if isinstance(value, dict) else {}))
+        value = template_arguments(call.arguments)
+        if isinstance(value, dict):
+            blocks.append(OutputToolUse(id=call.id, name=call.name, input=value))
     return blocks
 
 

@@ -260,3 +260,10 @@ def test_an_answer_goes_on_with_the_assistants_last_message(claude: anthropic.An
         message = claude.messages.create(**OPTIONS | {"messages": begun})
     assert tokenizer.decode(asked[0][0]).endswith("Is it warm in Paris?\n\nIt is")
     assert message.content[0].text == " warm."  # type: ignore[union-attr]
+
+
+def test_a_call_that_is_cut_is_left_out(claude: anthropic.Anthropic, served: Served) -> None:
+    with scripted(served, CALLS[: CALLS.index('"now"') + 20], FinishReason.LENGTH):
+        message = claude.messages.create(**OPTIONS, tools=TOOLS)
+    assert message.stop_reason == "max_tokens"
+    assert [block.type for block in message.content] == ["text", "tool_use"]
