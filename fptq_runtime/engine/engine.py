@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T", bound=Detokenizer)
 
 RETRY_AFTER_SECONDS = (1.0, 600.0)
+MARGIN = 1.05  # what is accepted at the very limit is to begin in time too
 
 
 class RequestError(FptqError):
@@ -186,8 +187,9 @@ class Engine(Generic[T]):
         ahead = [each.work for each in self._waiting if each.turn <= turn]
         begins, first_token = self._forecast.wait(self._running, ahead, self._slots, work.prompt)
         most = min(origin.max_wait, self.config.max_wait)
-        if (ahead or len(self._running) >= self._slots) and begins + min(first_token, most / 2) > most:
-            raise QueueFullError(_bounded(begins + min(first_token, most / 2) - most))
+        wait = begins * MARGIN + min(first_token, most / 2)
+        if (ahead or len(self._running) >= self._slots) and wait > most:
+            raise QueueFullError(_bounded(wait - most))
         tokens = sum(each.work.prompt for each in self._waiting)
         own = sum(each.work.prompt for each in self._waiting if each.tenant == origin.tenant)
         for held, of_tenant, more, most_held in (
