@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
-MEMORY_SECONDS = 20.0  # of work, over which a step's cost is forgotten
+MEMORY_SECONDS = 5.0  # of work, over which a step's cost is forgotten
 MEMORY_ANSWERS = 100  # whose lengths are remembered
 FIRST_GUESS = 256  # tokens of an answer, before any has ended
 

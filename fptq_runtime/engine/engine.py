@@ -127,6 +127,7 @@ class Engine(Generic[T]):
         self._launched: _Batch | None = None  # between steps, with an asynchronous backend
         self._live: dict[tuple[str, int], Sequence] = {}
         self._forecast = Forecast(limits.max_tokens)
+        self._ended: float | None = None  # when the last step did, if there was work left
         # Shared between threads, under the lock.
         self._lock = threading.Lock()
         self._inbox: list[Sequence] = []
@@ -536,8 +537,10 @@ class Engine(Generic[T]):
         if self.config.enable_prefix_caching:
             stats.prefix_query_tokens = sum(sequence.num_prompt_tokens for sequence in plan.admitted)
             stats.prefix_hit_tokens = sum(sequence.num_cached_tokens for sequence in plan.admitted)
-        if plan.scheduled:
-            self._forecast.observe_step(plan.num_tokens, seconds)
+        now = time.monotonic()
+        if plan.scheduled:  # with what lies between two steps, where there is work
+            self._forecast.observe_step(plan.num_tokens, seconds if self._ended is None else now - self._ended)
+        self._ended = now if self._unfinished else None
         running = [self._work(sequence) for sequence in scheduler.running]
         with self._lock:
             self._running = running
