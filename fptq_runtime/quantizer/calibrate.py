@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from importlib import resources
@@ -24,6 +24,9 @@ MINIBATCH_FLOATS = 1 << 22  # of a block's widest intermediate, 16 MiB: small en
 MINIBATCH_ROWS = 256  # but not fewer: each minibatch reads the whole block
 BF16_WEIGHTS = 1 << 22  # of a linear; from here on the time goes into products, which are twice as fast in bfloat16
 SAMPLE_ROWS = 1024  # input rows kept of each linear, to measure errors on
+FIRST_COUNTS = 100.0
+LONGEST = 3.0
+BAND = 1024  # rows of a Hessian added up at a time, from the diagonal on: half of it is the other half's mirror image
 
 
 class CalibrationError(FptqError):
@@ -186,6 +189,40 @@ def sum_nll(logits: torch.Tensor, targets: np.ndarray) -> float:
 
 
 @dataclass
+class Moments:
+    """Σ over the rows x [K] that a linear reads, and x̃ that it would read in the float model.
+
+    The first token of every sequence, whose keys and values all that follow attend to, counts FIRST_COUNTS times. It is
+    also the one with massive activations, so a row's length counts as LONGEST times the median's at most.
+    """
+
+    hessian: torch.Tensor  # [K, K], 2xxᵀ, symmetric: its upper triangle counts
+    drift: torch.Tensor | None = None  # [K, K], 2(x̃ - x)xᵀ
+
+    @classmethod
+    def zeros(cls, k: int, drift: bool) -> Moments:
+        return cls(torch.zeros(k, k), torch.zeros(k, k) if drift else None)
+
+    def add(self, x: torch.Tensor, batch: StepInput, exact: torch.Tensor | None = None) -> None:
+        """Count a minibatch x [rows, K]; `exact` is what the float model reads."""
+        square = x.square().sum(-1).clamp_min(1e-30)
+        share = (LONGEST**2 * square.median() / square).clamp_max(1)
+        counts = torch.from_numpy(np.where(batch.positions == 0, FIRST_COUNTS, 1.0)).float()
+        share = (share * counts).sqrt_()[:, None]
+        x = x * share
+        for start in range(0, x.shape[1], BAND):
+            self.hessian[start : start + BAND, start:].addmm_(x[:, start : start + BAND].T, x[:, start:], alpha=2)
+        if exact is not None and self.drift is not None:
+            self.drift.addmm_((exact * share - x).T, x, alpha=2)
+
+    def divide(self, scale: torch.Tensor) -> None:
+        """Follow a transform that divides the input's channels by `scale` [K]."""
+        for moment in (self.hessian, self.drift):
+            if moment is not None:
+                moment.div_(scale).div_(scale[:, None])
+
+
+@dataclass
 class InputStats:
     """One linear's input over the calibration set: per-channel moments, and some of its rows."""
 
@@ -196,6 +233,7 @@ class InputStats:
     rows: int
     peak_position: int  # where in its sequence the largest |x| stands
     sample: torch.Tensor  # [at most about SAMPLE_ROWS, K]
+    moments: Moments | None = None  # where a step asked for them, until what it reads is another x
 
     @property
     def amax(self) -> torch.Tensor:
@@ -220,6 +258,8 @@ class InputStats:
         self.total = self.total / scale.double()
         self.square_sum = self.square_sum / scale.double().square()
         self.sample = self.sample / scale
+        if self.moments is not None:
+            self.moments.divide(scale)
 
     def shift(self, offset: torch.Tensor) -> None:
         """Follow a transform that subtracts `offset` [K] from the input's channels."""
@@ -227,6 +267,7 @@ class InputStats:
         self.square_sum = self.square_sum - 2 * offset.double() * self.total + self.rows * offset.double().square()
         self.total = self.total - self.rows * offset.double()
         self.sample = self.sample - offset
+        self.moments = None
 
 
 @dataclass
@@ -239,6 +280,7 @@ class _Observed:
     peak: float = -1.0
     peak_position: int = 0
     sample: list[torch.Tensor] = field(default_factory=list)
+    moments: Moments | None = None
 
     def update(self, x: torch.Tensor, batch: StepInput, stride: int) -> None:
         low, high, total, square_sum = x.amin(0), x.amax(0), x.sum(0).double(), x.square().sum(0).double()
@@ -260,7 +302,7 @@ class _Observed:
             raise CalibrationError(f"the input of {name} is not finite on the calibration data; "
                                    "the model's weights may be damaged")
         return InputStats(self.low, self.high, self.total, self.square_sum, self.rows, self.peak_position,
-                          torch.cat(self.sample))
+                          torch.cat(self.sample), self.moments)
 
 
 class _Captured(Exception):
@@ -268,17 +310,18 @@ class _Captured(Exception):
 
 
 class _CapturingOps(ReferenceOps):
-    """Keeps what the linears of these names read, and stops where the last of them has read it."""
+    """Keeps what the linears of these names read; unless `whole`, stops where the last of them has read it."""
 
-    def __init__(self, batch: StepInput, names: Collection[str]) -> None:
+    def __init__(self, batch: StepInput, names: Collection[str], whole: bool = False) -> None:
         super().__init__(batch, None)
         self._names = names
+        self._whole = whole
         self.seen: dict[str, torch.Tensor] = {}
 
     def linear(self, x: torch.Tensor, linear: Linear, residual: torch.Tensor | None = None) -> torch.Tensor:
         if linear.name in self._names:
             self.seen[linear.name] = x
-        if len(self.seen) == len(self._names):
+        if len(self.seen) == len(self._names) and not self._whole:
             raise _Captured
         return super().linear(x, linear, residual)
 
@@ -298,14 +341,32 @@ def block_inputs(states: HiddenStates, block: Block,
 
 
 @torch.inference_mode()
-def observe_block(states: HiddenStates, block: Block) -> dict[str, InputStats]:
-    """Run a float block over the states and describe the input of each of its linears."""
+def observe_block(states: HiddenStates, block: Block, *, moments: bool = False,
+                  exact: HiddenStates | None = None) -> dict[str, InputStats]:
+    """Run a float block over the states and describe the input of each of its linears; with its `moments` where these
+    are asked for, `exact` being the same windows through the float model, which go on through the block."""
     observed = {name: _Observed() for name in block.linears}
     stride = _stride(states)
-    for batch, inputs in zip(states.batches, block_inputs(states, block), strict=True):
+    exactly: Iterable[dict[str, torch.Tensor]] = [{}] * len(states.batches) if exact is None else _advance(exact, block)
+    for batch, inputs, wanted in zip(states.batches, block_inputs(states, block), exactly, strict=True):
         for name, x in inputs.items():
-            observed[name].update(x, batch, stride)
+            found = observed[name]
+            found.update(x, batch, stride)
+            if moments:
+                found.moments = found.moments or Moments.zeros(x.shape[1], exact is not None)
+                found.moments.add(x, batch, wanted.get(name))
     return {name: found.stats(block.linears[name].name) for name, found in observed.items()}
+
+
+def _advance(states: HiddenStates, block: Block) -> Iterator[dict[str, torch.Tensor]]:
+    """Takes the states through the block, and yields what its linears read of each minibatch."""
+    block = _fast(prepare_block(block, ReferenceBackend()))
+    names = {linear.name: name for name, linear in block.linears.items()}
+    before, states.states = states.states, []
+    for batch, state in zip(states.batches, before, strict=True):
+        ops = _CapturingOps(batch, names, whole=True)
+        states.states.append(block.forward(ops, state))
+        yield {names[name]: x for name, x in ops.seen.items()}
 
 
 def _stride(states: HiddenStates) -> int:

@@ -3,6 +3,7 @@ analysis captures, training begins with, and tests look at."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -75,21 +76,21 @@ class Walk:
             block.spec = spec
             for step in self._steps:
                 step.transform_block(self.model, block)
-            work = observe(self.model, block, self._states, self._rounds)
-            if work.is_head:
+            head = spec is self.model.head
+            ahead = None if self._exact is None or head else copy.copy(self._exact)
+            work = observe(self.model, block, self._states, self._rounds, ahead)
+            if head:
                 for step in self._steps:
                     step.apply_head(work)
                 yield work
                 return
             work.exact = self._exact
             with torch.inference_mode():
-                exact = [] if self._exact is None else list(self._exact.block_outputs(block))
                 for step in self._steps:
                     step.apply(work)
             yield work
             self._states.run_block(prepare_block(block, ReferenceBackend()))  # as the runtime will compute it
-            if self._exact is not None:
-                self._exact.states = exact
+            self._exact = ahead
 
 
 def _check_patterns(model: Model, steps: Sequence[Step]) -> None:

@@ -19,7 +19,8 @@ def test_presets_survive_yaml(preset: Recipe, tmp_path: Path) -> None:
 
 
 def test_defaults_are_the_methods() -> None:
-    fptq, weights = load_recipe("fptq").steps
+    rotation, fptq, weights = load_recipe("fptq").steps
+    assert rotation.optional
     assert (fptq.v0, fptq.v1, fptq.floor, fptq.paper_policy) == (15, 150, 1, False)
     assert (weights.num_bits, weights.group_size, weights.head_bits) == (4, 128, 8)
 

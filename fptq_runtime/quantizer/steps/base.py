@@ -35,14 +35,6 @@ class RecipeError(FptqError):
     """A recipe that does not exist, is malformed or does not fit the model. One line, for the user."""
 
 
-@dataclass
-class Moments:
-    """Σ over the calibration set's rows, as they will be read: quantized, and after what is quantized before them."""
-
-    hessian: torch.Tensor  # [K, K], 2xxᵀ, symmetric: its upper triangle counts
-    drift: torch.Tensor | None = None  # [K, K], 2(x̃ - x)xᵀ, with x̃ as the float model has it
-
-
 @dataclass(frozen=True)
 class Rounding:
     """How the recipe rounds a linear's weights where it takes the nearest; num_bits 16 is not at all."""
@@ -85,7 +77,6 @@ class Target:
     reason: str = ""  # why the activations are quantized as they are
     activation_error: float = 0.0
     error: float = 0.0
-    moments: Moments | None = None  # where the weights' step asks for them
 
     def __post_init__(self) -> None:
         self.range = self.stats.range
@@ -205,19 +196,25 @@ class BlockWork:
         return norm
 
 
-def observe(model: Model, block: Block, states: HiddenStates, weights: Rounds | None = None) -> BlockWork:
+def observe(model: Model, block: Block, states: HiddenStates, weights: Rounds | None = None,
+            exact: HiddenStates | None = None) -> BlockWork:
     """A float block with what its linears read, observed on `states`. weights: the step that will round them, which
-    decides how."""
-    stats = observe_block(states, block)
+    decides how. exact: the states through float blocks, where a step `wants_exact`; they go on through this one."""
+    head = block.spec is model.head
+    stats = observe_block(states, block, moments=weights is not None and weights.wants_moments(head), exact=exact)
     targets = {name: Target(name, linear, block.spec.modules(name), stats[name])
                for name, linear in block.linears.items()}
     if weights is not None:
         for target in targets.values():
-            target.rounding = weights.rounding(target.names, block.spec is model.head)
+            target.rounding = weights.rounding(target.names, head)
     return BlockWork(model, block, targets, states)
 
 
 class Rounds(Protocol):
+    def wants_moments(self, head: bool) -> bool:
+        """Whether `InputStats.moments` are needed of a block's, or the head's, linears."""
+        ...
+
     def rounding(self, names: tuple[str, ...], head: bool) -> Rounding:
         """Of a linear by its `Target.names`."""
         ...

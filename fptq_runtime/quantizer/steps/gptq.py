@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -11,12 +12,11 @@ from pydantic import Field, PositiveFloat, model_validator
 from fptq_runtime.artifact.numerics import dequantize, quantize
 from fptq_runtime.artifact.scheme import NumberType
 from fptq_runtime.models.block import Block
-from fptq_runtime.quantizer.calibrate import block_inputs
-from fptq_runtime.quantizer.steps.base import BlockWork, Moments, QuantizationError, Target
+from fptq_runtime.quantizer.calibrate import Moments, block_inputs
+from fptq_runtime.quantizer.steps.base import BlockWork, QuantizationError, Target
 from fptq_runtime.quantizer.steps.weights import Weights
 
 COLUMNS = 128  # rounded one by one before their errors go into a matrix product
-BAND = 1024  # rows of a Hessian added up at a time, from the diagonal on: half of it is the other half's mirror image
 DAMP_RAISES = 3
 
 
@@ -28,8 +28,13 @@ class Gptq(Weights):
     damp: of the Hessian's mean diagonal, added to its diagonal; ten times as much, up to three times over, where the
     Hessian is not positive definite, which the layer's reason then says.
     refits: how often the scales are fitted to the codes by least squares, and the weights rounded again with them.
-    asymmetric: aim for what the float model has at that place, W x̃, rather than W x (GPTAQ, arXiv 2504.02692), and
-    quantize each linear before the next one's inputs are observed: about two more passes over the calibration samples.
+    asymmetric: aim for what the float model has at that place, W x̃, rather than W x (GPTAQ, arXiv 2504.02692), and go
+    so much of the way there: one more pass over the calibration samples. Several linears of a block answer for the same
+    drift, so that all of the way (true) suits `sequential` and many samples alone. drift_damp: `damp` of that fit, for
+    the drift is known less well than the inputs.
+    sequential: observe what each linear reads after those before it in its block, and the inputs' codes, are rounded;
+    about two more passes, or four with `asymmetric`. Otherwise x is what the float block makes of what the quantized
+    blocks before it give.
     """
 
     type: Literal["gptq"] = "gptq"  # type: ignore[assignment]
@@ -37,7 +42,9 @@ class Gptq(Weights):
     act_order: bool = True
     damp: PositiveFloat = 0.01
     refits: int = Field(default=0, ge=0, le=10)
-    asymmetric: bool = False
+    asymmetric: float = Field(default=0.0, ge=0, le=1)
+    drift_damp: PositiveFloat = 0.1
+    sequential: bool = False
 
     @model_validator(mode="after")
     def _refittable(self) -> Gptq:
@@ -47,47 +54,49 @@ class Gptq(Weights):
 
     @property
     def wants_exact(self) -> bool:
-        return self.asymmetric
+        return self.asymmetric > 0
+
+    def wants_moments(self, head: bool) -> bool:
+        return self.head_bits == 4 if head else not self.sequential
 
     def apply(self, work: BlockWork) -> None:
-        if not self.asymmetric:
-            self._observe(work, list(work.targets))
-            super().apply(work)
-            return
         exact = work.block.with_linears(lambda name, linear: replace(linear, act=None))  # before they are quantized
+        if not self.sequential:
+            self._observe(work, exact, [name for name, target in work.targets.items() if target.stats.moments is None])
         for name, target in work.targets.items():
-            self._observe(work, [name], exact)
+            if self.sequential:
+                self._observe(work, exact, [name])
             self._quantize(target)
 
-    def apply_head(self, work: BlockWork) -> None:
-        if self.head_bits == 4:
-            self._observe(work, list(work.targets))
-        super().apply_head(work)
-
-    def _observe(self, work: BlockWork, names: list[str], exact: Block | None = None) -> None:
-        inputs = block_inputs(work.states, work.block, names)
-        if exact is None or work.exact is None:
-            for batch in inputs:
-                for name in names:
-                    _add(work.targets[name], batch[name])
+    def _observe(self, work: BlockWork, exact: Block, names: Sequence[str]) -> None:
+        """The moments of what these linears read as the block is, and as `exact` is."""
+        if not names:
             return
-        for batch, wanted in zip(inputs, block_inputs(work.exact, exact, names), strict=True):
-            for name in names:
-                _add(work.targets[name], batch[name], wanted[name])
+        found = {name: Moments.zeros(work.targets[name].stats.amax.numel(), work.exact is not None) for name in names}
+        exactly: Iterable[dict[str, torch.Tensor]] = [{}] * len(work.states.batches)
+        if work.exact is not None:
+            exactly = block_inputs(work.exact, exact, names)
+        inputs = block_inputs(work.states, work.block, names)
+        for batch, read, wanted in zip(work.states.batches, inputs, exactly, strict=True):
+            for name, moments in found.items():
+                moments.add(read[name], batch, wanted.get(name))
+        for name, moments in found.items():
+            work.targets[name].stats.moments = moments
 
     def _round(self, target: Target) -> tuple[torch.Tensor, torch.Tensor]:
-        if target.moments is None:
+        moments, target.stats.moments = target.stats.moments, None  # as large as the weights, or larger
+        if moments is None:
             return super()._round(target)
-        moments, target.moments = target.moments, None  # as large as the weights, or larger
         hessian = moments.hessian.triu() + moments.hessian.triu(1).T
         importance = hessian.diagonal().clone()
         dead = importance == 0
         hessian.diagonal()[dead] = 1
         order = importance.argsort(descending=True, stable=True) if self.act_order else torch.arange(len(importance))
-        factor = self._factor(target, hessian[order][:, order])
+        factor = self._factor(target, hessian[order][:, order], self.damp)
         weight = target.weight
         if moments.drift is not None:
-            weight = weight + solve(factor, (weight @ moments.drift)[:, order])[:, order.argsort()]
+            made_up = solve(self._factor(target, hessian, self.drift_damp), weight @ moments.drift)
+            weight = weight + self.asymmetric * made_up
         weight = weight.masked_fill(dead, 0)
         _, scale = self._nearest(target, weight, importance)
         num_bits = target.rounding.num_bits
@@ -97,17 +106,18 @@ class Gptq(Weights):
             codes = round_columns(weight, scale, num_bits, factor, order, self.grid)
         return codes, scale
 
-    def _factor(self, target: Target, hessian: torch.Tensor) -> torch.Tensor:
-        """R of `triangular_factor`, damped."""
-        damp = self.damp * float(hessian.diagonal().mean())
+    @staticmethod
+    def _factor(target: Target, hessian: torch.Tensor, share: float) -> torch.Tensor:
+        """R of `triangular_factor`, damped by that share of the mean diagonal."""
+        damp = share * float(hessian.diagonal().mean())
         for raised in range(DAMP_RAISES + 1):
             factor = triangular_factor(hessian, damp * 10**raised)
             if factor is not None:
                 if raised:
-                    target.reason += f"; Hessian damped by {self.damp * 10**raised:g}"
+                    target.reason += f"; Hessian damped by {share * 10**raised:g}"
                 return factor
         raise QuantizationError(f"{target.linear.name}: the Hessian of its inputs is not positive definite, even "
-                                f"damped by {self.damp * 10**DAMP_RAISES:g}; calibrate on more text, or use 'weights'")
+                                f"damped by {share * 10**DAMP_RAISES:g}; calibrate on more text, or use 'weights'")
 
 
 def triangular_factor(hessian: torch.Tensor, damp: float) -> torch.Tensor | None:
@@ -166,14 +176,3 @@ def fit_scale(weight: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, he
     left.diagonal(dim1=1, dim2=2).add_(1e-4 * left.diagonal(dim1=1, dim2=2).mean(-1, keepdim=True) + 1e-12)
     fitted = scale.float() + torch.linalg.solve(left, right)
     return torch.where(fitted > 0, fitted, scale.float()).to(scale.dtype)
-
-
-def _add(target: Target, x: torch.Tensor, exact: torch.Tensor | None = None) -> None:
-    """Count a minibatch of inputs [rows, K]; `exact` is what the float model reads."""
-    k = x.shape[1]
-    if target.moments is None:
-        target.moments = Moments(torch.zeros(k, k), None if exact is None else torch.zeros(k, k))
-    for start in range(0, k, BAND):
-        target.moments.hessian[start : start + BAND, start:].addmm_(x[:, start : start + BAND].T, x[:, start:], alpha=2)
-    if exact is not None and target.moments.drift is not None:
-        target.moments.drift.addmm_((exact - x).T, x, alpha=2)

@@ -21,38 +21,47 @@ class Rotation(Step):
     embedding, o and down then write rotated rows; qkv, up and the head undo it as they read.
 
     heads: also rotate what each head makes of its values: exact, because every head has the same rotation.
+    optional: a model that no rotation keeps the function of stays as it is, instead of being refused.
     """
 
     type: Literal["rotation"] = "rotation"
     heads: bool = True
+    optional: bool = False
     seed: int = 0
 
     def check(self, model: Model) -> None:
-        name = model.config.architecture
+        if not self.optional and (obstacle := self._obstacle(model)):
+            raise QuantizationError(f"rotation does not work on {model.config.architecture}: {obstacle}; leave the "
+                                    "step out")
+
+    @staticmethod
+    def _obstacle(model: Model) -> str | None:
+        """What of the family a rotation would change."""
         for part in model.parts:
             readers = {reader: edge.writer for edge in part.edges if edge.through is None for reader in edge.readers}
             if any(norm.kind != "rms" for norm in part.norms):
-                raise QuantizationError(f"rotation does not work on {name}: its LayerNorm subtracts the mean, which no "
-                                        "rotation keeps; leave the step out")
+                return "its LayerNorm subtracts the mean, which no rotation keeps"
             if any(writer not in (linear.name for linear in part.linears) for writer in part.residual):
-                raise QuantizationError(f"rotation does not work on {name}: a norm behind its linears scales what is "
-                                        "added to each channel, which no rotation keeps; leave the step out")
+                return "a norm behind its linears scales what is added to each channel, which no rotation keeps"
             written = {edge.readers[0] for edge in part.edges if edge.through is not None}
             unread = [linear.name for linear in part.linears if linear.name not in readers
                       and linear.name not in written and linear.name not in part.residual]
             if unread:
-                raise QuantizationError(f"rotation does not work on {name}: its {unread[0]} reads the residual stream "
-                                        "without a norm; leave the step out")
+                return f"its {unread[0]} reads the residual stream without a norm"
         if model.stem.norm is not None or model.stem.positions is not None:
-            raise QuantizationError(f"rotation does not work on {name}: its embedding is normed or has learned "
-                                    "positions; leave the step out")
+            return "its embedding is normed or has learned positions"
+        return None
 
     def transform_stem(self, model: Model, stem: Stem) -> None:
+        if self._obstacle(model):
+            return
         weight = to_torch(stem.embedding.weight)
         rotated = self._residual(model)(weight.float())
         stem.embedding = Embedding(rotated.to(torch.float16 if weight.dtype == torch.bfloat16 else weight.dtype))
 
     def transform_block(self, model: Model, block: Block) -> None:
+        if self._obstacle(model):
+            return
         residual = self._residual(model)
         for edge in block.spec.edges:
             if edge.through is None:

@@ -74,6 +74,9 @@ class Weights(Step):
     def patterns(self) -> tuple[str, ...]:
         return tuple(self.keep)
 
+    def wants_moments(self, head: bool) -> bool:
+        return False
+
     def rounding(self, names: tuple[str, ...], head: bool = False) -> Rounding:
         """How a linear is rounded, by its `Target.names`: the one place that decides it."""
         if head:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -13,13 +14,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fptq_runtime.artifact.numerics import dequantize, quantize_weight, unpack_codes
-from fptq_runtime.kernels.base import Linear, QuantizedWeight
-from fptq_runtime.quantizer.calibrate import InputStats, block_inputs
-from fptq_runtime.quantizer.steps import gptq
+from fptq_runtime.kernels.base import Linear, QuantizedWeight, StepInput
+from fptq_runtime.models.loader import Checkpoint
+from fptq_runtime.quantizer.calibrate import InputStats, Moments, block_inputs
 from fptq_runtime.quantizer.steps.activations import Activations
-from fptq_runtime.quantizer.steps.base import Moments, QuantizationError, Rounding, Target
+from fptq_runtime.quantizer.steps.base import QuantizationError, Rounding, Target
 from fptq_runtime.quantizer.steps.gptq import Gptq, fit_scale, round_columns, triangular_factor
 from fptq_runtime.quantizer.steps.weights import Weights
+from fptq_runtime.quantizer.walk import Walk
+from tests.quantizer.models import save_model
 from tests.quantizer.test_folds import work_on
 
 
@@ -32,8 +35,16 @@ def correlated(rows: int, k: int, seed: int) -> torch.Tensor:
 
 def target_of(weight: torch.Tensor, x: torch.Tensor, num_bits: Literal[4, 8] = 4, group: int | None = 32) -> Target:
     stats = InputStats(x.amin(0), x.amax(0), x.sum(0).double(), x.square().sum(0).double(), x.shape[0], 0, x)
-    return Target("down", Linear("layers.0.down", weight), ("down",), stats, Rounding(num_bits, group),
-                  moments=Moments(2 * x.T @ x))
+    stats.moments = Moments(2 * x.T @ x)
+    return Target("down", Linear("layers.0.down", weight), ("down",), stats, Rounding(num_bits, group))
+
+
+def counts(x: torch.Tensor, batch: StepInput) -> torch.Tensor:
+    """How often each row [rows, K] of a minibatch counts: a first token 100 times, and no row for more than three times
+    the median's length. [rows, 1]"""
+    lengths = x.norm(dim=1)
+    long = (3 * lengths.median() / lengths).clamp_max(1).square()
+    return (long * torch.from_numpy(np.where(batch.positions == 0, 100.0, 1.0)).float())[:, None]
 
 
 def textbook(weight: np.ndarray, scale: np.ndarray, hessian: np.ndarray, damp: float, order: np.ndarray) -> np.ndarray:
@@ -121,10 +132,10 @@ def test_dead_inputs_get_zero_weights() -> None:
 def test_a_singular_hessian_is_damped_more_and_says_so() -> None:
     torch.manual_seed(0)
     target = target_of(torch.randn(5, 64), correlated(200, 64, 0))
-    assert target.moments is not None
-    values, vectors = torch.linalg.eigh(target.moments.hessian)
+    assert target.stats.moments is not None
+    values, vectors = torch.linalg.eigh(target.stats.moments.hessian)
     values[0] = -0.05 * values.mean()
-    target.moments = Moments(vectors @ values.diag() @ vectors.T)
+    target.stats.moments = Moments(vectors @ values.diag() @ vectors.T)
     codes, _ = Gptq()._round(target)
     assert "damped by 0.1" in target.reason
     assert codes.any()
@@ -134,8 +145,8 @@ def test_a_singular_hessian_is_damped_more_and_says_so() -> None:
 def test_a_hopeless_hessian_is_an_error(value: float) -> None:
     """Never rounding to nearest instead."""
     target = target_of(torch.randn(5, 64), correlated(200, 64, 0))
-    assert target.moments is not None
-    target.moments.hessian[3, 4] = target.moments.hessian[4, 3] = value
+    assert target.stats.moments is not None
+    target.stats.moments.hessian[3, 4] = target.stats.moments.hessian[4, 3] = value
     with pytest.raises(QuantizationError, match="down: the Hessian") as error:
         Gptq()._round(target)
     assert "\n" not in str(error.value)
@@ -148,19 +159,22 @@ def test_hessians_are_of_the_quantized_inputs(tmp_path: Path, monkeypatch: pytes
     rounded = Gptq._round
 
     def spy(self: Gptq, target: Target) -> object:
-        assert target.moments is not None
-        seen[target.name] = target.moments.hessian.clone()
+        assert target.stats.moments is not None
+        seen[target.name] = target.stats.moments.hessian.clone()
         return rounded(self, target)
 
     monkeypatch.setattr(Gptq, "_round", spy)
     with torch.inference_mode():
         Activations(scheme="static").apply(work)
         expected = [dict(inputs) for inputs in block_inputs(work.states, work.block)]
+        batches = work.states.batches
         floats = {kind: target.weight for kind, target in work.targets.items()}
         Gptq().apply(work)
     for kind, target in work.targets.items():
         x = torch.cat([inputs[kind] for inputs in expected])
-        torch.testing.assert_close(seen[kind], 2 * x.T @ x, rtol=1e-3, atol=1e-2)
+        hessian = sum(2 * inputs[kind].T @ (inputs[kind] * counts(inputs[kind], batch))
+                      for batch, inputs in zip(batches, expected, strict=True))
+        torch.testing.assert_close(seen[kind].triu(), hessian.triu(), rtol=1e-3, atol=1e-2)
         weight = target.linear.weight
         assert isinstance(weight, QuantizedWeight)
         codes = unpack_codes(weight.packed, 4, weight.k)
@@ -173,16 +187,48 @@ def test_bands_of_a_hessian(monkeypatch: pytest.MonkeyPatch) -> None:
     """Added up band by band, it is the same where it counts, and so are the codes."""
     torch.manual_seed(0)
     weight, x = torch.randn(8, 96), correlated(300, 96, 0)
-    whole, banded = target_of(weight, x), target_of(weight, x)
-    banded.moments = None
-    monkeypatch.setattr("fptq_runtime.quantizer.steps.gptq.BAND", 40)
-    for batch in (x[:100], x[100:]):
-        gptq._add(banded, batch)
-    assert banded.moments is not None and whole.moments is not None
-    torch.testing.assert_close(banded.moments.hessian.triu(), whole.moments.hessian.triu(), rtol=1e-4, atol=1e-3)
-    assert not torch.allclose(banded.moments.hessian, whole.moments.hessian)
-    codes = [Gptq()._round(target)[0] for target in (whole, banded)]
+    batch = StepInput.whole([[0] * 100, [0] * 200])
+    monkeypatch.setattr("fptq_runtime.quantizer.calibrate.BAND", 40)
+    banded = Moments.zeros(96, drift=False)
+    banded.add(x, batch)
+    whole = Moments(2 * x.T @ (x * counts(x, batch)))
+    torch.testing.assert_close(banded.hessian.triu(), whole.hessian.triu(), rtol=1e-4, atol=1e-3)
+    assert not torch.allclose(banded.hessian, whole.hessian)
+    codes = []
+    for moments in (whole, banded):
+        target = target_of(weight, x)
+        target.stats.moments = moments
+        codes.append(Gptq()._round(target)[0])
     assert (codes[0] == codes[1]).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("drift", [False, True])
+def test_moments_follow_a_fold(drift: bool) -> None:
+    """Dividing the inputs afterwards is dividing them before."""
+    torch.manual_seed(0)
+    x, exact, scale = torch.randn(50, 32), torch.randn(50, 32), torch.rand(32) + 0.5
+    folded = InputStats(x.amin(0), x.amax(0), x.sum(0).double(), x.square().sum(0).double(), 50, 0, x,
+                        Moments(2 * x.T @ x, 2 * (exact - x).T @ x if drift else None))
+    folded.divide(scale)
+    assert folded.moments is not None
+    y = x / scale
+    torch.testing.assert_close(folded.moments.hessian, 2 * y.T @ y)
+    if drift:
+        torch.testing.assert_close(folded.moments.drift, 2 * (exact / scale - y).T @ y)
+    folded.shift(torch.ones(32))
+    assert folded.moments is None  # observed again by whoever needs them
+
+
+@pytest.mark.parametrize("spike", [1.0, 1e4])
+def test_a_massive_first_token_decides_nothing_alone(spike: float) -> None:
+    """Its length hardly matters: it is counted, and no more than that."""
+    torch.manual_seed(0)
+    x = torch.randn(64, 32)
+    x[0] *= spike
+    moments = Moments.zeros(32, drift=False)
+    moments.add(x, StepInput.whole([[0] * 64]))
+    ordinary = 2 * 64 * 32
+    assert 1 < float(moments.hessian.diagonal().sum()) / ordinary < 20
 
 
 def test_asymmetric_aims_for_what_the_float_model_computes() -> None:
@@ -194,8 +240,8 @@ def test_asymmetric_aims_for_what_the_float_model_computes() -> None:
 
     def rounded(num_bits: Literal[4, 8], moments: Moments) -> torch.Tensor:
         target = target_of(weight, x, num_bits)
-        target.moments = moments
-        return dequantize(*Gptq(damp=1e-4)._round(target))
+        target.stats.moments = moments
+        return dequantize(*Gptq(damp=1e-4, drift_damp=1e-4, asymmetric=1)._round(target))
 
     wanted = exact @ weight.T
     eight = rounded(8, Moments(2 * x.T @ x, drift))
@@ -206,7 +252,7 @@ def test_asymmetric_aims_for_what_the_float_model_computes() -> None:
     assert errors[0] < 0.7 * errors[1]
 
 
-def test_asymmetric_observes_what_is_quantized_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sequential_observes_what_is_quantized_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each linear's moments are of the block as it will run: of the quantized block's inputs and the float block's."""
     states, work = work_on("llama", tmp_path)
     work.exact = copy.copy(states)
@@ -215,18 +261,40 @@ def test_asymmetric_observes_what_is_quantized_before(tmp_path: Path, monkeypatc
     rounded = Gptq._round
 
     def spy(self: Gptq, target: Target) -> object:
-        assert target.moments is not None
-        seen[target.name] = copy.deepcopy(target.moments)
+        assert target.stats.moments is not None
+        seen[target.name] = copy.deepcopy(target.stats.moments)
         return rounded(self, target)
 
     monkeypatch.setattr(Gptq, "_round", spy)
     with torch.inference_mode():
         exact = list(block_inputs(work.exact, work.block))
         Activations(scheme="dynamic").apply(work)
-        Gptq(asymmetric=True).apply(work)
+        Gptq(asymmetric=True, sequential=True).apply(work)
         inputs = list(block_inputs(work.states, work.block))
     assert list(seen) == ["qkv", "o", "up", "down"]
     for kind in work.targets:
-        x, wanted = (torch.cat([batch[kind] for batch in batches]) for batches in (inputs, exact))
-        torch.testing.assert_close(seen[kind].hessian, 2 * x.T @ x, rtol=1e-3, atol=1e-2)
-        torch.testing.assert_close(seen[kind].drift, 2 * (wanted - x).T @ x, rtol=1e-3, atol=1e-2)
+        hessian, drift = torch.zeros(()), torch.zeros(())
+        for batch, x, wanted in zip(work.states.batches, inputs, exact, strict=True):
+            counted = x[kind] * counts(x[kind], batch)
+            hessian, drift = hessian + 2 * x[kind].T @ counted, drift + 2 * (wanted[kind] - x[kind]).T @ counted
+        torch.testing.assert_close(seen[kind].hessian.triu(), hessian.triu(), rtol=1e-3, atol=1e-2)
+        torch.testing.assert_close(seen[kind].drift, drift, rtol=1e-3, atol=1e-2)
+
+
+def test_one_pass_observes_the_block_before_it_is_rounded(tmp_path: Path) -> None:
+    """The walk's own moments are those of a block whose inputs are still floats."""
+    save_model("llama", tmp_path)
+    step = Gptq(asymmetric=0.25)
+    walk = Walk(Checkpoint(tmp_path), (Activations(scheme="dynamic"), step), [[4, 5, 9, 7] * 8, [4, 7, 3] * 8], step)
+    walk.stem()
+    work = next(walk.blocks())
+    with torch.inference_mode():
+        plain = work.block.with_linears(lambda _, linear: replace(linear, act=None))
+        inputs = list(block_inputs(work.states, plain))
+    for kind, target in work.targets.items():
+        moments = target.stats.moments
+        assert moments is not None and moments.drift is not None
+        hessian = sum(2 * x[kind].T @ (x[kind] * counts(x[kind], batch))
+                      for batch, x in zip(work.states.batches, inputs, strict=True))
+        torch.testing.assert_close(moments.hessian.triu(), hessian.triu(), rtol=1e-3, atol=1e-2)
+        assert not moments.drift.any()  # nothing before the first block is quantized

@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fptq_runtime.quantizer.steps.base import BlockWork, Step
+from fptq_runtime.quantizer.steps.base import BlockWork, QuantizationError, Step
 from fptq_runtime.quantizer.steps.rotation import RandomHadamard, Rotation
-from tests.quantizer.models import DEMO, transplant_outliers
+from tests.quantizer.models import DEMO, save_model, transplant_outliers
 from tests.quantizer.walk import float_logits
 
 
@@ -54,3 +55,12 @@ def test_outliers_fall(tmp_path: Path) -> None:
     before, after = kurtosis(), kurtosis(Rotation())
     assert before.min() > 20
     assert after.max() < 10
+
+
+@pytest.mark.parametrize("family", ["bloom", "gemma3"])
+def test_optional_leaves_alone_what_it_would_change(family: str, tmp_path: Path) -> None:
+    save_model(family, tmp_path)
+    windows = [[3, 4, 5, 6, 7, 8]]
+    with pytest.raises(QuantizationError, match="rotation does not work on"):
+        float_logits(tmp_path, (Rotation(),), windows)
+    assert torch.equal(float_logits(tmp_path, (Rotation(optional=True),), windows), float_logits(tmp_path, (), windows))
