@@ -233,9 +233,10 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("schemas", type=Path)
     parser.add_argument("--per-kind", type=int, default=40)
+    parser.add_argument("--answers-per-kind", type=int, help="of the accepted, so many are put to the model; else all")
     parser.add_argument("--max-tokens", type=int, default=400)
     parser.add_argument("--speed-tokens", type=int, default=96, help="0: no speed is measured")
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True, help="without a suffix")
     arguments = parser.parse_args()
     engine = load_engine(arguments.model, max_num_seqs=BATCH)
     vocab_size, name = engine.model_config.vocab_size, arguments.model.name
@@ -243,10 +244,12 @@ def main() -> None:
     results |= {"name": name, "vocab_size": vocab_size, "machine": platform.processor() or platform.machine(),
                 "command": f"`python -m benchmarks.structured {name} SCHEMAS --per-kind {arguments.per_kind}`",
                 "speed": speed(engine, arguments.speed_tokens) if arguments.speed_tokens else None}
-    results["model"] = asdict(ask(engine, taken, arguments.max_tokens, temperature=0.0))
     bias = closers(engine.tokenizer, vocab_size, min(engine._eos_token_ids))
     with mock.patch.object(engine, "_executor", Noise(vocab_size)):
         results["noise"] = asdict(ask(engine, taken, arguments.max_tokens, logit_bias=bias))
+    kinds = dict.fromkeys(each.kind for each in taken)
+    put = [each for kind in kinds for each in [s for s in taken if s.kind == kind][: arguments.answers_per_kind]]
+    results["model"] = asdict(ask(engine, put, arguments.max_tokens, temperature=0.0))
     arguments.out.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
     arguments.out.with_suffix(".md").write_text(report(results))
     print(report(results))

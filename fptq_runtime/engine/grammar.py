@@ -19,7 +19,7 @@ import numpy.typing as npt
 from llguidance.gbnf_to_lark import gbnf_to_lark
 from llguidance.numpy import fill_next_token_bitmask
 
-from fptq_runtime.engine.json_schema import culprit, prepared
+from fptq_runtime.engine.json_schema import closed, culprit, prepared
 from fptq_runtime.errors import FptqError
 
 logger = logging.getLogger(__name__)
@@ -46,9 +46,9 @@ class GrammarError(FptqError):
 class Grammar:
     """A language that an answer must be of, from its first character to the end of sequence; SamplingParams.structured.
 
-    Made by the methods below. A JSON schema holds with every keyword in it, or is refused when it is compiled; object
-    properties come in the schema's order. Lark is llguidance's: `embedded` puts a schema into it, and `<|name|>` is a
-    special token.
+    Made by the methods below. A JSON schema holds with every keyword in it, or is refused when it is compiled; an
+    object's properties come in the schema's order, others only where it speaks of them or names none. Lark is
+    llguidance's: `embedded` puts a schema into it, and `<|name|>` is a special token.
     """
 
     kind: Literal["json_schema", "regex", "lark"]
@@ -201,7 +201,7 @@ def embedded(schema: Any) -> str:
     """A JSON schema as the body of a rule in Lark, `%json {…}`, which means what Grammar.json_schema does."""
     if not isinstance(schema, dict):
         schema = {"allOf": [schema]}
-    return f"%json {json.dumps({**prepared(schema), 'x-guidance': JSON_OPTIONS})}"
+    return f"%json {json.dumps({**prepared(closed(schema)), 'x-guidance': JSON_OPTIONS})}"
 
 
 _SOURCES = {"regex": llguidance.LLMatcher.grammar_from_regex, "lark": llguidance.LLMatcher.grammar_from_lark}
@@ -212,8 +212,11 @@ def _from_schema(tokenizer: llguidance.LLTokenizer, schema: Any) -> llguidance.L
         schema = {} if schema else {"enum": []}
     if not isinstance(schema, dict):
         return "a JSON schema is an object, true or false"
-    source = llguidance.LLMatcher.grammar_from_json_schema(json.dumps(prepared(schema)), overrides=JSON_OPTIONS)
-    built = _built(tokenizer, source)
+    for form in (closed(schema), schema):
+        source = llguidance.LLMatcher.grammar_from_json_schema(json.dumps(prepared(form)), overrides=JSON_OPTIONS)
+        built = _built(tokenizer, source)
+        if not isinstance(built, str):
+            break
     if isinstance(built, str) and "coerce_one_of" in built:
         return "more than one of its alternatives may hold at a time; anyOf takes that"
     return built

@@ -14,6 +14,7 @@ HOLDERS = ("properties", "patternProperties", "additionalProperties", "items", "
 VALUES = ("const", "enum", "default", "example", "examples")  # no schemas within
 WHOLE = (*VALUES, "required", "dependencies", "dependentRequired", "dependentSchemas", "not", "if", "then", "else",
          "contains", "propertyNames", "unevaluatedItems", "unevaluatedProperties")  # enforced or not as they stand
+OF_OBJECTS = {"properties", "patternProperties", "additionalProperties", "required", "minProperties", "maxProperties"}
 KEPT = ("$defs", "definitions", "$schema", "$id", "id", "$anchor")  # what a $ref needs
 
 _DATE = ("(?:[0-9]{4}-(?:(?:0[13578]|1[02])-(?:0[1-9]|[12][0-9]|3[01])|(?:0[469]|11)-(?:0[1-9]|[12][0-9]|30)"
@@ -60,6 +61,36 @@ def prepared(schema: Any) -> Any:
             made["allOf"] = [*made.get("allOf", ()), {"pattern": form}]
         else:
             made["pattern"] = form
+    return made
+
+
+def closed(schema: Any) -> Any:
+    """The schema whose objects have no other properties than it names, where it names some and does not speak of
+    others, which a weak model would write without end. Itself where it combines parts, which that could contradict."""
+    return schema if _combines(schema) else _closed(schema)
+
+
+def _combines(schema: Any) -> bool:
+    if isinstance(schema, dict):
+        for key in ("allOf", "oneOf", "anyOf", "$ref"):
+            if key in schema and (key in ("allOf", "oneOf") or schema.keys() & OF_OBJECTS):
+                branches = schema[key]
+                if key == "$ref" or _closed(branches) != branches or "$ref" in str(branches):
+                    return True
+    return any(_combines(sub) for _, sub in _subschemas(schema))
+
+
+def _closed(schema: Any) -> Any:
+    if isinstance(schema, list):
+        return [_closed(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    made = {key: {name: _closed(sub) for name, sub in value.items()} if key in SCHEMAS and isinstance(value, dict)
+            else value if key in WHOLE else _closed(value) for key, value in schema.items()}
+    properties, required = schema.get("properties"), schema.get("required", [])
+    if properties and isinstance(properties, dict) and isinstance(required, list) and properties.keys() >= set(
+            map(str, required)) and not schema.keys() & {"additionalProperties", "patternProperties", "minProperties"}:
+        made["additionalProperties"] = False
     return made
 
 

@@ -14,6 +14,7 @@ import fptq_runtime
 from fptq_runtime.artifact.numerics import pack_codes, quantize_weight
 from fptq_runtime.config import EngineConfig, KVCacheDtype
 from fptq_runtime.engine.engine import Engine
+from fptq_runtime.engine.grammar import Grammar
 from fptq_runtime.engine.output import RequestOutput
 from fptq_runtime.engine.request import SamplingParams
 from fptq_runtime.kernels.base import ActivationQuant, Backend, Linear, QuantizedWeight
@@ -27,6 +28,8 @@ from tests.engine.fake import gist, run
 DEMO = Path(fptq_runtime.__file__).parent / "demo"
 VOCAB = Checkpoint(DEMO).model_config.vocab_size
 MAX_LEN = 192
+FORMS = [None, Grammar.regex("[a-z ,.]{60,}"), None, Grammar.json_schema(
+    {"type": "array", "items": {"type": ["string", "number"]}, "minItems": 20})]
 
 
 def quantized(linear: Linear, act: ActivationQuant, num_bits: int = 4) -> Linear:
@@ -75,20 +78,23 @@ def engine_for(native: tuple[Decoder, Backend], tokenizer: Tokenizer, num_tokens
     return Engine(*native, config, tokenizer)
 
 
-def requests(generator: random.Random, count: int) -> list[tuple[list[int], SamplingParams]]:
+def requests(generator: random.Random, count: int, forms: Sequence[Grammar | None]
+             ) -> list[tuple[list[int], SamplingParams]]:
     shared = [[generator.randrange(VOCAB) for _ in range(80)] for _ in range(2)]
     made = []
     for _ in range(count):
         prompt = generator.choice(shared)[: generator.randrange(1, 81)]
         prompt += [generator.randrange(VOCAB) for _ in range(generator.randrange(0, 50))]
+        structured = forms[len(made) % len(forms)]
         made.append((prompt, SamplingParams(
+            structured=structured,
             max_tokens=generator.randrange(1, 60),
             temperature=generator.choice([0.0, 0.0, 1.0]),
             top_p=generator.choice([1.0, 0.9]),
             seed=generator.randrange(1 << 30),
             logprobs=generator.choice([0, 1, 5]),
             prompt_logprobs=generator.choice([None, None, 1]),
-            ignore_eos=generator.random() < 0.5,
+            ignore_eos=generator.random() < 0.5 and structured is None,
         )))
     return made
 
@@ -113,7 +119,7 @@ def test_each_request_gives_what_it_gives_alone(native: tuple[Decoder, Backend],
                        kv_cache_dtype=kv_dtype)
     company = engine_for(native, tokenizer, num_tokens, kv_cache_dtype=kv_dtype, **options)
     generator = random.Random(str(options))
-    sent = requests(generator, 32)
+    sent = requests(generator, 32, FORMS if num_tokens == 4096 else [None])  # structured ones end before they crowd
     events: dict[str, list[RequestOutput]] = {str(i): [] for i in range(32)}
     arrivals, preemptions, hits = list(range(32)), 0, 0
     while arrivals or company.has_unfinished_requests:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import fptq_runtime
 from fptq_runtime.engine.grammar import Grammar, GrammarError, Grammars
-from fptq_runtime.engine.json_schema import FORMATS, culprit, pattern, prepared
+from fptq_runtime.engine.json_schema import FORMATS, closed, culprit, pattern, prepared
 from fptq_runtime.models.tokenizer import Tokenizer
 
 DEMO = Path(fptq_runtime.__file__).parent / "demo"
@@ -170,6 +170,25 @@ def test_nothing_but_schemas_is_touched() -> None:
                               for name in ("const", "default")}
     schema = {**values, "enum": [values], "properties": {"format": {"const": 1}, "pattern": True, "then": {}}}
     assert prepared(schema) == schema
+
+
+INNER: dict[str, Any] = {"type": "object", "properties": {"x": {}}}
+
+
+@pytest.mark.parametrize(("schema", "closes"), [
+    (INNER, True), ({"type": "array", "items": INNER}, True), ({"anyOf": [INNER, {"type": "null"}]}, True),
+    ({"properties": {"a": {"$ref": "#/$defs/b"}}, "$defs": {"b": INNER}}, True),
+    ({**INNER, "anyOf": [{"required": ["x"]}, {"maxProperties": 0}]}, True),
+    ({"oneOf": [{"type": "string"}, {"type": "null"}], "properties": {"x": {}}}, True),
+    ({"type": "object"}, False), ({**INNER, "additionalProperties": True}, False),
+    ({**INNER, "required": ["y"]}, False),
+    ({**INNER, "patternProperties": {"^y": {}}}, False), ({**INNER, "minProperties": 2}, False),
+    ({"allOf": [INNER, {"properties": {"y": {}}}]}, False), ({"oneOf": [INNER, {"type": "null"}]}, False),
+    ({**INNER, "$ref": "#/$defs/b", "$defs": {"b": INNER}}, False), ({**INNER, "anyOf": [INNER]}, False),
+    ({"properties": {"a": INNER, "b": {"allOf": [INNER]}}}, False),
+], ids=str)
+def test_objects_are_closed_where_that_contradicts_nothing(schema: Any, closes: bool) -> None:
+    assert (closed(schema) != schema) == closes
 
 
 def test_no_keyword_is_to_blame() -> None:
