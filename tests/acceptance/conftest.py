@@ -33,7 +33,7 @@ def tight_server(fptq: Fptq, server: Server, tmp_path_factory: pytest.TempPathFa
     so that the demo is in the cache."""
     with Server(fptq, tmp_path_factory.mktemp("log") / "serve.log", "demo", "--no-prefix-cache",
                 "--max-num-batched-tokens", 48, "--kv-cache-memory", "3MiB", "--served-model-name", "tales",
-                api_key=API_KEY) as server:
+                "--max-wait", 600, api_key=API_KEY) as server:
         yield server
 
 
