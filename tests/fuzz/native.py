@@ -180,6 +180,7 @@ class Caller:
 
     def _draws(self) -> SampleInput:
         draws, tokens, biases = self._size(), self._size(), self._size()
+        masks = self._random.choice((0, 0, 1, 2))
         starts = np.sort(self._numbers.integers(0, tokens + 1, draws + 1)).astype(np.int32)
         starts[:1] = 0
         bias_start = np.sort(self._numbers.integers(0, biases + 1, draws + 1)).astype(np.int32)
@@ -193,7 +194,9 @@ class Caller:
             positions=np.arange(draws, dtype=np.int64),
             num_logprobs=np.full(draws, self._random.choice((-1, 0, 2)), np.int32),
             bias_start=bias_start, bias_ids=self._ints(biases), bias_values=np.ones(biases, np.float32),
-            history_start=starts, output_start=starts[:-1].copy(), history=self._ints(tokens))
+            history_start=starts, output_start=starts[:-1].copy(), history=self._ints(tokens),
+            mask_rows=self._numbers.integers(-1, max(masks, 1), draws).astype(np.int32),
+            masks=self._numbers.integers(0, 1 << 32, (masks, self._random.choice((1, 1, 1, 2, 3))), np.uint32))
         return self._spoiled(batch)
 
     def _spoiled(self, batch: Any) -> Any:
@@ -202,8 +205,8 @@ class Caller:
             name = self._random.choice(list(vars(batch)))
             array = getattr(batch, name).copy()
             if array.size and self._random.random() < 0.7 and array.dtype.names is None:
-                array.flat[self._random.randrange(array.size)] = self._random.choice(
-                    (-(1 << 31), -1, 0, 1, 7, 96, 1 << 20, (1 << 31) - 1))
+                value = self._random.choice((-(1 << 31), -1, 0, 1, 7, 96, 1 << 20, (1 << 31) - 1))
+                array.flat[self._random.randrange(array.size)] = np.int64(value).astype(array.dtype)
             else:
                 array = self._random.choice((array[:-1] if array.ndim else array, array.astype(np.float64)
                                              if array.dtype.names is None else array, array[::2]))
