@@ -29,7 +29,7 @@ def test_every_error_of_ours_is_one_or_no_mistake_of_the_users() -> None:
                      if isinstance(value, type) and issubclass(value, Exception)
                      and value.__module__.startswith(("fptq_runtime", "fptq_server"))}
     others = {error.__name__ for error in ours if not issubclass(error, FptqError)}
-    assert others == {"DeviceLostError", "EngineDeadError", "Interrupted", "QueueFullError", "_Captured"}
+    assert others == {"DeviceLostError", "EngineDeadError", "Interrupted", "NotACall", "QueueFullError", "_Captured"}
     assert len(ours) > 15
 
 

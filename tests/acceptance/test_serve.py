@@ -431,7 +431,7 @@ def test_nested_unknown_fields(server: Server) -> None:
 
 
 @pytest.mark.parametrize("extra", [
-    {"tools": [{"type": "function", "function": {"name": "f"}}]}, {"response_format": {"type": "xml"}},
+    {"tools": [{"type": "web_search"}]}, {"response_format": {"type": "xml"}},
     {"functions": [{"name": "f"}]}, {"modalities": ["audio"]}, {"reasoning_effort": "high"},
 ], ids=lambda extra: next(iter(extra)))
 def test_what_chat_cannot_do_is_refused_by_name(server: Server, extra: dict[str, Any]) -> None:
