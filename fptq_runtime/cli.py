@@ -15,17 +15,22 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from types import FrameType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+from click.core import ParameterSource
 
 import fptq_runtime
 from fptq_runtime.config import MAX_THREADS
 from fptq_runtime.errors import FptqError
 
+if TYPE_CHECKING:
+    from fptq_server.settings import Kind
+
 Answer = tuple[dict[str, Any], str]  # for --json, and for people
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
+_ORIGINS = "fptq.origins"  # key of Context.meta: where a parameter's value comes from, where that is no flag
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -261,15 +266,60 @@ def text_tokens_option(default: int | None) -> Callable[[_Function], _Function]:
     return lambda command: old(shown(command))
 
 
+def configure(ctx: click.Context, _: click.Parameter, file: Path | None) -> None:
+    """Variables and the file stand in for defaults; each parameter's type reads them as it reads a flag."""
+    from fptq_server.settings import read_settings
+
+    named = settings()
+    try:
+        given = read_settings({name: _kind(parameter) for name, parameter in named.items()}, file)
+    except FptqError as error:
+        raise click.UsageError(str(error)) from None
+    ctx.default_map = {named[name].name: _switched(named[name], each.value) for name, each in given.items()}
+    ctx.meta[_ORIGINS] = {named[name].name: each.origin for name, each in given.items()}
+
+
+def settings() -> dict[str, click.Parameter]:
+    """What `fptq serve` can be told, by names as max_model_len."""
+    return {str(each.opts[0]).lstrip("-").replace("-", "_"): each for each in serve.params if each.expose_value}
+
+
+def _kind(parameter: click.Parameter) -> Kind:
+    if getattr(parameter, "is_flag", False):
+        return "flag"
+    return "list" if parameter.multiple else "object" if isinstance(parameter.type, JsonObject) else "value"
+
+
+def _switched(parameter: click.Parameter, value: Any) -> Any:
+    """What a flag gives its parameter where it is on or off, or the other way round; --no-prefix-cache is one that
+    gives False."""
+    return value if getattr(parameter, "flag_value", None) is not False else not value
+
+
 class Command(click.Command):
-    """Its errors name options as they are typed: --max-model-len, not max_model_len."""
+    """Its errors name options as they were given: --max-model-len, or FPTQ_MAX_MODEL_LEN, not max_model_len."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except click.BadParameter as error:
+            if error.param is not None and error.param.name in (origins := _origins(ctx)):
+                error.param_hint = [origins[error.param.name]]
+            raise
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
         except FptqError as error:
-            error.args = (error.spelled({str(option.name): option.opts[0] for option in self.params}),)
+            names = {str(option.name): option.opts[0] for option in self.params} | _origins(ctx)
+            error.args = (error.spelled(names),)
             raise
+
+
+def _origins(ctx: click.Context) -> dict[str, str]:
+    """Of the values that no flag gave."""
+    return {name: origin for name, origin in ctx.meta.get(_ORIGINS, {}).items()
+            if ctx.get_parameter_source(name) is not ParameterSource.COMMANDLINE}
 
 
 class Commands(click.Group):
@@ -365,6 +415,8 @@ def _tells_what_is_left(out: Path) -> Iterator[None]:
 
 @cli.command()
 @click.argument("artifact")
+@click.option("--config", type=ExistingFile(), is_eager=True, expose_value=False, callback=configure,
+              envvar="FPTQ_CONFIG", help="A YAML file with any of these options, as max-model-len: 4096.")
 @click.option("--host", default="127.0.0.1", show_default=True)
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True)
 @click.option("--uds", help="Listen on this socket file instead of host and port.", type=click.Path(dir_okay=False))
@@ -394,7 +446,7 @@ def _tells_what_is_left(out: Path) -> Iterator[None]:
 @click.option("--max-wait", type=click.FloatRange(0, min_open=True), default=10.0, show_default=True,
               help="A request that would wait longer for its first token, in seconds, is refused with 429.")
 @click.option("--api-key", "api_keys", multiple=True, help="Clients must send it as a bearer token; may be given more "
-              "than once. Without it, FPTQ_API_KEY is the key where it is set.")
+              "than once.")
 @click.option("--api-keys-file", type=ExistingFile(), help="A key a line, or its hash as NAME=sha256:HEX, with "
               "priority=N and max_requests=N after it where wanted; read again on SIGHUP.")
 @click.option("--public-metrics", is_flag=True, help="/metrics asks for no key.")
@@ -407,8 +459,12 @@ def _tells_what_is_left(out: Path) -> Iterator[None]:
 @click.option("--scrub-interval", type=click.FloatRange(0), default=3600.0, show_default=True,
               help="Seconds in which the artifact's files are read and hashed once while serving; 0: never.")
 def serve(artifact: str, model_names: tuple[str, ...], generation_config: str, chat_template: Path | None,
-          api_keys: tuple[str, ...], **options: Any) -> None:
-    """Serve ARTIFACT over HTTP."""
+          **options: Any) -> None:
+    """Serve ARTIFACT over HTTP.
+
+    Each option is a variable, too, as FPTQ_MAX_MODEL_LEN for --max-model-len, and a key of --config's file. Flags go
+    before variables, variables before the file, the file before defaults. `fptq config` shows what is in force.
+    """
     if not all(name.strip() for name in model_names):
         raise click.UsageError("--served-model-name is empty; give clients a name, or leave it out")
     from fptq_runtime.locate import DEMO, find_artifact, find_model
@@ -418,9 +474,7 @@ def serve(artifact: str, model_names: tuple[str, ...], generation_config: str, c
     from fptq_server.main import listen, serve
 
     of_server = {field.name for field in fields(ServerConfig)} & options.keys()
-    if not api_keys and options["api_keys_file"] is None:
-        api_keys = _api_key_of_environment()
-    config = ServerConfig(api_keys=api_keys, **{name: options.pop(name) for name in of_server})
+    config = ServerConfig(**{name: options.pop(name) for name in of_server})
     with listen(config) as listener:  # before the model is fetched or made, which can take minutes
         path = find_artifact(artifact)
         from fptq_runtime.artifact.io import is_artifact
@@ -433,14 +487,25 @@ def serve(artifact: str, model_names: tuple[str, ...], generation_config: str, c
               chat_template=chat_template, **options)
 
 
-def _api_key_of_environment() -> tuple[str, ...]:
-    """FPTQ_API_KEY as one key, whatever spaces are in it; those around it, as a file's last newline, are not its."""
-    key = os.environ.get("FPTQ_API_KEY")
-    if key is None:
-        return ()
-    if not key.strip():
-        raise click.UsageError("FPTQ_API_KEY is set but empty; give it a key, or unset it to serve without one")
-    return (key.strip(),)
+@cli.command("config", params=[click.Argument(["artifact"], required=False), *serve.params[1:]])
+@answers
+def show_config(**options: Any) -> Answer:
+    """What `fptq serve` with the same options would be told, and where each value comes from: a --config file."""
+    from fptq_server.config import ServerConfig
+
+    ServerConfig(**{field.name: options[field.name] for field in fields(ServerConfig) if field.name in options})
+    ctx = click.get_current_context()
+    data, lines = {}, []
+    for name, parameter in settings().items():
+        value, origin = _switched(parameter, options[str(parameter.name)]), _origins(ctx).get(str(parameter.name))
+        if origin is None:
+            given = ctx.get_parameter_source(str(parameter.name)) is ParameterSource.COMMANDLINE
+            origin = "the command line" if given else "default"
+        flag = name.replace("_", "-")
+        plain = json.dumps(["***" for _ in value] if name == "api_key" else value, default=str, ensure_ascii=False)
+        data[flag] = {"value": json.loads(plain), "from": origin}
+        lines.append(f"{'# ' if name == 'api_key' and value else ''}{flag}: {plain}  # {origin}")
+    return data, "\n".join(lines)
 
 
 @cli.command("eval")

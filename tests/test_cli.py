@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
 import os
@@ -14,6 +15,7 @@ from typing import Any
 
 import click
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -259,6 +261,110 @@ def test_the_queues_limits(served: Served) -> None:
     assert limits == [(EngineConfig.max_waiting_requests, EngineConfig.max_waiting_tokens), (3, 9)]
 
 
+GIVEN = {  # every option of `fptq serve`: not its default, as a flag's text and as YAML has it
+    "host": ("::1", "::1"), "port": ("0", 0), "uds": ("/s", "/s"), "ssl-certfile": ("c", "c"),
+    "ssl-keyfile": ("k", "k"), "root-path": ("/llm", "/llm"), "cors-origins": ("https://a.example",) * 2,
+    "served-model-name": ("tales", "tales"), "chat-template": (os.devnull,) * 2,
+    "default-chat-template-kwargs": ('{"enable_thinking": false}', {"enable_thinking": False}),
+    "generation-config": ("none", "none"), "tool-call-parser": ("none", "none"), "reasoning-parser": ("none", "none"),
+    "responses-db": ("r.db", "r.db"), "max-model-len": ("77", 77), "max-num-seqs": ("7", 7),
+    "max-num-batched-tokens": ("70", 70), "kv-cache-dtype": ("bf16", "bf16"), "kv-cache-memory": ("3MiB", 3 << 20),
+    "gpu-memory-utilization": ("0.5", 0.5), "no-prefix-cache": (None, True), "activations": ("int8", "int8"),
+    "backend": ("reference", "reference"), "device": ("cpu", "cpu"), "threads": ("1", 1),
+    "max-waiting-requests": ("3", 3), "max-waiting-tokens": ("9", 9), "max-wait": ("2.5", 2.5),
+    "api-key": ("12", "12"), "api-keys-file": (os.devnull,) * 2, "public-metrics": (None, True),
+    "drain-timeout": ("1", 1), "stall-timeout": ("2", 2), "verify-weights": (None, True), "scrub-interval": ("0", 0),
+}
+
+
+def test_flags_variables_and_the_file_say_the_same(served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+                                                   ) -> None:
+    """Each option by each way, and what is left out has its default."""
+    monkeypatch.setattr("fptq_server.main.listen", lambda config: contextlib.nullcontext())
+    assert {name.replace("_", "-") for name in cli.settings()} == {"artifact", *GIVEN}
+    file = tmp_path / "serve.yaml"
+    file.write_text(yaml.safe_dump({"artifact": "demo"} | {name: value for name, (_, value) in GIVEN.items()}))
+    flags = [part for name, (text, _) in GIVEN.items() for part in (f"--{name}", text) if part is not None]
+    variables = {f"FPTQ_{name.upper().replace('-', '_')}": text or "1" for name, (text, _) in GIVEN.items()}
+    assert run("serve", "demo", *flags) == 0
+    assert run("serve", "--config", str(file)) == 0
+    monkeypatch.setenv("FPTQ_CONFIG", str(file))
+    assert run("serve") == 0
+    monkeypatch.delenv("FPTQ_CONFIG")
+    with pytest.MonkeyPatch.context() as patch:
+        for name, text in variables.items():
+            patch.setenv(name, text)
+        assert run("serve", "demo") == 0
+    assert run("serve", "demo") == 0
+    *same, (default_config, default_options) = served
+    assert all(call == same[0] for call in same)
+    config, options = same[0]
+    left_alone = {"keep_alive_interval", "head_timeout", "body_timeout", "write_timeout", "max_body_bytes",
+                  "max_header_bytes", "max_prompts"}
+    assert {field.name for field in fields(config)
+            if getattr(config, field.name) == getattr(default_config, field.name)} == left_alone
+    assert [name for name in options if options[name] == default_options[name]] == ["listener"]
+
+
+def test_flags_go_before_variables_before_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                   capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "serve.yaml"
+    file.write_text("port: 1\nmax-wait: 1\nmax_num_seqs: 1\nhost: null\napi-key: [a, b]\n")
+    monkeypatch.setenv("FPTQ_PORT", "2")
+    monkeypatch.setenv("FPTQ_MAX_WAIT", "2")
+    assert run("config", "demo", "--config", str(file), "--port", "3", "--json") == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert {name: shown[name] for name in ("artifact", "port", "max-wait", "max-num-seqs", "host", "api-key")} == {
+        "artifact": {"value": "demo", "from": "the command line"},
+        "port": {"value": 3, "from": "the command line"},
+        "max-wait": {"value": 2.0, "from": "FPTQ_MAX_WAIT"},
+        "max-num-seqs": {"value": 1, "from": f"max-num-seqs in {file}"},
+        "host": {"value": "127.0.0.1", "from": "default"},
+        "api-key": {"value": ["***", "***"], "from": f"api-key in {file}"},
+    }
+
+
+def test_what_config_prints_is_a_config_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = [part for name, (text, _) in GIVEN.items() if name != "host" for part in (f"--{name}", text) if part]
+    assert run("config", *flags) == 0
+    (tmp_path / "printed.yaml").write_text(capsys.readouterr().out)
+    assert run("config", *flags, "--json") == run("config", "--config", str(tmp_path / "printed.yaml"), "--json") == 0
+    first, again = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    del first["api-key"], again["api-key"]  # which is printed nowhere
+    assert {name: entry["value"] for name, entry in first.items()} == {
+        name: entry["value"] for name, entry in again.items()}
+
+
+@pytest.mark.parametrize(("variable", "line", "said"), [
+    ("FPTQ_PORT=tcp://10.0.0.1:80", "", "Invalid value for 'FPTQ_PORT': 'tcp://10.0.0.1:80' is not a valid integer"),
+    ("FPTQ_ROOT_PATH=llm", "", "FPTQ_ROOT_PATH must be a path such as /llm"),
+    ("FPTQ_PUBLIC_METRICS=perhaps", "", "FPTQ_PUBLIC_METRICS must be true or false"),
+    ("FPTQ_CORS_ORIGINS=[1", "", "FPTQ_CORS_ORIGINS must be a text or a list of texts"),
+    ("FPTQ_PROT=1", "", "the variable FPTQ_PROT is no setting; did you mean FPTQ_PORT?"),
+    ("", "max-wiat: 1", "max-wiat in FILE is no setting; did you mean max-wait?"),
+    ("", "xyzzy: 1", "xyzzy in FILE is no setting; `fptq config` lists what there is"),
+    ("", "port: [1]", "port in FILE must be a text or a number"),
+    ("", "port: true", "port in FILE must be a text or a number"),
+    ("", "port: x", "Invalid value for 'port in FILE': 'x' is not a valid integer"),
+    ("", "drain-timeout: -1", "Invalid value for 'drain-timeout in FILE': -1.0 is not in the range"),
+    ("", "root-path: llm", "root-path in FILE must be a path such as /llm"),
+    ("", "api-key: 5", "api-key in FILE must be a text or a list of texts"),
+    ("", "max-wait: 1\nmax_wait: 2", "FILE has a setting twice"),
+    ("", "- port", "FILE must have a setting a line"), ("", "port: [", "FILE cannot be read: "),
+    ("", "\x00", "FILE cannot be read: "),
+])
+def test_wrong_settings_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+                                  variable: str, line: str, said: str) -> None:
+    file = tmp_path / "serve.yaml"
+    file.write_text(line)
+    if variable:
+        monkeypatch.setenv(*variable.split("=", 1))
+    assert run("config", "--config", str(file)) in (1, 2)
+    out, err = capsys.readouterr()
+    assert err.startswith(f"fptq: {said.replace('FILE', str(file))}")
+    assert (out, err.count("\n")) == ("", 1)
+
+
 def test_more_threads_than_cpus(served: Served, capsys: pytest.CaptureFixture[str]) -> None:
     cpus = os.cpu_count() or 1
     assert run("serve", "demo", "--port", "0", "--threads", str(cpus + 1)) == 2
@@ -333,7 +439,7 @@ def test_an_option_means_the_same_in_every_command() -> None:
     for option in ("--threads", "--max-tokens", "--text-tokens", "--num-samples"):
         texts = {text.partition(" (")[0] for (_, name), text in shown.items() if name == option and text}
         assert len(texts) <= 1, option
-    computing = {"quantize", "serve", "eval", "compare", "analyze", "generate", "export", "verify", "bench"}
+    computing = {"quantize", "serve", "config", "eval", "compare", "analyze", "generate", "export", "verify", "bench"}
     assert {name for name, option in shown if option == "--threads"} == computing
     assert [name for name, option in shown if option == "--max-tokens"] == ["generate"]
 
