@@ -6,6 +6,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -165,7 +166,7 @@ class Tokenizer:
         token_id: int | None = None if token is None else self._backend.token_to_id(token)
         return token_id
 
-    @property
+    @cached_property
     def added_tokens(self) -> dict[int, str]:
         """Tokens that are found in a text before anything else is, special or not."""
         return {token_id: str(token.content) for token_id, token in self._added.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from importlib import resources
@@ -305,6 +305,9 @@ class _Observed:
                           torch.cat(self.sample), self.moments)
 
 
+Inputs = dict[str, torch.Tensor]  # of a minibatch, by the linears that read them, each [rows, K]
+
+
 class _Captured(Exception):
     """Nothing else was asked for."""
 
@@ -327,17 +330,30 @@ class _CapturingOps(ReferenceOps):
 
 
 @torch.inference_mode()
-def block_inputs(states: HiddenStates, block: Block,
-                 names: Sequence[str] | None = None) -> Iterator[dict[str, torch.Tensor]]:
+def block_inputs(states: HiddenStates, block: Block, names: Sequence[str] | None = None, *, advance: bool = False
+                 ) -> Iterator[Inputs]:
     """What the block's linears of these names (all unless given) read, minibatch by minibatch, each [rows, K] and
-    fake-quantized as its `act` says. Weights may be float or quantized; the block runs no further than it must."""
+    fake-quantized as its `act` says. Weights may be float or quantized; the block runs no further than it must, unless
+    the states are to `advance` through it."""
     block = _fast(prepare_block(block, ReferenceBackend()))
     wanted = {block.linears[name].name: name for name in names or block.linears}
-    for batch, state in zip(states.batches, states.states, strict=True):
-        ops = _CapturingOps(batch, wanted)
+    before = states.states
+    if advance:
+        states.states = []
+    for batch, state in zip(states.batches, before, strict=True):
+        ops = _CapturingOps(batch, wanted, whole=advance)
         with suppress(_Captured):
-            block.forward(ops, state)
+            output = block.forward(ops, state)
+            if advance:
+                states.states.append(output)
         yield {wanted[name]: x for name, x in ops.seen.items()}
+
+
+def paired_inputs(states: HiddenStates, inputs: Iterator[Inputs], exact: Iterator[Inputs] | None
+                  ) -> Iterator[tuple[StepInput, Inputs, Inputs]]:
+    """Each minibatch of the states, what linears read of it, and what they read in the float model: nothing where
+    `exact` is None."""
+    return zip(states.batches, inputs, exact or [{}] * len(states.batches), strict=True)
 
 
 @torch.inference_mode()
@@ -347,8 +363,8 @@ def observe_block(states: HiddenStates, block: Block, *, moments: bool = False,
     are asked for, `exact` being the same windows through the float model, which go on through the block."""
     observed = {name: _Observed() for name in block.linears}
     stride = _stride(states)
-    exactly: Iterable[dict[str, torch.Tensor]] = [{}] * len(states.batches) if exact is None else _advance(exact, block)
-    for batch, inputs, wanted in zip(states.batches, block_inputs(states, block), exactly, strict=True):
+    exactly = None if exact is None else block_inputs(exact, block, advance=True)
+    for batch, inputs, wanted in paired_inputs(states, block_inputs(states, block), exactly):
         for name, x in inputs.items():
             found = observed[name]
             found.update(x, batch, stride)
@@ -356,17 +372,6 @@ def observe_block(states: HiddenStates, block: Block, *, moments: bool = False,
                 found.moments = found.moments or Moments.zeros(x.shape[1], exact is not None)
                 found.moments.add(x, batch, wanted.get(name))
     return {name: found.stats(block.linears[name].name) for name, found in observed.items()}
-
-
-def _advance(states: HiddenStates, block: Block) -> Iterator[dict[str, torch.Tensor]]:
-    """Takes the states through the block, and yields what its linears read of each minibatch."""
-    block = _fast(prepare_block(block, ReferenceBackend()))
-    names = {linear.name: name for name, linear in block.linears.items()}
-    before, states.states = states.states, []
-    for batch, state in zip(states.batches, before, strict=True):
-        ops = _CapturingOps(batch, names, whole=True)
-        states.states.append(block.forward(ops, state))
-        yield {names[name]: x for name, x in ops.seen.items()}
 
 
 def _stride(states: HiddenStates) -> int:

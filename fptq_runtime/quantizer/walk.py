@@ -76,10 +76,9 @@ class Walk:
             block.spec = spec
             for step in self._steps:
                 step.transform_block(self.model, block)
-            head = spec is self.model.head
-            ahead = None if self._exact is None or head else copy.copy(self._exact)
+            ahead = copy.copy(self._exact)
             work = observe(self.model, block, self._states, self._rounds, ahead)
-            if head:
+            if work.is_head:
                 for step in self._steps:
                     step.apply_head(work)
                 yield work

@@ -95,6 +95,7 @@ class ChatFormat:
         found = find_reasoning(template) if reasoning_parser == "auto" else None
         self.reasoning = next((form for form in REASONING_FORMATS if form.name == reasoning_parser), found)
         self._developer = "developer" in template
+        self._shown = {parses: self._shown_special_tokens(parses) for parses in (False, True)}
         self._probe(named is not None)
 
     def _probe(self, known: bool) -> None:
@@ -197,9 +198,10 @@ class ChatFormat:
 
     def shown_special_tokens(self, tools: Tools) -> frozenset[int]:
         """Those that `reading` needs to see."""
-        markers: list[str] = []
-        if self._parses(tools):
-            markers += [*self.parser.openers, *self.parser.inner]
+        return self._shown[self._parses(tools)]
+
+    def _shown_special_tokens(self, parses: bool) -> frozenset[int]:
+        markers = [*self.parser.openers, *self.parser.inner] if parses else []
         if self.reasoning is not None:
             markers += [self.reasoning.begin, self.reasoning.end]
         return frozenset(token_id for token_id, token in self._tokenizer.added_tokens.items()

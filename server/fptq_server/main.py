@@ -102,8 +102,10 @@ def scrubbing(path: Path, interval: float, metrics: Metrics) -> Iterator[None]:
         return
     scrub = Scrub(path, read_manifest(path).files, interval, metrics.record_scrub)
     scrub.start()
-    yield
-    scrub.stop()
+    try:
+        yield
+    finally:
+        scrub.stop()
 
 
 def read_template(path: Path) -> str:

@@ -27,8 +27,9 @@ GBNF = re.compile(r"^\s*root\s*::=", re.MULTILINE)
 Form = tuple[str, Callable[[Any], Grammar], Any]  # the field, and what makes a grammar of its value
 
 
-def structural_tag(given: Any, tokens: Mapping[str, int]) -> Grammar:
-    """Of a response_format of that type, parsed or not. tokens: the tokenizer's added tokens by their text."""
+def structural_tag(given: Any, added_tokens: Mapping[int, str]) -> Grammar:
+    """Of a response_format of that type, parsed or not. added_tokens: the tokenizer's."""
+    tokens = {text: token_id for token_id, text in added_tokens.items()}
     try:
         given = given if isinstance(given, ResponseFormat) else \
             ResponseFormat.model_validate_json(given if isinstance(given, str) else json.dumps(given))
@@ -54,8 +55,7 @@ def structural_tag(given: Any, tokens: Mapping[str, int]) -> Grammar:
 
 async def openai_grammar(body: ChatCompletionRequest | CompletionRequest, engine: AsyncEngine) -> Grammar | None:
     """The one form that a request gives, if any, compiled. Raises APIError that names the field."""
-    tokens = {text: token_id for token_id, text in engine.engine.tokenizer.added_tokens.items()}
-    forms = list(_openai_forms(body, partial(structural_tag, tokens=tokens)))
+    forms = list(_openai_forms(body, partial(structural_tag, added_tokens=engine.engine.tokenizer.added_tokens)))
     if len(forms) > 1:
         raise APIError(400, f"{forms[0][0]} and {forms[1][0]} both say what the answer must be; give one of them",
                        param=forms[1][0])

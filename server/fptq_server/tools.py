@@ -13,6 +13,7 @@ from fptq_server.protocol import AssistantTurn, ChatMessage, TextPart
 
 NAME = re.compile(r"[\w.:/-]{1,128}", re.ASCII)  # what every format of calls can carry
 
+
 @dataclass(frozen=True)
 class Tools:
     """functions: as OpenAI's chat completions have them, {"type": "function", "function": {"name": …}}. choice: auto,
@@ -36,6 +37,13 @@ class Tools:
 
 
 NO_TOOLS = Tools()
+
+
+def function_tool(name: str, description: str | None, parameters: Mapping[str, Any] | None, strict: bool | None
+                  ) -> dict[str, Any]:
+    """A function as chat completions have it, without what is not given."""
+    given = {"name": name, "description": description, "parameters": parameters, "strict": strict}
+    return {"type": "function", "function": {key: value for key, value in given.items() if value is not None}}
 
 
 def make_tools(functions: Sequence[Mapping[str, Any]], choice: str | None, only: str | None,

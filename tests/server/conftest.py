@@ -132,6 +132,18 @@ def scripted(served: Served, text: str, reason: FinishReason = FinishReason.STOP
         yield asked
 
 
+def refuse_first(served: Served, monkeypatch: pytest.MonkeyPatch, answers: list[Exception]) -> None:
+    """The engine's answers to its next requests, from the last on; those after them are taken."""
+    take = served.engine.add_request
+
+    def add_request(*args: Any) -> Any:
+        if answers:
+            raise answers.pop()
+        return take(*args)
+
+    monkeypatch.setattr(served.engine, "add_request", add_request)
+
+
 def events(text: str) -> list[dict[str, Any]]:
     """The JSON of a stream's events, up to [DONE]."""
     data = [line.removeprefix("data: ") for line in text.split("\n") if line.startswith("data: ")]

@@ -12,7 +12,7 @@ import pytest
 
 from fptq_runtime.engine.async_engine import EngineDeadError
 from fptq_runtime.engine.engine import QueueFullError
-from tests.server.conftest import Served, metric, wait_until
+from tests.server.conftest import Served, metric, refuse_first, wait_until
 
 
 def test_full_queue(run_server: Callable[..., Any]) -> None:
@@ -53,15 +53,8 @@ def test_full_queue(run_server: Callable[..., Any]) -> None:
 
 def test_the_sdk_retries(client: openai.OpenAI, served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     """openai's client waits as long as retry-after-ms says, and gets through."""
-    answers = [QueueFullError(0.01), QueueFullError(0.01, "draining")]
-    take = served.engine.add_request
-
-    def full_at_first(*args: Any) -> Any:
-        if answers:
-            raise answers.pop()
-        return take(*args)
-
-    monkeypatch.setattr(served.engine, "add_request", full_at_first)
+    answers: list[Exception] = [QueueFullError(0.01), QueueFullError(0.01, "draining")]
+    refuse_first(served, monkeypatch, answers)
     answer = client.with_options(max_retries=2).completions.create(model="demo", prompt="x", max_tokens=1)
     assert answer.usage is not None
     assert not answers

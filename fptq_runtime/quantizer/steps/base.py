@@ -199,9 +199,11 @@ class BlockWork:
 def observe(model: Model, block: Block, states: HiddenStates, weights: Rounds | None = None,
             exact: HiddenStates | None = None) -> BlockWork:
     """A float block with what its linears read, observed on `states`. weights: the step that will round them, which
-    decides how. exact: the states through float blocks, where a step `wants_exact`; they go on through this one."""
+    decides how. exact: the states through float blocks, where a step `wants_exact`; they go on through this one, but
+    not through the head."""
     head = block.spec is model.head
-    stats = observe_block(states, block, moments=weights is not None and weights.wants_moments(head), exact=exact)
+    stats = observe_block(states, block, moments=weights is not None and weights.wants_moments(head),
+                          exact=None if head else exact)
     targets = {name: Target(name, linear, block.spec.modules(name), stats[name])
                for name, linear in block.linears.items()}
     if weights is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -12,7 +12,7 @@ from pydantic import Field, PositiveFloat, model_validator
 from fptq_runtime.artifact.numerics import dequantize, quantize
 from fptq_runtime.artifact.scheme import NumberType
 from fptq_runtime.models.block import Block
-from fptq_runtime.quantizer.calibrate import Moments, block_inputs
+from fptq_runtime.quantizer.calibrate import Moments, block_inputs, paired_inputs
 from fptq_runtime.quantizer.steps.base import BlockWork, QuantizationError, Target
 from fptq_runtime.quantizer.steps.weights import Weights
 
@@ -73,11 +73,9 @@ class Gptq(Weights):
         if not names:
             return
         found = {name: Moments.zeros(work.targets[name].stats.amax.numel(), work.exact is not None) for name in names}
-        exactly: Iterable[dict[str, torch.Tensor]] = [{}] * len(work.states.batches)
-        if work.exact is not None:
-            exactly = block_inputs(work.exact, exact, names)
+        exactly = None if work.exact is None else block_inputs(work.exact, exact, names)
         inputs = block_inputs(work.states, work.block, names)
-        for batch, read, wanted in zip(work.states.batches, inputs, exactly, strict=True):
+        for batch, read, wanted in paired_inputs(work.states, inputs, exactly):
             for name, moments in found.items():
                 moments.add(read[name], batch, wanted.get(name))
         for name, moments in found.items():

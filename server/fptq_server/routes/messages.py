@@ -40,7 +40,7 @@ from fptq_server.protocol_messages import (
 )
 from fptq_server.record import record_of
 from fptq_server.sse import STREAM_RESPONSE, EventStream, named_frame, run_while_connected
-from fptq_server.tools import Tools, make_tools, template_arguments, template_call
+from fptq_server.tools import Tools, function_tool, make_tools, template_arguments, template_call
 from fptq_server.validation import check_model
 
 ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": AnthropicError}, "5XX": {"model": AnthropicError}}
@@ -175,10 +175,8 @@ def _turn(message: InputMessage) -> list[dict[str, Any]]:
 
 
 def _tools(body: Conversation) -> Tools:
-    functions = [{"type": "function", "function": {
-        name: value for name, value in (("name", tool.name), ("description", tool.description),
-                                        ("parameters", tool.input_schema), ("strict", tool.strict))
-        if value is not None}} for tool in body.tools or ()]
+    functions = [function_tool(tool.name, tool.description, tool.input_schema, tool.strict)
+                 for tool in body.tools or ()]
     given = body.tool_choice
     if given is None:
         return make_tools(functions, None, None, None)

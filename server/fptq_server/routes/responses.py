@@ -37,7 +37,7 @@ from fptq_server.protocol_responses import (
 from fptq_server.record import record_of
 from fptq_server.response_store import ResponseStore, StoredResponse
 from fptq_server.sse import STREAM_RESPONSE, EventStream, named_frame, run_while_connected
-from fptq_server.tools import Tools, make_tools, template_call
+from fptq_server.tools import Tools, function_tool, make_tools, template_call
 from fptq_server.validation import check_model
 
 
@@ -343,10 +343,8 @@ def _text(content: str | list[dict[str, Any]]) -> str:
 
 
 def _tools(body: ResponsesRequest) -> Tools:
-    functions = [{"type": "function", "function": {
-        name: value for name, value in (("name", tool.name), ("description", tool.description),
-                                        ("parameters", tool.parameters), ("strict", tool.strict)) if value is not None}}
-        for tool in body.tools or () if isinstance(tool, FunctionTool)]
+    functions = [function_tool(tool.name, tool.description, tool.parameters, tool.strict)
+                 for tool in body.tools or () if isinstance(tool, FunctionTool)]
     given = body.tool_choice
     choice, only = ("required", given.name) if isinstance(given, NamedChoice) else (given, None)
     return make_tools(functions, choice, only, body.parallel_tool_calls)

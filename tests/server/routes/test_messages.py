@@ -14,7 +14,7 @@ from fptq_runtime.engine.engine import QueueFullError
 from fptq_runtime.engine.request import FinishReason
 from fptq_runtime.models.tokenizer import Tokenizer
 from fptq_server.config import ServerConfig
-from tests.server.conftest import Served, scripted
+from tests.server.conftest import Served, refuse_first, scripted
 from tests.server.routes.test_tools import CALLS, EXPECTED, native  # noqa: F401
 
 MESSAGES: list[Any] = [{"role": "user", "content": "Is it warm in Paris?"}]
@@ -200,15 +200,8 @@ def test_unknown_models(claude: anthropic.Anthropic) -> None:
 
 
 def test_a_full_queue_is_retried(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    answers = [QueueFullError(0.01), QueueFullError(0.01)]
-    take = served.engine.add_request
-
-    def full_at_first(*args: Any) -> Any:
-        if answers:
-            raise answers.pop()
-        return take(*args)
-
-    monkeypatch.setattr(served.engine, "add_request", full_at_first)
+    answers: list[Exception] = [QueueFullError(0.01), QueueFullError(0.01)]
+    refuse_first(served, monkeypatch, answers)
     with anthropic.Anthropic(base_url=served.url, api_key="none", max_retries=0) as claude, \
             pytest.raises(anthropic.RateLimitError) as error:
         claude.messages.create(**OPTIONS)
