@@ -333,6 +333,7 @@ def cli() -> None:
 
     MODEL and ARTIFACT are a directory, a Hugging Face hub id, or `demo`, the small model that comes with fptq.
     """
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # torch's threads spin where they wait, and starve other work
 
 
 @cli.command()
