@@ -41,7 +41,7 @@ test: $(DEV_INSTALLED)
 
 fuzz: $(DEV_INSTALLED)
 	FPTQ_FUZZ_SEEDS=$${FPTQ_FUZZ_SEEDS:-8} FPTQ_FUZZ_CASES=$${FPTQ_FUZZ_CASES:-20000} FPTQ_FUZZ_CALLS=$${FPTQ_FUZZ_CALLS:-200000} \
-	$(VENV)/bin/python -m pytest tests/fuzz
+	FPTQ_FUZZ_FIELDS=$${FPTQ_FUZZ_FIELDS:-1000} $(VENV)/bin/python -m pytest tests/fuzz tests/models/test_config_fields.py
 
 lint: $(DEV_INSTALLED)
 	$(VENV)/bin/ruff check .

@@ -42,12 +42,13 @@ class LinearSpec:
         return sum(self.sizes)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class NormSpec:
     """One norm of a block: of the checkpoint's module, or of several whose weights are stacked as rows.
 
     shape: of its weight, all modules together. offset: is added to what the checkpoint stores (Gemma's 1 + w). scaled:
-    it has a weight at all; a norm without one multiplies by ones.
+    it has a weight at all; a norm without one multiplies by ones. order: order[j] is the checkpoint's channel, of the
+    last dimension, that stands at j here.
     """
 
     name: str
@@ -58,6 +59,7 @@ class NormSpec:
     bias: bool = False
     offset: float = 0.0
     scaled: bool = True
+    order: Array | None = None
 
 
 @dataclass(frozen=True)

@@ -6,23 +6,46 @@ import difflib
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from fptq_runtime.models.arcee import arcee
 from fptq_runtime.models.block import Model
 from fptq_runtime.models.bloom import bloom
+from fptq_runtime.models.cohere import cohere, cohere2
+from fptq_runtime.models.ernie4_5 import ernie4_5
+from fptq_runtime.models.exaone4 import exaone4
+from fptq_runtime.models.falcon import falcon
 from fptq_runtime.models.fields import Fields, ModelError
+from fptq_runtime.models.gemma import gemma1
 from fptq_runtime.models.gemma2 import gemma2
 from fptq_runtime.models.gemma3 import gemma3
+from fptq_runtime.models.glm import glm, glm4
 from fptq_runtime.models.gpt2 import gpt2
+from fptq_runtime.models.gpt_bigcode import gpt_bigcode
+from fptq_runtime.models.gpt_neo import gpt_neo
 from fptq_runtime.models.gpt_neox import gpt_neox
-from fptq_runtime.models.granite import granite
+from fptq_runtime.models.gptj import codegen, gptj
+from fptq_runtime.models.granite import granite, granite_hybrid
+from fptq_runtime.models.helium import helium
+from fptq_runtime.models.hunyuan import hunyuan
+from fptq_runtime.models.internlm3 import internlm3
+from fptq_runtime.models.jais2 import jais2
 from fptq_runtime.models.llama import llama
+from fptq_runtime.models.ministral import ministral
 from fptq_runtime.models.mistral import mistral
+from fptq_runtime.models.mpt import mpt
+from fptq_runtime.models.nemotron import nemotron
+from fptq_runtime.models.olmo import olmo
 from fptq_runtime.models.olmo2 import olmo2
+from fptq_runtime.models.olmo3 import olmo3
 from fptq_runtime.models.opt import opt
+from fptq_runtime.models.persimmon import persimmon
+from fptq_runtime.models.phi import phi
 from fptq_runtime.models.phi3 import phi3
 from fptq_runtime.models.qwen2 import qwen2
 from fptq_runtime.models.qwen3 import qwen3
+from fptq_runtime.models.seed_oss import seed_oss
 from fptq_runtime.models.smollm3 import smollm3
 from fptq_runtime.models.stablelm import stablelm
+from fptq_runtime.models.starcoder2 import starcoder2
 
 FAMILIES: Mapping[str, Callable[[Fields], Model]] = {
     "LlamaForCausalLM": llama,
@@ -40,6 +63,34 @@ FAMILIES: Mapping[str, Callable[[Fields], Model]] = {
     "OPTForCausalLM": opt,
     "GPT2LMHeadModel": gpt2,
     "BloomForCausalLM": bloom,
+    "ArceeForCausalLM": arcee,
+    "CodeGenForCausalLM": codegen,
+    "Cohere2ForCausalLM": cohere2,
+    "CohereForCausalLM": cohere,
+    "Ernie4_5ForCausalLM": ernie4_5,
+    "Exaone4ForCausalLM": exaone4,
+    "FalconForCausalLM": falcon,
+    "GemmaForCausalLM": gemma1,
+    "Glm4ForCausalLM": glm4,
+    "GlmForCausalLM": glm,
+    "GPTBigCodeForCausalLM": gpt_bigcode,
+    "GPTJForCausalLM": gptj,
+    "GPTNeoForCausalLM": gpt_neo,
+    "GraniteMoeHybridForCausalLM": granite_hybrid,
+    "HeliumForCausalLM": helium,
+    "HunYuanDenseV1ForCausalLM": hunyuan,
+    "InternLM3ForCausalLM": internlm3,
+    "Jais2ForCausalLM": jais2,
+    "MinistralForCausalLM": ministral,
+    "MptForCausalLM": mpt,
+    "MPTForCausalLM": mpt,
+    "NemotronForCausalLM": nemotron,
+    "Olmo3ForCausalLM": olmo3,
+    "OlmoForCausalLM": olmo,
+    "PersimmonForCausalLM": persimmon,
+    "PhiForCausalLM": phi,
+    "SeedOssForCausalLM": seed_oss,
+    "Starcoder2ForCausalLM": starcoder2,
 }  # by the architecture that config.json names
 
 

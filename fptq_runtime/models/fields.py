@@ -99,17 +99,22 @@ def dense_config(
     intermediate: int | None = None,
 ) -> ModelConfig:
     """What every dense decoder's config.json says, under the family's names. default_head_dim: where `head_dim` is not
-    given; None is hidden size over heads. grouped: `num_key_value_heads` counts. intermediate: the MLP's width where
-    `intermediate_size` does not say it. tied: the default of tie_word_embeddings. Raises ModelError."""
+    given; None is hidden size over heads. grouped: `num_key_value_heads` counts, and a `head_dim` of its own.
+    intermediate: the MLP's width where `intermediate_size` does not say it. tied: the default of tie_word_embeddings.
+    Raises ModelError."""
     vocab_size = fields.integer("vocab_size", high=1 << 22)
     hidden_size = fields.integer(hidden, high=1 << 16)
     num_heads = fields.integer(heads, high=1 << 10)
     num_kv_heads = fields.integer("num_key_value_heads", num_heads, high=1 << 10) if grouped else num_heads
     if num_heads % num_kv_heads:
         raise ModelError(f"config.json: {num_heads} attention heads are not a multiple of {num_kv_heads} KV heads")
-    if fields.get("head_dim", default_head_dim) is None and hidden_size % num_heads:
+    given = fields.get("head_dim", default_head_dim)
+    if given is None and hidden_size % num_heads:
         raise ModelError(f"config.json: hidden_size {hidden_size} is not a multiple of {num_heads} attention heads")
-    head_dim = fields.integer("head_dim", default_head_dim or hidden_size // num_heads, low=1, high=1 << 16)
+    if not grouped and given not in (None, hidden_size // num_heads):
+        raise ModelError(f"config.json: head_dim {given!r} is not hidden_size over the attention heads, as this "
+                         "family's is")
+    head_dim = hidden_size // num_heads if given is None else fields.integer("head_dim", given, low=1, high=1 << 16)
     if head_dim > MAX_HEAD_DIM:
         raise ModelError(f"config.json: head_dim {head_dim} is larger than {MAX_HEAD_DIM}, the largest that runs")
     bos = fields.token_ids("bos_token_id", vocab_size)

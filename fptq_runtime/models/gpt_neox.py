@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from fptq_runtime.kernels.base import Activation, Ops
-from fptq_runtime.models.block import Attention, Block, BlockSpec, LinearSpec, Model, NormSpec, StemSpec
+from fptq_runtime.kernels.base import Activation
+from fptq_runtime.models.block import Attention, BlockSpec, LinearSpec, Model, NormSpec, StemSpec
 from fptq_runtime.models.fields import Fields, dense_config, read_curve
-from fptq_runtime.models.layers import PRE_NORM_EDGES, attend, head_spec, interleaved, mlp, pre_norm, read
+from fptq_runtime.models.layers import PRE_NORM_EDGES, head_spec, interleaved, parallel, pre_norm
 from fptq_runtime.models.rope import read_rope
 
 
@@ -40,9 +38,3 @@ def gpt_neox(fields: Fields) -> Model:
                   config.vocab_size, hidden),
         bare_prefix="gpt_neox.",
     )
-
-
-def parallel(ops: Ops[Any], block: Block, x: Any) -> Any:
-    attended, x = attend(ops, block, read(ops, block, x, "input_norm", "qkv"), x)
-    up = read(ops, block, x, "mlp_norm", "up")
-    return mlp(ops, block, up, ops.linear(attended, block.linears["o"], x))

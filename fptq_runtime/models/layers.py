@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Literal
 
 import numpy as np
 
 from fptq_runtime.kernels.base import Float32Array, Ops
-from fptq_runtime.models.block import Block, BlockSpec, Edge, LinearSpec, NormSpec
+from fptq_runtime.models.block import Attention, Block, BlockSpec, Edge, LinearSpec, NormSpec
 
 
 def read(ops: Ops[Any], block: Block, x: Any, norm: str, linear: str) -> Any:
@@ -38,8 +39,25 @@ def pre_norm(ops: Ops[Any], block: Block, x: Any) -> Any:
     return mlp(ops, block, read(ops, block, x, "mlp_norm", "up"), x)
 
 
+def parallel(ops: Ops[Any], block: Block, x: Any) -> Any:
+    """x + o(attention(norm(x))) + mlp(norm(x)), behind one norm or one of its own each (GPT-J, GPT-NeoX)."""
+    attended, x = attend(ops, block, read(ops, block, x, "input_norm", "qkv"), x)
+    up = read(ops, block, x, "mlp_norm" if "mlp_norm" in block.norms else "input_norm", "up")
+    return mlp(ops, block, up, ops.linear(attended, block.linears["o"], x))
+
+
 PRE_NORM_EDGES = (Edge("input_norm", ("qkv",)), Edge("qkv", ("o",), "attention"), Edge("mlp_norm", ("up",)))
+ONE_NORM_EDGES = (Edge("input_norm", ("qkv", "up")), Edge("qkv", ("o",), "attention"))
 GATE = Edge("up", ("down",), "gate")
+
+
+def norms_of(kind: Literal["rms", "layer"], size: int, eps: float, *, bias: bool = False, offset: float = 0.0,
+             scaled: bool = True) -> Callable[[str, str], NormSpec]:
+    """What makes a family's norms over [size], by name and module."""
+    def norm(name: str, module: str) -> NormSpec:
+        return NormSpec(name, (module,), (size,), kind, eps, bias and scaled, offset, scaled)
+
+    return norm
 
 
 def head(ops: Ops[Any], block: Block, x: Any) -> Any:
@@ -60,6 +78,20 @@ def alibi_slopes(num_heads: int) -> Float32Array:
     slopes = [2 ** (-8 * (i + 1) / power) for i in range(power)]
     slopes += [2 ** (-4 * (2 * i + 1) / power) for i in range(num_heads - power)]
     return np.array(slopes, dtype=np.float32)
+
+
+def halves(dim: int, rotated: int) -> np.ndarray:
+    """The order of a head's dimensions in which rope's pairs, stored side by side as (2i, 2i + 1) of the first
+    `rotated`, stand as (i, i + rotated / 2)."""
+    return np.concatenate((np.arange(0, rotated, 2), np.arange(1, rotated, 2), np.arange(rotated, dim)))
+
+
+def halves_of_qkv(attention: Attention) -> np.ndarray:
+    """`halves` for every head of q and k in the rows q | k | v; those of v stay."""
+    dim, rope = attention.head_dim, attention.rope
+    heads = np.arange(attention.q_size + attention.kv_size).reshape(-1, dim)
+    turned = heads if rope is None else heads[:, halves(dim, rope.dim)]
+    return np.concatenate((turned.ravel(), np.arange(attention.kv_size) + attention.q_size + attention.kv_size))
 
 
 def interleaved(num_heads: int, head_dim: int, parts: int = 3) -> np.ndarray:

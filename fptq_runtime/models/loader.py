@@ -187,7 +187,8 @@ class Checkpoint:
         def parameter(suffix: str) -> Array:
             shape = spec.shape if len(spec.modules) == 1 else spec.shape[1:]
             parts = [self.tensor(f"{prefix}{module}.{suffix}", shape) for module in spec.modules]
-            return parts[0] if len(parts) == 1 else np.stack(parts)
+            whole = parts[0] if len(parts) == 1 else np.stack(parts)
+            return whole if spec.order is None else whole[..., spec.order]
 
         weight = parameter("weight") if spec.scaled else np.ones(spec.shape, np.float32)
         if spec.offset:

@@ -3,26 +3,40 @@ over all their heads."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from fptq_runtime.config import ModelConfig
 from fptq_runtime.kernels.base import Activation, Ops
-from fptq_runtime.models.block import Block, BlockSpec, Edge, LinearSpec, Model, NormSpec, StemSpec
+from fptq_runtime.models.block import Attention, Block, BlockSpec, Edge, LinearSpec, Model, NormSpec, StemSpec
 from fptq_runtime.models.fields import Fields, dense_config, read_curve
-from fptq_runtime.models.layers import GATE, attend, head_spec, mlp
+from fptq_runtime.models.layers import GATE, attend, head_spec, mlp, norms_of
 from fptq_runtime.models.llama import read_attention
+
+EPS = 1e-5
 
 
 def olmo2(fields: Fields) -> Model:
     config = dense_config(fields, "Olmo2ForCausalLM")
-    hidden, width, eps = config.hidden_size, config.intermediate_size, fields.number("rms_norm_eps", 1e-5, high=1.0)
-    bias = fields.flag("attention_bias", False)
-    attention = read_attention(fields, config)
-    attention = replace(
+    attention = normalise_rows(fields, read_attention(fields, config))
+    return post_norm(fields, config, [attention] * config.num_layers, fields.flag("attention_bias", False))
+
+
+def normalise_rows(fields: Fields, attention: Attention) -> Attention:
+    """With an RMSNorm over all heads of q, and one over all of k."""
+    eps = fields.number("rms_norm_eps", EPS, high=1.0)
+    return replace(
         attention,
         q_norm=NormSpec("q_norm", ("self_attn.q_norm",), (attention.q_size,), "rms", eps),
         k_norm=NormSpec("k_norm", ("self_attn.k_norm",), (attention.kv_size,), "rms", eps),
     )
+
+
+def post_norm(fields: Fields, config: ModelConfig, attentions: Sequence[Attention], bias: bool = False) -> Model:
+    """Llama's linears with norms behind attention and MLP alone. bias: of q, k, v and o."""
+    hidden, width, attention = config.hidden_size, config.intermediate_size, attentions[0]
+    norm = norms_of("rms", hidden, fields.number("rms_norm_eps", EPS, high=1.0))
     linears = (
         LinearSpec("qkv", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
                    (attention.q_size, attention.kv_size, attention.kv_size), hidden, bias),
@@ -30,16 +44,15 @@ def olmo2(fields: Fields) -> Model:
         LinearSpec("up", ("mlp.gate_proj", "mlp.up_proj"), (width, width), hidden),
         LinearSpec("down", ("mlp.down_proj",), (hidden,), width),
     )
-    norms = (NormSpec("attention_norm", ("post_attention_layernorm",), (hidden,), "rms", eps),
-             NormSpec("output_norm", ("post_feedforward_layernorm",), (hidden,), "rms", eps))
+    norms = (norm("attention_norm", "post_attention_layernorm"), norm("output_norm", "post_feedforward_layernorm"))
     activation = Activation(read_curve(fields, "hidden_act", "silu"), gated=True)
     return Model(
         config,
         StemSpec("model.embed_tokens"),
         tuple(BlockSpec(f"layers.{i}", f"model.layers.{i}.", forward, linears, norms,
-                        (Edge("qkv", ("o",), "attention"), GATE), ("attention_norm", "output_norm"), attention,
-                        activation) for i in range(config.num_layers)),
-        head_spec(NormSpec("norm", ("model.norm",), (hidden,), "rms", eps), "lm_head", config.vocab_size, hidden),
+                        (Edge("qkv", ("o",), "attention"), GATE), ("attention_norm", "output_norm"), each, activation)
+              for i, each in enumerate(attentions)),
+        head_spec(norm("norm", "model.norm"), "lm_head", config.vocab_size, hidden),
     )
 
 

@@ -57,25 +57,39 @@ class RopeConfig:
         return f"{self.rope_type}, {'long' if self.extends(max_positions) else 'short'} frequencies"
 
 
-def read_rope(fields: Fields, head_dim: int, max_position_embeddings: int, layer_type: str | None = None,
-              theta: float = 10000.0, partial: float | None = None, theta_name: str = "rope_theta",
-              partial_name: str = "partial_rotary_factor", aliases: Mapping[str, RopeType] = MappingProxyType({}),
-              ) -> RopeConfig | None:
-    """What config.json says of a layer's rope: transformers 5 writes `rope_parameters`, by layer type where they
-    differ; before it was `rope_theta` beside `rope_scaling`, which still wins where both are there. None where a layer
-    type has null. theta, partial: the family's defaults; without the second it turns whole heads alone. theta_name,
-    partial_name: what it calls them outside of rope_parameters. aliases: what it calls the types. Raises ModelError."""
-    data = fields.data
-    given = data.get("rope_scaling") or data.get("rope_parameters") or {}
-    if not isinstance(given, Mapping):
-        raise ModelError(f"{fields.where}: rope_parameters must be an object, not {given!r}")
+def read_ropes(fields: Fields, head_dim: int, max_position_embeddings: int, theta: float,
+               local_theta: float, local_theta_name: str = "") -> tuple[RopeConfig, RopeConfig]:
+    """Of layers that attend to everything, and of those with a window, in a family whose `rope_parameters` are by layer
+    type. Before transformers 5 the second was its base frequency alone, and `rope_scaling` was the first's, as it still
+    is where both are there. local_theta_name: the config's name for that base frequency. Raises ModelError."""
     where = f"{fields.where}: rope_parameters"
-    if layer_type is not None and layer_type in given:
-        if given[layer_type] is None:
-            return None
-        if not isinstance(given[layer_type], Mapping):
-            raise ModelError(f"{where}: {layer_type} must be an object, not {given[layer_type]!r}")
-        given = given[layer_type]
+    by_type = _mapping(fields.data.get("rope_parameters"), where)
+    full = {**_mapping(by_type.get("full_attention"), where), **_mapping(fields.data.get("rope_scaling"), where)}
+    local = _mapping(by_type.get("sliding_attention"), where)
+    others = {name: value for name, value in fields.data.items()
+              if name not in ("rope_scaling", "rope_parameters", "original_max_position_embeddings")}
+    sizes = head_dim, max_position_embeddings
+    return (read_rope(Fields({**others, "rope_parameters": full}, fields.where), *sizes, theta=theta),
+            read_rope(Fields({**others, "rope_parameters": local}, fields.where), *sizes, theta=local_theta,
+                      theta_name=local_theta_name))
+
+
+def _mapping(given: Any, where: str) -> Mapping[str, Any]:
+    if given is not None and not isinstance(given, Mapping):
+        raise ModelError(f"{where} must be an object, not {given!r}")
+    return given or {}
+
+
+def read_rope(fields: Fields, head_dim: int, max_position_embeddings: int, theta: float = 10000.0,
+              partial: float | None = None, theta_name: str = "rope_theta",
+              partial_name: str = "partial_rotary_factor", aliases: Mapping[str, RopeType] = MappingProxyType({}),
+              ) -> RopeConfig:
+    """What config.json says of rope: transformers 5 writes `rope_parameters`; before it was `rope_theta` beside
+    `rope_scaling`, which still wins where both are there. theta, partial: the family's defaults; without the second it
+    turns whole heads alone. theta_name, partial_name: what it calls them outside of rope_parameters. aliases: what it
+    calls the types. Raises ModelError."""
+    data, where = fields.data, f"{fields.where}: rope_parameters"
+    given = _mapping(data.get("rope_scaling") or data.get("rope_parameters"), where)
     outside: dict[str, Any] = {
         "rope_theta": data.get(theta_name), "partial_rotary_factor": data.get(partial_name),
         "rope_type": given.get("type", "default"),

@@ -22,6 +22,9 @@ def smollm3(fields: Fields) -> Model:
         windows = [None if turns else window for turns in turning]
     else:
         kinds = fields.names("layer_types", ("full_attention", "sliding_attention"), config.num_layers)
+        if window is None and fields.get("sliding_window") is not None and "sliding_attention" in kinds:
+            raise ModelError("config.json: layer_types names layers with a sliding window, but use_sliding_window is "
+                             "false; say the same in both")
         windows = [window if kind == "sliding_attention" else None for kind in kinds]
     attention = replace(read_attention(fields, config),
                         rope=read_rope(fields, config.head_dim, config.max_position_embeddings, theta=2e6))

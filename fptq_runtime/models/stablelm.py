@@ -3,12 +3,10 @@ and k, and attention and MLP side by side behind one norm."""
 
 from __future__ import annotations
 
-from typing import Any
-
-from fptq_runtime.kernels.base import Activation, Ops
-from fptq_runtime.models.block import Attention, Block, BlockSpec, Edge, LinearSpec, Model, NormSpec, StemSpec
+from fptq_runtime.kernels.base import Activation
+from fptq_runtime.models.block import Attention, BlockSpec, Edge, LinearSpec, Model, NormSpec, StemSpec
 from fptq_runtime.models.fields import Fields, dense_config, read_curve
-from fptq_runtime.models.layers import GATE, PRE_NORM_EDGES, attend, head_spec, mlp, pre_norm, read
+from fptq_runtime.models.layers import GATE, ONE_NORM_EDGES, PRE_NORM_EDGES, head_spec, parallel, pre_norm
 from fptq_runtime.models.rope import read_rope
 
 
@@ -41,7 +39,7 @@ def stablelm(fields: Fields) -> Model:
     edges: tuple[Edge, ...] = (*PRE_NORM_EDGES, GATE)
     side_by_side = fields.flag("use_parallel_residual", False)
     if side_by_side:
-        norms, edges = norms[:1], (Edge("input_norm", ("qkv", "up")), Edge("qkv", ("o",), "attention"), GATE)
+        norms, edges = norms[:1], (*ONE_NORM_EDGES, GATE)
     activation = Activation(read_curve(fields, "hidden_act", "silu"), gated=True)
     return Model(
         config,
@@ -51,9 +49,3 @@ def stablelm(fields: Fields) -> Model:
         head_spec(NormSpec("norm", ("model.norm",), (hidden,), "layer", eps, bias=True), "lm_head", config.vocab_size,
                   hidden),
     )
-
-
-def parallel(ops: Ops[Any], block: Block, x: Any) -> Any:
-    attended, x = attend(ops, block, read(ops, block, x, "input_norm", "qkv"), x)
-    up = read(ops, block, x, "input_norm", "up")
-    return mlp(ops, block, up, ops.linear(attended, block.linears["o"], x))

@@ -143,6 +143,9 @@ def unstack(norm: Norm, spec: NormSpec) -> list[tuple[str, Norm]]:
     weight = norm.weight - spec.offset if spec.offset else norm.weight
     if not spec.scaled:
         return []
+    if spec.order is not None:
+        stored = spec.order.argsort()
+        weight, norm = weight[..., stored], replace(norm, bias=None if norm.bias is None else norm.bias[..., stored])
     if len(spec.modules) == 1:
         return [(spec.modules[0], replace(norm, weight=weight))]
     return [(name, replace(norm, weight=weight[i], bias=None if norm.bias is None else norm.bias[i]))

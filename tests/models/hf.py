@@ -18,6 +18,8 @@ LLAMA3_ROPE = {
     "rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+FALCON = {"vocab_size": 211, "hidden_size": 96, "num_hidden_layers": 3, "num_attention_heads": 6,
+          "max_position_embeddings": 128, "ffn_hidden_size": 136, "bos_token_id": 1, "eos_token_id": 2}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", LLAMA),
     "llama-tied-bias": ("llama", {**LLAMA, "tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}),
@@ -62,6 +64,58 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
                       "bos_token_id": 1, "eos_token_id": 2, "scale_attn_by_inverse_layer_idx": True}),
     "bloom": ("bloom", {"vocab_size": 211, "hidden_size": 96, "n_layer": 3, "n_head": 6, "bos_token_id": 1,
                         "eos_token_id": 2}),
+    "gemma": ("gemma", {**LLAMA, "attention_bias": True}),
+    "olmo": ("olmo", PLAIN),
+    "olmo3": ("olmo3", {**LLAMA, "num_hidden_layers": 4, "sliding_window": 20, "rope_parameters": {
+        "full_attention": {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0,
+                           "original_max_position_embeddings": 32},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 500.0}}}),
+    "granite-hybrid": ("granitemoehybrid", {
+        **PLAIN, "num_key_value_heads": 2, "shared_intermediate_size": 136, "num_local_experts": 0,
+        "layer_types": ["full_attention"] * 3, "position_embedding_type": "rope", "attention_multiplier": 0.2,
+        "residual_multiplier": 0.3, "embedding_multiplier": 3.0, "logits_scaling": 5.0, "mamba_n_heads": 12}),
+    "glm": ("glm", {**LLAMA, "pad_token_id": 0}),
+    "glm4": ("glm4", {**LLAMA, "pad_token_id": 0, "rope_parameters": {
+        "rope_type": "default", "rope_theta": 1e3, "partial_rotary_factor": 0.25}}),
+    "cohere": ("cohere", {**PLAIN, "num_key_value_heads": 2, "use_qk_norm": True, "logit_scale": 0.3}),
+    "cohere2": ("cohere2", {**PLAIN, "num_key_value_heads": 2, "sliding_window": 20, "attention_bias": True,
+                            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}),
+    "starcoder2": ("starcoder2", {**PLAIN, "num_key_value_heads": 2, "sliding_window": 20}),
+    "ministral": ("ministral", {**LLAMA, "sliding_window": 20, "layer_types": [
+        "sliding_attention", "full_attention", "sliding_attention"]}),
+    "seed-oss": ("seed_oss", {**LLAMA, "attention_out_bias": True}),
+    "exaone4": ("exaone4", {**LLAMA, "num_hidden_layers": 4, "sliding_window": 20}),
+    "exaone4-full": ("exaone4", {**LLAMA, "sliding_window": None, "layer_types": ["full_attention"] * 3}),
+    "internlm3": ("internlm3", {**LLAMA, "qkv_bias": True, "bias": True, "rope_parameters": {
+        "rope_type": "dynamic", "rope_theta": 500.0, "factor": 6.0}}),
+    "arcee": ("arcee", {**LLAMA, "mlp_bias": True}),
+    "helium": ("helium", {**LLAMA, "attention_bias": True}),
+    "ernie4.5": ("ernie4_5", {**LLAMA, "use_bias": True}),
+    "nemotron": ("nemotron", {**LLAMA, "attention_bias": True}),
+    "jais2": ("jais2", LLAMA),
+    "phi": ("phi", {**PLAIN, "num_key_value_heads": 2, "qk_layernorm": True}),
+    "persimmon": ("persimmon", PLAIN),
+    "hunyuan": ("hunyuan_v1_dense", {**LLAMA, "attention_bias": True, "rope_parameters": {
+        "rope_type": "dynamic", "rope_theta": 500.0, "factor": 1.0, "alpha": 1000.0}}),
+    "gptj": ("gptj", {"vocab_size": 211, "n_embd": 96, "n_layer": 3, "n_head": 6, "n_positions": 128, "rotary_dim": 8,
+                      "n_inner": 136, "bos_token_id": 1, "eos_token_id": 2}),
+    "codegen": ("codegen", {"vocab_size": 211, "n_embd": 96, "n_layer": 3, "n_head": 8, "n_positions": 128,
+                            "rotary_dim": 8, "bos_token_id": 1, "eos_token_id": 2}),
+    "gpt-bigcode": ("gpt_bigcode", {"vocab_size": 211, "n_embd": 96, "n_layer": 3, "n_head": 6, "n_positions": 128,
+                                    "n_inner": 136, "bos_token_id": 1, "eos_token_id": 2}),
+    "gpt-bigcode-heads": ("gpt_bigcode", {
+        "vocab_size": 211, "n_embd": 96, "n_layer": 3, "n_head": 6, "n_positions": 128, "multi_query": False,
+        "scale_attn_weights": False, "bos_token_id": 1, "eos_token_id": 2}),
+    "gpt-neo": ("gpt_neo", {"vocab_size": 211, "hidden_size": 96, "num_layers": 3, "num_heads": 6, "window_size": 20,
+                            "attention_types": [[["global", "local", "local"], 1]], "max_position_embeddings": 128,
+                            "bos_token_id": 1, "eos_token_id": 2}),
+    "falcon": ("falcon", {**FALCON, "bias": True}),
+    "falcon-grouped": ("falcon", {**FALCON, "new_decoder_architecture": True, "num_kv_heads": 2}),
+    "falcon-one-norm": ("falcon", {**FALCON, "new_decoder_architecture": True, "num_kv_heads": 3,
+                                   "num_ln_in_parallel_attn": 1}),
+    "falcon-serial": ("falcon", {**FALCON, "multi_query": False, "parallel_attn": False}),
+    "mpt": ("mpt", {"vocab_size": 211, "d_model": 96, "n_layers": 3, "n_heads": 6, "max_seq_len": 128,
+                    "attn_config": {"softmax_scale": 0.2}, "bos_token_id": 1, "eos_token_id": 2}),
 }
 
 
@@ -81,6 +135,8 @@ def save_random(name: str, path: Path, seed: int = 0, shard: str = "5GB", **chan
             else:
                 parameter.copy_(torch.randn_like(parameter) * 2 / parameter.shape[1] ** 0.5)
     model.save_pretrained(path, max_shard_size=shard)
+    if model_type == "internlm3":  # transformers runs it as Llama; checkpoints name what they are
+        change_config(path, architectures=["InternLM3ForCausalLM"])
     return model
 
 

@@ -89,7 +89,8 @@ def test_right_kernels_pass_every_recipe(recipe: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", ["mistral-window", "qwen3", "gemma3", "phi3", "olmo2", "smollm3", "gpt-neox", "opt",
-                                    "gpt2", "stablelm", "stablelm-parallel", "bloom"])
+                                    "gpt2", "stablelm", "stablelm-parallel", "bloom", "cohere", "cohere2", "exaone4",
+                                    "glm4", "persimmon", "hunyuan", "gptj", "gpt-neo", "falcon-grouped", "mpt"])
 def test_right_kernels_pass_every_kind_of_block(family: str, tmp_path: Path) -> None:
     save_model(family, tmp_path / "float")
     passes_everywhere(tmp_path / "float", record(Checkpoint(tmp_path / "float"), PROMPT), kv_dtype="bf16")
