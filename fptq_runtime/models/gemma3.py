@@ -10,8 +10,12 @@ from fptq_runtime.models.gemma2 import gemma, read_sliding
 from fptq_runtime.models.mistral import read_window
 from fptq_runtime.models.rope import read_ropes
 
+SIZES = {"vocab_size": 262208, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26,
+         "num_attention_heads": 8, "num_key_value_heads": 4}  # which Google's configs leave out
+
 
 def gemma3(fields: Fields) -> Model:
+    fields = Fields({**SIZES, **fields.data}, fields.where)
     config = dense_config(fields, "Gemma3ForCausalLM", default_head_dim=256, default_positions=131072, tied=True)
     window, eps = read_window(fields), fields.number("rms_norm_eps", 1e-6, high=1.0)
     everywhere, nearby = read_ropes(fields, config.head_dim, config.max_position_embeddings, theta=1e6,

@@ -38,6 +38,7 @@ from fptq_runtime.models.formats import open_format
 from fptq_runtime.models.layers import alibi_slopes
 from fptq_runtime.models.rope import RopeConfig, rope_tables
 from fptq_runtime.models.tensors import FLOATS, CheckpointError, Tensors, read_json
+from fptq_runtime.models.towers import decoder_config, text_names
 from fptq_runtime.models.weights import fuse
 
 __all__ = ["Checkpoint", "CheckpointError", "load_block", "load_head", "load_model", "load_stem", "read_json"]
@@ -53,18 +54,22 @@ class Checkpoint:
     float; refused where there are none.
     max_positions: how many the rope tables hold, which is also what "dynamic" and "longrope" choose their frequencies
     by; may be lowered before the first block is loaded.
+    dequantize: FP8 and FP4 weights are read as floats, also where kernels would take their codes.
+    config: of the decoder alone, where the checkpoint carries more.
     """
 
-    def __init__(self, path: Path | str, activations: Activations = "checkpoint") -> None:
+    def __init__(self, path: Path | str, activations: Activations = "checkpoint", dequantize: bool = False) -> None:
         self.path = Path(path)
         if not self.path.is_dir():
             raise CheckpointError(f"{self.path} is not a directory")
-        self.config = read_json(self.path / "config.json")
+        self.config, tower = decoder_config(read_json(self.path / "config.json"))
         self.model = parse_config(self.config)
         self.max_positions = self.model.config.max_position_embeddings
         self.notes: Counter[str] = Counter()
-        self._tensors = Tensors(self.path, self.model.bare_prefix)
-        self._format = open_format(self.config, self.path, self._tensors)
+        self._tensors = Tensors(self.path, self.model.bare_prefix, text_names if tower else None)
+        self._format = open_format(self.config, self.path, self._tensors, dequantize)
+        if self._format is not None and self._format.dequantizes:
+            self.config = {name: value for name, value in self.config.items() if name != "quantization_config"}
         self._ropes: dict[tuple[RopeConfig, int], tuple[Array, Array]] = {}
         self.activations: Activations = "checkpoint"
         if activations == "int8":
@@ -82,7 +87,7 @@ class Checkpoint:
 
     @property
     def quantized(self) -> bool:
-        return self._format is not None
+        return self._format is not None and not self._format.dequantizes
 
     @property
     def num_parameters(self) -> int:
@@ -151,6 +156,8 @@ class Checkpoint:
         biases = self.tensor(f"{name}.bias", (n,)) if bias else None
         scheme = self._scheme(name)
         low_rank = self._low_rank(name, n, k)
+        if scheme is None and self._format is not None and self._format.dequantizes and self._format.has(name):
+            return Linear(name, self._format.read(name, n, k, self.notes), biases, None, low_rank)
         if scheme is None:
             weight = self.tensor(f"{name}.weight", (k, n)).T if transposed else self.tensor(f"{name}.weight", (n, k))
             return Linear(name, weight, biases, None, low_rank)

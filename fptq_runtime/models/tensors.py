@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from ml_dtypes import bfloat16, float8_e4m3fn
+from ml_dtypes import bfloat16, float8_e4m3fn, float8_e8m0fnu
 from safetensors import SafetensorError, safe_open
 
 from fptq_runtime.artifact.files import FileError, is_there, open_file, path_of, read_file
@@ -20,10 +21,11 @@ from fptq_runtime.errors import FptqError
 from fptq_runtime.kernels.base import Array
 
 MAX_JSON_BYTES = 64 << 20
-DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(bfloat16),
-          "F8_E4M3": np.dtype(float8_e4m3fn), "I64": np.dtype(np.int64), "I32": np.dtype(np.int32),
-          "I8": np.dtype(np.int8), "U8": np.dtype(np.uint8)}  # by their names in a safetensors header
-FLOATS = ("F32", "F16", "BF16")
+DTYPES = {"F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16),
+          "BF16": np.dtype(bfloat16), "F8_E4M3": np.dtype(float8_e4m3fn), "F8_E8M0": np.dtype(float8_e8m0fnu),
+          "I64": np.dtype(np.int64), "I32": np.dtype(np.int32), "I8": np.dtype(np.int8),
+          "U8": np.dtype(np.uint8)}  # by their names in a safetensors header
+FLOATS = ("F32", "F16", "BF16", "F64")
 
 
 class CheckpointError(FptqError):
@@ -41,9 +43,11 @@ class _Stored:
 
 
 class Tensors:
-    """Every tensor of a directory by name, with or without `bare_prefix`, which some checkpoints leave out."""
+    """Every tensor of a directory by name, with or without `bare_prefix`, which some checkpoints leave out. rename:
+    which of the stored names count, by those that they have here; all unless given."""
 
-    def __init__(self, path: Path, bare_prefix: str) -> None:
+    def __init__(self, path: Path, bare_prefix: str,
+                 rename: Callable[[Iterable[str]], Mapping[str, str]] | None = None) -> None:
         self._path = path
         self._bare_prefix = bare_prefix
         self._stored: dict[str, _Stored] = {}
@@ -56,6 +60,8 @@ class Tensors:
                 raise CheckpointError(f"{path} has no {shard}") from None
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(f"{path / shard} is not a readable safetensors file: {error}") from None
+        if rename is not None:
+            self._stored = {name: self._stored[stored] for name, stored in rename(self._stored).items()}
 
     @property
     def num_elements(self) -> int:
@@ -65,6 +71,11 @@ class Tensors:
         """None where there is no such tensor."""
         found = self._find(name)
         return None if found is None else self._stored[found].shape
+
+    def dtype(self, name: str) -> str | None:
+        """As a safetensors header names it."""
+        found = self._find(name)
+        return None if found is None else self._stored[found].dtype
 
     def get(self, name: str, shape: tuple[int, ...], dtypes: tuple[str, ...] = FLOATS) -> Array:
         """A tensor with a memory mapping of its own, so that a process holds what it touches of those it keeps and
@@ -78,7 +89,8 @@ class Tensors:
         if stored.dtype not in dtypes:
             raise CheckpointError(f"{name} is {_dtype(stored.dtype)}, not {' or '.join(map(_dtype, dtypes))}")
         try:  # mode "c": private, since torch wants arrays that could be written
-            return np.memmap(stored.file, DTYPES[stored.dtype], "c", stored.offset, shape).view(np.ndarray)
+            mapped = np.memmap(stored.file, DTYPES[stored.dtype], "c", stored.offset, shape).view(np.ndarray)
+            return mapped.astype(np.float32) if stored.dtype == "F64" else mapped
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{name} cannot be read: {error}") from None
 
@@ -103,7 +115,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _shards(path: Path) -> set[str]:
-    """model.safetensors, what its index names, or the one .safetensors file there is (AutoGPTQ names its own)."""
+    """model.safetensors, what its index names, every model-…-of-… where there is no index, or the one .safetensors file
+    there is (AutoGPTQ names its own)."""
     index = path / "model.safetensors.index.json"
     if is_there(index):
         weight_map = read_json(index).get("weight_map")
@@ -113,6 +126,13 @@ def _shards(path: Path) -> set[str]:
         if any(Path(shard).name != shard or not shard.endswith(".safetensors") for shard in shards):
             raise CheckpointError(f"{index.name} names a shard that is not a .safetensors file beside it")
         return shards
+    parts = {found[0]: int(found[1]) for file in path.glob("model-*.safetensors")
+             if (found := re.fullmatch(r"model-\d+-of-(\d+)\.safetensors", file.name))}
+    if parts and not is_there(path / "model.safetensors"):
+        count = max(parts.values())
+        if len(parts) != count or len(set(parts.values())) > 1:
+            raise CheckpointError(f"{path} has {len(parts)} of {count} shards of its weights, and no {index.name}")
+        return set(parts)
     single = [file.name for file in sorted(path.glob("*.safetensors"))]
     if "model.safetensors" in single or len(single) == 1:
         return {"model.safetensors" if "model.safetensors" in single else single[0]}

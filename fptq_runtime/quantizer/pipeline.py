@@ -109,7 +109,7 @@ def open_float(model: str | Path, instead: str) -> tuple[Source, Checkpoint]:
     """`resolve_model`, opened. Raises CheckpointError, and where it is quantized QuantizationError, which says what to
     do `instead`."""
     source = resolve_model(str(model))
-    checkpoint = Checkpoint(source.path)
+    checkpoint = Checkpoint(source.path, dequantize=True)
     if checkpoint.quantized:
         raise QuantizationError(f"{source.name} is quantized already; {instead}")
     return source, checkpoint

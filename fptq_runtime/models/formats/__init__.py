@@ -8,15 +8,22 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from fptq_runtime.artifact.files import is_there
+from fptq_runtime.artifact.io import MANIFEST
 from fptq_runtime.artifact.scheme import LayerScheme, SchemeError
 from fptq_runtime.kernels.base import Array, QuantizedWeight
 from fptq_runtime.models.formats.awq import Awq
 from fptq_runtime.models.formats.compressed_tensors import CompressedTensors
+from fptq_runtime.models.formats.floats import Floats, block_of_groups
 from fptq_runtime.models.formats.gptq import Gptq
 from fptq_runtime.models.tensors import Tensors, read_json
 
 
 class WeightFormat(Protocol):
+    """dequantizes: `read` gives floats for every linear that it `has`, and the checkpoint counts as one in float."""
+
+    @property
+    def dequantizes(self) -> bool: ...
+
     def scheme(self, name: str) -> LayerScheme | None:
         """How the linear `name` is quantized; None: it is in float."""
         ...
@@ -31,9 +38,11 @@ class WeightFormat(Protocol):
         ...
 
 
-def open_format(config: Mapping[str, Any], path: Path, tensors: Tensors) -> WeightFormat | None:
+def open_format(config: Mapping[str, Any], path: Path, tensors: Tensors, dequantize: bool = False,
+                ) -> WeightFormat | None:
     """The format that config.json names, or that the file beside it does in which AutoGPTQ and AutoAWQ kept it; None
-    where the checkpoint is in float. Raises SchemeError."""
+    where the checkpoint is in float. dequantize: FP8 and FP4 weights are read as floats also where kernels would take
+    their codes. Raises SchemeError."""
     quantization = config.get("quantization_config")
     if quantization is None:
         beside = next((file for name in ("quantize_config.json", "quant_config.json")
@@ -48,9 +57,15 @@ def open_format(config: Mapping[str, Any], path: Path, tensors: Tensors) -> Weig
         method = "awq" if "w_bit" in quantization else "gptq" if "bits" in quantization else None
     match method:
         case "compressed-tensors":
+            of_floats, block = block_of_groups(quantization, needed=not dequantize)
+            if of_floats and not is_there(path / MANIFEST):
+                return Floats(tensors, block)
             return CompressedTensors(quantization, tensors)
         case "gptq":
             return Gptq(quantization, tensors)
         case "awq":
             return Awq(quantization, tensors)
-    raise SchemeError(f"quantization method {method!r} is not supported; compressed-tensors, gptq and awq are")
+        case "fp8" | "fbgemm_fp8" | "modelopt":
+            return Floats.of_config(quantization, tensors)
+    raise SchemeError(f"quantization method {method!r} is not supported; compressed-tensors, gptq, awq, fp8, "
+                      "fbgemm_fp8 and modelopt are")

@@ -24,6 +24,8 @@ HARMLESS = ("modules_to_not_convert", "backend", "do_fuse", "fuse_max_seq_len", 
 class Awq:
     """One scheme for every linear that the checkpoint stores quantized. Raises SchemeError."""
 
+    dequantizes = False
+
     def __init__(self, config: Mapping[str, Any], tensors: Tensors) -> None:
         refuse_unknown(config, "awq's quantization_config", READ, HARMLESS)
         layout_of(config, "awq", ("gemm",))

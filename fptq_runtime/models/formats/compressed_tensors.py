@@ -33,6 +33,8 @@ ARGS_HARMLESS = ("observer", "observer_kwargs", "actorder", "scale_dtype", "zp_d
 class CompressedTensors:
     """A checkpoint's `quantization_config`, asked module by module. Raises SchemeError for what it cannot apply."""
 
+    dequantizes = False
+
     def __init__(self, config: Mapping[str, Any], tensors: Tensors) -> None:
         self._tensors = tensors
         self._refuse_what_is_online(config)
@@ -105,6 +107,8 @@ class _Group:
         self.scheme = LayerScheme(weights, _read_args(act, name) if act else None)
         self.packing = data.get("format") or packing
         self.targets = data.get("targets") or []
+        if self.packing == "naive-quantized":  # codes as they are, a tensor of int8 or FP8
+            self.packing = "int-quantized" if weights.type == "int" else weights.format
         if self.packing != weights.format and (self.packing, weights.type) != ("int-quantized", "int"):
             raise SchemeError(f"config group {name!r} has format {self.packing!r}; of {weights.num_bits}-bit "
                               f"{weights.type} weights only {weights.format}"

@@ -30,6 +30,8 @@ HARMLESS = (  # how the codes were found, not what they mean
 class Gptq:
     """One scheme for every linear that the checkpoint stores quantized. Raises SchemeError."""
 
+    dequantizes = False
+
     def __init__(self, config: Mapping[str, Any], tensors: Tensors) -> None:
         refuse_unknown(config, "gptq's quantization_config", READ, HARMLESS)
         layout = layout_of(config, "gptq", ("gptq", "gptq_v2"))
