@@ -139,7 +139,7 @@ def _shards(path: Path) -> set[str]:
     pickled = [p.name for p in path.glob("*") if p.suffix in (".bin", ".pt", ".pth", ".ckpt")]
     if pickled:
         raise CheckpointError(f"{path} has only pickled weights ({pickled[0]}), which can run code when "
-                              "loaded; convert the model to safetensors first")
+                              "loaded; `fptq quantize` reads them in a process of its own")
     raise CheckpointError(f"{path} has no model.safetensors")
 
 

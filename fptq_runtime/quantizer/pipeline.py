@@ -32,6 +32,7 @@ from fptq_runtime.models.loader import Checkpoint, load_head
 from fptq_runtime.quantizer.calibrate import HiddenStates, packaged_text, read_text
 from fptq_runtime.quantizer.evaluate import MAX_WINDOW, text_windows
 from fptq_runtime.quantizer.export import block_modules, block_tensors, copy_companions, stem_modules, tensors_of
+from fptq_runtime.quantizer.pickled import as_safetensors
 from fptq_runtime.quantizer.recipe import Recipe, load_recipe
 from fptq_runtime.quantizer.record import write_golden
 from fptq_runtime.quantizer.samples import Calibration, CalibrationSet
@@ -109,7 +110,7 @@ def open_float(model: str | Path, instead: str) -> tuple[Source, Checkpoint]:
     """`resolve_model`, opened. Raises CheckpointError, and where it is quantized QuantizationError, which says what to
     do `instead`."""
     source = resolve_model(str(model))
-    checkpoint = Checkpoint(source.path, dequantize=True)
+    checkpoint = Checkpoint(as_safetensors(source.path), dequantize=True)
     if checkpoint.quantized:
         raise QuantizationError(f"{source.name} is quantized already; {instead}")
     return source, checkpoint
@@ -266,7 +267,7 @@ def _provenance(source: Source, architecture: str, calibration: Calibration, cal
         revision=source.revision,
         architecture=architecture,
         source_files={file.name: hash_file(file) for file in sorted(source.path.iterdir())
-                      if file.suffix in (".json", ".safetensors")},
+                      if file.suffix in (".json", ".safetensors", ".bin")},
         calibration=calibrated.tokens,
         num_samples=calibration.num_samples,
         sample_length=calibrated.sample_length,

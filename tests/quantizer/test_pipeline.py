@@ -15,7 +15,9 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer as Backend
 from tokenizers import processors
 from transformers import AutoModelForCausalLM
+from transformers.models.falcon import modeling_falcon
 from transformers.models.gpt2 import modeling_gpt2
+from transformers.models.gpt_bigcode import modeling_gpt_bigcode
 
 from fptq_runtime.artifact.io import ArtifactError, Manifest, read_manifest, verify
 from fptq_runtime.config import ModelConfig
@@ -76,7 +78,9 @@ def assert_transformers_agrees(artifact: Path, token_ids: list[int]) -> None:
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(modeling_gpt2, "Conv1D", _Conv1D)
-        patch.setattr(modeling_gpt2.GPT2PreTrainedModel, "_init_weights", lambda self, module: None)
+        for pretrained in (modeling_gpt2.GPT2PreTrainedModel, modeling_gpt_bigcode.GPTBigCodePreTrainedModel):
+            patch.setattr(pretrained, "_init_weights", lambda self, module: None)
+        patch.setattr(modeling_falcon, "FalconLinear", torch.nn.Linear)
         model, info = AutoModelForCausalLM.from_pretrained(artifact, dtype=torch.float32, output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
