@@ -80,6 +80,9 @@ def assert_transformers_agrees(artifact: Path, token_ids: list[int]) -> None:
         patch.setattr(modeling_gpt2, "Conv1D", _Conv1D)
         for pretrained in (modeling_gpt2.GPT2PreTrainedModel, modeling_gpt_bigcode.GPTBigCodePreTrainedModel):
             patch.setattr(pretrained, "_init_weights", lambda self, module: None)
+        init = modeling_falcon.FalconPreTrainedModel._init_weights
+        patch.setattr(modeling_falcon.FalconPreTrainedModel, "_init_weights", lambda self, module: (
+            None if isinstance(module, torch.nn.Linear) else init(self, module)))
         patch.setattr(modeling_falcon, "FalconLinear", torch.nn.Linear)
         model, info = AutoModelForCausalLM.from_pretrained(artifact, dtype=torch.float32, output_loading_info=True)
     assert not info["missing_keys"]
