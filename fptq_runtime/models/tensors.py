@@ -138,8 +138,8 @@ def _shards(path: Path) -> set[str]:
         return {"model.safetensors" if "model.safetensors" in single else single[0]}
     pickled = [p.name for p in path.glob("*") if p.suffix in (".bin", ".pt", ".pth", ".ckpt")]
     if pickled:
-        raise CheckpointError(f"{path} has only pickled weights ({pickled[0]}), which can run code when "
-                              "loaded; `fptq quantize` reads them in a process of its own")
+        raise CheckpointError(f"{path} has only pickled weights ({pickled[0]}) and no safetensors; they can run code "
+                              "when loaded; `fptq quantize` reads them in a process of its own")
     raise CheckpointError(f"{path} has no model.safetensors")
 
 
