@@ -30,6 +30,7 @@ from fptq_server.routes.docs import docs_router
 from fptq_server.routes.generate import generate_router
 from fptq_server.routes.messages import messages_router
 from fptq_server.routes.models import models_router
+from fptq_server.routes.page import page_router
 from fptq_server.routes.responses import responses_router
 from fptq_server.routes.status import status_router
 from fptq_server.routes.tokens import tokens_router
@@ -70,6 +71,8 @@ def create_app(engine: AsyncEngine, tokenizer: Tokenizer, config: ServerConfig, 
         app.include_router(router)
     paths = app.openapi()["paths"]
     app.include_router(docs_router(app))
+    if config.page:
+        app.include_router(page_router())
     metrics.add_routes(paths)
 
     handlers = ErrorHandlers(metrics)
@@ -80,7 +83,7 @@ def create_app(engine: AsyncEngine, tokenizer: Tokenizer, config: ServerConfig, 
     keys = ApiKeys(config.api_keys, config.api_keys_file)
     metrics.add_keys(keys.names)
     app.state.reload = keys.load
-    public = PUBLIC_PATHS | {"/metrics"} if config.public_metrics else PUBLIC_PATHS
+    public = PUBLIC_PATHS.union(["/metrics"] * config.public_metrics, ["/"] * config.page)
     # The last one added is the outermost.
     app.add_middleware(RequestLimits, max_header_bytes=config.max_header_bytes, max_body_bytes=config.max_body_bytes,
                        body_timeout=config.body_timeout, errors=handlers)

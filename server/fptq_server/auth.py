@@ -16,7 +16,7 @@ PUBLIC_PATHS = frozenset({"/livez", "/readyz", "/health"})
 
 
 class RequireKey:
-    """ASGI middleware. Requests are those of their key, by its name."""
+    """ASGI middleware. Requests are those of their key, by its name. Public paths are so for GET."""
 
     def __init__(self, app: ASGIApp, keys: ApiKeys, public_paths: frozenset[str], errors: ErrorHandlers) -> None:
         self._app = app
@@ -26,7 +26,8 @@ class RequireKey:
         self._running: Counter[str] = Counter()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or not self._keys or scope["path"] in self._public_paths:
+        public = scope["type"] != "http" or (scope["method"] == "GET" and scope["path"] in self._public_paths)
+        if public or not self._keys:
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)

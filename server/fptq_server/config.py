@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ class ServerConfig:
     uds: a socket file, instead of host and port. ssl_certfile and ssl_keyfile: PEM; with them the server speaks TLS.
     root_path: where a proxy puts the server, as /llm. cors_origins: what pages may call it from, or "*".
     chat_template_kwargs: variables of the chat template, where a request does not give them.
-    public_metrics: /metrics answers without a key.
+    public_metrics: /metrics answers without a key. page: / is one to chat on and to watch the server by.
     stall_timeout: /livez fails when the engine has work and finished no step for this long.
     scrub_interval: in which the artifact's files are read and hashed once, again and again; 0: never.
     head_timeout: from a connection's or a request's first byte to the end of its headers.
@@ -44,6 +44,7 @@ class ServerConfig:
     api_keys_file: Path | None = None
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     public_metrics: bool = False
+    page: bool = True
     drain_timeout: float = 30.0
     stall_timeout: float = 60.0
     scrub_interval: float = 3600.0
@@ -91,7 +92,8 @@ class ModelCard:
     """The served model, as clients see it.
 
     aliases: further names that clients may call it by. created: Unix seconds. description, engine and kernels are
-    reported as they are: what the model is, the engine's limits, and which kernel runs each kind of layer. sampling:
+    reported as they are: what the model is, the engine's limits, and which kernel runs each kind of layer. layers: the
+    scheme, the kernel and the error of each, where the artifact says. sampling:
     what a request gets that does not say otherwise, under SamplingParams' names.
     """
 
@@ -102,5 +104,6 @@ class ModelCard:
     description: Mapping[str, object] = field(default_factory=dict)
     engine: Mapping[str, object] = field(default_factory=dict)
     kernels: Mapping[str, str] = field(default_factory=dict)
+    layers: Sequence[Mapping[str, object]] = ()
     sampling: Mapping[str, Any] = field(default_factory=dict)
     aliases: tuple[str, ...] = ()

@@ -26,7 +26,7 @@ import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from fptq_runtime import __version__
-from fptq_runtime.artifact.io import is_artifact, read_manifest
+from fptq_runtime.artifact.io import LayerRecord, is_artifact, read_manifest
 from fptq_runtime.artifact.scrub import Scrub
 from fptq_runtime.engine.async_engine import AsyncEngine
 from fptq_runtime.engine.engine import Engine
@@ -77,7 +77,8 @@ def serve(path: Path | str, config: ServerConfig, *, model_names: Sequence[str] 
         from fptq_server.app import create_app
         from fptq_server.metrics import Metrics
 
-        model = model_card(model_names or [path.resolve().name], engine, sampling)
+        records = read_manifest(path).layers if is_artifact(path) else ()
+        model = model_card(model_names or [path.resolve().name], engine, sampling, records)
         metrics = Metrics(__version__, model)
         async_engine = AsyncEngine(engine, metrics.record_step, metrics.record_deviation)
         log.info("%s", describe(model, config))
@@ -128,8 +129,10 @@ def check_template_variables(config: ServerConfig, tokenizer: Tokenizer) -> None
                             f"{', '.join(sorted(read)) or 'no variables'}", "chat_template_kwargs")
 
 
-def model_card(names: Sequence[str], engine: Engine[Any], sampling: Mapping[str, Any] | None = None) -> ModelCard:
+def model_card(names: Sequence[str], engine: Engine[Any], sampling: Mapping[str, Any] | None = None,
+               layers: Sequence[LayerRecord] = ()) -> ModelCard:
     config = engine.model_config
+    kernels = engine.backend.describe()
     return ModelCard(
         id=names[0],
         aliases=tuple(names[1:]),
@@ -144,10 +147,25 @@ def model_card(names: Sequence[str], engine: Engine[Any], sampling: Mapping[str,
             "vocab_size": config.vocab_size,
             "rope": config.rope,
             "sampling": sampling or {},
+            "chat_template": engine.tokenizer.chat_template() is not None,
         },
         engine=asdict(engine.config),
-        kernels={"backend": engine.backend.name, **engine.backend.describe()},
+        kernels={"backend": engine.backend.name, **kernels},
+        layers=[_layer(record, kernels) for record in layers],
     )
+
+
+def _layer(record: LayerRecord, kernels: Mapping[str, str]) -> dict[str, object]:
+    """As /info has it. The kernel is that of its kind of layer, or the only one there is."""
+    codes = f"{'fp' if record.type == 'float' else 'int'}{record.num_bits}"
+    kind = f"linear {codes}" if record.activations != "float" else f"linear {codes}, float input"
+    return {
+        "name": record.name,
+        "weights": codes if record.group_size is None else f"{codes}, groups of {record.group_size}",
+        "inputs": record.activations,
+        "kernel": kernels.get(kind, kernels.get("kernel")),
+        "error": record.error,
+    }
 
 
 def describe(model: ModelCard, config: ServerConfig) -> str:
@@ -391,6 +409,7 @@ class Server(uvicorn.Server):
         ))
         self._engine = engine
         self._drain_timeout = config.drain_timeout
+        self._page = config.page
         self._documented = not (config.api_keys or config.api_keys_file)  # a browser has no key to send
         self._drains: list[asyncio.Task[None]] = []
         self._signal: signal.Signals | None = None
@@ -410,7 +429,8 @@ class Server(uvicorn.Server):
             address = listener.getsockname()
             url = f"unix:{address}" if isinstance(address, str) else \
                 f"{'https' if self.config.is_ssl else 'http'}://{peer(address[:2])}"
-            log.info("serving on %s (OpenAI API under /v1%s)", url,
+            log.info("serving on %s (%sOpenAI API under /v1%s)", url,
+                     "a page to try it, " if self._page else "",
                      ", documentation at /docs" if self._documented else "")
 
     def _reload(self) -> None:

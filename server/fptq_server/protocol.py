@@ -765,6 +765,7 @@ class Info(BaseModel):
     model: dict[str, Any]
     engine: dict[str, Any]
     kernels: dict[str, str]
+    layers: list[dict[str, Any]]
     model_id: str
     model_sha: str | None
     model_dtype: str | None

@@ -29,12 +29,13 @@ def closed(run_server: Callable[..., Any]) -> Iterator[Served]:
 def test_every_route_denies_by_default(closed: Served) -> None:
     paths = {path: set(methods) for path, methods in closed.app.openapi()["paths"].items()}
     paths |= {route.path: {"get"} for route in closed.app.routes if hasattr(route, "path") and route.path not in paths}
-    paths["/docs"] = {"get"}  # an included router's
+    paths |= {"/docs": {"get"}, "/": paths["/"] | {"get"}}  # included routers'
     assert {"/v1/completions", "/metrics", "/docs", "/openapi.json", "/info"} <= set(paths)
     for path, methods in paths.items():
         for method in methods:
             status = httpx.request(method, closed.url + path, json={} if method == "post" else None).status_code
-            assert status == (200 if path in PUBLIC_PATHS else 401), path
+            open_to_all = method == "get" and path in PUBLIC_PATHS | {"/"}
+            assert status == (200 if open_to_all else 401), (method, path)
     for path in ("/nowhere", "//livez", "/livez/", "/LIVEZ", "/livez/../metrics", "/%6Divez"):
         assert httpx.get(closed.url + path).status_code == 401
 

@@ -58,11 +58,13 @@ def status_router(engine: AsyncEngine, model: ModelCard, config: ServerConfig, m
 
     @router.get("/info")
     async def info() -> Info:
-        """The model, the engine's limits, and the kernel that runs each kind of layer on this machine."""
+        """The model, the engine's limits, the kernel that runs each kind of layer on this machine, and each layer's
+        scheme and error where the artifact has them."""
         described = {"id": model.id, "max_model_len": model.max_model_len, **model.description}
         limits = engine.engine.config
         return Info(
             version=__version__, model=described, engine=dict(model.engine), kernels=dict(model.kernels),
+            layers=[dict(layer) for layer in model.layers],
             model_id=model.id,
             model_sha=None,
             model_dtype=None,
