@@ -228,6 +228,8 @@ def engine_options(command: _Function) -> _Function:
                      show_default=True, help="Share of a GPU's free memory that weights, cache and steps may take."),
         click.option("--no-prefix-cache", "enable_prefix_caching", is_flag=True, flag_value=False, default=True,
                      help="Compute every prompt from its start."),
+        click.option("--no-speculation", "speculation", is_flag=True, flag_value=False, default=True,
+                     help="Compute one token of each answer in a step, and guess none."),
         activation_option,
         backend_options,
     ]):

@@ -41,6 +41,7 @@ class EngineConfig:
 
     block_size: tokens per KV block, 16, 32, 64 or 128 (what the attention kernels accept).
     max_waiting_requests, max_waiting_tokens: bounds of the queue; past them a request is refused.
+    speculation: whether a step also checks guesses of the tokens to come, where that pays; answers are the same.
     max_wait: seconds in which a request is to have its first token; one that would wait longer is refused.
     """
 
@@ -51,6 +52,7 @@ class EngineConfig:
     kv_cache_dtype: KVCacheDtype = "int8"
     kv_cache_memory: int = 512 << 20
     enable_prefix_caching: bool = True
+    speculation: bool = True
     max_waiting_requests: int = 256
     max_waiting_tokens: int = 1 << 20
     max_wait: float = math.inf

@@ -19,10 +19,11 @@ def build_step_input(output: SchedulerOutput, block_size: int) -> StepInput:
     query_start_loc, seq_lens = array("i", [0]), array("i")
     block_tables = np.zeros((len(items), max(len(item.sequence.block_table) for item in items)), dtype=np.int32)
     for row, item in enumerate(items):
-        sequence, start, end = item.sequence, item.start, item.start + item.num_tokens
+        sequence, start, end = item.sequence, item.start, item.start + item.num_rows
         table = sequence.block_table
         block_tables[row, : len(table)] = table
-        token_ids.extend(sequence.token_ids[start:end])
+        token_ids.extend(sequence.token_ids[start : start + item.num_tokens])
+        token_ids.extend(item.draft.token_ids)
         positions.extend(range(start, end))
         slots.extend([table[p // block_size] * block_size + p % block_size for p in range(start, end)])
         rows = len(token_ids)

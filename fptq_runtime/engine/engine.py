@@ -23,6 +23,7 @@ from fptq_runtime.engine.sampler import NO_MASKS, SampleBatch, SampleResult, Sam
 from fptq_runtime.engine.scheduler import ScheduledSequence, Scheduler, SchedulerOutput
 from fptq_runtime.engine.sequence import Sequence, SequenceStatus
 from fptq_runtime.engine.sizing import step_limits
+from fptq_runtime.engine.speculation import Draft, Speculator
 from fptq_runtime.engine.stats import FinishedStats, StepStats
 from fptq_runtime.errors import FptqError
 from fptq_runtime.kernels.base import Backend, DeviceLostError, Executor, Logits, UInt32Array
@@ -79,12 +80,13 @@ class _Draws:
 
 @dataclass(frozen=True)
 class _Gain:
-    """What a step drew for one sequence, if anything. end: why it ends whatever its text says, and the stop id."""
+    """What a step drew for one sequence, if anything: the tokens of its draft that are right, and one more. logprobs:
+    of each, where they are asked for. end: why it ends with the last whatever its text says, and the stop id."""
 
     sequence: Sequence
-    token_id: int | None
-    logprobs: tuple[TokenLogprobs, ...]
-    end: tuple[FinishReason, int | None] | None
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    end: tuple[FinishReason, int | None] | None = None
 
 
 @dataclass
@@ -92,6 +94,7 @@ class _Step:
     """What one step has to say."""
 
     outputs: list[RequestOutput] = field(default_factory=list)
+    drafts: list[tuple[Draft, int]] = field(default_factory=list)  # and how many tokens of each were right
     stats: StepStats = field(default_factory=StepStats)
 
 
@@ -121,6 +124,7 @@ class Engine(Generic[T]):
             limits.max_tokens,
             limits.max_logits_rows - limits.max_seqs,
         )
+        self._speculator = Speculator(self._eos_token_ids) if config.speculation else None
         self._executor = backend.compile(decoder, limits)
         self.grammars = Grammars(tokenizer.to_json, decoder.config.vocab_size, self._eos_token_ids)
         self._mask_worker = ThreadPoolExecutor(1, "fptq-masks")
@@ -252,7 +256,8 @@ class Engine(Generic[T]):
             if not 0 <= token_id < vocab_size:
                 raise RequestError(f"prompt: token id {token_id} is not between 0 and {vocab_size - 1}: the model's "
                                    f"vocabulary has {vocab_size} tokens", "prompt")
-        for name, ids in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
+        for name, ids in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids),
+                          ("prediction", params.prediction)):
             for token_id in ids:
                 if not 0 <= token_id < vocab_size:
                     raise RequestError(f"{name}: token id {token_id} is not between 0 and {vocab_size - 1}", name)
@@ -274,6 +279,8 @@ class Engine(Generic[T]):
 
     def _launch(self) -> _Batch:
         plan = self._scheduler.schedule()
+        if self._speculator is not None:
+            self._speculate(self._speculator, plan)
         now = time.monotonic()
         for sequence in plan.admitted:
             sequence.scheduled_time = now
@@ -302,8 +309,26 @@ class Engine(Generic[T]):
             logger.exception("a step failed; its %d sequences end with an error", len(rest.scheduled))
             return _Batch(rest, None, None, sequences)
 
+    def _speculate(self, speculator: Speculator, plan: SchedulerOutput) -> None:
+        """Have a step check what its sequences probably go on with, as far as that pays."""
+        room = self._scheduler.room_for_drafts(plan)
+        candidates = []
+        for item in plan.scheduled:
+            sequence = item.sequence
+            most = min(room, sequence.params.max_tokens - sequence.num_output_tokens - 1,
+                       self.config.max_model_len - sequence.num_tokens - 1)
+            try:
+                candidates.append(speculator.candidate(sequence, most)
+                                  if item.samples and not sequence.needs_prompt_logits else None)
+            except Exception:
+                logger.exception("request %s, sequence %d: nothing is guessed", sequence.request_id, sequence.index)
+                candidates.append(None)
+        if any(candidates):
+            drawing = sum(item.samples for item in plan.scheduled)
+            self._scheduler.extend(plan, speculator.choose(candidates, plan.num_tokens, drawing, room))
+
     def _compute(self, plan: SchedulerOutput) -> _Batch:
-        structured = [item.sequence for item in plan.scheduled if item.samples and item.sequence.matcher is not None]
+        structured = [item for item in plan.scheduled if item.samples and item.sequence.matcher is not None]
         masks = self._mask_worker.submit(self._masks, structured) if structured else None
         return _Batch(plan, self._executor.step(build_step_input(plan, self.config.block_size), reuse=True), masks)
 
@@ -322,17 +347,20 @@ class Engine(Generic[T]):
                 culprits += self._culprits(half)
         return culprits
 
-    def _masks(self, sequences: list[Sequence]) -> UInt32Array:
-        """[sequences, words]; nothing is allowed where that cannot be known."""
-        masks = np.zeros((len(sequences), self.grammars.words), np.int32)
-        for sequence, mask in zip(sequences, masks, strict=True):
+    def _masks(self, items: list[ScheduledSequence]) -> UInt32Array:
+        """[tokens that may be drawn, words]; nothing is allowed where that cannot be known."""
+        masks = np.zeros((sum(1 + len(item.draft.token_ids) for item in items), self.grammars.words), np.int32)
+        first = 0
+        for item in items:
+            sequence, end = item.sequence, first + 1 + len(item.draft.token_ids)
             assert sequence.matcher is not None
             try:
-                early = sequence.num_output_tokens < sequence.params.min_tokens
-                sequence.matcher.fill(sequence.output_token_ids, early, mask)
+                sequence.matcher.fill(sequence.output_token_ids, sequence.params.min_tokens, masks[first:end],
+                                      item.draft.token_ids)
             except GrammarError as error:
                 sequence.failure = str(error)
-                mask[:] = 0
+                masks[first:end] = 0
+            first = end
         return masks.view(np.uint32)
 
     def _draw_all(self, batch: _Batch) -> _Draws | None:
@@ -360,10 +388,12 @@ class Engine(Generic[T]):
                 for position in sequence.unscored(item.start, item.num_tokens):
                     batch.score(row + position - item.start, sequence.token_ids[position + 1],
                                 sequence.params.prompt_logprobs or 0)
-                if item.samples:
-                    batch.draw(row + item.num_logits - 1, sequence, sequence.sampling, mask_row if structured else -1)
+                draft = item.draft.token_ids
+                for ahead in range(len(draft) + 1) if item.samples else ():
+                    batch.draw(row + item.num_logits - 1 - len(draft) + ahead, sequence, sequence.sampling,
+                               mask_row + ahead if structured else -1, draft[:ahead])
             row += item.num_logits
-            mask_row += structured
+            mask_row += structured and 1 + len(item.draft.token_ids)
             spans.append((first, len(batch)))
         return _Draws(spans, SampleResult(self.backend.sample(logits, batch.build()), logits.shape[1]))
 
@@ -379,27 +409,26 @@ class Engine(Generic[T]):
                 if item.sequence.status is not SequenceStatus.FINISHED:
                     self._emit(step, item.sequence, finish_reason=FinishReason.ERROR)
             return []
-        drawn: list[int | None] = []
-        chosen: list[tuple[TokenLogprobs, ...]] = []
+        gains = []
         for item, (first, end) in zip(items, draws.spans, strict=True):
-            token_id: int | None = None
-            logprobs: tuple[TokenLogprobs, ...] = ()
+            gain = _Gain(item.sequence)
             if first < end:
                 try:
-                    token_id, logprobs = self._draw(item, draws.result, first, end)
+                    gain = self._draw(item, draws.result, first, end)
                 except Exception:
                     self._fail(step, item.sequence)
-            drawn.append(token_id)
-            chosen.append(logprobs)
-        self._scheduler.update(batch.plan, drawn)
-        gains = []
-        for item, token_id, logprobs in zip(items, drawn, chosen, strict=True):
-            sequence = item.sequence
-            if sequence.status is not SequenceStatus.FINISHED:
-                why = self._end(sequence, token_id)
-                gains.append(_Gain(sequence, token_id, logprobs, why))
-                if why is not None:
-                    self._scheduler.finish(sequence)
+            gains.append(gain)
+            if item.draft.token_ids:
+                accepted = max(0, len(gain.token_ids) - 1)
+                step.drafts.append((item.draft, accepted))
+                if item.draft.kind == "prediction":
+                    item.sequence.num_accepted_tokens += accepted
+                    item.sequence.num_rejected_tokens += len(item.draft.token_ids) - accepted
+        self._scheduler.update(batch.plan, [gain.token_ids for gain in gains])
+        gains = [_scored(gain) for gain in gains if gain.sequence.status is not SequenceStatus.FINISHED]
+        for gain in gains:
+            if gain.end is not None:
+                self._scheduler.finish(gain.sequence)
         return gains
 
     def _report(self, step: _Step, gains: abc.Sequence[_Gain]) -> None:
@@ -416,41 +445,47 @@ class Engine(Generic[T]):
             logger.exception("request %s, sequence %d ends with an error", sequence.request_id, sequence.index)
         self._emit(step, sequence, finish_reason=FinishReason.ERROR)
 
-    def _draw(self, item: ScheduledSequence, result: SampleResult, first: int,
-              end: int) -> tuple[int | None, tuple[TokenLogprobs, ...]]:
-        """Draws first to end - 1 are the item's: prompt tokens scored, then the next token where it `samples`. Raises
-        ValueError where logits were not finite."""
-        params = item.sequence.params
-        if params.prompt_logprobs is not None and first < end - item.samples:
-            item.sequence.prompt_logprobs += [
-                result.logprobs(draw, params.prompt_logprobs) for draw in range(first, end - item.samples)]
-        if not item.samples:
-            return None, ()
-        masked = params.structured is not None
-        logprobs = () if params.logprobs is None else (result.logprobs(end - 1, params.logprobs, masked),)
-        return result.token_id(end - 1), logprobs
+    def _draw(self, item: ScheduledSequence, result: SampleResult, first: int, end: int) -> _Gain:
+        """Draws first to end - 1 are the item's: prompt tokens scored, then where it `samples` the next token, and one
+        after each token of its draft, which count as long as the draft is right. Raises ValueError where logits were
+        not finite."""
+        sequence, params, draft = item.sequence, item.sequence.params, item.draft.token_ids
+        drawn = end - (1 + len(draft) if item.samples else 0)
+        if params.prompt_logprobs is not None and first < drawn:
+            sequence.prompt_logprobs += [result.logprobs(draw, params.prompt_logprobs) for draw in range(first, drawn)]
+        token_ids: list[int] = []
+        logprobs: list[TokenLogprobs] = []
+        why: tuple[FinishReason, int | None] | None = None
+        for draw in range(drawn, end):
+            if token_ids and (why is not None or token_ids[-1] != draft[len(token_ids) - 1] or not result.valid(draw)):
+                break
+            token_ids.append(result.token_id(draw))
+            if params.logprobs is not None:
+                logprobs.append(result.logprobs(draw, params.logprobs, params.structured is not None))
+            why = self._end(sequence, token_ids[-1], len(token_ids))
+        return _Gain(sequence, tuple(token_ids), tuple(logprobs), why)
 
     def _tell(self, step: _Step, gain: _Gain, now: float) -> None:
-        sequence, token_id = gain.sequence, gain.token_id
-        if token_id is not None:
+        sequence, last = gain.sequence, len(gain.token_ids) - 1
+        for place, token_id in enumerate(gain.token_ids):
             self._note_token(step, sequence, now)
-            text, reason, stop_reason = self._read(sequence, token_id, gain.end)
-            self._emit(step, sequence, (token_id,), text, gain.logprobs, reason, stop_reason)
-        elif gain.end is not None:
+            text, reason, stop_reason = self._read(sequence, token_id, gain.end if place == last else None)
+            self._emit(step, sequence, (token_id,), text, gain.logprobs[place : place + 1], reason, stop_reason)
+            if reason is not None:
+                return
+        if not gain.token_ids and gain.end is not None:
             self._emit(step, sequence, finish_reason=gain.end[0])
 
-    def _end(self, sequence: Sequence, token_id: int | None) -> tuple[FinishReason, int | None] | None:
-        """Why a sequence ends with the token that was drawn, or without one, whatever the text says; and the stop
-        id."""
+    def _end(self, sequence: Sequence, token_id: int, ahead: int) -> tuple[FinishReason, int | None] | None:
+        """Why a sequence ends with a token that was drawn, the `ahead`th of this step, whatever the text says; and the
+        stop id."""
         params = sequence.params
-        if token_id is None:
-            scored = params.max_tokens == 0 and sequence.num_computed_tokens == sequence.num_tokens
-            return (FinishReason.LENGTH, None) if scored else None
         if token_id in self._eos_token_ids and not params.ignore_eos:
             return FinishReason.STOP, None
         if token_id in params.stop_token_ids:
             return FinishReason.STOP, token_id
-        if sequence.num_output_tokens >= params.max_tokens or sequence.num_tokens >= self.config.max_model_len:
+        if sequence.num_output_tokens + ahead >= params.max_tokens \
+                or sequence.num_tokens + ahead >= self.config.max_model_len:
             return FinishReason.LENGTH, None
         return None
 
@@ -462,7 +497,7 @@ class Engine(Generic[T]):
         reason, stop_id = end or (None, None)
         if reason is FinishReason.STOP:
             return sequence.text.flush(), reason, stop_id
-        stoppable = params.min_tokens == 0 or sequence.num_output_tokens > params.min_tokens
+        stoppable = params.min_tokens == 0 or sequence.num_told_tokens > params.min_tokens
         text, stop = sequence.text.step(token_id, stoppable)
         if stop is not None:
             return text, FinishReason.STOP, stop
@@ -474,7 +509,7 @@ class Engine(Generic[T]):
         """Report an event and, with a finish_reason, let go of the sequence."""
         prompt_logprobs = None
         if sequence.params.prompt_logprobs is not None and sequence.index == 0 \
-                and sequence.num_output_tokens == len(token_ids) \
+                and sequence.num_told_tokens == len(token_ids) \
                 and len(sequence.prompt_logprobs) == sequence.num_prompt_tokens:
             prompt_logprobs = tuple(sequence.prompt_logprobs)
         step.outputs.append(RequestOutput(
@@ -487,7 +522,9 @@ class Engine(Generic[T]):
             stop_reason=stop_reason,
             num_prompt_tokens=sequence.num_prompt_tokens,
             num_cached_tokens=sequence.num_cached_tokens,
-            num_output_tokens=sequence.num_output_tokens,
+            num_output_tokens=sequence.num_told_tokens,
+            num_accepted_tokens=sequence.num_accepted_tokens,
+            num_rejected_tokens=sequence.num_rejected_tokens,
             prompt_logprobs=prompt_logprobs,
             failure=sequence.failure,
         ))
@@ -497,8 +534,11 @@ class Engine(Generic[T]):
         del self._live[sequence.key]
         if finish_reason is FinishReason.ABORT:
             step.stats.saved_tokens += self._forecast.output(self._work(sequence))
-        if finish_reason in (FinishReason.STOP, FinishReason.LENGTH):
-            self._forecast.observe_answer(sequence.num_output_tokens, finish_reason is FinishReason.LENGTH)
+        answered = finish_reason in (FinishReason.STOP, FinishReason.LENGTH)
+        if answered:
+            self._forecast.observe_answer(sequence.num_told_tokens, finish_reason is FinishReason.LENGTH)
+        if self._speculator is not None:
+            self._speculator.forget(sequence, remember=answered)
         tenant = sequence.origin.tenant
         with self._lock:
             self._num_unfinished -= 1
@@ -512,6 +552,7 @@ class Engine(Generic[T]):
 
     def _note_token(self, step: _Step, sequence: Sequence, now: float) -> None:
         step.stats.generated_tokens += 1
+        sequence.num_told_tokens += 1
         if sequence.last_token_time is None:
             step.stats.time_to_first_token.append(now - sequence.arrival_time)
         else:
@@ -539,7 +580,11 @@ class Engine(Generic[T]):
             stats.prefix_hit_tokens = sum(sequence.num_cached_tokens for sequence in plan.admitted)
         now = time.monotonic()
         if plan.scheduled:  # with what lies between two steps, where there is work
-            self._forecast.observe_step(plan.num_tokens, seconds if self._ended is None else now - self._ended)
+            seconds = seconds if self._ended is None else now - self._ended
+            drawing = sum(item.samples for item in plan.scheduled)
+            self._forecast.observe_step(plan.num_tokens, seconds)
+            if self._speculator is not None and drawing:
+                stats.drafts = self._speculator.learn(step.drafts, plan.num_tokens, drawing, seconds)
         self._ended = now if self._unfinished else None
         running = [self._work(sequence) for sequence in scheduler.running]
         with self._lock:
@@ -553,6 +598,13 @@ class Engine(Generic[T]):
 
     def _most_tokens(self, prompt: int, params: SamplingParams) -> int:
         return min(params.max_tokens, self.config.max_model_len - prompt)
+
+
+def _scored(gain: _Gain) -> _Gain:
+    """A sequence of which no token was asked for ends with its last prompt token."""
+    sequence = gain.sequence
+    through = sequence.params.max_tokens == 0 and sequence.num_computed_tokens == sequence.num_tokens
+    return replace(gain, end=(FinishReason.LENGTH, None)) if through else gain
 
 
 def _bounded(seconds: float) -> float:

@@ -89,25 +89,87 @@ class Grammar:
 
 
 class Matcher:
-    """The tokens that may follow in one sequence. ends: ids that end it, which stand where the grammar may end."""
+    """The tokens that may follow in one sequence. ends: ids that end it, which stand where the grammar may end.
+
+    Masks look ahead along a draft; whatever of it comes true need not be parsed again."""
 
     def __init__(self, parser: llguidance.LLMatcher, ends: npt.NDArray[np.int32]) -> None:
-        self._parser = parser
+        self._fresh = parser
+        self._parser = parser.deep_copy()
         self._ends = ends  # a mask
-        self._consumed = 0
+        self._consumed = 0  # tokens of the output
+        self._ahead: list[int] = []  # consumed after them
+        self._astray = False  # whether the parser ever was ahead
 
-    def fill(self, token_ids: Sequence[int], early: bool, mask: npt.NDArray[np.int32]) -> None:
-        """Set the bits of the tokens that may follow an output, [words]. It begins with what was given the last time.
-        early: an end only where nothing else can follow. Raises GrammarError where the grammar is too complex."""
-        self._parser.consume_tokens(list(token_ids[self._consumed :]))
-        self._consumed = len(token_ids)
+    def fill(self, token_ids: Sequence[int], min_tokens: int, masks: npt.NDArray[np.int32],
+             draft: Sequence[int] = ()) -> None:
+        """Set the bits of the tokens that may follow an output and, mask by mask, each token of a draft,
+        [1 + draft, words]; nothing may where the draft itself may not. The output begins with what was given the last
+        time. An end comes before min_tokens only where nothing else can follow. Raises GrammarError where the grammar
+        is too complex, unless it is only for the draft."""
+        position = len(token_ids)
+        try:
+            self._follow(token_ids)
+            self._fill(position < min_tokens, masks[0])
+        except GrammarError:
+            if not self._astray:
+                raise
+            self._restart()  # a parser that has seen less may still do
+            self._follow(token_ids)
+            self._fill(position < min_tokens, masks[0])
+        try:
+            for place, token_id in enumerate(draft):
+                if not masks[place, token_id // 32] >> token_id % 32 & 1:
+                    break
+                self._go_ahead(token_id)
+                self._fill(position + place + 1 < min_tokens, masks[place + 1])
+        except GrammarError:
+            masks[place + 1] = 0
+            self._restart()
+
+    def foresee(self, token_ids: Sequence[int], guess: Sequence[int]) -> tuple[list[int], int]:
+        """After an output, the tokens of the text that must follow, as a tokenizer would write it, and how many of a
+        guess may follow. The output begins with what was given the last time."""
+        try:
+            self._follow(token_ids)
+        except GrammarError:
+            return [], 0  # which fill will say
+        forced = self._parser.compute_ff_tokens()
+        return forced, self._parser.validate_tokens(list(guess)) if guess else 0
+
+    def _follow(self, token_ids: Sequence[int]) -> None:
+        """Consume an output; of what was consumed ahead, what it does not have is taken back."""
+        added = list(token_ids[self._consumed :])
+        same = 0
+        while same < min(len(added), len(self._ahead)) and added[same] == self._ahead[same]:
+            same += 1
+        if same < len(self._ahead):
+            self._parser.rollback(len(self._ahead) - same)
+        self._consumed, self._ahead = len(token_ids), []
+        self._parser.consume_tokens(added[same:])
+        self._check()
+
+    def _go_ahead(self, token_id: int) -> None:
+        self._astray = True
+        self._parser.consume_token(token_id)
+        self._check()
+        self._ahead.append(token_id)
+
+    def _fill(self, early: bool, mask: npt.NDArray[np.int32]) -> None:
         fill_next_token_bitmask(self._parser, mask[None])
-        if self._parser.is_error():
-            raise GrammarError(f"the grammar cannot be followed: {_one_line(self._parser.get_error())}")
+        self._check()
         if self._parser.is_accepting():
             mask |= self._ends
         if early and (others := mask & ~self._ends).any():
             mask[:] = others
+
+    def _check(self) -> None:
+        if self._parser.is_error():
+            raise GrammarError(f"the grammar cannot be followed: {_one_line(self._parser.get_error())}")
+
+    def _restart(self) -> None:
+        self._parser = self._fresh.deep_copy()
+        self._consumed, self._ahead, self._astray = 0, [], False
 
 
 class Grammars:
@@ -168,7 +230,7 @@ class Grammars:
         ends = np.zeros(self.words, np.uint32)
         for token_id in {*self._eos_token_ids, *stop_token_ids}:
             ends[token_id // 32] |= np.uint32(1 << token_id % 32)
-        return [Matcher(parser.deep_copy(), ends.view(np.int32)) for _ in range(count)]
+        return [Matcher(parser, ends.view(np.int32)) for _ in range(count)]
 
     def _compile(self, grammar: Grammar, tokenizer: Future[llguidance.LLTokenizer]) -> llguidance.LLMatcher | str:
         if len(grammar.text) > MAX_GRAMMAR:

@@ -1,4 +1,4 @@
-"""What the engine says of a request, one event a step and sequence, and how a sequence's text becomes certain."""
+"""What the engine says of a request, one event a token and sequence, and how a sequence's text becomes certain."""
 
 from __future__ import annotations
 
@@ -22,11 +22,12 @@ class TokenLogprobs:
 
 @dataclass(frozen=True)
 class RequestOutput:
-    """What one sequence gained in one step.
+    """What one sequence gained: one token, or none. A step may have several of them.
 
     token_ids holds the new token, or none (max_tokens 0, or a finish by abort or error). text is what became certain
     with it: characters that a stop string or a split UTF-8 sequence may still claim are held back. prompt_logprobs
     comes once, with the first event of sequence 0; its first entry is None, since nothing precedes the first token.
+    num_accepted_tokens, num_rejected_tokens: of the request's prediction, tried so far, rightly and in vain.
     stop_reason: the stop string or stop id that ended it; None for the model's own end of sequence. failure: why it
     ended with an error, where that is the request's fault.
     """
@@ -41,6 +42,8 @@ class RequestOutput:
     num_prompt_tokens: int = 0
     num_cached_tokens: int = 0
     num_output_tokens: int = 0
+    num_accepted_tokens: int = 0
+    num_rejected_tokens: int = 0
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
     failure: str | None = None
 

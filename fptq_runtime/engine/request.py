@@ -52,6 +52,8 @@ class SamplingParams:
     structured: what the answer must be, such as Grammar.json_schema({"type": "object", …}) or Grammar.lark('start: …').
     It ends only where the grammar does, or early by max_tokens or a stop string; min_tokens forbids an end only where
     the answer can go on. Log-probabilities are those among the allowed tokens.
+
+    prediction: tokens that the answer may resemble. It changes nothing but the time that is taken.
     """
 
     n: int = 1
@@ -74,6 +76,7 @@ class SamplingParams:
     skip_special_tokens: bool = True
     shown_special_tokens: frozenset[int] = frozenset()
     structured: Grammar | None = None
+    prediction: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         def check(name: str, ok: bool, allowed: str) -> None:

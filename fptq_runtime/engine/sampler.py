@@ -60,18 +60,21 @@ class SampleBatch:
         """Log-probabilities of a given token."""
         self._add(row, token_id, 0, num_top, _SCORED)
 
-    def draw(self, row: int, sequence: Sequence, sampling: Sampling, mask_row: int = -1) -> None:
-        """The next token of a sequence; mask_row as SampleInput has it."""
-        early = sequence.num_output_tokens < sequence.params.min_tokens
+    def draw(self, row: int, sequence: Sequence, sampling: Sampling, mask_row: int = -1,
+             draft: tuple[int, ...] = ()) -> None:
+        """The next token of a sequence, were it already followed by a draft; mask_row as SampleInput has it."""
+        early = sequence.num_output_tokens + len(draft) < sequence.params.min_tokens
         if bias := sampling.early_bias if early else sampling.bias:
             self._bias_ids.extend(bias)
             self._bias_values.extend(bias.values())
         output_start = len(self._history)
         if sampling.penalized:
             self._history += sequence.token_ids
+            self._history.extend(draft)
             output_start += sequence.num_prompt_tokens
         logprobs = sequence.params.logprobs
-        self._add(row, -1, sequence.num_tokens, -1 if logprobs is None else logprobs, sampling.parameters, output_start,
+        position = sequence.num_tokens + len(draft)
+        self._add(row, -1, position, -1 if logprobs is None else logprobs, sampling.parameters, output_start,
                   mask_row)
 
     def build(self) -> SampleInput:
@@ -111,6 +114,9 @@ class SampleResult:
         self._output = output
         self._vocab_size = vocab_size
         self._token_ids: list[int] = output.token_ids.tolist()
+
+    def valid(self, draw: int) -> bool:
+        return self._token_ids[draw] >= 0
 
     def token_id(self, draw: int) -> int:
         token_id = self._token_ids[draw]

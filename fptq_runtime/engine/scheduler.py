@@ -7,23 +7,30 @@ differ only in how far behind they are.
 from __future__ import annotations
 
 from collections import abc, deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from fptq_runtime.engine.block_manager import BlockManager
 from fptq_runtime.engine.request import Origin
 from fptq_runtime.engine.sequence import Sequence, SequenceStatus
+from fptq_runtime.engine.speculation import NO_DRAFT, Draft
 
 
 @dataclass(frozen=True)
 class ScheduledSequence:
-    """Compute tokens start to start + num_tokens of a sequence; the last num_logits of these rows need logits, and
-    where `samples`, the very last row yields the sequence's next token."""
+    """Compute tokens start to start + num_tokens of a sequence, then those of its draft; the last num_logits of these
+    rows need logits, and where `samples`, the row before the draft yields the sequence's next token, and each row of
+    the draft the one after, if the draft is right so far."""
 
     sequence: Sequence
     start: int
     num_tokens: int
     num_logits: int
     samples: bool
+    draft: Draft = NO_DRAFT
+
+    @property
+    def num_rows(self) -> int:
+        return self.num_tokens + len(self.draft.token_ids)
 
 
 @dataclass
@@ -36,7 +43,7 @@ class SchedulerOutput:
 
     @property
     def num_tokens(self) -> int:
-        return sum(item.num_tokens for item in self.scheduled)
+        return sum(item.num_rows for item in self.scheduled)
 
 
 class Scheduler:
@@ -120,17 +127,38 @@ class Scheduler:
             prompt_logits -= item.num_logits if sequence.needs_prompt_logits else 0
         return output
 
-    def update(self, output: SchedulerOutput, sampled: abc.Sequence[int | None]) -> None:
-        """The step was computed and drew sampled[i] for output.scheduled[i], or None. Sequences that were finished
-        meanwhile are passed over."""
-        for item, token_id in zip(output.scheduled, sampled, strict=True):
+    def room_for_drafts(self, output: SchedulerOutput) -> int:
+        """Rows that the step may have beside those that were scheduled."""
+        rows = sum(item.num_logits for item in output.scheduled)
+        return min(self.max_num_batched_tokens - output.num_tokens, self.max_num_seqs + self.max_prompt_logits - rows)
+
+    def extend(self, output: SchedulerOutput, drafts: abc.Sequence[Draft]) -> None:
+        """Give output.scheduled[i] drafts[i], or as much of it as finds a place: not one block is taken that a running
+        sequence will need for its next token."""
+        for i, draft in enumerate(drafts):
+            if not draft.token_ids:
+                continue
+            item = output.scheduled[i]
+            sequence, end = item.sequence, item.start + item.num_tokens
+            fits = len(draft.token_ids)
+            if self.blocks.blocks_for(end + fits) - len(sequence.block_table) > \
+                    self.blocks.num_free_blocks - len(self.running) or not self.blocks.allocate(sequence, end + fits):
+                fits = min(fits, len(sequence.block_table) * self.blocks.block_size - end)
+            if fits:
+                output.scheduled[i] = replace(item, num_logits=item.num_logits + fits,
+                                              draft=replace(draft, token_ids=draft.token_ids[:fits]))
+
+    def update(self, output: SchedulerOutput, sampled: abc.Sequence[abc.Sequence[int]]) -> None:
+        """The step was computed and drew the tokens sampled[i] for output.scheduled[i]: none, or those of its draft
+        that are right and one more, or fewer where the sequence ends with them. Sequences that were finished meanwhile
+        are passed over."""
+        for item, token_ids in zip(output.scheduled, sampled, strict=True):
             sequence = item.sequence
             if sequence.status is SequenceStatus.FINISHED:
                 continue
-            sequence.num_computed_tokens = item.start + item.num_tokens
+            sequence.token_ids.extend(token_ids)
+            sequence.num_computed_tokens = item.start + item.num_tokens + max(0, len(token_ids) - 1)
             self.blocks.publish(sequence, item.start)
-            if token_id is not None:
-                sequence.token_ids.append(token_id)
 
     def check_integrity(self) -> None:
         """Raise AssertionError where an invariant is broken. For tests."""

@@ -49,6 +49,9 @@ class Sequence:
         self.num_computed_tokens = 0
         self.num_cached_tokens = 0  # prompt tokens found in the prefix cache when first scheduled
         self.num_accounted_tokens = 0  # found in the cache or computed at least once, as StepStats count them
+        self.num_told_tokens = 0  # of the output, as reported; the last step may have drawn some beyond a stop string
+        self.num_accepted_tokens = 0  # of its prediction: drafted, and right
+        self.num_rejected_tokens = 0
         self.num_preemptions = 0
         self.block_table = array("i")  # copied into every step's input, hence not a list
         self.block_hashes: list[bytes] = []  # of the full blocks hashed so far

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from fptq_runtime.engine.speculation import DraftStats
+
 
 @dataclass(frozen=True)
 class FinishedStats:
@@ -26,6 +28,7 @@ class StepStats:
     recomputed_tokens: int = 0  # of prompts and answers, whose keys and values a preemption threw away
     generated_tokens: int = 0
     saved_tokens: float = 0.0  # that answers given up would have gone on for, as long as answers are of late
+    drafts: dict[str, DraftStats] = field(default_factory=dict)  # by kind
     preemptions: int = 0
     prefix_query_tokens: int = 0
     prefix_hit_tokens: int = 0

@@ -153,7 +153,7 @@ def bench_config(model: ModelConfig, rows: Sequence[Row], steps: int, backend: B
     config = EngineConfig(
         max_model_len=max(length for _, length in lengths), max_num_seqs=max(batch for batch, _ in lengths),
         max_num_batched_tokens=max_num_batched_tokens, kv_cache_dtype=kv_cache_dtype,
-        enable_prefix_caching=False,
+        enable_prefix_caching=False, speculation=False,
     )
     blocks = max(batch * (-(-length // config.block_size) + 1) for batch, length in lengths)
     return replace(config, kv_cache_memory=blocks * config.block_size * backend.token_bytes(model, kv_cache_dtype))

@@ -17,7 +17,7 @@ from fptq_runtime.engine.grammar import GrammarError
 from fptq_runtime.engine.output import RequestOutput, TokenLogprobs
 from fptq_runtime.engine.request import FinishReason, SamplingParams
 from fptq_server.errors import APIError, bad_parameter
-from fptq_server.protocol import PromptTokensDetails, Usage
+from fptq_server.protocol import CompletionTokensDetails, PromptTokensDetails, Usage
 from fptq_server.record import RequestRecord
 from fptq_server.sse import TextTemplate
 
@@ -64,6 +64,7 @@ class Generation:
         self.n = params.n
         self.prompt_logprobs: list[tuple[TokenLogprobs | None, ...] | None] = [None] * len(prompts)
         self._cached_tokens = [0] * len(prompts)
+        self._predicted: dict[int, tuple[int, int]] = {}  # by choice: accepted and rejected tokens
         self._streams: list[RequestStream] = []
         try:
             for prompt in prompts:
@@ -92,6 +93,9 @@ class Generation:
             completion_tokens=self._record.completion_tokens,
             total_tokens=prompt_tokens + self._record.completion_tokens,
             prompt_tokens_details=PromptTokensDetails(cached_tokens=sum(self._cached_tokens)),
+            completion_tokens_details=CompletionTokensDetails(
+                accepted_prediction_tokens=sum(accepted for accepted, _ in self._predicted.values()),
+                rejected_prediction_tokens=sum(rejected for _, rejected in self._predicted.values())),
         )
 
     async def outputs(self) -> AsyncGenerator[tuple[int, RequestOutput], None]:
@@ -173,7 +177,9 @@ class Generation:
         if output.index == 0:
             self._cached_tokens[i] = output.num_cached_tokens
         self._record.completion_tokens += len(output.token_ids)
-        return i * self.n + output.index, output
+        choice = i * self.n + output.index
+        self._predicted[choice] = output.num_accepted_tokens, output.num_rejected_tokens
+        return choice, output
 
 
 def _refusal(error: Exception) -> Exception:

@@ -16,6 +16,7 @@ from prometheus_client import (
 )
 
 from fptq_runtime.engine.request import FinishReason
+from fptq_runtime.engine.speculation import KINDS
 from fptq_runtime.engine.stats import StepStats
 from fptq_server.config import ModelCard
 
@@ -47,8 +48,11 @@ class Metrics:
                 made.labels(value)
             return made
 
-        def gauge(name: str, text: str) -> Gauge:
-            return Gauge(name, text, registry=registry)
+        def gauge(name: str, text: str, label: str | None = None, values: Iterable[str] = ()) -> Gauge:
+            made = Gauge(name, text, () if label is None else (label,), registry=registry)
+            for value in values:
+                made.labels(value)
+            return made
 
         self._queue = histogram("fptq_queue_seconds", "Arrival to first scheduled.")
         self._first_token = histogram("fptq_time_to_first_token_seconds", "Arrival to first token.")
@@ -72,6 +76,12 @@ class Metrics:
         self._saved = counter("fptq_saved_tokens", "Tokens not generated, of answers that were given up.")
         self._prefix_query = counter("fptq_prefix_cache_query_tokens", "Prompt tokens looked up in the prefix cache.")
         self._prefix_hit = counter("fptq_prefix_cache_hit_tokens", "Prompt tokens found in the prefix cache.")
+        self._drafted, self._accepted = (
+            counter(f"fptq_speculation_{name}_tokens", text, "kind", KINDS) for name, text in (
+                ("drafted", "Tokens that were guessed and computed ahead, by where the guess was from."),
+                ("accepted", "Guessed tokens that were right.")))
+        self._speculation_saved = gauge("fptq_speculation_saved_seconds", "Of steps, by estimate, less what wrong "
+                                        "guesses took.", "kind", KINDS)
         self._deviation = gauge("fptq_golden_deviation_ratio", "Of golden values, in multiples of what is tolerated.")
         self._checks = counter("fptq_golden_checks", "Rounds of golden probes.")
         self._damaged = gauge("fptq_artifact_damaged_files", "Files of the artifact whose bytes have changed.")
@@ -111,6 +121,10 @@ class Metrics:
         self._saved.inc(stats.saved_tokens)
         self._prefix_query.inc(stats.prefix_query_tokens)
         self._prefix_hit.inc(stats.prefix_hit_tokens)
+        for kind, draft in stats.drafts.items():
+            self._drafted.labels(kind).inc(draft.drafted)
+            self._accepted.labels(kind).inc(draft.accepted)
+            self._speculation_saved.labels(kind).inc(draft.seconds_saved)
         for histogram, observed in ((self._queue, stats.queue_seconds), (self._first_token, stats.time_to_first_token),
                                     (self._inter_token, stats.inter_token_seconds)):
             for seconds in observed:

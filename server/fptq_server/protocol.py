@@ -440,6 +440,17 @@ ToolChoice = Annotated[
 ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
 
 
+class Prediction(Body):
+    """What the answer may resemble."""
+
+    type: Literal["content"]
+    content: Text | Annotated[list[TextPart], Field(fail_fast=True)]
+
+    @property
+    def text(self) -> str:
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+
+
 class ChatCompletionRequest(SamplingBody):
     messages: Messages
     logprobs: bool | None = None
@@ -454,7 +465,7 @@ class ChatCompletionRequest(SamplingBody):
     function_call: Annotated[Any, unsupported("none")] = None
     modalities: Annotated[Any, unsupported(["text"])] = None
     audio: Unsupported = None
-    prediction: Unsupported = None
+    prediction: Prediction | None = None
     reasoning_effort: ReasoningEffort | None = None
     include_reasoning: bool | None = None
     web_search_options: Unsupported = None
@@ -533,11 +544,20 @@ class PromptTokensDetails(BaseModel):
     cached_tokens: int
 
 
+class CompletionTokensDetails(BaseModel):
+    """Tokens of the request's prediction that were tried: those that the answer has, and the others, which are no part
+    of completion_tokens."""
+
+    accepted_prediction_tokens: int
+    rejected_prediction_tokens: int
+
+
 class Usage(BaseModel):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: CompletionTokensDetails
 
 
 class CompletionLogprobs(BaseModel):

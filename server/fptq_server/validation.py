@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping
+from itertools import takewhile
 from typing import Any, TypeVar
 
 from fptq_runtime.engine.request import SamplingParams
@@ -112,6 +113,15 @@ async def chat_prompt(messages: list[dict[str, Any]], tokenizer: Tokenizer, mode
         return await tokenizing(len(text), lambda: tokenizer.encode(text, add_special_tokens=False))
     except FptqError as error:  # lone surrogates in a variable
         raise APIError(400, f"chat_template_kwargs: {error}", param="chat_template_kwargs") from None
+
+
+async def prediction_tokens(body: ChatCompletionRequest, tokenizer: Tokenizer, model: ModelCard) -> tuple[int, ...]:
+    """As many as the context holds, up to the first that the model lacks."""
+    if body.prediction is None:
+        return ()
+    text = body.prediction.text[: MAX_CHARACTERS_PER_TOKEN * model.max_model_len]
+    tokens = await tokenizing(len(text), lambda: tokenizer.encode(text, add_special_tokens=False))
+    return tuple(takewhile(lambda token_id: token_id < model.vocab_size, tokens[: model.max_model_len]))
 
 
 def continues(body: ChatCompletionRequest | TokenizeRequest) -> tuple[bool, bool]:

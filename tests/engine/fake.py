@@ -32,9 +32,17 @@ TOKEN_BYTES = 4  # an id
 
 def logits_after(token_ids: Sequence[int]) -> np.ndarray:
     """The fake model: a row of logits that a whole text determines. [VOCAB]"""
+    return (4 * _noise(token_ids)).astype(np.float32)
+
+
+def habitual(token_ids: Sequence[int]) -> np.ndarray:
+    """A model whose answers repeat themselves: the last two tokens say much, and the whole text something."""
+    return (4 * _noise(token_ids[-2:]) + _noise(token_ids)).astype(np.float32)
+
+
+def _noise(token_ids: Sequence[int]) -> np.ndarray:
     digest = hashlib.blake2b(np.asarray(token_ids, dtype=np.int32).tobytes(), digest_size=8).digest()
-    row = np.random.Generator(np.random.Philox(int.from_bytes(digest, "big"))).normal(size=VOCAB)
-    return (4 * row).astype(np.float32)
+    return np.random.Generator(np.random.Philox(int.from_bytes(digest, "big"))).normal(size=VOCAB)
 
 
 class FakeExecutor:
@@ -46,6 +54,7 @@ class FakeExecutor:
         self.batches: list[StepInput] = []
         self.before: Callable[[StepInput], None] = lambda batch: None
         self.after: Callable[[np.ndarray], np.ndarray] = lambda logits: logits
+        self.model = logits_after
 
     def step(self, batch: StepInput, reuse: bool = False) -> np.ndarray:
         self.before(batch)
@@ -66,7 +75,7 @@ class FakeExecutor:
             positions = np.arange(batch.positions[row] + 1)
             slots = batch.block_tables[sequence, positions // size] * size + positions % size
             assert slots[-1] == batch.slot_mapping[row]
-            rows.append(logits_after(self.cache[slots]))
+            rows.append(self.model(self.cache[slots]))
         return self.after(np.array(rows, dtype=np.float32).reshape(-1, VOCAB))
 
 
@@ -129,7 +138,8 @@ def spelled(token_id: int) -> str:
 
 def make_engine(*, max_model_len: int = 256, num_blocks: int = 64, asynchronous: bool = False, **options: Any
                 ) -> Engine:
-    """An engine over the fake model; its executor is engine.backend.executor."""
+    """An engine over the fake model, which guesses nothing unless told to; its executor is engine.backend.executor."""
+    options.setdefault("speculation", False)
     block_size = options.setdefault("block_size", 16)
     config = EngineConfig(max_model_len=max_model_len, kv_cache_memory=num_blocks * block_size * TOKEN_BYTES, **options)
     return Engine(FakeDecoder(), FakeBackend(asynchronous), config, FakeTokenizer())  # type: ignore[arg-type]

@@ -116,7 +116,7 @@ def test_each_request_gives_what_it_gives_alone(native: tuple[Decoder, Backend],
                                                 kv_dtype: KVCacheDtype, options: dict[str, Any],
                                                 num_tokens: int) -> None:
     alone = engine_for(native, tokenizer, max_num_batched_tokens=MAX_LEN, enable_prefix_caching=False,
-                       kv_cache_dtype=kv_dtype)
+                       kv_cache_dtype=kv_dtype, speculation=False)
     company = engine_for(native, tokenizer, num_tokens, kv_cache_dtype=kv_dtype, **options)
     generator = random.Random(str(options))
     sent = requests(generator, 32, FORMS if num_tokens == 4096 else [None])  # structured ones end before they crowd

@@ -60,6 +60,7 @@ def test_company_does_not_matter(seed: int) -> None:
         max_num_batched_tokens=generator.choice([1, 3, 17, 64, 300]),
         enable_prefix_caching=generator.random() < 0.7,
         asynchronous=generator.random() < 0.5,
+        speculation=True,
     )
     families = [[generator.randrange(1, VOCAB) for _ in range(60)] for _ in range(2)]
     sent: dict[str, tuple[list[int], SamplingParams]] = {}

@@ -47,7 +47,7 @@ def test_an_answer_is_of_its_language(pattern: str, seed: int, temperature: floa
     {"asynchronous": True, "num_blocks": 6, "enable_prefix_caching": False}, {"max_num_seqs": 3},
 ], ids=str)
 def test_company_and_preemption_do_not_matter(options: dict[str, Any]) -> None:
-    engine = make_engine(max_model_len=96, **options)
+    engine = make_engine(max_model_len=96, speculation=True, **options)
     generator = random.Random(str(options))
     sent = {}
     for i in range(12):

@@ -45,7 +45,7 @@ def answers(grammars: Grammars, tokens: list[bytes], schema: Any, count: int = 3
         written: list[int] = []
         for position in range(length):
             mask = np.zeros(grammars.words, np.int32)
-            matcher.fill(written, False, mask)
+            matcher.fill(written, 0, mask[None])
             allowed = np.unpackbits(mask.view(np.uint8), bitorder="little").astype(bool)
             for preferred in ([closing] if position > generator.integers(length) else []) + [liked]:
                 if generator.random() < 0.8 and (allowed & preferred).any():

@@ -84,7 +84,7 @@ class SchedulerWalk(RuleBasedStateMachine):
             r = item.sequence
             for position in range(item.start + item.num_tokens):
                 assert self.memory[self.slot(r, position)] == tuple(r.token_ids[: position + 1]), "foreign content"
-        sampled = [hash(tuple(i.sequence.token_ids)) % 3 if i.samples else None for i in output.scheduled]
+        sampled = [[hash(tuple(i.sequence.token_ids)) % 3] if i.samples else [] for i in output.scheduled]
         self.scheduler.update(output, sampled)
         for item in output.scheduled:
             r = item.sequence
@@ -122,7 +122,7 @@ def scheduler(num_blocks: int = 32, max_num_seqs: int = 8, max_tokens: int = 64,
 def chunks(s: Scheduler) -> dict[str, tuple[int, int, int]]:
     """One step. (start, tokens, logits rows) by request."""
     output = s.schedule()
-    s.update(output, [1 if item.samples else None for item in output.scheduled])
+    s.update(output, [[1] if item.samples else [] for item in output.scheduled])
     return {i.sequence.request_id: (i.start, i.num_tokens, i.num_logits) for i in output.scheduled}
 
 
@@ -176,7 +176,7 @@ def test_the_last_one_in_gives_way_and_comes_back_first() -> None:
     assert s.running == [first, second]  # all three grew into a second block, of which there were two
     for _ in range(16):
         output = s.schedule()
-        s.update(output, [1] * len(output.scheduled))
+        s.update(output, [[1]] * len(output.scheduled))
         if output.preempted:
             break
     assert output.preempted == [second]
@@ -194,7 +194,7 @@ def test_siblings_wait_for_the_prompt_they_can_share() -> None:
     steps = []
     for _ in range(3):
         output = s.schedule()
-        s.update(output, [1 if item.samples else None for item in output.scheduled])
+        s.update(output, [[1] if item.samples else [] for item in output.scheduled])
         steps.append([(item.sequence.index, item.start) for item in output.scheduled])
     assert steps == [[(0, 0)], [(0, 40)], [(0, 49), (1, 48), (2, 48)]]
 

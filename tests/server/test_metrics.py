@@ -12,6 +12,7 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from fptq_runtime import __version__
+from fptq_runtime.engine.speculation import KINDS, DraftStats
 from fptq_runtime.engine.stats import FinishedStats, StepStats
 from fptq_server.config import ModelCard
 from fptq_server.metrics import Metrics
@@ -45,7 +46,8 @@ def test_every_series_exists_before_the_first_event() -> None:
     before = samples(metrics.exposition().decode()).keys()
     metrics.record_step(StepStats(
         num_running=3, num_waiting=2, kv_usage=0.5, batch_tokens=7, step_seconds=0.01, prompt_tokens=4,
-        recomputed_tokens=2, generated_tokens=3, preemptions=1, prefix_query_tokens=10, prefix_hit_tokens=6,
+        recomputed_tokens=2, generated_tokens=3, preemptions=1,
+        drafts={kind: DraftStats(4, 2, -0.5) for kind in KINDS}, prefix_query_tokens=10, prefix_hit_tokens=6,
         queue_seconds=[0.001], time_to_first_token=[0.02], inter_token_seconds=[0.01, 0.02],
         finished=[FinishedStats(reason, 0.3) for reason in ("stop", "length", "abort", "error")]))
     for status in (200, 404, 499, 503):
@@ -59,6 +61,7 @@ def test_a_step_is_recorded() -> None:
     metrics = Metrics(__version__, CARD)
     metrics.record_step(StepStats(num_running=3, num_waiting=2, kv_usage=0.5, batch_tokens=7, prompt_tokens=4,
                                   prefix_query_tokens=10, prefix_hit_tokens=6, generated_tokens=3, preemptions=1,
+                                  drafts={"lookup": DraftStats(drafted=4, accepted=2, seconds_saved=-0.5)},
                                   queue_seconds=[0.0005], time_to_first_token=[0.02], inter_token_seconds=[0.01, 0.02],
                                   finished=[FinishedStats("stop", 0.3)]))
     assert value(metrics, "fptq_requests_running") == 3
@@ -67,6 +70,9 @@ def test_a_step_is_recorded() -> None:
     assert value(metrics, "fptq_prompt_tokens_total") == 10
     assert value(metrics, "fptq_generated_tokens_total") == 3
     assert value(metrics, "fptq_preemptions_total") == 1
+    assert value(metrics, "fptq_speculation_drafted_tokens_total", kind="lookup") == 4
+    assert value(metrics, "fptq_speculation_accepted_tokens_total", kind="lookup") == 2
+    assert value(metrics, "fptq_speculation_saved_seconds", kind="lookup") == -0.5
     assert value(metrics, "fptq_prefix_cache_query_tokens_total") == 10
     assert value(metrics, "fptq_prefix_cache_hit_tokens_total") == 6
     assert value(metrics, "fptq_requests_finished_total", reason="stop") == 1

@@ -45,6 +45,7 @@ from fptq_server.validation import (
     check_prompt_logprobs,
     continues,
     max_tokens_of,
+    prediction_tokens,
     sampling_params,
     stream_usage,
     template_variables,
@@ -177,7 +178,7 @@ def chat_router(engine: AsyncEngine, tokenizer: Tokenizer, texts: TokenTexts, ch
         check_prompt_logprobs(body)
         structured = await chat.grammar(prompt, tools, await openai_grammar(body, engine), engine)
         params = sampling_params(body, model, max_tokens=max_tokens, prompt_logprobs=body.prompt_logprobs,
-                                 structured=structured,
+                                 structured=structured, prediction=await prediction_tokens(body, tokenizer, model),
                                  shown_special_tokens=chat.shown_special_tokens(tools),
                                  logprobs=(body.top_logprobs or 0) if body.logprobs else None)
         include_usage, continuous_usage = stream_usage(body)

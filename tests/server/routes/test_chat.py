@@ -56,6 +56,24 @@ def test_streaming(client: openai.OpenAI, options: dict[str, Any]) -> None:
         assert streamed == [entry.token for entry in (expected.logprobs.content or [] if expected.logprobs else [])]
 
 
+@pytest.mark.parametrize("parts", [False, True])
+def test_a_prediction_changes_nothing_but_what_usage_says_of_it(client: openai.OpenAI, parts: bool) -> None:
+    options: Any = OPTIONS | {"max_tokens": 60, "logprobs": True}
+    plain = client.chat.completions.create(**options)
+    text = plain.choices[0].message.content or ""
+    content: Any = [{"type": "text", "text": text[:10]}, {"type": "text", "text": text[10:]}] if parts else text
+    predicted = client.chat.completions.create(**options, prediction={"type": "content", "content": content})
+    assert predicted.choices == plain.choices
+    assert plain.usage is not None
+    assert predicted.usage is not None
+    before, details = plain.usage.completion_tokens_details, predicted.usage.completion_tokens_details
+    assert before is not None
+    assert details is not None
+    assert (before.accepted_prediction_tokens, before.rejected_prediction_tokens) == (0, 0)
+    assert details.accepted_prediction_tokens is not None
+    assert 0 <= details.accepted_prediction_tokens < predicted.usage.completion_tokens
+
+
 def test_async_sdk(served: Served) -> None:
     async def run() -> tuple[str | None, str]:
         async with openai.AsyncOpenAI(base_url=served.url + "/v1", api_key="none") as client:
