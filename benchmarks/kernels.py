@@ -24,11 +24,12 @@ SECONDS = 0.4
 
 
 def layers(shape: str) -> Iterator[tuple[str, int, int]]:
-    """(name, N, K) of a shape's linears."""
+    """(name, N, K) of a shape's linears, of one expert where there are many."""
     model = SHAPES[shape]
     for part in (model.blocks[0], model.head):
         for linear in part.linears:
-            yield {"up": "gate, up"}.get(linear.name, linear.name), linear.n, linear.k
+            if not linear.kept:
+                yield {"up": "gate, up"}.get(linear.name, linear.name), linear.n // linear.experts, linear.k
 
 
 def seconds(call: Callable[[int], None], copies: int) -> float:

@@ -755,7 +755,8 @@ def verify(artifact: str, renew: bool, backend: str, device: str, threads: int) 
 
 @cli.command()
 @click.argument("artifact", required=False)
-@click.option("--shape", type=click.Choice(["llama-3.2-1b", "qwen2.5-0.5b", "llama-2-7b", "llama-3-8b"]),
+@click.option("--shape", type=click.Choice(["llama-3.2-1b", "qwen2.5-0.5b", "llama-2-7b", "llama-3-8b",
+                                            "qwen3-30b-a3b-12-layers"]),
               help="Random weights of this shape, instead of ARTIFACT.")
 @click.option("--head-bits", type=click.Choice(["4", "8"]), default="4", show_default=True, help="Of a --shape.")
 @click.option("--phase", "phases", type=click.Choice(["prefill", "decode"]), multiple=True, help="Measure only this.")

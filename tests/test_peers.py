@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 
 from benchmarks.peers import report
-from benchmarks.peers.base import Row, Worker, made_once, sizes
-from fptq_runtime.measure.shapes import SHAPES
+from benchmarks.peers.base import DENSE, Row, Worker, made_once, sizes
 
 ECHO = """
 import json, sys
@@ -103,7 +102,7 @@ def test_what_failed_is_made_again(tmp_path: Path) -> None:
     assert path.read_text() == "whole"
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", DENSE)
 def test_a_shape_in_the_words_of_others(shape: str) -> None:
     words = sizes(shape)
     json.dumps(words)

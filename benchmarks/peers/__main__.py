@@ -16,13 +16,12 @@ from typing import Any
 
 import benchmarks.peers as package
 from benchmarks.peers import report, serving
-from benchmarks.peers.base import Peer, Row, Unavailable
+from benchmarks.peers.base import DENSE, Peer, Row, Unavailable
 from benchmarks.peers.llama_cpp import LlamaCpp
 from benchmarks.peers.openvino import OpenVino
 from benchmarks.peers.ours import Ours
 from benchmarks.peers.vllm import Vllm
 from fptq_runtime.measure.bench import machine
-from fptq_runtime.measure.shapes import SHAPES
 
 RESULTS = Path(__file__).parent.parent / "results"
 ROWS = {
@@ -40,7 +39,7 @@ PEERS = ("ours", "llama.cpp", "llama.cpp-q8", "openvino", "vllm")
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.peers", description=package.__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=list(SHAPES), required=True)
+    parser.add_argument("--shape", choices=DENSE, required=True)
     parser.add_argument("--peer", choices=PEERS, action="append", help="only these (all)")
     parser.add_argument("--rows", choices=[*ROWS, "http"], action="append", help="only these (all)")
     parser.add_argument("--rounds", type=int, default=2)

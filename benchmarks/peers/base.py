@@ -145,6 +145,9 @@ def resident_mib(pid: int) -> float:
     return int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmRSS:"))) / 1024
 
 
+DENSE = tuple(name for name, config in CONFIGS.items() if config["model_type"] == "llama")
+
+
 def sizes(shape: str) -> dict[str, Any]:
     """A shape in the words of transformers' LlamaConfig. The small models tie their embeddings in reality."""
     names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",

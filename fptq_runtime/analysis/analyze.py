@@ -253,7 +253,7 @@ def _activations(layer: int, before: Mapping[str, InputStats], probe: Probe) -> 
     exact = probe.model.exact[layer]
     after = observe_block(probe.states, exact)
     rows = []
-    for kind in exact.linears:
+    for kind in exact.spec.quantizable:
         was, now = before[kind], after[kind]
         rows.append({
             "layer": layer, "kind": kind, "range_before": was.range, "range_after": now.range,
@@ -300,8 +300,8 @@ def _summary(manifest: Manifest) -> dict[str, Any]:
 
 
 def _linears(model: Model) -> list[tuple[str, ...]]:
-    """The names of each layer's linears."""
-    return [tuple(linear.name for linear in block.linears) for block in model.blocks]
+    """The names of each layer's linears that are quantized."""
+    return [block.quantizable for block in model.blocks]
 
 
 def _kinds(linears: Sequence[tuple[str, ...]]) -> list[str]:

@@ -92,7 +92,7 @@ def quantize_within(
     tokenizer = Tokenizer(source.path)
     windows = text_windows(measured_on, tokenizer, context, text_tokens)
     ranked = text_windows(measured_on, tokenizer, context, min(RANKED_TOKENS, text_tokens))
-    linears = sum(len(block.linears) for block in checkpoint.model.blocks)
+    linears = sum(len(block.quantizable) for block in checkpoint.model.blocks)
     with tqdm(total=linears + 2 + (2 * linears).bit_length(), desc="quantizing", unit="step", disable=not progress
               ) as bar:
         captured, base = capture(model, recipe, calibration)
@@ -129,7 +129,7 @@ def _plan(captured: Captured, windows: Sequence[Sequence[int]], recipe: Recipe, 
     queue: list[tuple[float, int, _Upgrade, float]] = []
     order = 0
     for layer in range(probe.num_layers):
-        for kind in captured.exact[layer].linears:
+        for kind in captured.exact[layer].spec.quantizable:
             if any(matches(pattern, (kind, modules[f"layers.{layer}.{kind}"])) for pattern in weights.keep):
                 continue
             divergence = probe.only(layer, (kind,)).kl

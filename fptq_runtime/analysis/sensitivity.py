@@ -48,8 +48,8 @@ class Captured:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of a block's linears, all blocks' together."""
-        return tuple(dict.fromkeys(linear.name for block in self.model.blocks for linear in block.linears))
+        """Of a block's linears that are quantized, all blocks' together."""
+        return tuple(dict.fromkeys(name for block in self.model.blocks for name in block.quantizable))
 
     def block(self, index: int, names: Collection[str], weights: bool = True, acts: bool = True) -> Block:
         """Block `index` with the linears of these names quantized: their weights, their inputs, or both."""

@@ -75,7 +75,8 @@ class LayerRecord(_Record):
     range: max |x| of its input before any transform, peak_position the token position that set it. Errors are squared
     and relative to the float output, averaged over tokens: `activation_error` from quantizing the input alone,
     `error` from input and weights. `input_type` and `type` (of the weights) say what the codes are; `rank` is the
-    low-rank correction's.
+    low-rank correction's. experts: how many the modules are; unseen: those that no token of the calibration set
+    reached, which were rounded without data.
     """
 
     name: str
@@ -92,17 +93,22 @@ class LayerRecord(_Record):
     group_size: int | None
     type: NumberType = "int"
     rank: int = 0
+    experts: int = 1
+    unseen: tuple[int, ...] = ()
     activation_error: float
     error: float
 
 
 class Quality(_Record):
-    """Perplexity of the source model and of the artifact on one text, in windows of `window` tokens."""
+    """Perplexity of the source model and of the artifact on one text, in windows of `window` tokens. routing: of each
+    layer with experts, the share of a token's experts that are those of the source model, given what the layers before
+    make of the text."""
 
     text: TextRecord
     window: int
     perplexity_before: float
     perplexity_after: float
+    routing: dict[str, float] = Field(default_factory=dict)
 
 
 class Provenance(_Record):

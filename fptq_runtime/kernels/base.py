@@ -7,7 +7,7 @@ tensors; a backend that compiles hands it ops that record, once, and keeps the p
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Annotated, Any, Literal, Protocol, TypeVar, get_args, get_type_hints
 
 import numpy as np
@@ -68,6 +68,8 @@ class Linear:
 
     low_rank: down [r, K] and up [N, r], in float: y += (x · downᵀ) · upᵀ, of the same quantized x. Each row of down
     that the quantizer makes is int8 times a power of two, for integer kernels.
+    experts: so many linears of equal size whose rows are stacked, N in all; a row of x is read by one of them, and
+    they quantize it alike.
     """
 
     name: str
@@ -75,6 +77,21 @@ class Linear:
     bias: Array | None = None  # [N]
     act: ActivationQuant | None = None
     low_rank: tuple[Array, Array] | None = None
+    experts: int = 1
+
+    @property
+    def rows(self) -> int:
+        """N."""
+        return int((self.weight.packed if isinstance(self.weight, QuantizedWeight) else self.weight).shape[0])
+
+    def expert(self, index: int) -> Linear:
+        """One of them by itself: the same memory."""
+        size = self.rows // self.experts
+        own = slice(index * size, (index + 1) * size)
+        weight = self.weight
+        taken = (replace(weight, packed=weight.packed[own], scale=weight.scale[own])
+                 if isinstance(weight, QuantizedWeight) else weight[own])
+        return Linear(f"{self.name}.{index}", taken, None if self.bias is None else self.bias[own], self.act)
 
 
 @dataclass
@@ -142,6 +159,27 @@ class AttentionSpec:
     norm_after_rope: bool = False
     softcap: float | None = None
     sinks: Array | None = None
+
+
+@dataclass
+class Routing:
+    """Which experts a token goes to by its router's logits, and what each one's output counts.
+
+    Scores are the softmax or the sigmoid of the logits. Of equal groups of experts the `top_groups` with the greatest
+    sums of their `group_best` best scores stay, of their experts the `top_k` of the best scores, the lower index on
+    ties; `bias` float32 [num_experts] is added to scores in these choices alone. An expert's output counts its score,
+    divided by the sum of all chosen where `normalise`, times `scale`.
+    """
+
+    num_experts: int
+    top_k: int
+    scoring: Literal["softmax", "sigmoid"] = "softmax"
+    normalise: bool = True
+    scale: float = 1.0
+    bias: Array | None = None
+    groups: int = 1
+    top_groups: int = 1
+    group_best: int = 1
 
 
 def arrays_of(contract: type) -> list[tuple[str, str, str]]:
@@ -273,7 +311,8 @@ class SampleOutput:
 
 @dataclass(frozen=True)
 class Work:
-    """Of one step's linears: a multiply-add is one; each weight and its scales are read once."""
+    """Of one step's linears: a multiply-add is one; each weight and its scales are read once, of experts those that so
+    many tokens reach where each goes its own way, any expert as likely as another."""
 
     multiply_adds: int
     weight_bytes: int
@@ -341,6 +380,26 @@ class Ops(Protocol[V]):
         """The step's logits_rows. [R, H]"""
         ...
 
+    def route(self, logits: V, routing: Any) -> Any:
+        """Where each row of a router's logits [rows, experts] goes: the `routed` of the ops of experts."""
+        ...
+
+    def dispatch(self, x: V, routed: Any) -> V:
+        """Each row once for each expert it goes to, all rows of an expert together. [rows · top_k, width]"""
+        ...
+
+    def expert_linear(self, x: V, linear: Any, routed: Any) -> V:
+        """`linear` of dispatched rows, each by its own expert. [rows · top_k, N / experts]"""
+        ...
+
+    def combine(self, x: V, routed: Any, residual: V | None = None) -> V:
+        """What a row's experts made of it, weighed and added, experts ascending, + residual. [rows, width]"""
+        ...
+
+    def gate(self, x: V, logit: V) -> V:
+        """x [rows, width] · sigmoid(logit [rows, 1])."""
+        ...
+
 
 class DeviceLostError(RuntimeError):
     """The device computes nothing for this process any more; a new one may have more luck."""
@@ -371,8 +430,8 @@ class Backend(Protocol):
     asynchronous: bool
 
     def prepare(self, parameter: Any) -> Any:
-        """Take a Linear, Norm, Embedding or AttentionSpec into the backend's own form. The caller drops its arrays
-        afterwards, so that a model loads with little more memory than its packed weights."""
+        """Take a Linear, Norm, Embedding, AttentionSpec or Routing into the backend's own form. The caller drops its
+        arrays afterwards, so that a model loads with little more memory than its packed weights."""
         ...
 
     def compile(self, forward: Callable[[Ops[Any]], Any], limits: StepLimits) -> Executor:

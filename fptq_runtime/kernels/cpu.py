@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from fptq_runtime.kernels.base import (
     Ops,
     QuantizedWeight,
     Roofs,
+    Routing,
     SampleInput,
     SampleOutput,
     StepInput,
@@ -47,6 +48,9 @@ def _contracts() -> dict[str, list[tuple[str, str, str]]]:
 
 if _native.contracts() != _contracts():
     raise ImportError("the native extension was built from other sources than this package")
+
+
+PANEL = 64  # rows of a weight that lie side by side: every layout's panel_cols divides it
 
 
 @dataclass(frozen=True)
@@ -96,29 +100,39 @@ class CpuBackend:
         if isinstance(parameter, AttentionSpec):
             with _refusals():
                 return _prepare_attention(parameter)
+        if isinstance(parameter, Routing):
+            with _refusals():
+                return Prepared(_native.Routing(**{**vars(parameter), "bias": _floats(parameter.bias)}))
         raise TypeError(f"cannot prepare a {type(parameter).__name__}")
 
     def _prepare_linear(self, linear: Linear) -> Any:
+        """Experts lie side by side, each in panels of its own."""
+        count, size = linear.experts, linear.rows // linear.experts
+        if count > 1:
+            linear = _whole_panels(linear)
         weight, act = linear.weight, _act(linear.act)
+        packed, kept = None, None
+        kind = "linear" if count == 1 else "experts"
         if isinstance(weight, QuantizedWeight):
             if weight.type != "int":
                 raise FptqError(f"{linear.name}: the native backend has no kernel for FP{weight.num_bits} weights; "
                                 "use the reference backend")
             if act is None:
-                self._linears[f"linear int{weight.num_bits}, float input"] = f"{self._float}, codes widened in cache"
+                self._linears[f"{kind} int{weight.num_bits}, float input"] = f"{self._float}, codes widened in cache"
             else:
-                self._linears[f"linear int{weight.num_bits}"] = self._int4 if weight.num_bits == 4 else self._int8
+                self._linears[f"{kind} int{weight.num_bits}"] = self._int4 if weight.num_bits == 4 else self._int8
             with _refusals(f"{linear.name}: "):
                 packed = _native.pack_weight(np.ascontiguousarray(weight.packed), _float32(weight.scale),
                                              weight.group_size, weight.num_bits, self._pool, self._isa)
-            return _native.Linear(linear.name, packed, None, _floats(linear.bias), act)
-        if act is not None:
-            raise FptqError(f"{linear.name}: the native backend has no kernel for float weights with quantized "
-                            f"activations; quantize the weight or use the reference backend")
-        self._linears[f"linear {weight.dtype.name}"] = self._float
-        values = np.ascontiguousarray(weight)
-        kept = _native.pack_float(_bits(values), self._pool, self._isa)
-        return _native.Linear(linear.name, None, kept, _floats(linear.bias), None)
+        else:
+            if act is not None:
+                raise FptqError(f"{linear.name}: the native backend has no kernel for float weights with quantized "
+                                f"activations; quantize the weight or use the reference backend")
+            self._linears[f"{kind} {weight.dtype.name}"] = self._float
+            kept = _native.pack_float(_bits(np.ascontiguousarray(weight)), self._pool, self._isa)
+        if count > 1:
+            return _native.Experts(linear.name, packed, kept, _floats(linear.bias), act, count, size)
+        return _native.Linear(linear.name, packed, kept, _floats(linear.bias), act)
 
     def _prepare_low_rank(self, linear: Linear, down: Array, up: Array) -> tuple[Any, Any]:
         name = f"{linear.name}.low_rank_down"
@@ -205,6 +219,21 @@ class CaptureOps:
     def select_rows(self, x: int) -> int:
         return self._program.select_rows(x)
 
+    def route(self, logits: int, routing: Prepared) -> int:
+        return self._program.route(logits, routing.native)
+
+    def dispatch(self, x: int, routed: int) -> int:
+        return self._program.dispatch(x, routed)
+
+    def expert_linear(self, x: int, linear: Prepared, routed: int) -> int:
+        return self._program.experts(x, linear.native, routed)
+
+    def combine(self, x: int, routed: int, residual: int | None = None) -> int:
+        return self._program.combine(x, routed, residual)
+
+    def gate(self, x: int, logit: int) -> int:
+        return self._program.gate(x, logit)
+
 
 class CpuExecutor:
     """One recorded program and its KV cache. Steps are for one thread at a time."""
@@ -287,6 +316,22 @@ def _act(act: ActivationQuant | None) -> float | None:
     if not act.scale > 0:
         raise FptqError(f"a static activation scale must be positive, not {act.scale}")
     return act.scale
+
+
+def _whole_panels(linear: Linear) -> Linear:
+    """With rows of zeros after each expert's, so that the next one's begin a panel."""
+    size = linear.rows // linear.experts
+    if size % PANEL == 0:
+        return linear
+
+    def padded(array: Array) -> Array:
+        apart = array.reshape(linear.experts, size, -1)
+        return np.pad(apart, ((0, 0), (0, -size % PANEL), (0, 0))).reshape(-1, apart.shape[-1])
+
+    weight = linear.weight
+    if isinstance(weight, QuantizedWeight):
+        return replace(linear, weight=replace(weight, packed=padded(weight.packed), scale=padded(weight.scale)))
+    return replace(linear, weight=padded(weight))
 
 
 def _float32(array: Array) -> Float32Array:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,7 @@ from fptq_runtime.kernels.base import (
     Norm,
     Ops,
     QuantizedWeight,
+    Routing,
     SampleInput,
     SampleOutput,
     StepInput,
@@ -70,6 +71,8 @@ class ReferenceBackend:
             rope = None if parameter.rope is None else (to_torch(parameter.rope[0]), to_torch(parameter.rope[1]))
             return replace(parameter, q_norm=_float_norm(parameter.q_norm), k_norm=_float_norm(parameter.k_norm),
                            rope=rope, alibi_slopes=_floats(parameter.alibi_slopes), sinks=_floats(parameter.sinks))
+        if isinstance(parameter, Routing):
+            return replace(parameter, bias=_floats(parameter.bias))
         raise TypeError(f"cannot prepare a {type(parameter).__name__}")
 
     def compile(self, forward: Callable[[Ops[Any]], Any], limits: StepLimits) -> ReferenceExecutor:
@@ -131,6 +134,16 @@ class ReferenceExecutor:
             logits: torch.Tensor = self._forward(ReferenceOps(batch, self._cache))
         self.seconds["forward"] += time.perf_counter() - started
         return logits.numpy()
+
+
+@dataclass(frozen=True)
+class Routed:
+    """Rows on their way through experts, ordered by expert and then by row. Tensors are [rows · top_k]."""
+
+    rows: torch.Tensor
+    weights: torch.Tensor
+    counts: tuple[int, ...]  # rows of each expert
+    top_k: int
 
 
 class ReferenceOps:
@@ -216,6 +229,32 @@ class ReferenceOps:
     def select_rows(self, x: torch.Tensor) -> torch.Tensor:
         return x.index_select(0, self._indices(self.batch.logits_rows))
 
+    def route(self, logits: torch.Tensor, routing: Routing) -> Routed:
+        experts, weights = choose_experts(logits, routing)
+        order = experts.flatten().argsort(stable=True)
+        counts = experts.flatten().bincount(minlength=routing.num_experts)
+        return Routed(order // routing.top_k, weights.flatten()[order], tuple(counts.tolist()), routing.top_k)
+
+    def dispatch(self, x: torch.Tensor, routed: Routed) -> torch.Tensor:
+        return x.index_select(0, routed.rows)
+
+    def expert_linear(self, x: torch.Tensor, linear: Linear, routed: Routed) -> torch.Tensor:
+        weights: Any = linear.weight
+        n = weights.shape[0] // linear.experts
+        made = []
+        for expert, part in enumerate(x.split(routed.counts)):  # type: ignore[no-untyped-call]
+            if len(part):
+                own = slice(expert * n, expert * n + n)
+                made.append(matmul(part, weights[own], None if linear.bias is None else linear.bias[own]))
+        return torch.cat(made) if made else x.new_zeros((0, n))
+
+    def combine(self, x: torch.Tensor, routed: Routed, residual: torch.Tensor | None = None) -> torch.Tensor:
+        y = x.new_zeros((len(x) // routed.top_k, x.shape[1])).index_add(0, routed.rows, x * routed.weights[:, None])
+        return y if residual is None else y + residual
+
+    def gate(self, x: torch.Tensor, logit: torch.Tensor) -> torch.Tensor:
+        return x * logit.sigmoid()
+
     def _indices(self, array: Int32Array) -> torch.Tensor:
         return torch.from_numpy(array).long().to(self._device)
 
@@ -226,6 +265,22 @@ def matmul(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
         return F.linear(x, weight, bias)
     y = F.linear(x.to(weight.dtype), weight).float()
     return y if bias is None else y + bias
+
+
+def choose_experts(logits: torch.Tensor, routing: Routing) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of each row of logits [rows, experts], the chosen experts, ascending, and their weights. Each [rows, top_k]"""
+    scores = logits.softmax(-1) if routing.scoring == "softmax" else logits.sigmoid()
+    choice = scores if routing.bias is None else scores + routing.bias
+    if routing.top_groups < routing.groups:
+        grouped = choice.unflatten(-1, (routing.groups, -1))
+        best = grouped.topk(routing.group_best, -1).values.sum(-1).sort(dim=-1, descending=True, stable=True).indices
+        left = torch.zeros_like(best, dtype=torch.bool).scatter_(-1, best[:, : routing.top_groups], True)
+        choice = grouped.masked_fill(~left[:, :, None], float("-inf")).flatten(-2)
+    experts = choice.sort(dim=-1, descending=True, stable=True).indices[:, : routing.top_k].sort(-1).values
+    weights = scores.gather(-1, experts)
+    if routing.normalise:
+        weights = weights / weights.sum(-1, keepdim=True)
+    return experts, weights * routing.scale
 
 
 def to_torch(array: Array) -> torch.Tensor:

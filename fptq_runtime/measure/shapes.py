@@ -9,7 +9,16 @@ import numpy as np
 from ml_dtypes import bfloat16
 
 from fptq_runtime.kernels.base import ActivationQuant, AttentionSpec, Backend, Embedding, Linear, Norm, QuantizedWeight
-from fptq_runtime.models.block import Block, BlockSpec, Model, Stem, prepare_block, prepare_stem
+from fptq_runtime.models.block import (
+    Block,
+    BlockSpec,
+    Model,
+    NormSpec,
+    Stem,
+    head_norms,
+    prepare_block,
+    prepare_stem,
+)
 from fptq_runtime.models.decoder import Decoder
 from fptq_runtime.models.families import parse_config
 from fptq_runtime.models.rope import rope_tables
@@ -34,6 +43,11 @@ CONFIGS = {
     "qwen2.5-0.5b": _llama(151936, 896, 4864, 24, 14, 2, 64),
     "llama-2-7b": _llama(32000, 4096, 11008, 32, 32, 32, 128),
     "llama-3-8b": _llama(128256, 4096, 14336, 32, 32, 8, 128),
+    "qwen3-30b-a3b-12-layers": {  # a quarter of its layers
+        **_llama(151936, 2048, 6144, 12, 32, 4, 128), "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe", "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768,
+        "norm_topk_prob": True, "rms_norm_eps": 1e-6,
+    },
 }  # as config.json would say it
 SHAPES = {name: parse_config(config) for name, config in CONFIGS.items()}
 
@@ -51,27 +65,36 @@ def random_decoder(model: Model, backend: Backend, head_bits: int = 8) -> Decode
 
 
 def random_parameters(model: Model, head_bits: int) -> tuple[Stem, Block, Block]:
-    """The stem, the first block and the head, of a model whose blocks are alike and have RMS norms and one rope."""
+    """The stem, the first block and the head, of a model whose blocks are alike and have RMS norms and one rope. A
+    router's weights are in bfloat16, and random, so that tokens go to any expert alike."""
     config, spec = model.config, model.blocks[0]
     generator = np.random.default_rng(0)
 
     def linear(part: BlockSpec, name: str, bits: int = 4) -> Linear:
         n, k = part.linear(name).n, part.linear(name).k
+        if part.linear(name).kept:
+            return Linear(part.full_name(name), generator.standard_normal((n, k), np.float32).astype(bfloat16))
         group = next((size for size in GROUP_SIZES if bits == 4 and k % size == 0), k)
         packed = generator.integers(-(1 << 31), 1 << 31, (n, -(-k * bits // 32)), np.int32)
         scale = np.full((n, k // group), k**-0.5 / 2 ** (bits - 1), bfloat16)
         weight = QuantizedWeight(packed, scale, 4 if bits == 4 else 8, group)
-        return Linear(part.full_name(name), weight, act=ActivationQuant())
+        return Linear(part.full_name(name), weight, act=ActivationQuant(), experts=part.linear(name).experts)
+
+    def norm(norm: NormSpec) -> Norm:
+        return Norm("rms", np.ones(norm.shape, bfloat16), None, norm.eps)
 
     def norms(part: BlockSpec) -> dict[str, Norm]:
-        return {norm.name: Norm("rms", np.ones(norm.shape, bfloat16), None, norm.eps) for norm in part.norms}
+        return {each.name: norm(each) for each in part.norms}
 
     attention = spec.attention
     assert attention is not None and attention.rope is not None
+    norms_of_heads = {role: norm(each) for role, each in head_norms(spec)}
     block = Block(
         spec, {each.name: linear(spec, each.name) for each in spec.linears}, norms(spec),
         AttentionSpec(0, config.num_heads, config.num_kv_heads, config.head_dim, attention.softmax_scale,
-                      rope=rope_tables(attention.rope, config.max_position_embeddings)),
+                      rope=rope_tables(attention.rope, config.max_position_embeddings),
+                      q_norm=norms_of_heads.get("q_norm"), k_norm=norms_of_heads.get("k_norm")),
+        routing=spec.routing,
     )
     head = Block(model.head, {"head": linear(model.head, "head", head_bits)}, norms(model.head))
     embedding = np.empty((config.vocab_size, config.hidden_size), bfloat16)

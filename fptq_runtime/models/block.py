@@ -16,8 +16,19 @@ from fptq_runtime.kernels.base import (
     Array,
     Backend,
     Ops,
+    Routing,
 )
 from fptq_runtime.models.rope import RopeConfig
+
+
+@dataclass(frozen=True)
+class Stacked:
+    """One tensor of a float checkpoint with all experts of a linear, [experts, rows, k], or `transposed` [experts, k,
+    rows], and `tensor`_bias [experts, rows]. interleaved: a row of each of an expert's modules in turn."""
+
+    tensor: str
+    transposed: bool = False
+    interleaved: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,7 +37,9 @@ class LinearSpec:
 
     modules: names after the block's prefix. sizes: rows of each. k: what they read. bias: whether config.json says that
     they have one; a tensor that it does not announce is not loaded, as transformers does not. order: order[j] is the
-    stacked row of the checkpoint that stands at row j here. transposed: stored as [k, rows] (GPT-2's Conv1D).
+    stacked row of the checkpoint that stands at row j here. transposed: stored as [k, rows] (GPT-2's Conv1D). experts:
+    how many the modules are, one after the other; stacked: another way in which a float checkpoint holds them. kept: in
+    float whatever a recipe says: a router, whose choices rounding would change.
     """
 
     name: str
@@ -36,9 +49,13 @@ class LinearSpec:
     bias: bool = False
     order: Array | None = None
     transposed: bool = False
+    experts: int = 1
+    stacked: Stacked | None = None
+    kept: bool = False
 
     @property
     def n(self) -> int:
+        """Of all experts together."""
         return sum(self.sizes)
 
 
@@ -121,6 +138,13 @@ class BlockSpec:
     residual: tuple[str, ...] = ()
     attention: Attention | None = None
     activation: Activation | None = None
+    routing: Routing | None = None
+    routing_bias: str | None = None
+
+    @property
+    def quantizable(self) -> tuple[str, ...]:
+        """The linears that a recipe may quantize."""
+        return tuple(linear.name for linear in self.linears if not linear.kept)
 
     def linear(self, name: str) -> LinearSpec:
         return next(linear for linear in self.linears if linear.name == name)
@@ -140,14 +164,15 @@ class BlockSpec:
 
 @dataclass
 class Block:
-    """A block's parameters by the names of its spec: `Linear`, `Norm` and `AttentionSpec` (with its own norms), or what
-    a backend made of them. last: only rows that need logits leave it."""
+    """A block's parameters by the names of its spec: `Linear`, `Norm`, `AttentionSpec` (with its own norms) and
+    `Routing`, or what a backend made of them. last: only rows that need logits leave it."""
 
     spec: BlockSpec
     linears: dict[str, Any]
     norms: dict[str, Any]
     attention: Any = None
     last: bool = False
+    routing: Any = None
 
     def forward(self, ops: Ops[Any], x: Any) -> Any:
         """The residual stream after it. [rows, H]; the head: logits [rows, V]."""
@@ -218,6 +243,10 @@ class Model:
         object.__setattr__(self, "ropes", tuple(found))
 
     @property
+    def has_experts(self) -> bool:
+        return any(block.routing is not None for block in self.blocks)
+
+    @property
     def parts(self) -> tuple[BlockSpec, ...]:
         """Every block, and the head."""
         return (*self.blocks, self.head)
@@ -245,6 +274,7 @@ def prepare_block(block: Block, backend: Backend) -> Block:
         linears={name: backend.prepare(linear) for name, linear in block.linears.items()},
         norms={name: backend.prepare(norm) for name, norm in block.norms.items()},
         attention=None if block.attention is None else backend.prepare(block.attention),
+        routing=None if block.routing is None else backend.prepare(block.routing),
     )
 
 

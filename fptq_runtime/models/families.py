@@ -18,12 +18,15 @@ from fptq_runtime.models.gemma import gemma1
 from fptq_runtime.models.gemma2 import gemma2
 from fptq_runtime.models.gemma3 import gemma3
 from fptq_runtime.models.glm import glm, glm4
+from fptq_runtime.models.glm4_moe import glm4_moe
 from fptq_runtime.models.gpt2 import gpt2
 from fptq_runtime.models.gpt_bigcode import gpt_bigcode
 from fptq_runtime.models.gpt_neo import gpt_neo
 from fptq_runtime.models.gpt_neox import gpt_neox
+from fptq_runtime.models.gpt_oss import gpt_oss
 from fptq_runtime.models.gptj import codegen, gptj
 from fptq_runtime.models.granite import granite, granite_hybrid
+from fptq_runtime.models.granite_moe import granite_moe
 from fptq_runtime.models.helium import helium
 from fptq_runtime.models.hunyuan import hunyuan
 from fptq_runtime.models.internlm3 import internlm3
@@ -31,17 +34,21 @@ from fptq_runtime.models.jais2 import jais2
 from fptq_runtime.models.llama import llama
 from fptq_runtime.models.ministral import ministral
 from fptq_runtime.models.mistral import mistral
+from fptq_runtime.models.mixtral import mixtral
 from fptq_runtime.models.mpt import mpt
 from fptq_runtime.models.nemotron import nemotron
 from fptq_runtime.models.olmo import olmo
 from fptq_runtime.models.olmo2 import olmo2
 from fptq_runtime.models.olmo3 import olmo3
+from fptq_runtime.models.olmoe import olmoe
 from fptq_runtime.models.opt import opt
 from fptq_runtime.models.persimmon import persimmon
 from fptq_runtime.models.phi import phi
 from fptq_runtime.models.phi3 import phi3
 from fptq_runtime.models.qwen2 import qwen2
+from fptq_runtime.models.qwen2_moe import qwen2_moe
 from fptq_runtime.models.qwen3 import qwen3
+from fptq_runtime.models.qwen3_moe import qwen3_moe
 from fptq_runtime.models.seed_oss import seed_oss
 from fptq_runtime.models.smollm3 import smollm3
 from fptq_runtime.models.stablelm import stablelm
@@ -91,6 +98,13 @@ FAMILIES: Mapping[str, Callable[[Fields], Model]] = {
     "PhiForCausalLM": phi,
     "SeedOssForCausalLM": seed_oss,
     "Starcoder2ForCausalLM": starcoder2,
+    "MixtralForCausalLM": mixtral,
+    "Qwen2MoeForCausalLM": qwen2_moe,
+    "Qwen3MoeForCausalLM": qwen3_moe,
+    "OlmoeForCausalLM": olmoe,
+    "Glm4MoeForCausalLM": glm4_moe,
+    "GraniteMoeForCausalLM": granite_moe,
+    "GptOssForCausalLM": gpt_oss,
 }  # by the architecture that config.json names
 
 

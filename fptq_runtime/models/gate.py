@@ -37,6 +37,7 @@ from fptq_runtime.kernels.base import (
     Float32Array,
     Float64Array,
     Ops,
+    Routing,
     StepInput,
     StepLimits,
     V,
@@ -79,11 +80,12 @@ def part_name(part: Block) -> str:
 @dataclass(frozen=True)
 class LinearFacts:
     """What a linear reads: K columns quantized as `act` said when it was recorded, of which each `group` gives one
-    exact integer; 1 where it sums floats."""
+    exact integer; 1 where it sums floats. experts: how many linears its rows are."""
 
     k: int
     act: ActivationQuant | None
     group: int = 1
+    experts: int = 1
 
     @property
     def roundings(self) -> float:
@@ -188,7 +190,8 @@ class Golden:
         """A safetensors file."""
         facts = {
             "short": self.short,
-            "linears": {name: [facts.k, None if facts.act is None else [facts.act.scale, facts.act.type], facts.group]
+            "linears": {name: [facts.k, None if facts.act is None else [facts.act.scale, facts.act.type], facts.group,
+                               *([facts.experts] if facts.experts > 1 else [])]
                         for name, facts in self.linears.items()},
             "attention": {name: [f.num_heads, f.num_kv_heads, f.head_dim, f.window, f.rope_positions]
                           for name, f in self.attention.items()},
@@ -208,8 +211,8 @@ class Golden:
                 facts = json.loads(file.metadata()["fptq"])
             return cls(
                 facts["short"],
-                {name: LinearFacts(k, None if act is None else ActivationQuant(*act), group)
-                 for name, (k, act, group) in facts["linears"].items()},
+                {name: LinearFacts(k, None if act is None else ActivationQuant(*act), *sizes)
+                 for name, (k, act, *sizes) in facts["linears"].items()},
                 {name: AttentionFacts(heads, kv_heads, dim, window, tuple(positions))
                  for name, (heads, kv_heads, dim, window, positions) in facts["attention"].items()},
                 tuple(facts["stem_ids"]),
@@ -352,20 +355,34 @@ class _Gate:
     def linear(self, name: str, linear: Any) -> Iterator[Outcome]:
         """By one row, as when decoding, and by some that fill tiles of another height from linear to linear."""
         facts, arrays = self._golden.linears[name], self._golden.arrays
-        factors = facts.multipliers
-        table = self._table(factors[:, None] * facts.row(name))
+        factors, experts = facts.multipliers, facts.experts
+        self._linears += 1
+        heights = (1, 2 + self._linears % 12) if experts == 1 else (1, 1 + self._linears % 4)
+        # the rows of each run: which expert reads them, and their multiplier
+        reader = np.concatenate([np.tile(np.arange(experts), h) for h in heights])
+        factor = factors[np.concatenate([np.repeat(np.arange(h), experts) + np.tile(np.arange(experts), h)
+                                         for h in heights]) % len(factors)][:, None]
+        table, choice = self._table(factor * facts.row(name)), self._table(np.eye(experts)[reader])
+        routing = self._backend.prepare(Routing(experts, 1))
 
         def forward(ops: Ops[V]) -> V:
-            return ops.select_rows(ops.linear(ops.quantize(ops.embed(table), linear.act), linear))
+            x = ops.quantize(ops.embed(table), linear.act)
+            if experts == 1:
+                return ops.select_rows(ops.linear(x, linear))
+            routed = ops.route(ops.embed(choice), routing)
+            return ops.select_rows(ops.combine(ops.expert_linear(ops.dispatch(x, routed), linear, routed), routed))
 
-        self._linears += 1
-        heights = (1, 2 + self._linears % 12)
-        executor = self._backend.compile(forward, probe_limits(max(heights)))
-        y = np.concatenate([_run(executor, np.arange(h, dtype=np.int32) % len(factors)) for h in heights])
-        factor = np.concatenate([factors[np.arange(h) % len(factors)] for h in heights]).astype(np.float64)[:, None]
-        bias = arrays[f"{name}.bias"].astype(np.float64) if f"{name}.bias" in arrays else np.zeros(1)
-        expected = factor * arrays[f"{name}.expected"] + bias
-        tolerance = np.abs(factor) * arrays[f"{name}.tolerance"].astype(np.float64) + 4 * ROUNDING * np.abs(bias)
+        executor = self._backend.compile(forward, probe_limits(max(heights) * experts))
+        y = np.concatenate([_run(executor, rows.astype(np.int32)) for rows in
+                            np.split(np.arange(len(reader)), [heights[0] * experts])])
+        factor = factor.astype(np.float64)
+        bias = np.zeros(len(arrays[f"{name}.expected"]))
+        if f"{name}.bias" in arrays:
+            bias = arrays[f"{name}.bias"].astype(np.float64)
+        bias, recorded, allowed = (array.reshape(experts, -1)[reader] for array in (
+            bias, arrays[f"{name}.expected"], arrays[f"{name}.tolerance"].astype(np.float64)))
+        expected = factor * recorded + bias
+        tolerance = np.abs(factor) * allowed + 4 * ROUNDING * np.abs(bias)
         if self._backend.name == "reference":  # a group's products are floats too, at most so many times its sum
             tolerance *= math.sqrt(facts.group)
         yield _outcome("linear", name, y, expected, tolerance)

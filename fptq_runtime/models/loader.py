@@ -22,12 +22,14 @@ from fptq_runtime.kernels.base import (
     Linear,
     Norm,
     QuantizedWeight,
+    Routing,
 )
 from fptq_runtime.models.block import (
     Block,
     BlockSpec,
     LinearSpec,
     NormSpec,
+    Stacked,
     Stem,
     prepare_block,
     prepare_stem,
@@ -35,6 +37,7 @@ from fptq_runtime.models.block import (
 from fptq_runtime.models.decoder import Decoder
 from fptq_runtime.models.families import parse_config
 from fptq_runtime.models.formats import open_format
+from fptq_runtime.models.formats.floats import widen_mxfp4
 from fptq_runtime.models.layers import alibi_slopes
 from fptq_runtime.models.rope import RopeConfig, rope_tables
 from fptq_runtime.models.tensors import FLOATS, CheckpointError, Tensors, read_json
@@ -167,6 +170,27 @@ class Checkpoint:
             scheme = self._format.scheme(name) or scheme  # in float after all, so `activations` does not apply
         return Linear(name, weight, biases, self._activation(name, scheme), low_rank)
 
+    def has_stacked(self, tensor: str) -> bool:
+        return self.has(tensor) or self.has(f"{tensor}_blocks")
+
+    def stacked(self, name: str, tensor: str, linear: LinearSpec, stacked: Stacked) -> Linear:
+        """All experts of a linear, from one float tensor, or the MXFP4 blocks of one."""
+        experts, rows, k = linear.experts, linear.n // linear.experts, linear.k
+        if self.has(tensor):
+            shape = (experts, k, rows) if stacked.transposed else (experts, rows, k)
+            weight = self.tensor(tensor, shape)
+            weight = weight.swapaxes(1, 2) if stacked.transposed else weight
+        else:
+            weight = widen_mxfp4(self.tensor(f"{tensor}_blocks", (experts, rows, k // 32, 16), ("U8",)),
+                                 self.tensor(f"{tensor}_scales", (experts, rows, k // 32), ("U8",)))
+        bias = self.tensor(f"{tensor}_bias", (experts, rows)) if linear.bias else None
+        if stacked.interleaved:
+            modules = len(linear.modules) // experts
+            weight = weight.reshape(experts, -1, modules, k).swapaxes(1, 2)
+            bias = None if bias is None else bias.reshape(experts, -1, modules).swapaxes(1, 2).reshape(-1)
+        return Linear(name, np.ascontiguousarray(weight.reshape(-1, k)), None if bias is None else bias.reshape(-1),
+                      experts=experts)
+
     def _low_rank(self, name: str, n: int, k: int) -> tuple[Array, Array] | None:
         down, up = f"{name}.low_rank_down", f"{name}.low_rank_up"
         shape = self._tensors.shape(down)
@@ -230,6 +254,7 @@ def load_block(checkpoint: Checkpoint, index: int) -> Block:
         {norm.name: checkpoint.norm(norm, spec.prefix) for norm in spec.norms},
         _load_attention(checkpoint, spec, index),
         last=index == len(checkpoint.model.blocks) - 1,
+        routing=_load_routing(checkpoint, spec),
     )
 
 
@@ -246,9 +271,11 @@ def load_head(checkpoint: Checkpoint) -> Block:
 
 
 def _load_linear(checkpoint: Checkpoint, spec: BlockSpec, linear: LinearSpec) -> Linear:
+    if linear.stacked is not None and checkpoint.has_stacked(tensor := spec.prefix + linear.stacked.tensor):
+        return checkpoint.stacked(spec.full_name(linear.name), tensor, linear, linear.stacked)
     parts = [checkpoint.linear(module, n, linear.k, linear.bias, linear.transposed)
              for module, n in zip(spec.modules(linear.name), linear.sizes, strict=True)]
-    return fuse(spec.full_name(linear.name), parts, linear.order)
+    return fuse(spec.full_name(linear.name), parts, linear.order, linear.experts)
 
 
 def _load_attention(checkpoint: Checkpoint, spec: BlockSpec, index: int) -> AttentionSpec | None:
@@ -275,6 +302,13 @@ def _load_attention(checkpoint: Checkpoint, spec: BlockSpec, index: int) -> Atte
         sinks=None if attention.sinks is None else checkpoint.tensor(spec.prefix + attention.sinks,
                                                                      (attention.num_heads,)),
     )
+
+
+def _load_routing(checkpoint: Checkpoint, spec: BlockSpec) -> Routing | None:
+    if spec.routing is None or spec.routing_bias is None:
+        return spec.routing
+    bias = checkpoint.tensor(spec.prefix + spec.routing_bias, (spec.routing.num_experts,))
+    return replace(spec.routing, bias=bias.astype(np.float32))
 
 
 def load_model(checkpoint: Checkpoint, backend: Backend) -> Decoder:

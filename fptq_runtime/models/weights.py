@@ -108,7 +108,7 @@ def unpack(packed: Array, num_bits: int, k: int) -> npt.NDArray[np.int16]:
     return codes
 
 
-def fuse(name: str, parts: Sequence[Linear], order: Array | None = None) -> Linear:
+def fuse(name: str, parts: Sequence[Linear], order: Array | None = None, experts: int = 1) -> Linear:
     """Stack linears that read the same input, and their low-rank factors: `down` once where all have the same, else
     block by block. Where some have more bits or smaller groups the others follow, and float ones make all float, since
     both are exact. Raises ModelError where activations differ, or weights in another way."""
@@ -117,13 +117,13 @@ def fuse(name: str, parts: Sequence[Linear], order: Array | None = None) -> Line
         raise ModelError(f"{name}: {', '.join(p.name for p in parts)} read one input but quantize it differently")
     biases = [part.bias for part in parts]
     if any(bias is None for bias in biases) != all(bias is None for bias in biases):
-        biases = [np.zeros(_rows(p), np.float32) if p.bias is None else p.bias for p in parts]
+        biases = [np.zeros(p.rows, np.float32) if p.bias is None else p.bias for p in parts]
     bias = None if biases[0] is None else _stack(biases)
     weight = _stack_weights([part.weight for part in parts])
     if weight is None:
         raise ModelError(f"{name}: {', '.join(p.name for p in parts)} are fused but quantized differently")
-    fused = Linear(name, weight, bias, first.act, _stack_low_rank(name, parts))
-    return fused if order is None else _take_rows(fused, name, order)
+    fused = Linear(name, weight, bias, first.act, _stack_low_rank(name, parts), experts)
+    return fused if order is None else replace(_take_rows(fused, name, order), experts=experts)
 
 
 def unfuse(linear: Linear, spec: LinearSpec) -> list[tuple[str, Linear]]:
@@ -188,11 +188,6 @@ def _stack_low_rank(name: str, parts: Sequence[Linear]) -> tuple[Array, Array] |
     return _stack([down for down, _ in factors]), _stack(padded)
 
 
-def _rows(linear: Linear) -> int:
-    weight = linear.weight
-    return int((weight.packed if isinstance(weight, QuantizedWeight) else weight).shape[0])
-
-
 def _take_rows(linear: Linear, name: str, rows: Array | slice) -> Linear:
     weight = linear.weight
     taken = (
@@ -202,4 +197,4 @@ def _take_rows(linear: Linear, name: str, rows: Array | slice) -> Linear:
     )
     bias = None if linear.bias is None else linear.bias[rows]
     low_rank = None if linear.low_rank is None else (linear.low_rank[0], linear.low_rank[1][rows])
-    return replace(linear, name=name, weight=taken, bias=bias, low_rank=low_rank)
+    return Linear(name, taken, bias, linear.act, low_rank)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -15,8 +16,8 @@ import torch
 
 from fptq_runtime.artifact.io import TextRecord
 from fptq_runtime.errors import FptqError
-from fptq_runtime.kernels.base import Linear, StepInput
-from fptq_runtime.kernels.reference import ReferenceBackend, ReferenceOps
+from fptq_runtime.kernels.base import Int32Array, Linear, Routing, StepInput
+from fptq_runtime.kernels.reference import ReferenceBackend, ReferenceOps, Routed, choose_experts
 from fptq_runtime.models.block import Block, Model, Stem, prepare_block
 from fptq_runtime.models.tokenizer import Tokenizer
 
@@ -129,7 +130,7 @@ class HiddenStates:
     def __init__(self, model: Model, windows: Sequence[Sequence[int]]) -> None:
         check_token_ids(windows, model.config.vocab_size)
         self.model = model
-        widest = max(max(linear.n, linear.k) for block in model.blocks for linear in block.linears)
+        widest = max(max(linear.n // linear.experts, linear.k) for block in model.blocks for linear in block.linears)
         rows = max(MINIBATCH_ROWS, MINIBATCH_FLOATS // widest)
         self.batches: list[StepInput] = []
         pending: list[Sequence[int]] = []
@@ -146,8 +147,8 @@ class HiddenStates:
         self.states = [stem.forward(_plain_ops(batch)) for batch in self.batches]
 
     @torch.inference_mode()
-    def run_block(self, block: Block) -> None:
-        self.states = list(self.block_outputs(block))
+    def run_block(self, block: Block, ops: OpsFactory = _plain_ops) -> None:
+        self.states = list(self.block_outputs(block, ops))
 
     def block_outputs(self, block: Block, ops: OpsFactory = _plain_ops) -> Iterator[torch.Tensor]:
         """What the block makes of each minibatch; the states stay as they are."""
@@ -188,6 +189,24 @@ def sum_nll(logits: torch.Tensor, targets: np.ndarray) -> float:
     return float((logits.logsumexp(-1).double() - picked.double()).sum())
 
 
+@dataclass(frozen=True)
+class Rows:
+    """What a linear reads of a minibatch: x [rows, K], and each row's position in its sequence. counts: of experts,
+    whose rows follow one another, how many rows each reads."""
+
+    x: torch.Tensor
+    positions: Int32Array
+    counts: tuple[int, ...] | None = None
+
+    def experts(self) -> list[Rows]:
+        """Each one's own; where there are none, all."""
+        if self.counts is None:
+            return [self]
+        ends = np.cumsum(self.counts)
+        return [Rows(self.x[end - count : end], self.positions[end - count : end])
+                for end, count in zip(ends, self.counts, strict=True)]
+
+
 @dataclass
 class Moments:
     """Σ over the rows x [K] that a linear reads, and x̃ that it would read in the float model.
@@ -203,11 +222,12 @@ class Moments:
     def zeros(cls, k: int, drift: bool) -> Moments:
         return cls(torch.zeros(k, k), torch.zeros(k, k) if drift else None)
 
-    def add(self, x: torch.Tensor, batch: StepInput, exact: torch.Tensor | None = None) -> None:
-        """Count a minibatch x [rows, K]; `exact` is what the float model reads."""
+    def add(self, rows: Rows, exact: torch.Tensor | None = None) -> None:
+        """Count what is read of a minibatch; `exact` is what the float model reads there."""
+        x = rows.x
         square = x.square().sum(-1).clamp_min(1e-30)
         share = (LONGEST**2 * square.median() / square).clamp_max(1)
-        counts = torch.from_numpy(np.where(batch.positions == 0, FIRST_COUNTS, 1.0)).float()
+        counts = torch.from_numpy(np.where(rows.positions == 0, FIRST_COUNTS, 1.0)).float()
         share = (share * counts).sqrt_()[:, None]
         x = x * share
         for start in range(0, x.shape[1], BAND):
@@ -224,7 +244,8 @@ class Moments:
 
 @dataclass
 class InputStats:
-    """One linear's input over the calibration set: per-channel moments, and some of its rows."""
+    """One linear's input over the calibration set: per-channel moments, and some of its rows. experts: each one's own,
+    whose sum this is; without rows where calibration did not reach it."""
 
     low: torch.Tensor  # [K], the least x
     high: torch.Tensor  # [K], the largest x
@@ -234,6 +255,30 @@ class InputStats:
     peak_position: int  # where in its sequence the largest |x| stands
     sample: torch.Tensor  # [at most about SAMPLE_ROWS, K]
     moments: Moments | None = None  # where a step asked for them, until what it reads is another x
+    experts: tuple[InputStats, ...] = ()
+
+    @classmethod
+    def unseen(cls, k: int) -> InputStats:
+        """Of an input that calibration did not reach: no channel is more than another."""
+        zeros = torch.zeros(k)
+        return cls(zeros, zeros, zeros.double(), torch.ones(k, dtype=torch.float64), 0, 0, torch.zeros(0, k))
+
+    @classmethod
+    def of_experts(cls, experts: Sequence[InputStats], thin: int) -> InputStats:
+        """All of them in one, with every `thin`-th row of their samples."""
+        seen = [stats for stats in experts if stats.rows]
+        first = max(seen, key=lambda stats: stats.range)
+        return cls(
+            torch.stack([stats.low for stats in seen]).amin(0), torch.stack([stats.high for stats in seen]).amax(0),
+            torch.stack([stats.total for stats in seen]).sum(0),
+            torch.stack([stats.square_sum for stats in seen]).sum(0),
+            sum(stats.rows for stats in seen), first.peak_position,
+            torch.cat([stats.sample for stats in seen])[::thin], experts=tuple(experts),
+        )
+
+    def parts(self) -> tuple[InputStats, ...]:
+        """Of each expert, or itself."""
+        return self.experts or (self,)
 
     @property
     def amax(self) -> torch.Tensor:
@@ -246,11 +291,11 @@ class InputStats:
 
     @property
     def mean(self) -> torch.Tensor:
-        return (self.total / self.rows).float()
+        return (self.total / max(self.rows, 1)).float()
 
     @property
     def mean_square(self) -> torch.Tensor:
-        return (self.square_sum / self.rows).float()
+        return (self.square_sum / max(self.rows, 1)).float()
 
     def divide(self, scale: torch.Tensor) -> None:
         """Follow a transform that divides the input's channels by `scale` [K], which is positive."""
@@ -260,6 +305,8 @@ class InputStats:
         self.sample = self.sample / scale
         if self.moments is not None:
             self.moments.divide(scale)
+        for expert in self.experts:
+            expert.divide(scale)
 
     def shift(self, offset: torch.Tensor) -> None:
         """Follow a transform that subtracts `offset` [K] from the input's channels."""
@@ -268,6 +315,8 @@ class InputStats:
         self.total = self.total - self.rows * offset.double()
         self.sample = self.sample - offset
         self.moments = None
+        for expert in self.experts:
+            expert.shift(offset)
 
 
 @dataclass
@@ -282,7 +331,8 @@ class _Observed:
     sample: list[torch.Tensor] = field(default_factory=list)
     moments: Moments | None = None
 
-    def update(self, x: torch.Tensor, batch: StepInput, stride: int) -> None:
+    def update(self, rows: Rows, stride: int) -> None:
+        x = rows.x
         low, high, total, square_sum = x.amin(0), x.amax(0), x.sum(0).double(), x.square().sum(0).double()
         self.low = low if self.low is None else torch.minimum(self.low, low)
         self.high = high if self.high is None else torch.maximum(self.high, high)
@@ -292,11 +342,13 @@ class _Observed:
         peak = float(torch.maximum(high, -low).max())
         if peak > self.peak:
             self.peak = peak
-            self.peak_position = int(batch.positions[int(x.abs().amax(-1).argmax())])
+            self.peak_position = int(rows.positions[int(x.abs().amax(-1).argmax())])
         self.sample.append(x[::stride].clone())
 
-    def stats(self, name: str) -> InputStats:
-        assert self.low is not None and self.high is not None
+    def stats(self, name: str, k: int) -> InputStats:
+        if self.low is None:
+            return InputStats.unseen(k)
+        assert self.high is not None
         assert self.total is not None and self.square_sum is not None
         if not bool(torch.isfinite(self.square_sum).all()):
             raise CalibrationError(f"the input of {name} is not finite on the calibration data; "
@@ -305,7 +357,35 @@ class _Observed:
                           torch.cat(self.sample), self.moments)
 
 
-Inputs = dict[str, torch.Tensor]  # of a minibatch, by the linears that read them, each [rows, K]
+class ChosenExperts:
+    """Which experts the rows of one run over a block went to."""
+
+    def __init__(self) -> None:
+        self._chosen: list[torch.Tensor] = []  # [rows, top_k] each
+
+    def ops(self, batch: StepInput) -> ReferenceOps:
+        """An `OpsFactory`."""
+        return _RoutingOps(batch, self._chosen)
+
+    def agreement(self, other: ChosenExperts) -> float | None:
+        """The share of a row's experts that another run chose too; None where nothing was chosen."""
+        if not self._chosen:
+            return None
+        mine, theirs = torch.cat(self._chosen), torch.cat(other._chosen)
+        return float((mine[:, :, None] == theirs[:, None]).any(-1).float().mean())
+
+
+class _RoutingOps(ReferenceOps):
+    def __init__(self, batch: StepInput, chosen: list[torch.Tensor]) -> None:
+        super().__init__(batch, None)
+        self._chosen = chosen
+
+    def route(self, logits: torch.Tensor, routing: Routing) -> Routed:
+        self._chosen.append(choose_experts(logits, routing)[0])
+        return super().route(logits, routing)
+
+
+Inputs = dict[str, Rows]  # of a minibatch, by the linears that read them
 
 
 class _Captured(Exception):
@@ -319,24 +399,31 @@ class _CapturingOps(ReferenceOps):
         super().__init__(batch, None)
         self._names = names
         self._whole = whole
-        self.seen: dict[str, torch.Tensor] = {}
+        self.seen: dict[str, Rows] = {}
 
     def linear(self, x: torch.Tensor, linear: Linear, residual: torch.Tensor | None = None) -> torch.Tensor:
+        self._see(linear, Rows(x, self.batch.positions))
+        return super().linear(x, linear, residual)
+
+    def expert_linear(self, x: torch.Tensor, linear: Linear, routed: Routed) -> torch.Tensor:
+        self._see(linear, Rows(x, self.batch.positions[routed.rows.numpy()], routed.counts))
+        return super().expert_linear(x, linear, routed)
+
+    def _see(self, linear: Linear, rows: Rows) -> None:
         if linear.name in self._names:
-            self.seen[linear.name] = x
+            self.seen[linear.name] = rows
         if len(self.seen) == len(self._names) and not self._whole:
             raise _Captured
-        return super().linear(x, linear, residual)
 
 
 @torch.inference_mode()
 def block_inputs(states: HiddenStates, block: Block, names: Sequence[str] | None = None, *, advance: bool = False
                  ) -> Iterator[Inputs]:
-    """What the block's linears of these names (all unless given) read, minibatch by minibatch, each [rows, K] and
+    """What the block's linears of these names (all that are quantizable unless given) read, minibatch by minibatch,
     fake-quantized as its `act` says. Weights may be float or quantized; the block runs no further than it must, unless
     the states are to `advance` through it."""
     block = _fast(prepare_block(block, ReferenceBackend()))
-    wanted = {block.linears[name].name: name for name in names or block.linears}
+    wanted = {block.linears[name].name: name for name in names or block.spec.quantizable}
     before = states.states
     if advance:
         states.states = []
@@ -349,29 +436,44 @@ def block_inputs(states: HiddenStates, block: Block, names: Sequence[str] | None
         yield {wanted[name]: x for name, x in ops.seen.items()}
 
 
-def paired_inputs(states: HiddenStates, inputs: Iterator[Inputs], exact: Iterator[Inputs] | None
-                  ) -> Iterator[tuple[StepInput, Inputs, Inputs]]:
-    """Each minibatch of the states, what linears read of it, and what they read in the float model: nothing where
-    `exact` is None."""
-    return zip(states.batches, inputs, exact or [{}] * len(states.batches), strict=True)
+def paired_inputs(inputs: Iterator[Inputs], exact: Iterator[Inputs] | None) -> Iterator[tuple[Inputs, Inputs]]:
+    """What linears read of each minibatch, and what they read in the float model: nothing where `exact` is None."""
+    return zip(inputs, itertools.repeat({}) if exact is None else exact, strict=exact is not None)
 
 
 @torch.inference_mode()
 def observe_block(states: HiddenStates, block: Block, *, moments: bool = False,
                   exact: HiddenStates | None = None) -> dict[str, InputStats]:
-    """Run a float block over the states and describe the input of each of its linears; with its `moments` where these
-    are asked for, `exact` being the same windows through the float model, which go on through the block."""
-    observed = {name: _Observed() for name in block.linears}
+    """Run a float block over the states and describe the input of each of its quantizable linears; with its `moments`
+    where these are asked for, `exact` being the same windows through the float model, which go on through the block."""
+    names = block.spec.quantizable
+    observed = {name: [_Observed() for _ in range(block.linears[name].experts)] for name in names}
     stride = _stride(states)
     exactly = None if exact is None else block_inputs(exact, block, advance=True)
-    for batch, inputs, wanted in paired_inputs(states, block_inputs(states, block), exactly):
-        for name, x in inputs.items():
-            found = observed[name]
-            found.update(x, batch, stride)
-            if moments:
-                found.moments = found.moments or Moments.zeros(x.shape[1], exact is not None)
-                found.moments.add(x, batch, wanted.get(name))
-    return {name: found.stats(block.linears[name].name) for name, found in observed.items()}
+    for inputs, wanted in paired_inputs(block_inputs(states, block), exactly):
+        for name, rows in inputs.items():
+            for found, own in zip(observed[name], rows.experts(), strict=True):
+                if not len(own.x):
+                    continue
+                found.update(own, stride)
+                if moments:
+                    add_moments(found, own, None if rows.counts else wanted.get(name))
+    return {name: _stats(block, name, found) for name, found in observed.items()}
+
+
+def _stats(block: Block, name: str, found: Sequence[_Observed]) -> InputStats:
+    linear, spec = block.linears[name], block.spec
+    parts = [one.stats(linear.name, spec.linear(name).k) for one in found]
+    if linear.experts == 1:
+        return parts[0]
+    assert spec.routing is not None
+    return InputStats.of_experts(parts, spec.routing.top_k)
+
+
+def add_moments(to: _Observed | InputStats, rows: Rows, exact: Rows | None) -> None:
+    """exact: None for an expert, which other rows may reach in the float model."""
+    to.moments = to.moments or Moments.zeros(rows.x.shape[1], exact is not None)
+    to.moments.add(rows, None if exact is None else exact.x)
 
 
 def _stride(states: HiddenStates) -> int:

@@ -53,11 +53,14 @@ def block_modules(block: Block) -> list[tuple[str, Linear | Norm]]:
 
 
 def block_tensors(block: Block) -> dict[str, Array]:
-    """What belongs to a block and is neither a linear nor a norm: attention's sinks."""
-    attention = block.spec.attention
-    if attention is None or attention.sinks is None:
-        return {}
-    return {block.spec.prefix + attention.sinks: to_numpy(block.attention.sinks)}
+    """What belongs to a block and is neither a linear nor a norm: attention's sinks, and the bias of its routing."""
+    spec = block.spec
+    tensors = {}
+    if spec.attention is not None and spec.attention.sinks is not None:
+        tensors[spec.prefix + spec.attention.sinks] = to_numpy(block.attention.sinks)
+    if spec.routing_bias is not None:
+        tensors[spec.prefix + spec.routing_bias] = to_numpy(block.routing.bias)
+    return tensors
 
 
 def tensors_of(name: str, module: Linear | Norm | Embedding) -> dict[str, Array]:

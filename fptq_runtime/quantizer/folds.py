@@ -43,7 +43,8 @@ def fold(work: BlockWork, reader: str, scale: torch.Tensor) -> None:
     edge = work.block.spec.edge(reader)
     assert edge is not None
     for name in edge.readers:
-        work.targets[name].stats.divide(scale)
+        if name in work.targets:
+            work.targets[name].stats.divide(scale)
     work.targets[reader].equalized = True
 
 
@@ -84,7 +85,8 @@ def shift(work: BlockWork, target: Target, offset: torch.Tensor) -> None:
     for name in edge.readers:
         linear = work.block.linears[name]
         linear.bias = linear.bias + float_weight(linear) @ offset
-        work.targets[name].stats.shift(offset)
+        if name in work.targets:
+            work.targets[name].stats.shift(offset)
 
 
 def _divide_norm(norm: Norm, scale: torch.Tensor) -> None:

@@ -29,7 +29,7 @@ from fptq_runtime.kernels.reference import ReferenceBackend
 from fptq_runtime.models.block import Block, Model, Stem, prepare_block
 from fptq_runtime.models.formats.compressed_tensors import linear_scheme, quantization_config
 from fptq_runtime.models.loader import Checkpoint, load_head
-from fptq_runtime.quantizer.calibrate import HiddenStates, packaged_text, read_text
+from fptq_runtime.quantizer.calibrate import ChosenExperts, HiddenStates, packaged_text, read_text
 from fptq_runtime.quantizer.evaluate import MAX_WINDOW, text_windows
 from fptq_runtime.quantizer.export import block_modules, block_tensors, copy_companions, stem_modules, tensors_of
 from fptq_runtime.quantizer.pickled import as_safetensors
@@ -98,6 +98,7 @@ def quantize(
                 window=min(config.max_position_embeddings, MAX_WINDOW),
                 perplexity_before=before,
                 perplexity_after=after,
+                routing=run.routing,
             ),
             golden=write_golden(writer, measured[0]),
         ))
@@ -122,6 +123,7 @@ class _Run:
     def __init__(self, checkpoint: Checkpoint, recipe: Recipe, writer: ArtifactWriter,
                  calibrated: Sequence[Sequence[int]], measured: Sequence[Sequence[int]], watcher: Watcher) -> None:
         self.records: list[LayerRecord] = []
+        self.routing: dict[str, float] = {}  # as `Quality` has it
         self._source = checkpoint
         self._checkpoint = checkpoint  # what is quantized: the source, or what training made of it
         self._recipe = recipe
@@ -136,6 +138,7 @@ class _Run:
         self._losses: list[float] = []
         self._scored = 0
         self._tied = False
+        self._chosen = ChosenExperts()  # by the float block
 
     def _start(self) -> Walk:
         return Walk(self._checkpoint, self._recipe.steps, self._calibrated, self._recipe.weights)
@@ -168,7 +171,7 @@ class _Run:
                 with torch.inference_mode():
                     self._recipe.weights.apply(work)
                 self._write(work.block)
-                self._quantized.run_block(prepare_block(work.block, ReferenceBackend()))
+                self._run_quantized(work.block)
             self.records += [_record(target) for target in work.targets.values()]
             yield
         self._writer.finish_tensors()
@@ -183,6 +186,7 @@ class _Run:
     def write_config(self) -> None:
         ignore = [name for name in self._linears if name not in self._schemes]
         config = {**self._walk.config, "tie_word_embeddings": self._tied}
+        config.pop("quantization_config", None)  # the source's
         if self._schemes:
             config["quantization_config"] = quantization_config(self._schemes, self._walk.model.head_module, ignore)
         else:
@@ -205,7 +209,15 @@ class _Run:
             loss, self._scored = self._float.negative_log_likelihood(exact)
             self._losses.append(loss)
         else:
-            self._float.run_block(exact)
+            self._chosen = ChosenExperts()
+            self._float.run_block(exact, self._chosen.ops)
+
+    def _run_quantized(self, block: Block) -> None:
+        """The measured text through what was made of the block that it went through in float last."""
+        chosen = ChosenExperts()
+        self._quantized.run_block(prepare_block(block, ReferenceBackend()), chosen.ops)
+        if (share := chosen.agreement(self._chosen)) is not None:
+            self.routing[block.spec.name] = share
 
     def _head(self, work: BlockWork, transformed: bool) -> None:
         """A head that nothing changed is written as it came, or not at all where it is the embedding."""
@@ -256,6 +268,8 @@ def _record(target: Target) -> LayerRecord:
         group_size=weight.group_size if isinstance(weight, QuantizedWeight) and not per_channel else None,
         type=weight.type if isinstance(weight, QuantizedWeight) else "int",
         rank=0 if linear.low_rank is None else linear.low_rank[0].shape[0],
+        experts=linear.experts,
+        unseen=tuple(i for i, stats in enumerate(target.stats.experts) if not stats.rows),
         activation_error=target.activation_error,
         error=target.error,
     )

@@ -153,7 +153,7 @@ def _record_linear(golden: Golden, name: str, linear: Linear, group: int) -> Non
     """linear: prepared, so that its weight is float32 [N, K]. Of a group's exact sum at least what independent signs
     would make it is taken for its size, so that sqrt(group) times that is no less than the sum of magnitudes."""
     weight: Any = linear.weight
-    facts = golden.linears[name] = LinearFacts(weight.shape[1], linear.act, group)
+    facts = golden.linears[name] = LinearFacts(weight.shape[1], linear.act, group, linear.experts)
     x = torch.from_numpy(facts.read_row(name))
     sums, sizes = [], []
     for chunk in weight.split(max(1, CHUNK // facts.k)):

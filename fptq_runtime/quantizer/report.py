@@ -36,6 +36,7 @@ def summarize(manifest: Manifest, model: str | None = None, recipe: str | None =
         f"{_text(quality.text)}, windows of {quality.window}",
         "",
         *_policy_table(manifest.layers, _scaled(manifest)),
+        *_experts(manifest),
         *_first_token_warning(manifest.layers),
         *_group_warning(manifest),
         "",
@@ -79,6 +80,21 @@ def stronger_recipe(manifest: Manifest) -> str | None:
     if bits == 4:
         return "fptq-best" if activations != {"float"} and manifest.recipe["name"] != "fptq-best" else "w8a8-dynamic"
     return "w8a8-dynamic" if bits == 8 and "static" in activations else None
+
+
+def _experts(manifest: Manifest) -> list[str]:
+    """Of a mixture of experts: whether tokens still go where they went, and what calibration did not reach."""
+    routing, lines = manifest.quality.routing, []
+    if routing:
+        least = min(routing, key=routing.__getitem__)
+        lines += ["", f"{sum(routing.values()) / len(routing):.1%} of the experts that tokens go to are the float "
+                  f"model's; in {least}, the least, {routing[least]:.1%}"]
+    unseen = [f"{layer.name} {', '.join(map(str, layer.unseen))}" for layer in manifest.layers if layer.unseen]
+    if unseen:
+        count = sum(len(layer.unseen) for layer in manifest.layers)
+        lines += ["", f"warning: no calibration token reached {count} of the experts' linears, which were rounded "
+                  f"without data: {'; '.join(unseen)}; calibrate on more samples"]
+    return lines
 
 
 def _group_warning(manifest: Manifest) -> list[str]:
@@ -156,7 +172,10 @@ def _policy_table(layers: Sequence[LayerRecord], scaled: str) -> list[str]:
 def _layer_table(layers: Sequence[LayerRecord], scaled: str) -> list[str]:
     rows = [["layer", "range", "at token", "policy", "why", "weights", "input error", "output error", "modules"]]
     for layer in layers:
-        modules = [layer.modules[0], *(module.rpartition(".")[2] for module in layer.modules[1:])]
+        own = layer.modules[: len(layer.modules) // layer.experts]
+        modules = [own[0], *(module.rpartition(".")[2] for module in own[1:])]
+        if layer.experts > 1:
+            modules.append(f"of {layer.experts} experts")
         rows.append([layer.name, f"{layer.range:.2f}", str(layer.peak_position), policy(layer, scaled), layer.reason,
                      _weights(layer), f"{layer.activation_error:.5f}", f"{layer.error:.5f}", " ".join(modules)])
     return _align(rows)

@@ -15,7 +15,7 @@ from fptq_runtime.models.families import parse_config
 from fptq_runtime.models.loader import Checkpoint, load_block, load_head, load_stem
 from fptq_runtime.quantizer.calibrate import HiddenStates
 from fptq_runtime.quantizer.export import block_modules, stem_modules
-from fptq_runtime.quantizer.steps.base import BlockWork, QuantizationError, RecipeError, Step, matches, observe
+from fptq_runtime.quantizer.steps.base import BlockWork, QuantizationError, RecipeError, Step, called, matches, observe
 from fptq_runtime.quantizer.steps.weights import Weights
 
 
@@ -94,8 +94,8 @@ class Walk:
 
 def _check_patterns(model: Model, steps: Sequence[Step]) -> None:
     """Before any work is done."""
-    names = tuple(name for block in model.blocks for linear in block.linears
-                  for name in (*block.modules(linear.name), linear.name))
+    names = tuple(name for block in model.blocks for linear in block.quantizable
+                  for name in (*block.modules(linear), *called(linear, ())))
     for pattern in (pattern for step in steps for pattern in step.patterns()):
         if not matches(pattern, names):
             raise RecipeError(f"no linear layer of this model matches {pattern!r}; they are named like {names[0]}")

@@ -21,6 +21,7 @@ from fptq_runtime.kernels.base import (
     Linear,
     Norm,
     QuantizedWeight,
+    Routing,
     StepInput,
     StepLimits,
 )
@@ -28,7 +29,9 @@ from fptq_runtime.kernels.reference import to_numpy, to_torch
 from fptq_runtime.models.block import Block, BlockSpec, NormSpec, Stem, StemSpec, prepare_block, prepare_stem
 from fptq_runtime.models.decoder import Decoder
 from fptq_runtime.models.layers import alibi_slopes, head_spec, pre_norm
+from fptq_runtime.models.moe import pre_norm_moe
 from fptq_runtime.models.rope import RopeConfig, rope_tables
+from fptq_runtime.models.weights import fuse
 
 VOCAB = 97
 SILU = Activation("silu", gated=True)
@@ -56,6 +59,7 @@ class Options:
     rank: int = 0  # of each linear's low-rank factors
     dtype: torch.dtype = torch.float32
     max_len: int = 1024
+    routing: Routing | None = None  # to experts in the MLP's place, beside a shared one behind a gate
 
 
 def limits(options: Options, kv_dtype: KVCacheDtype = "float32", block_size: int = 32, num_blocks: int = 80,
@@ -91,6 +95,9 @@ def make_decoder(options: Options, backend: Backend, seed: int = 0) -> Decoder:
         quantized = QuantizedWeight(packed, to_numpy(scale), options.bits, options.group_size or k)
         return Linear(name, quantized, bias, act, low_rank)
 
+    def experts(name: str, n: int, k: int, count: int) -> Linear:
+        return fuse(name, [linear(f"{name}.{i}", n, k) for i in range(count)], experts=count)
+
     def norm(width: int) -> Norm:
         bias = random(width, scale=0.1) if options.norm == "layer" else None
         return Norm(options.norm, 1 + random(width, scale=0.1), bias, 1e-5)
@@ -98,7 +105,8 @@ def make_decoder(options: Options, backend: Backend, seed: int = 0) -> Decoder:
     heads, kv_heads, dim, hidden = options.heads, options.kv_heads, options.head_dim, options.hidden
     rope = rope_tables(RopeConfig(10000.0, dim), options.max_len) if options.rope else None
     up = options.intermediate * (2 if options.activation.gated else 1)
-    spec = BlockSpec("layers", "", pre_norm, (), (), (), activation=options.activation)
+    forward = pre_norm if options.routing is None else pre_norm_moe
+    spec = BlockSpec("layers", "", forward, (), (), (), activation=options.activation, routing=options.routing)
     blocks = []
     for layer in range(options.layers):
         qkv = linear("qkv", (heads + 2 * kv_heads) * dim, hidden)
@@ -112,7 +120,14 @@ def make_decoder(options: Options, backend: Backend, seed: int = 0) -> Decoder:
         linears = {"qkv": qkv, "o": linear("o", hidden, heads * dim)}
         norms["mlp_norm"] = norm(hidden)
         linears |= {"up": linear("up", up, hidden), "down": linear("down", hidden, options.intermediate)}
-        block = Block(spec, linears, norms, attention, last=layer == options.layers - 1)
+        if options.routing is not None:
+            count = options.routing.num_experts
+            linears["shared.up"], linears["shared.down"] = linears.pop("up"), linears.pop("down")
+            linears |= {"router": Linear("router", random(count, hidden, scale=2 * hidden**-0.5)),
+                        "shared.gate": Linear("gate", random(1, hidden, scale=hidden**-0.5)),
+                        "experts.up": experts("up", up, hidden, count),
+                        "experts.down": experts("down", hidden, options.intermediate, count)}
+        block = Block(spec, linears, norms, attention, layer == options.layers - 1, options.routing)
         blocks.append(prepare_block(block, backend))
     head = linear("lm_head", VOCAB, hidden)
     config = ModelConfig("Test", VOCAB, hidden, options.intermediate, options.layers, heads, kv_heads, dim,

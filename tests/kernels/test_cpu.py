@@ -27,6 +27,7 @@ from fptq_runtime.kernels.base import (
     Embedding,
     Linear,
     QuantizedWeight,
+    Routing,
     StepInput,
     StepLimits,
     Work,
@@ -38,6 +39,8 @@ from tests.kernels.small import VOCAB, Batcher, Options, int32, limits, make_dec
 ISAS = _native.available_isas()
 KV_DTYPES: tuple[KVCacheDtype, ...] = ("float32", "bf16", "int8")
 
+ROUTED = Routing(8, 3, "sigmoid", scale=1.5, bias=np.linspace(0, 0.3, 8, dtype=np.float32), groups=4, top_groups=2,
+                 group_best=2)
 FAMILIES = {
     "llama": Options(),
     "llama bf16": Options(dtype=torch.bfloat16),
@@ -52,6 +55,9 @@ FAMILIES = {
     "qwen3": Options(qk_norm=True, head_dim=32),
     "bloom": Options(norm="layer", activation=Activation("gelu_tanh"), rope=False, alibi=True, bias=True,
                      embedding_norm=True, heads=5, kv_heads=5, intermediate=100),
+    "experts": Options(intermediate=40, routing=Routing(8, 3)),
+    "experts bf16": Options(intermediate=40, routing=ROUTED, bias=True, dtype=torch.bfloat16),
+    "experts weight-only": Options(intermediate=64, routing=ROUTED, act="weight-only"),
     "one kv head": Options(heads=20, kv_heads=1, head_dim=8),
 }
 
@@ -112,6 +118,20 @@ def test_quantized_models_match_reference(family: str, act: Any, bits: Any, grou
     assert row_errors(options, "int8", isa).max() < 4e-2
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize(("family", "act", "bits", "group_size"), [
+    ("experts", "dynamic", 4, 32), ("experts", "static", 8, None), ("experts bf16", "dynamic", 8, 32),
+])
+def test_quantized_experts_match_reference(family: str, act: Any, bits: Any, group_size: int | None, isa: str) -> None:
+    """A flipped code can also send a token to another expert, or group of them, where two were as good: what comes
+    behind it is another row."""
+    options = replace(FAMILIES[family], act=act, bits=bits, group_size=group_size, heads=4, kv_heads=4, intermediate=96)
+    errors = row_errors(replace(options, layers=1), "float32", isa)
+    assert np.median(errors) < 1e-5
+    assert np.quantile(errors, 0.99) < 4e-2
+    assert np.median(row_errors(options, "int8", isa)) < 2e-2
+
+
 def in_company(backend: CpuBackend, options: Options, kv_dtype: KVCacheDtype, token_ids: list[int],
                seed: int) -> np.ndarray[Any, Any]:
     """The sequence's logits [T, V], fed in random chunks among random neighbours."""
@@ -136,6 +156,8 @@ def in_company(backend: CpuBackend, options: Options, kv_dtype: KVCacheDtype, to
 @pytest.mark.parametrize(("options", "kv_dtype"), [
     (Options(act="dynamic", heads=3, kv_heads=1, hidden=96, head_dim=32), "int8"),
     (Options(act="static", window=200), "bf16"),
+    (Options(act="dynamic", intermediate=40, group_size=None, routing=Routing(16, 3)), "int8"),
+    (Options(intermediate=40, routing=ROUTED), "float32"),
     (Options(), "float32"),
     (Options(act="weight-only", group_size=64, intermediate=192), "int8"),
     (Options(act="mixed", intermediate=128), "int8"),

@@ -116,7 +116,33 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "falcon-serial": ("falcon", {**FALCON, "multi_query": False, "parallel_attn": False}),
     "mpt": ("mpt", {"vocab_size": 211, "d_model": 96, "n_layers": 3, "n_heads": 6, "max_seq_len": 128,
                     "attn_config": {"softmax_scale": 0.2}, "bos_token_id": 1, "eos_token_id": 2}),
+    "qwen3-moe": ("qwen3_moe", {**LLAMA, "num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 32,
+                                "norm_topk_prob": True, "mlp_only_layers": [1]}),
+    "qwen3-moe-window": ("qwen3_moe", {**LLAMA, "num_experts": 5, "num_experts_per_tok": 2, "decoder_sparse_step": 2,
+                                       "moe_intermediate_size": 32, "attention_bias": True, "use_sliding_window": True,
+                                       "sliding_window": 20}),
+    "qwen2-moe": ("qwen2_moe", {**PLAIN, "num_key_value_heads": 2, "num_experts": 6, "num_experts_per_tok": 4,
+                                "moe_intermediate_size": 32, "shared_expert_intermediate_size": 56,
+                                "use_sliding_window": True, "sliding_window": 20, "max_window_layers": 2}),
+    "mixtral": ("mixtral", {**LLAMA, "intermediate_size": 32, "num_local_experts": 4, "num_experts_per_tok": 2,
+                            "sliding_window": 20}),
+    "olmoe": ("olmoe", {**PLAIN, "intermediate_size": 32, "num_key_value_heads": 2, "num_experts": 8,
+                        "num_experts_per_tok": 3, "norm_topk_prob": True, "pad_token_id": 0}),
+    "glm4-moe": ("glm4_moe", {**LLAMA, "num_experts_per_tok": 3, "n_routed_experts": 12, "n_group": 4, "topk_group": 2,
+                              "n_shared_experts": 2, "moe_intermediate_size": 32, "routed_scaling_factor": 1.7,
+                              "attention_bias": True, "use_qk_norm": True, "first_k_dense_replace": 1,
+                              "rope_parameters": {"rope_type": "default", "rope_theta": 1e4,
+                                                  "partial_rotary_factor": 0.5}}),
+    "granite-moe": ("granitemoe", {**PLAIN, "num_key_value_heads": 2, "num_local_experts": 6, "num_experts_per_tok": 2,
+                                   "attention_multiplier": 0.2, "residual_multiplier": 0.3,
+                                   "embedding_multiplier": 3.0, "logits_scaling": 5.0, "intermediate_size": 40}),
+    "gpt-oss": ("gpt_oss", {**LLAMA, "num_local_experts": 6, "num_experts_per_tok": 2, "intermediate_size": 40,
+                            "sliding_window": 20, "swiglu_limit": 1.5, "rope_parameters": {
+                                "rope_type": "yarn", "rope_theta": 1e3, "factor": 4.0, "beta_fast": 32.0,
+                                "beta_slow": 1.0, "truncate": False, "original_max_position_embeddings": 32}}),
 }
+STACKED = ("granite-moe", "gpt-oss")  # with all experts in one tensor, which is all that transformers reads
+MIXTURES = ("qwen3-moe", "qwen3-moe-window", "qwen2-moe", "mixtral", "olmoe", "glm4-moe", *STACKED)  # of experts
 
 
 def save_random(name: str, path: Path, seed: int = 0, shard: str = "5GB", **changes: Any) -> PreTrainedModel:
@@ -127,13 +153,17 @@ def save_random(name: str, path: Path, seed: int = 0, shard: str = "5GB", **chan
     if "layer_types" in fields:
         fields["layer_types"] = fields["layer_types"][: fields["num_hidden_layers"]]
     config = AutoConfig.for_model(model_type, **fields)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager",
+                                             experts_implementation="eager").eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:
                 parameter.add_(0.3 * torch.randn_like(parameter))
             else:
                 parameter.copy_(torch.randn_like(parameter) * 2 / parameter.shape[1] ** 0.5)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.copy_(0.2 * torch.randn_like(buffer))
     model.save_pretrained(path, max_shard_size=shard)
     if model_type == "internlm3":  # transformers runs it as Llama; checkpoints name what they are
         change_config(path, architectures=["InternLM3ForCausalLM"])

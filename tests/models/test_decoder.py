@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from fptq_runtime.kernels.reference import ReferenceBackend
 from fptq_runtime.models.loader import Checkpoint, CheckpointError, load_model
@@ -46,6 +47,25 @@ def test_random_model_agrees_with_transformers(family: str, tmp_path: Path) -> N
     model = save_random(family, tmp_path)
     token_ids = torch.randint(0, 211, (LENGTH,), generator=torch.Generator().manual_seed(1)).tolist()
     assert_agrees(tmp_path, model, token_ids)
+
+
+def test_mxfp4_experts_are_what_transformers_reads(tmp_path: Path) -> None:
+    """Of random blocks and scales. Oracle: transformers' own widening, in its float model."""
+    model = save_random("gpt-oss", tmp_path, hidden_size=64, intermediate_size=32, num_attention_heads=4)
+    change_config(tmp_path, quantization_config={"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]})
+    tensors, generator = load_file(tmp_path / "model.safetensors"), torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if name.endswith(("gate_up_proj", "down_proj")):
+            experts, k, rows = parameter.shape
+            blocks = torch.randint(0, 256, (experts, rows, k // 32, 16), dtype=torch.uint8, generator=generator)
+            scales = torch.randint(122, 126, (experts, rows, k // 32), dtype=torch.uint8, generator=generator)
+            del tensors[name]
+            tensors |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+            with torch.no_grad():
+                parameter.copy_(convert_moe_packed_tensors(blocks, scales, dtype=torch.float32))
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    assert_agrees(tmp_path, model, list(range(3, 40)))
+    assert not Checkpoint(tmp_path).quantized, "it is a float source"
 
 
 @pytest.mark.parametrize("name", ["tales-6m", "stories260k"])

@@ -7,6 +7,7 @@ import resource
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import pytest
@@ -21,9 +22,11 @@ from transformers.models.gpt_bigcode import modeling_gpt_bigcode
 
 from fptq_runtime.artifact.io import ArtifactError, Manifest, read_manifest, verify
 from fptq_runtime.config import ModelConfig
-from fptq_runtime.kernels.reference import ReferenceBackend
+from fptq_runtime.kernels.reference import ReferenceBackend, quantize_activations
+from fptq_runtime.models.decoder import Decoder
 from fptq_runtime.models.golden import prompt_logits
 from fptq_runtime.models.loader import Checkpoint, load_model
+from fptq_runtime.models.weights import unfuse
 from fptq_runtime.quantizer import pipeline
 from fptq_runtime.quantizer.calibrate import CalibrationError
 from fptq_runtime.quantizer.export import block_modules
@@ -38,7 +41,7 @@ from fptq_runtime.quantizer.steps.gptq import Gptq
 from fptq_runtime.quantizer.steps.rotation import Rotation
 from fptq_runtime.quantizer.steps.weights import Weights
 from fptq_runtime.quantizer.walk import float_part
-from tests.models.hf import FAMILIES
+from tests.models.hf import FAMILIES, STACKED
 from tests.quantizer.models import DEMO, STORIES, save_model, through_the_gate, transplant_outliers
 
 SMALL: dict[str, Any] = {"calibration": Calibration("random", 4, 32), "text_tokens": 400}
@@ -69,12 +72,48 @@ def _with_a_batch(module: torch.nn.Module, args: tuple[torch.Tensor]) -> torch.T
     return args[0][None] if args[0].ndim == 2 else args[0]
 
 
+def _with_wide_scales(artifact: Path) -> Path:
+    """transformers widens experts in their scales' type, and would round in bfloat16 where every other linear, and
+    ours, does not."""
+    tensors = load_file(artifact / "model.safetensors")
+    scales = [name for name in tensors if ".experts." in name and name.endswith("weight_scale")]
+    if not scales:
+        return artifact
+    copy = Path(shutil.copytree(artifact, artifact.with_name(f"{artifact.name}-wide")))
+    tensors |= {name: tensors[name].float() for name in scales}
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    return copy
+
+
+def _quantize_experts(model: torch.nn.Module, decoder: Decoder) -> None:
+    """transformers widens compressed experts when it loads them and leaves what they read in float."""
+    for name, module in model.named_modules():
+        if getattr(getattr(module, "gate_up_proj", None), "ndim", 0) == 3:
+            [block] = [block for block in decoder.blocks if name.startswith(block.spec.prefix)]
+            acts = (block.linears["experts.up"].act, block.linears["experts.down"].act)
+            module.forward = MethodType(_experts_of(*acts), module)
+
+
+def _experts_of(up: Any, down: Any) -> Callable[..., torch.Tensor]:
+    def forward(module: Any, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        y = torch.zeros_like(x)
+        for slot in range(index.shape[1]):
+            chosen = index[:, slot]
+            both = torch.einsum("tk,tnk->tn", quantize_activations(x, up), module.gate_up_proj[chosen])
+            made = quantize_activations(module.act_fn(both.chunk(2, -1)[0]) * both.chunk(2, -1)[1], down)
+            y += weights[:, slot, None] * torch.einsum("tk,tnk->tn", made, module.down_proj[chosen])
+        return y
+
+    return forward
+
+
 def assert_transformers_agrees(artifact: Path, token_ids: list[int]) -> None:
     """Nothing is missing or left over when transformers loads it, and its logits are ours, also of ropes that look at
     the sequence's length.
 
     Of four short prompts at least two must agree to 1e-3 of max |logit|: the last bit of a float sum may tip an int8
-    code in the others, and those then differ as the quantization noise does.
+    code in the others, and those then differ as the quantization noise does. Mixtures of experts have so many more
+    codes that may tip that rows are counted: those before the first such code agree.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(modeling_gpt2, "Conv1D", _Conv1D)
@@ -84,9 +123,10 @@ def assert_transformers_agrees(artifact: Path, token_ids: list[int]) -> None:
         patch.setattr(modeling_falcon.FalconPreTrainedModel, "_init_weights", lambda self, module: (
             None if isinstance(module, torch.nn.Linear) else init(self, module)))
         patch.setattr(modeling_falcon, "FalconLinear", torch.nn.Linear)
-        model, info = AutoModelForCausalLM.from_pretrained(artifact, dtype=torch.float32, output_loading_info=True)
+        model, info = AutoModelForCausalLM.from_pretrained(_with_wide_scales(artifact), dtype=torch.float32,
+                                                           output_loading_info=True)
     assert not info["missing_keys"]
-    assert not info["unexpected_keys"]
+    assert all(".experts." in key and key.endswith("input_scale") for key in info["unexpected_keys"])
     assert not info["mismatched_keys"]
     for module in model.modules():
         if isinstance(module, torch.nn.Linear):
@@ -96,19 +136,21 @@ def assert_transformers_agrees(artifact: Path, token_ids: list[int]) -> None:
     prompts = [token_ids[:1] + token_ids[i::4] for i in range(1, 5)]
     checkpoint.max_positions = max(map(len, prompts))
     decoder = load_model(checkpoint, backend)
-    agreeing = 0
+    _quantize_experts(model, decoder)
+    agreeing, rows = 0, []
     for prompt in prompts:
         with torch.no_grad():
             expected = model.eval()(torch.tensor([prompt])).logits[0]
         difference = torch.from_numpy(prompt_logits(decoder, backend, prompt)) - expected
         relative = difference.abs().amax(-1) / expected.abs().amax(-1)
         agreeing += bool(relative.max() <= 1e-3)
+        rows += (relative <= 1e-3).tolist()
         assert relative.max() <= 5e-2
-    assert agreeing >= 2
+    assert agreeing >= 2 or (checkpoint.model.has_experts and sum(rows) >= len(rows) / 2)
 
 
 CASES = [
-    *((family, {}, 128, 8) for family in FAMILIES),
+    *((family, {}, 128, 8) for family in FAMILIES if family not in STACKED),
     ("llama-tied-bias", {"hidden_size": 128, "num_attention_heads": 8}, 128, 16),
     ("qwen3", {"hidden_size": 160, "num_attention_heads": 8}, 32, 4),
     ("bloom", {"hidden_size": 128, "n_head": 8}, 128, 4),
@@ -131,6 +173,42 @@ def test_every_family(family: str, sizes: dict[str, int], group_size: int, head_
     token_ids = torch.randint(3, 260, (40,), generator=torch.Generator().manual_seed(1)).tolist()
     assert_transformers_agrees(tmp_path / "out", [1, *token_ids])
     through_the_gate(tmp_path / "out", manifest, ReferenceBackend())
+
+
+@pytest.mark.parametrize("family", STACKED)
+def test_experts_that_transformers_has_in_one_tensor(family: str, tmp_path: Path, text: Path) -> None:
+    """They are written one by one, which transformers does not read: oracle is its model with the weights that were
+    written."""
+    model = save_model(family, tmp_path / "float")
+    made = Recipe(name="x", steps=(Activations(scheme="float"), Weights(group_size=32)))
+    manifest = quantize(tmp_path / "float", tmp_path / "out", made, text=text, **SMALL)
+    backend, checkpoint = ReferenceBackend(), Checkpoint(tmp_path / "out")
+    decoder = load_model(checkpoint, backend)
+    state = model.state_dict()
+    for block in [*decoder.blocks, decoder.head]:
+        for linear in block.spec.linears:
+            parts = dict(unfuse(block.linears[linear.name], linear))
+            if linear.experts == 1:
+                state |= {f"{block.spec.prefix}{name}.weight": part.weight for name, part in parts.items()}
+                continue
+            apart = block.linears[linear.name].weight.unflatten(0, (linear.experts, -1))
+            module = linear.modules[0].partition(".experts.")[0]
+            name = f"{block.spec.prefix}{module}.experts.{'gate_up' if linear.name == 'experts.up' else 'down'}_proj"
+            if family == "gpt-oss":
+                apart = apart.transpose(1, 2)
+                if linear.name == "experts.up":
+                    apart = apart.unflatten(2, (2, -1)).transpose(2, 3).flatten(2)
+            assert state[name].shape == apart.shape
+            state[name] = apart
+    state = {name.replace("router.layer.weight", "router.weight"): tensor for name, tensor in state.items()
+             if "router.layer" not in name or name.replace("router.layer", "router") in state}
+    model.load_state_dict(state)
+    token_ids = torch.randint(3, 260, (40,), generator=torch.Generator().manual_seed(1)).tolist()
+    with torch.no_grad():
+        expected = model(torch.tensor([token_ids])).logits[0]
+    difference = torch.from_numpy(prompt_logits(decoder, backend, token_ids)) - expected
+    assert float(difference.abs().max()) <= 1e-4 * float(expected.abs().max())
+    through_the_gate(tmp_path / "out", manifest, backend)
 
 
 ROTATED = Recipe(name="rotated", steps=(

@@ -30,14 +30,17 @@ ROTATED = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3F
            "GraniteForCausalLM", "SmolLM3ForCausalLM", "GraniteMoeHybridForCausalLM", "GlmForCausalLM",
            "MinistralForCausalLM", "SeedOssForCausalLM", "InternLM3ForCausalLM", "ArceeForCausalLM",
            "HeliumForCausalLM", "Ernie4_5ForCausalLM", "HunYuanDenseV1ForCausalLM", "GemmaForCausalLM"}
+MIXTURES = {"MixtralForCausalLM", "Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM", "OlmoeForCausalLM",
+            "Glm4MoeForCausalLM", "GraniteMoeForCausalLM", "GptOssForCausalLM"}
 BEHIND = {"Olmo2ForCausalLM", "Olmo3ForCausalLM", "Exaone4ForCausalLM"}  # norms behind the linears alone
 GATED = ROTATED - {"ArceeForCausalLM"} | BEHIND | {
     "Gemma2ForCausalLM", "Gemma3ForCausalLM", "StableLmForCausalLM", "Glm4ForCausalLM", "CohereForCausalLM",
     "Cohere2ForCausalLM", "OlmoForCausalLM"}
-ALL = GATED | {"ArceeForCausalLM", "GPTNeoXForCausalLM", "OPTForCausalLM", "GPT2LMHeadModel", "BloomForCausalLM",
-               "Starcoder2ForCausalLM", "NemotronForCausalLM", "Jais2ForCausalLM", "PhiForCausalLM",
-               "PersimmonForCausalLM", "GPTJForCausalLM", "CodeGenForCausalLM", "GPTBigCodeForCausalLM",
-               "GPTNeoForCausalLM", "FalconForCausalLM", "MptForCausalLM"}
+ALL = GATED | MIXTURES | {
+    "ArceeForCausalLM", "GPTNeoXForCausalLM", "OPTForCausalLM", "GPT2LMHeadModel", "BloomForCausalLM",
+    "Starcoder2ForCausalLM", "NemotronForCausalLM", "Jais2ForCausalLM", "PhiForCausalLM", "PersimmonForCausalLM",
+    "GPTJForCausalLM", "CodeGenForCausalLM", "GPTBigCodeForCausalLM", "GPTNeoForCausalLM", "FalconForCausalLM",
+    "MptForCausalLM"}
 PRE_NORMED = ALL - BEHIND - {"OlmoForCausalLM"}  # whose norms have no weights
 LAE = {"*": "lae"}
 
@@ -51,8 +54,8 @@ TRANSFORMS: dict[str, tuple[Step, set[str]]] = {  # and the architectures that i
     "aweq": (Aweq(), PRE_NORMED),
     "cle": (CrossLayer(), ALL),
     "awq": (Awq(), ALL),
-    "rotation": (Rotation(), ROTATED),
-    "rotation-residual": (Rotation(heads=False, seed=1), ROTATED),
+    "rotation": (Rotation(), ROTATED | MIXTURES),
+    "rotation-residual": (Rotation(heads=False, seed=1), ROTATED | MIXTURES),
     "ocs": (ChannelSplitting(), GATED),
     "ocs-channels": (ChannelSplitting(ratio=0.3, group_size=None), GATED),
 }
@@ -60,6 +63,7 @@ TRANSFORMS: dict[str, tuple[Step, set[str]]] = {  # and the architectures that i
 SHALLOW: dict[str, dict[str, Any]] = {  # their softmax is sharp: what float32 rounds away in three layers is 1e-4 of
     "phi4-mini": {"num_hidden_layers": 2},  # the logits
     "nemotron": {"num_hidden_layers": 2},
+    "gpt-oss": {"num_hidden_layers": 2},
     "gpt-bigcode-heads": {"n_layer": 1},
     "gpt-neo": {"num_layers": 2, "attention_types": [[["global", "local"], 1]]},
 }

@@ -32,6 +32,7 @@ const Kernels kernels = {
     .activate_row = activate_row,
     .add_row = add_row,
     .scale_row = scale_row,
+    .accumulate_row = accumulate_row,
     .softcap_row = softcap_row,
     .rope_and_cache_row = rope_and_cache_row,
     .attention_tile = attention_tile,

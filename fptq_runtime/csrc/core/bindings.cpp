@@ -222,6 +222,59 @@ std::shared_ptr<LinearParameter> make_linear(std::string name, std::shared_ptr<P
   return linear;
 }
 
+// Expert e's rows are rows e · padded to e · padded + n of the packed weight, padded being n rounded up to whole
+// panels.
+std::shared_ptr<ExpertsParameter> make_experts(std::string name, std::shared_ptr<PackedWeight> packed,
+                                               std::shared_ptr<FloatWeight> float_weight,
+                                               const std::vector<float>& bias, Act act, int count, int n) {
+  if (!packed == !float_weight) throw std::invalid_argument(name + ": give one weight");
+  if (float_weight && act) throw std::invalid_argument(name + ": float weights need a float input");
+  const Layout& layout = packed ? *packed->layout : *float_weight->layout;
+  const int padded = n < 1 ? 0 : round_up(n, layout.panel_cols);
+  if (count < 1 || n < 1 || (packed ? packed->n : float_weight->n) != static_cast<int64_t>(count) * padded)
+    throw std::invalid_argument(name + ": the weight must hold every expert's rows in whole panels");
+  if (!bias.empty() && bias.size() != static_cast<size_t>(count) * n)
+    throw std::invalid_argument(name + ": bias must be [experts · N]");
+  auto experts = std::make_shared<ExpertsParameter>(ExpertsParameter{std::move(name), {}});
+  for (size_t e = 0; e < static_cast<size_t>(count); ++e) {
+    LinearParameter one{experts->name + "." + std::to_string(e), {}, {}, {}, act};
+    if (!bias.empty()) one.bias.assign(bias.begin() + e * n, bias.begin() + (e + 1) * n);
+    if (packed) {
+      auto* part = new PackedWeight(*packed);
+      part->n = n;
+      part->data += e * layout.weight_size(padded, packed->k, packed->bits);
+      const size_t scales = static_cast<size_t>(padded) * ceil_div(packed->k, packed->group_size);
+      part->scales = static_cast<char*>(packed->scales) + e * scales * (packed->bf16_scales ? 2 : 4);
+      one.packed = {part, [packed](const PackedWeight* p) { delete p; }};
+    } else {
+      auto* part = new FloatWeight(*float_weight);
+      part->n = n;
+      part->data = static_cast<char*>(float_weight->data) +
+                   e * layout.float_size(padded, float_weight->k) * float_bytes(float_weight->type);
+      one.float_weight = {part, [float_weight](const FloatWeight* p) { delete p; }};
+    }
+    experts->experts.push_back(std::move(one));
+  }
+  return experts;
+}
+
+std::shared_ptr<RoutingParameter> make_routing(int num_experts, int top_k, const std::string& scoring, bool normalise,
+                                               float scale, std::vector<float> bias, int groups, int top_groups,
+                                               int group_best) {
+  if (num_experts < 1 || num_experts > 1 << 16 || top_k < 1 || top_k > num_experts)
+    throw std::invalid_argument("top_k must be within 1..num_experts, not " + std::to_string(top_k) + " of " +
+                                std::to_string(num_experts));
+  if (scoring != "softmax" && scoring != "sigmoid")
+    throw std::invalid_argument("scoring must be softmax or sigmoid, not " + scoring);
+  if (!bias.empty() && bias.size() != static_cast<size_t>(num_experts))
+    throw std::invalid_argument("a routing's bias must be [num_experts]");
+  if (groups < 1 || num_experts % groups || top_groups < 1 || top_groups > groups || group_best < 1 ||
+      group_best > num_experts / groups || top_k > top_groups * (num_experts / groups))
+    throw std::invalid_argument("groups must be of equal size, and those that stay must have top_k experts");
+  return std::make_shared<RoutingParameter>(RoutingParameter{num_experts, top_k, scoring == "softmax", normalise, scale,
+                                                             std::move(bias), groups, top_groups, group_best});
+}
+
 }  // namespace
 }  // namespace fptq
 
@@ -277,6 +330,14 @@ NB_MODULE(_native, m) {
   nb::class_<LinearParameter>(m, "Linear")
       .def(nb::new_(&make_linear), "name"_a, "packed"_a.none(), "float_weight"_a.none(), "bias"_a, "act"_a.none());
 
+  nb::class_<ExpertsParameter>(m, "Experts")
+      .def(nb::new_(&make_experts), "name"_a, "packed"_a.none(), "float_weight"_a.none(), "bias"_a, "act"_a.none(),
+           "count"_a, "n"_a);
+
+  nb::class_<RoutingParameter>(m, "Routing")
+      .def(nb::new_(&make_routing), "num_experts"_a, "top_k"_a, "scoring"_a, "normalise"_a, "scale"_a, "bias"_a,
+           "groups"_a, "top_groups"_a, "group_best"_a);
+
   nb::class_<AttentionParameter>(m, "Attention")
       .def(nb::new_(&make_attention), "layer"_a, "num_heads"_a, "num_kv_heads"_a, "head_dim"_a, "softmax_scale"_a,
            "sliding_window"_a, "rope_cos"_a.none(), "rope_sin"_a.none(), "alibi_slopes"_a, "sinks"_a, "softcap"_a,
@@ -311,6 +372,11 @@ NB_MODULE(_native, m) {
       .def("rope_and_cache", &Program::rope_and_cache, "qkv"_a, "attention"_a)
       .def("attention", &Program::attention, "q"_a, "attention"_a, "act"_a.none(), "selected"_a)
       .def("select_rows", &Program::select_rows, "x"_a)
+      .def("route", &Program::route, "logits"_a, "routing"_a)
+      .def("dispatch", &Program::dispatch, "x"_a, "routed"_a)
+      .def("experts", &Program::experts, "x"_a, "experts"_a, "routed"_a)
+      .def("combine", &Program::combine, "x"_a, "routed"_a, "residual"_a.none())
+      .def("gate", &Program::gate, "x"_a, "logit"_a)
       .def("finish", &Program::finish, "logits"_a)
       .def_prop_ro("logits_width", &Program::logits_width)
       .def_prop_ro("seconds", &Program::seconds, "Spent in all steps so far, by kind of op.")

@@ -32,6 +32,7 @@ struct Kernels {
   int32_t (*activate_row)(const Activation&, const float* x, const float* up, int n, float* out);
   void (*add_row)(const float* x, const float* y, int n, float* out);  // these three: out may be an operand
   void (*scale_row)(const float* x, float factor, int n, float* out);
+  void (*accumulate_row)(const float* x, float factor, int n, float* out);  // out += x · factor
   void (*softcap_row)(const float* x, float cap, int n, float* out);
   // `keys`: room for num_kv_heads · head_dim.
   void (*rope_and_cache_row)(const AttentionView&, const KvCache&, int position, int slot, const float* qkv, float* q,

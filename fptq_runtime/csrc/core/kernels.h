@@ -65,6 +65,8 @@ struct Layout {
   // int8 activations: bytes of codes, and numbers of sums.
   size_t (*codes_size)(size_t rows, int k);
   size_t (*sums_size)(size_t rows, int k);
+  // Row m of one to row `to` of another of the same K, with its scale.
+  void (*copy_row)(const Activations& from, int m, Activations& out, int to);
   // Row m's codes [K rounded up] and their sums of k_unit each, for tests to see.
   void (*read_row)(const Activations& rows, int m, int8_t* codes, int32_t* sums);
   size_t (*weight_size)(int n, int k, int bits);  // bytes of codes

@@ -24,6 +24,7 @@ constexpr int kChunkCost = 4;                 // rows that fetching a chunk cost
 constexpr int kRowPanels = 16;                // a tile's activations stay in L2 while its panels stream past
 constexpr int kScratch = 1 << 14;             // floats of gate and up at once, or a panel of each for a tile
 constexpr int kMinSplitChunks = 2;
+constexpr int kExpertTasks = 4;     // for each thread, where few experts are active
 constexpr int kMaxCount = 1 << 30;  // of tokens, rows, sequences and blocks
 constexpr size_t kMaxPartials = size_t{16} << 20;
 
@@ -44,6 +45,14 @@ void check_range(const char* name, int index, long value, long end) {
 
 std::string linear_kind(const LinearParameter& linear) {
   return "linear " + std::to_string(linear.n()) + " x " + std::to_string(linear.k());
+}
+
+int64_t weight_bytes(const LinearParameter& linear) {
+  const int64_t n = linear.n(), k = linear.k();
+  if (!linear.packed) return n * k * float_bytes(linear.float_weight->type);
+  const PackedWeight& packed = *linear.packed;
+  return n * k * packed.bits / 8 +
+         n * ceil_div(linear.k(), packed.group_size) * static_cast<int64_t>(packed.bf16_scales ? 2 : 4);
 }
 
 size_t lines(size_t bytes) { return (bytes + kLine - 1) / kLine * kLine; }
@@ -96,8 +105,9 @@ const Program::Value& Program::value(int id, const char* op) const {
   return values_[id];
 }
 
-const Program::Value& Program::float_value(int id, int width, const char* op) const {
+const Program::Value& Program::float_value(int id, int width, const char* op, int route) const {
   const Value& x = value(id, op);
+  if (x.route != route) refuse(op, route < 0 ? " reads rows that were not dispatched" : " reads rows of another route");
   if (x.act) refuse(op, " reads floats, but its input is quantized");
   if (x.width != width) refuse(op, " reads rows of ", width, ", but its input has ", x.width);
   return x;
@@ -124,17 +134,40 @@ float* Program::floats(int id, const StepView& step) const {
 size_t Program::bytes(const Value& value) const {
   const size_t rows = capacity(value);
   if (!value.act) return lines(rows * value.width * sizeof(float));
-  return lines(layout_.codes_size(rows, value.width)) + lines(rows * sizeof(float)) +
-         lines(layout_.sums_size(rows, value.width) * sizeof(int32_t));
+  const size_t apart = parts(value);
+  return lines(layout_.codes_size(rows, value.width) + apart * layout_.codes_size(1, value.width)) +
+         lines(rows * sizeof(float)) +
+         lines((layout_.sums_size(rows, value.width) + apart * layout_.sums_size(1, value.width)) * sizeof(int32_t));
+}
+
+// How many experts' rows lie each in panels of their own, at most.
+size_t Program::parts(const Value& value) const {
+  return value.route < 0 ? 0 : std::min<size_t>(routes_[value.route]->parameter->num_experts, capacity(value));
 }
 
 Activations Program::activations(int id, const StepView& step) const {
   const Value& value = values_[id];
   const size_t rows = capacity(value);
-  char* scales = value.data + lines(layout_.codes_size(rows, value.width));
+  char* scales =
+      value.data + lines(layout_.codes_size(rows, value.width) + parts(value) * layout_.codes_size(1, value.width));
   char* sums = scales + lines(rows * sizeof(float));
   return {reinterpret_cast<int8_t*>(value.data), reinterpret_cast<float*>(scales), reinterpret_cast<int32_t*>(sums),
           this->rows(id, step), value.width};
+}
+
+std::vector<Activations> Program::expert_activations(int id, const StepView& step) const {
+  const std::vector<int32_t>& starts = routes_[values_[id].route]->dispatch.starts;
+  Activations next = activations(id, step);
+  std::vector<Activations> each(starts.size() - 1, next);
+  for (size_t e = 0; e < each.size(); ++e) {
+    next.rows = starts[e + 1] - starts[e];
+    each[e] = next;
+    if (next.rows == 0) continue;
+    next.codes += layout_.codes_size(next.rows, next.k);
+    next.scales += next.rows;
+    next.sums += layout_.sums_size(next.rows, next.k);
+  }
+  return each;
 }
 
 // f(row, thread) for each row of a value. Rows of one activation panel share cache lines, so a task takes whole panels
@@ -162,6 +195,17 @@ void Program::record_rows(int x, int out, F f) {
     if (!act) {
       float* y = this_->floats(out, step);
       this_->each_row(out, step, [&](int row, int) { f(in + row * in_width, y + row * width); });
+      return;
+    }
+    if (this_->values_[out].route >= 0) {
+      const Dispatch& dispatch = this_->routes_[this_->values_[out].route]->dispatch;
+      std::vector<Activations> each = this_->expert_activations(out, step);
+      this_->each_row(out, step, [&](int row, int thread) {
+        float* scratch = this_->scratch_[thread].data();
+        f(in + row * in_width, scratch);
+        const int expert = dispatch.readers[row];
+        this_->kernels_.quantize_row(scratch, row - dispatch.starts[expert], *act, each[expert]);
+      });
       return;
     }
     Activations y = this_->activations(out, step);
@@ -207,13 +251,16 @@ int Program::norm(int x, std::shared_ptr<const NormParameter> norm, Act act) {
 }
 
 int Program::activation(int x, const Activation& activation, Act act) {
-  const int in_width = value(x, "activation").width, width = activation.gated ? in_width / 2 : in_width;
-  const bool selected = float_value(x, in_width, "activation").selected;
+  const Value in = value(x, "activation");
+  const int in_width = in.width, width = activation.gated ? in_width / 2 : in_width;
+  float_value(x, in_width, "activation", in.route);
   if (activation.gated && in_width % 2)
     refuse("a gated activation reads gate and up, but its input is ", in_width, " wide");
   if (activation.curve == Curve::kClampedSwiglu && !activation.gated) refuse("clamped_swiglu is always gated");
   if (!(activation.limit > 0)) refuse("an activation's limit must be positive, not ", activation.limit);
-  const int out = define("activation", width, selected, act, {x});
+  const int out = define("activation", width, in.selected, act, {x});
+  values_[out].route = in.route;
+  values_[out].copies = in.copies;
   ops_.back().activation = activation;
   record_rows(x, out, [=, &kernels = kernels_](const float* row, float* y) {
     kernels.activate_row(activation, row, row + width, width, y);
@@ -266,13 +313,13 @@ void Program::fuse_gates() {
     if (linear.linear && linear.linear->packed && linear.reads.size() == 1 && activation.activation &&
         activation.activation->gated && activation.reads.front() == linear.write &&
         values_[linear.write].last_use == static_cast<int>(i) + 1 && out.act && out.width % layout_.panel_cols == 0)
-      gate(linear, activation);
+      fuse(linear, activation);
   }
 }
 
 // Each task multiplies a few panels of gate and the same of up, and what it made of them waits for the row's maximum as
 // [panels][rows][panel_cols], so that a task writes and reads it in one stream.
-void Program::gate(Op& linear_op, Op& activation_op) {
+void Program::fuse(Op& linear_op, Op& activation_op) {
   const auto linear = linear_op.linear;
   const Activation activation = *activation_op.activation;
   const int in = linear_op.reads.front(), x = linear_op.write, out = activation_op.write;
@@ -347,19 +394,16 @@ int Program::linear(int x, std::shared_ptr<const LinearParameter> linear, std::o
   if (in.width != k) refuse(linear->name, " reads rows of ", k, ", but its input has ", in.width);
   if (linear->layout() != &layout_) refuse(linear->name, ": packed for another ISA path");
   if (in.act != linear->act) refuse(linear->name, ": its input is not quantized as its `act` says");
+  if (in.route >= 0) refuse(linear->name, " reads rows that were not dispatched");
   std::vector<int> reads{x};
   if (residual) {
     if (float_value(*residual, n, linear->name.c_str()).selected != in.selected)
       refuse(linear->name, ": input and residual have different rows");
     reads.push_back(*residual);
   }
-  const int64_t weights = static_cast<int64_t>(n) * k;
   Work& work = in.selected ? row_work_ : token_work_;
-  work.multiply_adds += weights;
-  if (const PackedWeight* packed = linear->packed.get())
-    work.weight_bytes +=
-        weights * packed->bits / 8 + int64_t{n} * ceil_div(k, packed->group_size) * (packed->bf16_scales ? 2 : 4);
-  else work.weight_bytes += weights * float_bytes(linear->float_weight->type);
+  work.multiply_adds += static_cast<int64_t>(n) * k;
+  work.weight_bytes += weight_bytes(*linear);
   const int out = define(linear_kind(*linear), n, in.selected, {}, reads,
                          residual && *residual != x ? std::vector<int>{*residual} : std::vector<int>{});
   ops_.back().linear = linear;
@@ -375,16 +419,22 @@ int Program::linear(int x, std::shared_ptr<const LinearParameter> linear, std::o
   return out;
 }
 
-void Program::multiply(const LinearParameter& linear, int x, const Epilogue& epilogue, const StepView& step, int m0,
-                       int m1, int p0, int p1) const {
+void Program::multiply(const LinearParameter& linear, const float* x, const Activations& codes,
+                       const Epilogue& epilogue, int m0, int m1, int p0, int p1) const {
   if (linear.float_weight) {
-    kernels_.gemm_float(floats(x, step), *linear.float_weight, epilogue, m0, m1, p0, p1);
+    kernels_.gemm_float(x, *linear.float_weight, epilogue, m0, m1, p0, p1);
   } else if (!linear.act) {
-    kernels_.gemm_weight_only(floats(x, step), *linear.packed, epilogue, m0, m1, p0, p1);
+    kernels_.gemm_weight_only(x, *linear.packed, epilogue, m0, m1, p0, p1);
   } else {
     const auto gemm = linear.packed->bits == 4 ? kernels_.gemm_int4 : kernels_.gemm_int8;
-    gemm(activations(x, step), *linear.packed, epilogue, m0, m1, p0, p1);
+    gemm(codes, *linear.packed, epilogue, m0, m1, p0, p1);
   }
+}
+
+void Program::multiply(const LinearParameter& linear, int x, const Epilogue& epilogue, const StepView& step, int m0,
+                       int m1, int p0, int p1) const {
+  multiply(linear, linear.act ? nullptr : floats(x, step), linear.act ? activations(x, step) : Activations{}, epilogue,
+           m0, m1, p0, p1);
 }
 
 Program::Cut Program::cut(int m, int panels, int n, int k) const {
@@ -563,6 +613,160 @@ int Program::select_rows(int x) {
   return out;
 }
 
+int Program::route_of(int id, const char* op) const {
+  const Value& routed = value(id, op);
+  if (routed.route < 0 || routed.width) refuse(op, " reads what `route` made");
+  return routed.route;
+}
+
+int Program::route(int logits, std::shared_ptr<const RoutingParameter> routing) {
+  const RoutingParameter& r = *routing;
+  const bool selected = float_value(logits, r.num_experts, "route").selected;
+  const int out = define("route", 0, selected, {}, {logits});
+  routes_.push_back(std::make_unique<Route>(Route{routing, Dispatch(capacity(values_[out]), r)}));
+  values_[out].route = static_cast<int>(routes_.size()) - 1;
+  scratch_needed_ = std::max(scratch_needed_, 2 * r.num_experts + r.groups);
+  Route* route = routes_.back().get();
+  record([=, this_ = this](const StepView& step) {
+    const RoutingParameter& r = *route->parameter;
+    const float* in = this_->floats(logits, step);
+    Dispatch& dispatch = route->dispatch;
+    this_->each_row(logits, step, [&](int row, int thread) {
+      const size_t at = static_cast<size_t>(row) * r.top_k;
+      choose_experts(r, in + static_cast<size_t>(row) * r.num_experts, &dispatch.experts[at], &dispatch.weights[at],
+                     this_->scratch_[thread].data());
+    });
+    dispatch.order(this_->rows(logits, step), r.top_k);
+  });
+  return out;
+}
+
+int Program::dispatch(int x, int routed) {
+  const int route = route_of(routed, "dispatch");
+  const Value in = value(x, "dispatch");
+  if (in.route >= 0 || in.selected != values_[routed].selected) refuse("dispatch: input and route have different rows");
+  const int out = define("dispatch", in.width, in.selected, in.act, {x, routed});
+  values_[out].route = route;
+  values_[out].copies = routes_[route]->parameter->top_k;
+  record([=, this_ = this](const StepView& step) {
+    const Dispatch& dispatch = this_->routes_[route]->dispatch;
+    if (!in.act) {
+      const size_t bytes = in.width * sizeof(float);
+      const float* from = this_->floats(x, step);
+      float* to = this_->floats(out, step);
+      this_->each_row(out, step, [&](int row, int) {
+        std::memcpy(to + static_cast<size_t>(row) * in.width,
+                    from + static_cast<size_t>(dispatch.sources[row]) * in.width, bytes);
+      });
+      return;
+    }
+    const Activations from = this_->activations(x, step);
+    std::vector<Activations> each = this_->expert_activations(out, step);
+    this_->each_row(out, step, [&](int row, int) {
+      const int expert = dispatch.readers[row];
+      this_->layout_.copy_row(from, dispatch.sources[row], each[expert], row - dispatch.starts[expert]);
+    });
+  });
+  return out;
+}
+
+// Each task multiplies some rows of one expert with some of its panels: an expert's weights are read once for all of
+// its rows, but for those beyond a tile's kRowPanels.
+int Program::experts(int x, std::shared_ptr<const ExpertsParameter> experts, int routed) {
+  const char* name = experts->name.c_str();
+  const int route = route_of(routed, name);
+  const Value in = value(x, name);
+  const LinearParameter& first = experts->first();
+  const RoutingParameter& routing = *routes_[route]->parameter;
+  const int n = first.n(), k = first.k();
+  if (in.width != k) refuse(name, " reads rows of ", k, ", but its input has ", in.width);
+  if (in.route != route || in.copies != routing.top_k) refuse(name, " reads dispatched rows");
+  if (static_cast<int>(experts->experts.size()) != routing.num_experts)
+    refuse(name, " has ", experts->experts.size(), " experts, but its route ", routing.num_experts);
+  if (first.layout() != &layout_) refuse(name, ": packed for another ISA path");
+  if (in.act != first.act) refuse(name, ": its input is not quantized as its `act` says");
+  (in.selected ? row_work_ : token_work_).multiply_adds += static_cast<int64_t>(routing.top_k) * n * k;
+  expert_work_.push_back({weight_bytes(first), routing.num_experts, routing.top_k, in.selected});
+  const int out = define("experts " + std::to_string(n) + " x " + std::to_string(k), n, in.selected, {}, {x, routed});
+  values_[out].route = route;
+  values_[out].copies = in.copies;
+  record([=, this_ = this](const StepView& step) {
+    const std::vector<int32_t>& starts = this_->routes_[route]->dispatch.starts;
+    const std::vector<Activations> codes =
+        in.act ? this_->expert_activations(x, step) : std::vector<Activations>(starts.size() - 1);
+    const float* floats = in.act ? nullptr : this_->floats(x, step);
+    const int panels = ceil_div(n, this_->layout_.panel_cols), tile = this_->layout_.tile_rows;
+    int active = 0;
+    for (size_t e = 0; e + 1 < starts.size(); ++e) active += starts[e] < starts[e + 1];
+    if (!active) return;
+    const int groups = std::min(panels, ceil_div(kExpertTasks * this_->pool_->threads(), active));
+    std::vector<ExpertTile>& tiles = this_->expert_tiles_;
+    tiles.clear();
+    for (int e = 0; e + 1 < static_cast<int>(starts.size()); ++e) {
+      const int m = starts[e + 1] - starts[e], row_panels = m ? count_panels(m, tile) : 0;
+      for (int g = 0; g < groups; ++g)
+        for (int r = 0; r < row_panels; r += kRowPanels)
+          tiles.push_back({e, panel_begin(r, m, tile), panel_begin(std::min(row_panels, r + kRowPanels), m, tile),
+                           static_cast<int>(static_cast<long>(panels) * g / groups),
+                           static_cast<int>(static_cast<long>(panels) * (g + 1) / groups)});
+    }
+    float* y = this_->floats(out, step);
+    this_->pool_->run(static_cast<int>(tiles.size()), [&](int task, int) {
+      const ExpertTile& t = tiles[task];
+      const LinearParameter& linear = experts->experts[t.expert];
+      const size_t row = starts[t.expert];
+      this_->multiply(linear, floats ? floats + row * k : nullptr, codes[t.expert],
+                      {linear.bias.empty() ? nullptr : linear.bias.data(), nullptr, y + row * n, n}, t.m0, t.m1, t.p0,
+                      t.p1);
+    });
+  });
+  return out;
+}
+
+int Program::combine(int x, int routed, std::optional<int> residual) {
+  const int route = route_of(routed, "combine");
+  const Value in = value(x, "combine");
+  float_value(x, in.width, "combine", route);
+  if (in.copies != routes_[route]->parameter->top_k) refuse("combine reads dispatched rows");
+  std::vector<int> reads{x, routed};
+  if (residual) {
+    if (float_value(*residual, in.width, "combine").selected != in.selected)
+      refuse("combine: input and residual have different rows");
+    reads.push_back(*residual);
+  }
+  const int out = define("combine", in.width, in.selected, {}, reads);
+  record([=, this_ = this](const StepView& step) {
+    const Route& r = *this_->routes_[route];
+    const size_t width = in.width, top_k = r.parameter->top_k;
+    const float *from = this_->floats(x, step), *added = residual ? this_->floats(*residual, step) : nullptr;
+    float* y = this_->floats(out, step);
+    this_->each_row(out, step, [&](int row, int) {
+      float* sum = y + row * width;
+      std::memset(sum, 0, width * sizeof(float));
+      for (size_t i = row * top_k; i < (row + 1) * top_k; ++i)
+        this_->kernels_.accumulate_row(from + r.dispatch.places[i] * width, r.dispatch.weights[i], in.width, sum);
+      if (added) this_->kernels_.add_row(sum, added + row * width, in.width, sum);
+    });
+  });
+  return out;
+}
+
+int Program::gate(int x, int logit) {
+  const Value in = value(x, "gate");
+  if (float_value(x, in.width, "gate").selected != float_value(logit, 1, "gate").selected)
+    refuse("gate: its inputs have different rows");
+  const int out = define("gate", in.width, in.selected, {}, {x, logit}, {x});
+  record([=, this_ = this](const StepView& step) {
+    const float *rows = this_->floats(x, step), *logits = this_->floats(logit, step);
+    float* y = this_->floats(out, step);
+    this_->each_row(out, step, [&](int row, int) {
+      const size_t at = static_cast<size_t>(row) * in.width;
+      this_->kernels_.scale_row(rows + at, 1 / (1 + std::exp(-logits[row])), in.width, y + at);
+    });
+  });
+  return out;
+}
+
 void Program::finish(int logits) {
   const Value& result = value(logits, "finish");
   if (logits + 1 != static_cast<int>(values_.size()) || !result.selected || result.act)
@@ -590,8 +794,8 @@ void Program::finish(int logits) {
     widest = std::max(widest, out.width);
     const size_t size = bytes(out);
     const int overwritten = taken(op);
-    if (in_logits[op.write]) {
-      // the step's own array
+    if (in_logits[op.write] || !size) {
+      // the step's own array, or a route's
     } else if (overwritten >= 0) {
       of[op.write] = of[overwritten];
     } else {
@@ -611,10 +815,10 @@ void Program::finish(int logits) {
     std::sort(reads.begin(), reads.end());
     reads.erase(std::unique(reads.begin(), reads.end()), reads.end());
     for (int id : reads)
-      if (values_[id].last_use == static_cast<int>(&op - ops_.data()) && id != overwritten && !in_logits[id])
+      if (values_[id].last_use == static_cast<int>(&op - ops_.data()) && id != overwritten && of[id].data)
         free.push_back(of[id]);
   }
-  scratch_.assign(pool_->threads(), std::vector<float>(std::max(widest, scratch_size_)));
+  scratch_.assign(pool_->threads(), std::vector<float>(std::max({widest, scratch_size_, scratch_needed_})));
   logits_ = logits;
 }
 
@@ -673,8 +877,14 @@ void Program::step(const StepView& step) {
 Work Program::work(int tokens, int rows) const {
   check_range("tokens", 0, tokens, limits_.max_tokens + 1L);
   check_range("rows", 0, rows, limits_.max_logits_rows + 1L);
-  return {tokens * token_work_.multiply_adds + rows * row_work_.multiply_adds,
-          token_work_.weight_bytes + (rows ? row_work_.weight_bytes : 0)};
+  Work work{tokens * token_work_.multiply_adds + rows * row_work_.multiply_adds,
+            token_work_.weight_bytes + (rows ? row_work_.weight_bytes : 0)};
+  for (const ExpertWork& w : expert_work_) {
+    const double missed = 1 - static_cast<double>(w.top_k) / w.experts;  // by one row
+    const double reached = w.experts * (1 - std::pow(missed, w.selected ? rows : tokens));
+    work.weight_bytes += static_cast<int64_t>(std::llround(reached * static_cast<double>(w.weight_bytes)));
+  }
+  return work;
 }
 
 std::map<std::string, double> Program::seconds() const {

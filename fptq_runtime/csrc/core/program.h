@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "core/dispatch.h"
+#include "core/routing.h"
 #include "core/thread_pool.h"
 
 namespace fptq {
@@ -26,6 +27,13 @@ struct LinearParameter {
   const Layout* layout() const { return packed ? packed->layout : float_weight->layout; }
   int n() const { return packed ? packed->n : float_weight->n; }
   int k() const { return packed ? packed->k : float_weight->k; }
+};
+
+// Linears of equal size, each of which reads the rows that are dispatched to it.
+struct ExpertsParameter {
+  std::string name;
+  std::vector<LinearParameter> experts;
+  const LinearParameter& first() const { return experts.front(); }
 };
 
 struct NormParameter {
@@ -96,6 +104,12 @@ class Program {
   // `selected`: for the rows that need logits alone.
   int attention(int q, std::shared_ptr<const AttentionParameter> attention, Act act, bool selected);
   int select_rows(int x);
+  // These make and read dispatched rows, which no others but `activation` take.
+  int route(int logits, std::shared_ptr<const RoutingParameter> routing);
+  int dispatch(int x, int routed);
+  int experts(int x, std::shared_ptr<const ExpertsParameter> experts, int routed);
+  int combine(int x, int routed, std::optional<int> residual);
+  int gate(int x, int logit);
   // Ends the recording with the last value as logits, fuses what can be, and allocates the buffers.
   void finish(int logits);
 
@@ -115,6 +129,8 @@ class Program {
     bool selected;  // rows are logits_rows, not tokens
     Act act;
     int op;                // that writes it
+    int route = -1;        // of dispatched rows, or the value of `route` itself, which has no floats
+    int copies = 1;        // of each row
     int last_use = -1;     // op
     char* data = nullptr;  // null for the logits, and what they overwrite, which lie in the step's own array
   };
@@ -128,6 +144,19 @@ class Program {
     std::optional<Activation> activation{};           // of an activation: what fuse_gates() looks for
     double seconds = 0;                               // in all steps so far
   };
+  struct Route {
+    std::shared_ptr<const RoutingParameter> parameter;
+    Dispatch dispatch;
+  };
+  // Of the linears of a route's experts, for each expert; `selected`: for the rows of logits.
+  struct ExpertWork {
+    int64_t weight_bytes;
+    int experts, top_k;
+    bool selected;
+  };
+  struct ExpertTile {
+    int expert, m0, m1, p0, p1;
+  };
   using Memory = std::unique_ptr<char, void (*)(void*)>;
 
   int define(std::string kind, int width, bool selected, Act act, std::vector<int> reads,
@@ -139,16 +168,24 @@ class Program {
   // Rows of the table for the step's array of indices.
   int gather(std::shared_ptr<const EmbeddingParameter> table, const int32_t* StepView::* indices);
   const Value& value(int id, const char* op) const;
-  const Value& float_value(int id, int width, const char* op) const;
+  const Value& float_value(int id, int width, const char* op, int route = -1) const;
+  int route_of(int id, const char* op) const;
   void check(const AttentionParameter& attention) const;
   void check(const StepView& step) const;
-  int capacity(const Value& value) const { return value.selected ? limits_.max_logits_rows : limits_.max_tokens; }
+  size_t capacity(const Value& value) const {
+    return static_cast<size_t>(value.copies) * (value.selected ? limits_.max_logits_rows : limits_.max_tokens);
+  }
   size_t bytes(const Value& value) const;
+  size_t parts(const Value& value) const;
   char* allocate(size_t bytes);
 
-  int rows(int id, const StepView& step) const { return values_[id].selected ? step.rows : step.tokens; }
+  int rows(int id, const StepView& step) const {
+    return values_[id].copies * (values_[id].selected ? step.rows : step.tokens);
+  }
   float* floats(int id, const StepView& step) const;
   Activations activations(int id, const StepView& step) const;
+  // Of dispatched rows, each expert's.
+  std::vector<Activations> expert_activations(int id, const StepView& step) const;
   template <class F>
   void each_row(int id, const StepView& step, F f) const;
   // How a linear is shared out: blocks of kRowPanels row panels by groups of weight panels.
@@ -158,10 +195,12 @@ class Program {
   Cut cut(int m, int panels, int n, int k) const;
   template <class F>
   void each_tile(const Cut& cut, int m, int panels, F f) const;
+  void multiply(const LinearParameter& linear, const float* x, const Activations& codes, const Epilogue& epilogue,
+                int m0, int m1, int p0, int p1) const;
   void multiply(const LinearParameter& linear, int x, const Epilogue& epilogue, const StepView& step, int m0, int m1,
                 int p0, int p1) const;
   void fuse_gates();
-  void gate(Op& linear, Op& activation);
+  void fuse(Op& linear, Op& activation);
   void attend(const AttentionParameter& attention, const float* q, float* out, bool selected, const StepView& step);
 
   const std::shared_ptr<ThreadPool> pool_;
@@ -173,7 +212,11 @@ class Program {
   std::vector<KvCache> cache_;  // a layer each
   std::vector<Value> values_;
   std::vector<Op> ops_;
-  Work token_work_{}, row_work_{};           // of one token, of one logits row; the bytes are a step's
+  Work token_work_{}, row_work_{};  // of one token, of one logits row; the bytes are a step's
+  std::vector<ExpertWork> expert_work_;
+  std::vector<std::unique_ptr<Route>> routes_;
+  std::vector<ExpertTile> expert_tiles_;
+  int scratch_needed_ = 0;
   std::vector<std::vector<float>> scratch_;  // for each thread
   std::vector<int32_t> max_bits_;            // [rows][groups of a cut], between a gated linear and its quantization
   std::vector<AttentionTile> tiles_, parts_, split_;

@@ -30,6 +30,7 @@ from fptq_runtime.kernels.base import (
     Norm,
     Ops,
     Roofs,
+    Routing,
     SampleInput,
     SampleOutput,
     StepInput,
@@ -47,10 +48,11 @@ from fptq_runtime.kernels.triton.attention import (
 )
 from fptq_runtime.kernels.triton.attention import attention as attend
 from fptq_runtime.kernels.triton.device import fastest, is_gpu
+from fptq_runtime.kernels.triton.experts import DeviceExperts, Routed, combine, prepare_routing, route, run_experts
 from fptq_runtime.kernels.triton.fused import DeviceNorm
 from fptq_runtime.kernels.triton.linear import DeviceLinear, describe, pack_linear, run_linear
 from fptq_runtime.kernels.triton.sampling import sample
-from fptq_runtime.kernels.triton.values import DeviceBatch, Quantized, interpreted
+from fptq_runtime.kernels.triton.values import DeviceBatch, Quantized, interpreted, take_rows
 
 Value = torch.Tensor | Quantized
 
@@ -76,16 +78,19 @@ class TritonBackend:
     def prepare(self, parameter: Any) -> Any:
         try:
             if isinstance(parameter, Linear):
-                linear = pack_linear(parameter, self.device)
-                kind, kernel = describe(linear)
+                experts = tuple(pack_linear(parameter.expert(i) if parameter.experts > 1 else parameter, self.device)
+                                for i in range(parameter.experts))
+                kind, kernel = describe(experts[0])
                 self._linears[kind] = kernel
-                return linear
+                return experts[0] if len(experts) == 1 else DeviceExperts(experts)
             if isinstance(parameter, Norm):
                 return fused.prepare_norm(parameter, self.device)
             if isinstance(parameter, Embedding):
                 return fused.prepare_embedding(parameter, self.device)
             if isinstance(parameter, AttentionSpec):
                 return prepare_attention(parameter, self.device, self._tables)
+            if isinstance(parameter, Routing):
+                return prepare_routing(parameter, self.device)
         except torch.OutOfMemoryError:
             raise FptqError("the model's weights do not fit into the GPU's free memory; free some, choose another GPU "
                             "with CUDA_VISIBLE_DEVICES, or use --device cpu") from None
@@ -203,7 +208,7 @@ class TritonExecutor:
                 or longest > limits.max_model_len:
             raise ValueError("the step exceeds what the executor was compiled for")
         context = max(SMALLEST_CONTEXT, triton.next_power_of_2(longest))
-        if tokens == seqs and 0 < rows <= seqs:
+        if tokens == seqs and 0 < rows <= seqs and not self._survey.has_experts:
             padded = min(bucket(seqs), limits.max_seqs)
             return _Shape(padded, padded, padded, context, 1, True)
         query = int(np.diff(batch.query_start_loc).max(initial=1))
@@ -299,11 +304,22 @@ class TritonOps:
         return self.select_rows(attended) if selected else attended
 
     def select_rows(self, x: Value) -> Value:
-        rows = self._batch.logits_rows
-        if isinstance(x, torch.Tensor):
-            return x.index_select(0, rows)
-        codes = x.codes.view(torch.int8).index_select(0, rows).view(x.codes.dtype)  # torch selects no rows of FP8
-        return Quantized(codes, x.scale if x.scale.numel() == 1 else x.scale.index_select(0, rows))
+        return take_rows(x, self._batch.logits_rows)
+
+    def route(self, logits: Value, routing: Routing) -> Routed:
+        return route(_float(logits), routing)
+
+    def dispatch(self, x: Value, routed: Routed) -> Value:
+        return take_rows(x, routed.rows)
+
+    def expert_linear(self, x: Value, linear: DeviceExperts, routed: Routed) -> Value:
+        return run_experts(x, linear, routed, self._invariant)
+
+    def combine(self, x: Value, routed: Routed, residual: Value | None = None) -> Value:
+        return combine(_float(x), routed, None if residual is None else _float(residual))
+
+    def gate(self, x: Value, logit: Value) -> Value:
+        return _float(x) * _float(logit).sigmoid()
 
 
 class _Inputs:
@@ -388,10 +404,33 @@ class _Survey:
     def __init__(self) -> None:
         self._multiply_adds = [0, 0]
         self._bytes = 0
+        self._experts: list[tuple[Routing, int, int]] = []  # each linear's, its bytes, and where it stands
         self._at = 0
 
+    @property
+    def has_experts(self) -> bool:
+        return bool(self._experts)
+
     def work(self, tokens: int, rows: int) -> Work:
-        return Work(tokens * self._multiply_adds[0] + rows * self._multiply_adds[1], self._bytes)
+        weight_bytes = self._bytes
+        for routing, nbytes, at in self._experts:
+            missed = 1 - routing.top_k / routing.num_experts  # by one row
+            weight_bytes += round(nbytes * (1 - missed ** (tokens, rows)[at]))
+        return Work(tokens * self._multiply_adds[0] + rows * self._multiply_adds[1], weight_bytes)
+
+    def route(self, logits: None, routing: Routing) -> Routing:
+        return routing
+
+    def dispatch(self, x: None, routed: Routing) -> None: ...
+
+    def expert_linear(self, x: None, linear: DeviceExperts, routed: Routing) -> None:
+        first = linear.experts[0]
+        self._multiply_adds[self._at] += routed.top_k * first.n * first.k
+        self._experts.append((routed, len(linear.experts) * first.nbytes, self._at))
+
+    def combine(self, x: None, routed: Routing, residual: None = None) -> None: ...
+
+    def gate(self, x: None, logit: None) -> None: ...
 
     def linear(self, x: None, linear: DeviceLinear, residual: None = None) -> None:
         for part in (linear, *(linear.low_rank or ())):

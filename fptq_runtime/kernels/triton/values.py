@@ -36,6 +36,13 @@ class DeviceBatch:
     max_seq_len: int
 
 
+def take_rows(x: torch.Tensor | Quantized, rows: torch.Tensor) -> torch.Tensor | Quantized:
+    if isinstance(x, torch.Tensor):
+        return x.index_select(0, rows)
+    codes = x.codes.view(torch.int8).index_select(0, rows).view(x.codes.dtype)  # torch selects no rows of FP8
+    return Quantized(codes, x.scale if x.scale.numel() == 1 else x.scale.index_select(0, rows))
+
+
 def interpreted() -> bool:
     """Whether kernels run in Triton's interpreter, on the CPU."""
     return os.environ.get("TRITON_INTERPRET") == "1"

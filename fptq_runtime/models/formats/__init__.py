@@ -41,8 +41,8 @@ class WeightFormat(Protocol):
 def open_format(config: Mapping[str, Any], path: Path, tensors: Tensors, dequantize: bool = False,
                 ) -> WeightFormat | None:
     """The format that config.json names, or that the file beside it does in which AutoGPTQ and AutoAWQ kept it; None
-    where the checkpoint is in float. dequantize: FP8 and FP4 weights are read as floats also where kernels would take
-    their codes. Raises SchemeError."""
+    where the checkpoint is in float, or has experts in MXFP4, which are widened. dequantize: FP8 and FP4 weights are
+    read as floats also where kernels would take their codes. Raises SchemeError."""
     quantization = config.get("quantization_config")
     if quantization is None:
         beside = next((file for name in ("quantize_config.json", "quant_config.json")
@@ -67,5 +67,7 @@ def open_format(config: Mapping[str, Any], path: Path, tensors: Tensors, dequant
             return Awq(quantization, tensors)
         case "fp8" | "fbgemm_fp8" | "modelopt":
             return Floats.of_config(quantization, tensors)
+        case "mxfp4":  # of gpt-oss's experts alone, which are read as floats
+            return None
     raise SchemeError(f"quantization method {method!r} is not supported; compressed-tensors, gptq, awq, fp8, "
-                      "fbgemm_fp8 and modelopt are")
+                      "fbgemm_fp8, modelopt and mxfp4 are")

@@ -48,10 +48,11 @@ class CompressedTensors:
         self._groups: list[tuple[list[re.Pattern[str]], bool, _Group]] = []
         for name, data in groups.items():
             group = _Group(name, data, config.get("format"))
+            patterns = _patterns(group.targets)
             for target in group.targets:
-                if isinstance(target, str) and not target.startswith("re:") and target != "Linear":
+                if not target.startswith("re:") and target != "Linear":
                     self._exact[target] = group
-            self._groups.append((_patterns(group.targets), "Linear" in group.targets, group))
+            self._groups.append((patterns, "Linear" in group.targets, group))
 
     @staticmethod
     def _refuse_what_is_online(config: Mapping[str, Any]) -> None:
@@ -257,9 +258,11 @@ def quantization_config(schemes: Mapping[str, LayerScheme], head: str, ignore: S
             "weights": scheme.weights.to_dict(),
             "input_activations": None if act is None else act.to_dict(),
             "output_activations": None,
-            "targets": [],
+            "targets": {},
         })
-        group["targets"] += [module] if module != head or head == HEAD else [module, HEAD]
+        group["targets"] |= dict.fromkeys([_target(module)] if module != head or head == HEAD else [module, HEAD])
+    for group in groups.values():
+        group["targets"] = list(group["targets"])
     formats = {group["format"] for group in groups.values()}
     return {
         "quant_method": "compressed-tensors",
@@ -269,3 +272,12 @@ def quantization_config(schemes: Mapping[str, LayerScheme], head: str, ignore: S
         "ignore": list(ignore),
         "kv_cache_scheme": None,
     }
+
+
+def _target(module: str) -> str:
+    """One for all experts of a layer, by the pattern that transformers looks for; else the module's own name."""
+    before, found, after = module.partition(".experts.")
+    index, dot, name = after.partition(".")
+    if not (found and dot and index.isdecimal()):
+        return module
+    return rf"re:{re.escape(before)}\.experts\.\d+\.{re.escape(name)}$"

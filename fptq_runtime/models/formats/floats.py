@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from ml_dtypes import bfloat16
 
 from fptq_runtime.artifact.scheme import LayerScheme, SchemeError
 from fptq_runtime.kernels.base import Array
@@ -106,3 +107,14 @@ def block_of_groups(config: Mapping[str, Any], needed: bool) -> tuple[bool, Any]
             or packing == "mxfp4-pack-quantized"
         blocks = weights.get("block_structure") or blocks
     return found, blocks
+
+
+def widen_mxfp4(blocks: Array, scales: Array) -> Array:
+    """What OCP's MXFP4 stands for, which bfloat16 holds exactly. blocks: uint8 [experts, N, K / 32, 16], the lower
+    nibble first; scales: E8M0, uint8 [experts, N, K / 32]. bfloat16 [experts, N, K]"""
+    pairs = np.stack((E2M1[np.arange(256) & 15], E2M1[np.arange(256) >> 4]), axis=-1)
+    values = np.empty((*scales.shape, 32), bfloat16)
+    for expert, scale in enumerate(scales):
+        wide = np.ldexp(pairs[blocks[expert]], scale.astype(np.int32)[..., None, None] - 127)
+        values[expert] = wide.reshape(*scale.shape, 32)
+    return values.reshape(*scales.shape[:-1], -1)

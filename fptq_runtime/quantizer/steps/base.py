@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -84,7 +84,38 @@ class Target:
     @property
     def names(self) -> tuple[str, ...]:
         """What a recipe's patterns may call it."""
-        return self.name, *self.modules
+        return called(self.name, self.modules)
+
+    @property
+    def has_moments(self) -> bool:
+        return all(stats.moments is not None for stats in self.stats.parts() if stats.rows)
+
+    def parts(self) -> list[Target]:
+        """Each expert with what it alone reads, to be rounded by itself; a linear that is none, itself."""
+        count = self.linear.experts
+        if count == 1:
+            return [self]
+        clips = [None] * count if self.clip is None else self.clip.chunk(count)
+        width = len(self.modules) // count
+        return [Target(self.name, self.linear.expert(i), self.modules[i * width : (i + 1) * width], stats,
+                       self.rounding, clip, reason=self.reason)
+                for i, (stats, clip) in enumerate(zip(self.stats.experts, clips, strict=True))]
+
+    def join(self, parts: Sequence[Target]) -> None:
+        """Take what became of `parts`. Errors are those of the rows that each one read."""
+        if parts[0] is self:
+            return
+        weights: list[Any] = [part.linear.weight for part in parts]
+        self.linear.weight = replace(weights[0], packed=torch.cat([weight.packed for weight in weights]),
+                                     scale=torch.cat([weight.scale for weight in weights]))
+        if self.linear.bias is not None:
+            biases: list[Any] = [part.linear.bias for part in parts]
+            self.linear.bias = torch.cat(biases)
+        rows = [part.stats.rows for part in parts]
+        for name in ("error", "activation_error"):
+            errors = [getattr(part, name) * count for part, count in zip(parts, rows, strict=True)]
+            setattr(self, name, sum(errors) / sum(rows))
+        self.reason = "; ".join(dict.fromkeys(part.reason for part in parts))
 
     @property
     def weight(self) -> torch.Tensor:
@@ -143,7 +174,7 @@ def float_weight(linear: Linear) -> torch.Tensor:
 def relative_error(output: torch.Tensor, exact: torch.Tensor) -> float:
     """Mean over rows of |y - exact|² / |exact|². Both [rows, N]"""
     difference = (output - exact).square().sum(-1)
-    return float((difference / exact.square().sum(-1).clamp_min(1e-12)).mean())
+    return float((difference / exact.square().sum(-1).clamp_min(1e-12)).mean()) if len(exact) else 0.0
 
 
 def static_act(amax: torch.Tensor, sample: torch.Tensor | None = None, method: RangeMethod = "minmax",
@@ -179,7 +210,7 @@ class BlockWork:
 
     model: Model
     block: Block
-    targets: Mapping[str, Target]  # by the names of the block's linears
+    targets: Mapping[str, Target]  # by the names of the block's linears that are quantizable
     states: HiddenStates
     exact: HiddenStates | None = None
 
@@ -204,8 +235,8 @@ def observe(model: Model, block: Block, states: HiddenStates, weights: Rounds | 
     head = block.spec is model.head
     stats = observe_block(states, block, moments=weights is not None and weights.wants_moments(head),
                           exact=None if head else exact)
-    targets = {name: Target(name, linear, block.spec.modules(name), stats[name])
-               for name, linear in block.linears.items()}
+    targets = {name: Target(name, block.linears[name], block.spec.modules(name), stats[name])
+               for name in block.spec.quantizable}
     if weights is not None:
         for target in targets.values():
             target.rounding = weights.rounding(target.names, head)
@@ -264,6 +295,11 @@ class Step(BaseModel):
     def patterns(self) -> tuple[str, ...]:
         """Patterns of `Target.names` among the settings; each must name a linear of the model."""
         return ()
+
+
+def called(name: str, modules: tuple[str, ...]) -> tuple[str, ...]:
+    """What patterns may call a linear: "experts.up" and "shared.up" are "up" too."""
+    return name, name.rpartition(".")[2], *modules
 
 
 def matches(pattern: str, names: tuple[str, ...]) -> bool:

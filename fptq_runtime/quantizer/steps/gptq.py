@@ -12,7 +12,7 @@ from pydantic import Field, PositiveFloat, model_validator
 from fptq_runtime.artifact.numerics import dequantize, quantize
 from fptq_runtime.artifact.scheme import NumberType
 from fptq_runtime.models.block import Block
-from fptq_runtime.quantizer.calibrate import Moments, block_inputs, paired_inputs
+from fptq_runtime.quantizer.calibrate import add_moments, block_inputs, paired_inputs
 from fptq_runtime.quantizer.steps.base import BlockWork, QuantizationError, Target
 from fptq_runtime.quantizer.steps.weights import Weights
 
@@ -62,7 +62,7 @@ class Gptq(Weights):
     def apply(self, work: BlockWork) -> None:
         exact = work.block.with_linears(lambda name, linear: replace(linear, act=None))  # before they are quantized
         if not self.sequential:
-            self._observe(work, exact, [name for name, target in work.targets.items() if target.stats.moments is None])
+            self._observe(work, exact, [name for name, target in work.targets.items() if not target.has_moments])
         for name, target in work.targets.items():
             if self.sequential:
                 self._observe(work, exact, [name])
@@ -72,14 +72,14 @@ class Gptq(Weights):
         """The moments of what these linears read as the block is, and as `exact` is."""
         if not names:
             return
-        found = {name: Moments.zeros(work.targets[name].stats.amax.numel(), work.exact is not None) for name in names}
+        for stats in (part for name in names for part in work.targets[name].stats.parts()):
+            stats.moments = None
         exactly = None if work.exact is None else block_inputs(work.exact, exact, names)
-        inputs = block_inputs(work.states, work.block, names)
-        for batch, read, wanted in paired_inputs(work.states, inputs, exactly):
-            for name, moments in found.items():
-                moments.add(read[name], batch, wanted.get(name))
-        for name, moments in found.items():
-            work.targets[name].stats.moments = moments
+        for read, wanted in paired_inputs(block_inputs(work.states, work.block, names), exactly):
+            for name, rows in read.items():
+                for stats, own in zip(work.targets[name].stats.parts(), rows.experts(), strict=True):
+                    if len(own.x):
+                        add_moments(stats, own, None if rows.counts else wanted.get(name))
 
     def _round(self, target: Target) -> tuple[torch.Tensor, torch.Tensor]:
         moments, target.stats.moments = target.stats.moments, None  # as large as the weights, or larger

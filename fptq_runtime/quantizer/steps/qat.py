@@ -28,7 +28,7 @@ from fptq_runtime.config import KVCacheDtype
 from fptq_runtime.kernels.base import Linear, Norm, StepInput
 from fptq_runtime.kernels.reference import ReferenceBackend, ReferenceOps, to_torch
 from fptq_runtime.kernels.select import select_backend
-from fptq_runtime.models.block import Block, BlockSpec, StemSpec
+from fptq_runtime.models.block import Block, BlockSpec, Model, StemSpec
 from fptq_runtime.models.decoder import Decoder
 from fptq_runtime.models.loader import Checkpoint, load_head, load_model, load_stem
 from fptq_runtime.quantizer.export import block_modules, block_tensors, stem_modules, tensors_of
@@ -73,6 +73,11 @@ class Qat(Step):
     clip: bool = True
     kv_dtype: KVCacheDtype = "int8"
     device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    def check(self, model: Model) -> None:
+        if model.has_experts:
+            raise QuantizationError(f"qat does not work on {model.config.architecture}: which experts a token goes to "
+                                    "has no gradient; leave the step out")
 
     def tune(self, work: TuneWork) -> Checkpoint:
         device = self._device()

@@ -70,9 +70,10 @@ class Rotation(Step):
                 _rotate_values(block, edge, RandomHadamard(model.config.head_dim, self.seed + 1))
         for name in block.spec.residual:
             writer = block.linears[name]
-            writer.weight = residual(writer.weight.T).T.contiguous()
+            by_expert = writer.weight.unflatten(0, (writer.experts, -1)).transpose(1, 2)
+            writer.weight = residual(by_expert).transpose(1, 2).reshape(writer.weight.shape)
             if writer.bias is not None:
-                writer.bias = residual(writer.bias)
+                writer.bias = residual(writer.bias.unflatten(0, (writer.experts, -1))).flatten()
 
     def _residual(self, model: Model) -> RandomHadamard:
         return RandomHadamard(model.config.hidden_size, self.seed)

@@ -17,6 +17,7 @@ from fptq_runtime.artifact.numerics import (
 )
 from fptq_runtime.artifact.scheme import NumberType
 from fptq_runtime.kernels.base import QuantizedWeight
+from fptq_runtime.models.block import Model
 from fptq_runtime.quantizer.steps.base import BlockWork, QuantizationError, Rounding, Step, Target, matches
 
 Bits = Literal[4, 8, 16]
@@ -71,6 +72,11 @@ class Weights(Step):
             raise ValueError("lorc corrects 4-bit weights, and this step makes none")
         return self
 
+    def check(self, model: Model) -> None:
+        if self.lorc and model.has_experts:
+            raise QuantizationError(f"lorc does not work on {model.config.architecture}, whose experts would each need "
+                                    "a product more; leave it out")
+
     def patterns(self) -> tuple[str, ...]:
         return tuple(self.keep)
 
@@ -104,14 +110,17 @@ class Weights(Step):
         if bits == 16:
             target.keep_float(torch.bfloat16 if self.dtype == "bf16" else torch.float16)
             return
-        codes, scale = self._round(target)
-        _refuse_degenerate(target, codes, scale)
-        low_rank = None
-        if self.lorc and bits == 4:
-            low_rank = low_rank_factors(target.weight - dequantize(codes, scale), self.lorc)
-        k = target.weight.shape[1]
-        target.set_weight(QuantizedWeight(pack_codes(codes, bits), scale, bits, k // scale.shape[1], self.grid),
-                          self.bias_correction, low_rank)
+        parts = target.parts()
+        for part in parts:
+            codes, scale = self._round(part)
+            _refuse_degenerate(part, codes, scale)
+            low_rank = None
+            if self.lorc and bits == 4:
+                low_rank = low_rank_factors(part.weight - dequantize(codes, scale), self.lorc)
+            k = part.weight.shape[1]
+            part.set_weight(QuantizedWeight(pack_codes(codes, bits), scale, bits, k // scale.shape[1], self.grid),
+                            self.bias_correction, low_rank)
+        target.join(parts)
 
     def _round(self, target: Target) -> tuple[torch.Tensor, torch.Tensor]:
         """Codes [N, K] on the grid and bfloat16 scale [N, G]."""

@@ -15,7 +15,7 @@ from fptq_runtime.artifact.io import GOLDEN
 from fptq_runtime.config import EngineConfig, KVCacheDtype
 from fptq_runtime.engine.engine import Engine
 from fptq_runtime.engine.request import SamplingParams
-from fptq_runtime.kernels.base import Activation, StepLimits, Work, logits_array
+from fptq_runtime.kernels.base import Activation, Routing, StepLimits, Work, logits_array
 from fptq_runtime.kernels.reference import ReferenceBackend
 from fptq_runtime.kernels.select import select_backend
 from fptq_runtime.kernels.triton.backend import SMALLEST_CONTEXT, TritonBackend, _Inputs, _Shape, bucket
@@ -50,7 +50,8 @@ def small_limits(options: Options, kv_dtype: KVCacheDtype = "int8") -> Any:
              embedding_norm=True, kv_heads=4, bits=8, group_size=None), "bf16"),
     (replace(SMALL, act="float", qk_norm=True, window=10), "float32"),
     (replace(SMALL, act="mixed", rank=2, dtype=torch.bfloat16), "int8"),
-], ids=["llama", "bloom", "qwen3 window", "mixed low rank"])
+    (replace(SMALL, routing=Routing(4, 2), intermediate=32), "int8"),
+], ids=["llama", "bloom", "qwen3 window", "mixed low rank", "experts"])
 def test_steps_match_the_reference(backend: TritonBackend, options: Options, kv_dtype: KVCacheDtype) -> None:
     """A prompt, decoding in padded batches, and both together. A last-bit difference tips a code here and there, as
     between all backends."""
@@ -72,6 +73,7 @@ def test_steps_match_the_reference(backend: TritonBackend, options: Options, kv_
 @pytest.mark.parametrize(("options", "kv_dtype"), [
     (replace(SMALL, heads=3, kv_heads=1, hidden=96, head_dim=32), "int8"),
     (replace(SMALL, act="static", bits=8, window=20), "bf16"),
+    (replace(SMALL, routing=Routing(4, 2), intermediate=32), "int8"),
 ])
 def test_bits_do_not_depend_on_company(backend: TritonBackend, options: Options, kv_dtype: KVCacheDtype) -> None:
     """Whole in one step, or in chunks and single tokens beside others."""

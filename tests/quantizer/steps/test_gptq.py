@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 
 from fptq_runtime.artifact.numerics import dequantize, quantize_weight, unpack_codes
 from fptq_runtime.kernels.base import Linear, QuantizedWeight, StepInput
+from fptq_runtime.models.block import Block
 from fptq_runtime.models.loader import Checkpoint
-from fptq_runtime.quantizer.calibrate import InputStats, Moments, block_inputs
+from fptq_runtime.quantizer.calibrate import HiddenStates, InputStats, Moments, Rows, block_inputs
 from fptq_runtime.quantizer.steps.activations import Activations
 from fptq_runtime.quantizer.steps.base import QuantizationError, Rounding, Target
 from fptq_runtime.quantizer.steps.gptq import Gptq, fit_scale, round_columns, triangular_factor
@@ -24,6 +25,11 @@ from fptq_runtime.quantizer.steps.weights import Weights
 from fptq_runtime.quantizer.walk import Walk
 from tests.quantizer.models import save_model
 from tests.quantizer.test_folds import work_on
+
+
+def inputs_of(states: HiddenStates, block: Block) -> list[dict[str, torch.Tensor]]:
+    """What each linear reads of each minibatch."""
+    return [{name: rows.x for name, rows in read.items()} for read in block_inputs(states, block)]
 
 
 def correlated(rows: int, k: int, seed: int) -> torch.Tensor:
@@ -166,7 +172,7 @@ def test_hessians_are_of_the_quantized_inputs(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(Gptq, "_round", spy)
     with torch.inference_mode():
         Activations(scheme="static").apply(work)
-        expected = [dict(inputs) for inputs in block_inputs(work.states, work.block)]
+        expected = inputs_of(work.states, work.block)
         batches = work.states.batches
         floats = {kind: target.weight for kind, target in work.targets.items()}
         Gptq().apply(work)
@@ -190,7 +196,7 @@ def test_bands_of_a_hessian(monkeypatch: pytest.MonkeyPatch) -> None:
     batch = StepInput.whole([[0] * 100, [0] * 200])
     monkeypatch.setattr("fptq_runtime.quantizer.calibrate.BAND", 40)
     banded = Moments.zeros(96, drift=False)
-    banded.add(x, batch)
+    banded.add(Rows(x, batch.positions))
     whole = Moments(2 * x.T @ (x * counts(x, batch)))
     torch.testing.assert_close(banded.hessian.triu(), whole.hessian.triu(), rtol=1e-4, atol=1e-3)
     assert not torch.allclose(banded.hessian, whole.hessian)
@@ -226,7 +232,7 @@ def test_a_massive_first_token_decides_nothing_alone(spike: float) -> None:
     x = torch.randn(64, 32)
     x[0] *= spike
     moments = Moments.zeros(32, drift=False)
-    moments.add(x, StepInput.whole([[0] * 64]))
+    moments.add(Rows(x, StepInput.whole([[0] * 64]).positions))
     ordinary = 2 * 64 * 32
     assert 1 < float(moments.hessian.diagonal().sum()) / ordinary < 20
 
@@ -267,10 +273,10 @@ def test_sequential_observes_what_is_quantized_before(tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(Gptq, "_round", spy)
     with torch.inference_mode():
-        exact = list(block_inputs(work.exact, work.block))
+        exact = inputs_of(work.exact, work.block)
         Activations(scheme="dynamic").apply(work)
         Gptq(asymmetric=True, sequential=True).apply(work)
-        inputs = list(block_inputs(work.states, work.block))
+        inputs = inputs_of(work.states, work.block)
     assert list(seen) == ["qkv", "o", "up", "down"]
     for kind in work.targets:
         hessian, drift = torch.zeros(()), torch.zeros(())
@@ -290,7 +296,7 @@ def test_one_pass_observes_the_block_before_it_is_rounded(tmp_path: Path) -> Non
     work = next(walk.blocks())
     with torch.inference_mode():
         plain = work.block.with_linears(lambda _, linear: replace(linear, act=None))
-        inputs = list(block_inputs(work.states, plain))
+        inputs = inputs_of(work.states, plain)
     for kind, target in work.targets.items():
         moments = target.stats.moments
         assert moments is not None and moments.drift is not None

@@ -146,6 +146,12 @@ static void scale_row(const float* x, float factor, int n, float* out) {
   each_vector(n, [&](int i, int lanes) { store_lanes(out + i, load_lanes(x + i, lanes) * splat(factor), lanes); });
 }
 
+static void accumulate_row(const float* x, float factor, int n, float* out) {
+  each_vector(n, [&](int i, int lanes) {
+    store_lanes(out + i, fma(load_lanes(x + i, lanes), splat(factor), load_lanes(out + i, lanes)), lanes);
+  });
+}
+
 static void softcap_row(const float* x, float cap, int n, float* out) {
   each_vector(n, [&](int i, int lanes) {
     store_lanes(out + i, tanh(load_lanes(x + i, lanes) / splat(cap)) * splat(cap), lanes);

@@ -15,6 +15,22 @@ size_t sums_size(size_t rows, int k) {
   return (count_panels(static_cast<int>(rows), kTileRows) * (padded(k) / kSumGroup) + 1) * kSumRows;
 }
 
+void copy_row(const Activations& from, int m, Activations& out, int to) {
+  const size_t kp = padded(from.k), blocks = kp / kSumGroup;
+  const auto place = [&](const Activations& rows, int row, size_t& height, size_t& sums) {
+    const int panel = panel_of(row, rows.rows), begin = panel_begin(panel, rows.rows);
+    height = panel_begin(panel + 1, rows.rows) - begin;
+    sums = panel * blocks * kSumRows + row - begin;
+    return rows.codes + begin * kp + (row - begin) * 4;
+  };
+  size_t height, sums, out_height, out_sums;
+  const int8_t* codes = place(from, m, height, sums);
+  int8_t* out_codes = place(out, to, out_height, out_sums);
+  for (size_t s = 0; s < kp / 4; ++s) std::memcpy(out_codes + s * out_height * 4, codes + s * height * 4, 4);
+  for (size_t b = 0; b < blocks; ++b) out.sums[out_sums + b * kSumRows] = from.sums[sums + b * kSumRows];
+  out.scales[to] = from.scales[m];
+}
+
 void read_row(const Activations& rows, int m, int8_t* codes, int32_t* sums) {
   const int panel = panel_of(m, rows.rows), begin = panel_begin(panel, rows.rows);
   const size_t height = panel_begin(panel + 1, rows.rows) - begin, kp = padded(rows.k), blocks = kp / kSumGroup;
@@ -97,6 +113,7 @@ const Layout panels = {
     .k_unit = kSumGroup,
     .codes_size = codes_size,
     .sums_size = sums_size,
+    .copy_row = copy_row,
     .read_row = read_row,
     .weight_size = weight_size,
     .stored_scale = stored_scale,
