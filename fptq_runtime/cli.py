@@ -453,6 +453,8 @@ def _tells_what_is_left(out: Path) -> Iterator[None]:
 @click.option("--api-keys-file", type=ExistingFile(), help="A key a line, or its hash as NAME=sha256:HEX, with "
               "priority=N and max_requests=N after it where wanted; read again on SIGHUP.")
 @click.option("--public-metrics", is_flag=True, help="/metrics asks for no key.")
+@click.option("--metrics-aliases", type=click.Choice(["none", "vllm"]), default="none", show_default=True,
+              help="vllm: /metrics has vLLM's names, too, for dashboards, autoscalers and gateways that read those.")
 @click.option("--no-page", "page", is_flag=True, flag_value=False, default=True, help="No page to chat on at /.")
 @click.option("--drain-timeout", type=click.FloatRange(0), default=30.0, show_default=True,
               help="Seconds that running requests get after SIGTERM.")

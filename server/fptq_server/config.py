@@ -6,12 +6,13 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from fptq_runtime.errors import FptqError
 from fptq_server.keys import check_key
 from fptq_server.parsers import REASONING_FORMATS, TOOL_PARSERS
 
+MetricsAliases = Literal["none", "vllm"]
 ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^/\s]+")
 
 
@@ -25,6 +26,7 @@ class ServerConfig:
     root_path: where a proxy puts the server, as /llm. cors_origins: what pages may call it from, or "*".
     chat_template_kwargs: variables of the chat template, where a request does not give them.
     public_metrics: /metrics answers without a key. page: / is one to chat on and to watch the server by.
+    metrics_aliases: Metrics'.
     stall_timeout: /livez fails when the engine has work and finished no step for this long.
     scrub_interval: in which the artifact's files are read and hashed once, again and again; 0: never.
     head_timeout: from a connection's or a request's first byte to the end of its headers.
@@ -45,6 +47,7 @@ class ServerConfig:
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     public_metrics: bool = False
     page: bool = True
+    metrics_aliases: MetricsAliases = "none"
     drain_timeout: float = 30.0
     stall_timeout: float = 60.0
     scrub_interval: float = 3600.0

@@ -79,7 +79,7 @@ def serve(path: Path | str, config: ServerConfig, *, model_names: Sequence[str] 
 
         records = read_manifest(path).layers if is_artifact(path) else ()
         model = model_card(model_names or [path.resolve().name], engine, sampling, records)
-        metrics = Metrics(__version__, model)
+        metrics = Metrics(__version__, model, config.metrics_aliases)
         async_engine = AsyncEngine(engine, metrics.record_step, metrics.record_deviation)
         log.info("%s", describe(model, config))
         if sampling:
@@ -149,7 +149,7 @@ def model_card(names: Sequence[str], engine: Engine[Any], sampling: Mapping[str,
             "sampling": sampling or {},
             "chat_template": engine.tokenizer.chat_template() is not None,
         },
-        engine=asdict(engine.config),
+        engine={**asdict(engine.config), "num_blocks": engine.num_blocks},
         kernels={"backend": engine.backend.name, **kernels},
         layers=[_layer(record, kernels) for record in layers],
     )

@@ -18,7 +18,8 @@ from prometheus_client import (
 from fptq_runtime.engine.request import FinishReason
 from fptq_runtime.engine.speculation import KINDS
 from fptq_runtime.engine.stats import StepStats
-from fptq_server.config import ModelCard
+from fptq_server.config import MetricsAliases, ModelCard
+from fptq_server.metrics_aliases import VllmNames
 
 SECONDS = (0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 0.75, 1, 2.5,
            5, 10, 30, 60, 120)
@@ -34,7 +35,8 @@ class Metrics:
     """Written by the engine's thread (record_step, record_deviation), the scrub's (record_scrub) and the event loop
     (the rest); prometheus_client locks."""
 
-    def __init__(self, version: str, model: ModelCard) -> None:
+    def __init__(self, version: str, model: ModelCard, aliases: MetricsAliases = "none") -> None:
+        """aliases: vllm: each metric that vLLM has, too, is there a second time under its name."""
         disable_created_metrics()  # type: ignore[no-untyped-call]  # they would double the number of series
         self.registry = registry = CollectorRegistry()
         ProcessCollector(registry=registry)
@@ -100,6 +102,11 @@ class Metrics:
         Gauge("fptq_model_info", "The served model.", names, registry=registry).labels(
             model.id, str(model.max_model_len), *(info[key] for key in sorted(info))).set(1)
 
+        self._aliases = CollectorRegistry()
+        if aliases == "vllm":
+            blocks = {"block_size": model.engine["block_size"], "num_gpu_blocks": model.engine["num_blocks"]}
+            self._aliases.register(VllmNames(registry, model.id, blocks))
+
     def add_routes(self, templates: Iterable[str]) -> None:
         """Responses of these, as /v1/models/{model_id}, are told apart; all others count under one label."""
         self._routes = {template: re.compile(re.sub(r"\{\w+\}", ".*", template)) for template in templates}
@@ -160,4 +167,4 @@ class Metrics:
 
     def exposition(self) -> bytes:
         """The text format, version 0.0.4."""
-        return generate_latest(self.registry)
+        return generate_latest(self.registry) + generate_latest(self._aliases)

@@ -77,7 +77,7 @@ def run_server(decoder: tuple[Decoder, Backend], tokenizer: Tokenizer) -> Callab
         limits = EngineConfig(**{"max_model_len": 1024, "max_num_seqs": 32} | options)
         engine = Engine(model, backend, limits, tokenizer)
         card = model_card(["demo", *aliases], engine, sampling)
-        metrics = Metrics(__version__, card)
+        metrics = Metrics(__version__, card, config.metrics_aliases)
         async_engine = AsyncEngine(engine, metrics.record_step)
         app = create_app(async_engine, tokenizer, config, card, metrics)
         server = Server(app, async_engine, config, metrics)

@@ -1,0 +1,49 @@
+"""The same metrics under the names of another server, for the dashboards, autoscalers and gateways that read those."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+VLLM = {
+    "fptq_requests_running": ("vllm:num_requests_running",),
+    "fptq_requests_waiting": ("vllm:num_requests_waiting",),
+    "fptq_kv_cache_usage_ratio": ("vllm:kv_cache_usage_perc", "vllm:gpu_cache_usage_perc"),
+    "fptq_prefix_cache_query_tokens": ("vllm:prefix_cache_queries",),
+    "fptq_prefix_cache_hit_tokens": ("vllm:prefix_cache_hits",),
+    "fptq_preemptions": ("vllm:num_preemptions",),
+    "fptq_prompt_tokens": ("vllm:prompt_tokens",),
+    "fptq_generated_tokens": ("vllm:generation_tokens",),
+    "fptq_requests_finished": ("vllm:request_success",),
+    "fptq_batch_tokens": ("vllm:iteration_tokens_total",),
+    "fptq_time_to_first_token_seconds": ("vllm:time_to_first_token_seconds",),
+    "fptq_inter_token_seconds": ("vllm:inter_token_latency_seconds", "vllm:time_per_output_token_seconds"),
+    "fptq_end_to_end_seconds": ("vllm:e2e_request_latency_seconds",),
+    "fptq_queue_seconds": ("vllm:request_queue_time_seconds",),
+}
+LABELS = {"reason": "finished_reason"}
+
+
+class VllmNames(Collector):
+    """model: the label model_name. blocks: of the KV cache, of block_size tokens each."""
+
+    def __init__(self, ours: Collector, model: str, blocks: Mapping[str, object]) -> None:
+        self._ours = ours
+        self._labels = {"model_name": model, "engine": "0"}
+        self._blocks = {name: str(value) for name, value in blocks.items()}
+
+    def collect(self) -> Iterable[Metric]:
+        for family in self._ours.collect():
+            for name in VLLM.get(family.name, ()):
+                renamed = Metric(name, family.documentation, family.type)
+                for sample in family.samples:
+                    labels = {LABELS.get(label, label): value for label, value in sample.labels.items()}
+                    renamed.add_sample(name + sample.name.removeprefix(family.name), self._labels | labels,
+                                       sample.value)
+                yield renamed
+        labels = self._labels | self._blocks
+        sizes = GaugeMetricFamily("vllm:cache_config_info", "The KV cache's blocks.", labels=list(labels))
+        sizes.add_metric(list(labels.values()), 1)
+        yield sizes
