@@ -333,7 +333,8 @@ class Commands(click.Group):
 def cli() -> None:
     """Quantize a language model to W4A8 and serve it.
 
-    MODEL and ARTIFACT are a directory, a Hugging Face hub id, or `demo`, the small model that comes with fptq.
+    MODEL and ARTIFACT are a directory, a .gguf file, a Hugging Face hub id, or `demo`, the small model that comes with
+    fptq.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # torch's threads spin where they wait, and starve other work
 

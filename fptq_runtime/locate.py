@@ -35,12 +35,12 @@ def find_model(name: str, revision: str | None = None) -> str:
     if not name:
         raise NotFoundError("the model's name is empty")
     path = expand(name)
-    if name == DEMO or path.is_dir():
+    if name == DEMO or path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
         if revision is not None:
             raise NotFoundError(f"{name} is not a hub id, so it has no revision {revision!r}")
         return str(DEMO_MODEL if name == DEMO else path)
     if path.exists():
-        raise NotFoundError(f"{name} is a file; a model is a directory")
+        raise NotFoundError(f"{name} is a file; a model is a directory, or a .gguf file")
     if not _HUB_ID.fullmatch(name) or path.parent.is_dir():
         raise NotFoundError(f"no model at {name}{did_you_mean(path, DEMO)}")
     return name if revision is None else f"{name.partition('@')[0]}@{revision}"

@@ -36,8 +36,9 @@ from fptq_runtime.models.block import (
 )
 from fptq_runtime.models.decoder import Decoder
 from fptq_runtime.models.families import parse_config
-from fptq_runtime.models.formats import open_format
+from fptq_runtime.models.formats import WeightFormat, open_format
 from fptq_runtime.models.formats.floats import widen_mxfp4
+from fptq_runtime.models.gguf import GgufIntegers, GgufTensors, gguf_file
 from fptq_runtime.models.layers import alibi_slopes
 from fptq_runtime.models.rope import RopeConfig, rope_tables
 from fptq_runtime.models.tensors import FLOATS, CheckpointError, Tensors, read_json
@@ -69,8 +70,7 @@ class Checkpoint:
         self.model = parse_config(self.config)
         self.max_positions = self.model.config.max_position_embeddings
         self.notes: Counter[str] = Counter()
-        self._tensors = Tensors(self.path, self.model.bare_prefix, text_names if tower else None)
-        self._format = open_format(self.config, self.path, self._tensors, dequantize)
+        self._tensors, self._format = self._open(tower, dequantize)
         if self._format is not None and self._format.dequantizes:
             self.config = {name: value for name, value in self.config.items() if name != "quantization_config"}
         self._ropes: dict[tuple[RopeConfig, int], tuple[Array, Array]] = {}
@@ -81,6 +81,14 @@ class Checkpoint:
             if self.linear_schemes == stored:
                 raise CheckpointError(f"{self.path} has no layer with integer weights and float activations: "
                                       "activations int8 would change nothing; leave it out")
+
+    def _open(self, tower: bool, dequantize: bool) -> tuple[Tensors, WeightFormat | None]:
+        file = gguf_file(self.path)
+        if file is None:
+            tensors = Tensors(self.path, self.model.bare_prefix, text_names if tower else None)
+            return tensors, open_format(self.config, self.path, tensors, dequantize)
+        inside = GgufTensors(file)
+        return inside, None if dequantize else GgufIntegers(inside, self.model.linear_names())
 
     @property
     def model_config(self) -> ModelConfig:

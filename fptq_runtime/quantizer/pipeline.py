@@ -281,7 +281,7 @@ def _provenance(source: Source, architecture: str, calibration: Calibration, cal
         revision=source.revision,
         architecture=architecture,
         source_files={file.name: hash_file(file) for file in sorted(source.path.iterdir())
-                      if file.suffix in (".json", ".safetensors", ".bin")},
+                      if file.suffix in (".json", ".safetensors", ".bin", ".gguf")},
         calibration=calibrated.tokens,
         num_samples=calibration.num_samples,
         sample_length=calibrated.sample_length,

@@ -14,6 +14,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from fptq_runtime.models.loader import CheckpointError
 from fptq_runtime.models.tokenizer import Tokenizer
+from fptq_runtime.quantizer.gguf import gguf_directory
 
 logger = logging.getLogger(__name__)
 
@@ -78,13 +79,15 @@ def _tokens(tokenizer: Tokenizer, token_ids: Sequence[int]) -> str:
 
 
 def resolve_model(model: str) -> Source:
-    """A directory as it is; `owner/name` or `owner/name@revision` through the hub's cache (HF_HUB_OFFLINE is
-    respected, nothing but safetensors is fetched). Raises CheckpointError."""
+    """A directory as it is; a .gguf file as a directory around it; `owner/name` or `owner/name@revision` through the
+    hub's cache (HF_HUB_OFFLINE is respected, nothing but safetensors is fetched). Raises CheckpointError."""
     path = Path(model)
     if path.is_dir():
         return Source(path, path.resolve().name)
+    if path.is_file() and path.suffix == ".gguf":
+        return Source(gguf_directory(path), path.stem)
     if path.exists():
-        raise CheckpointError(f"{model} is a file; a model is a directory with config.json and safetensors")
+        raise CheckpointError(f"{model} is a file; a model is a directory with config.json and safetensors, or a .gguf")
     if not HUB_ID.fullmatch(model):
         raise CheckpointError(f"{model} is neither a directory nor a hub id (owner/name or owner/name@revision)")
     name, _, revision = model.partition("@")
