@@ -123,6 +123,7 @@ def analyze(
         "cumulative": list(_whole(results, "cumulative", layers, sizes).values()),
         "activations": [row for rows in _whole(results, "activations", layers, sizes).values() for row in rows],
         "quantization": results["manifest"]["layers"], "bytes": results["manifest"]["bytes"],
+        "active_bytes": results["manifest"].get("active_bytes"),
         "sizes": [{"samples": size, **results[f"sizes/{size}"]} for size in sizes if f"sizes/{size}" in results],
         "ranges": [{"method": method, **results[f"ranges/{method}"]} for method in get_args(RangeMethod)
                    if f"ranges/{method}" in results],
@@ -295,7 +296,7 @@ def _summary(manifest: Manifest) -> dict[str, Any]:
     layers = [layer.model_dump(mode="json", include={
         "name", "kind", "modules", "range", "peak_position", "equalized", "activations", "reason", "num_bits",
         "group_size", "activation_error", "error"}) for layer in manifest.layers]
-    return {"layers": layers, "bytes": manifest.size,
+    return {"layers": layers, "bytes": manifest.size, "active_bytes": manifest.active_size,
             "provenance": {"calibration": manifest.provenance.calibration.model_dump(mode="json")}}
 
 

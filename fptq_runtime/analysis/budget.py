@@ -49,18 +49,21 @@ class Budget:
 @dataclass(frozen=True)
 class Spent:
     """loss: of the artifact, measured by the quantizer. keep: what the recipe's last step got. met: the loss is within
-    the budget (always, where it has no bound on it)."""
+    the budget (always, where it has no bound on it). extra_bytes, extra_active: as a fraction of the artifact without,
+    and of what a token reads of it."""
 
     met: bool
     loss: float
     loss_before: float
     extra_bytes: float
     keep: dict[str, Bits]
+    extra_active: float = 0.0
 
     def summary(self, budget: Budget) -> str:
         eight = sum(bits == 8 for bits in self.keep.values())
-        what = (f"{eight} linears in 8 bits and {len(self.keep) - eight} in 16, {self.extra_bytes:+.1%} bytes: loss "
-                f"{self.loss_before:.2%} before, {self.loss:.2%} now")
+        active = f" ({self.extra_active:+.1%} of what a token reads)" * (self.extra_active != self.extra_bytes)
+        what = (f"{eight} linears in 8 bits and {len(self.keep) - eight} in 16, {self.extra_bytes:+.1%} bytes{active}: "
+                f"loss {self.loss_before:.2%} before, {self.loss:.2%} now")
         if self.met:
             return what
         bound = f"within {budget.extra_bytes:.1%} more bytes" if budget.extra_bytes is not None else "by more bits"
@@ -117,7 +120,8 @@ def quantize_within(
         if met or count == most:
             break
         count = min(most, count + max(1, math.ceil(count / 8)))
-    return manifest, Spent(met, loss, before / original - 1, manifest.size / base.size - 1, keep)
+    return manifest, Spent(met, loss, before / original - 1, manifest.size / base.size - 1, keep,
+                           manifest.active_size / base.active_size - 1)
 
 
 def _plan(captured: Captured, windows: Sequence[Sequence[int]], recipe: Recipe, modules: Mapping[str, str],

@@ -134,7 +134,8 @@ class FileRecord(_Record):
 
 class Manifest(_Record):
     """fptq.json. Format 1 has golden logits in `golden`, format 2 a prompt, and the file `GOLDEN` beside it.
-    fptq_version wrote the manifest; format 1 names only the version that quantized."""
+    fptq_version wrote the manifest; format 1 names only the version that quantized. idle_bytes: what the experts take
+    that a token does not go to."""
 
     format_version: Literal[1, 2] = FORMAT_VERSION
     fptq_version: str = ""
@@ -143,6 +144,7 @@ class Manifest(_Record):
     layers: tuple[LayerRecord, ...]
     quality: Quality
     golden: dict[str, Any]
+    idle_bytes: int = 0
     files: dict[str, FileRecord] = Field(default_factory=dict)
     digest: str = _NO_DIGEST
 
@@ -155,6 +157,11 @@ class Manifest(_Record):
     def size(self) -> int:
         """Bytes of all files but fptq.json."""
         return sum(record.size for record in self.files.values())
+
+    @property
+    def active_size(self) -> int:
+        """Of these, what is there for one token: a step reads no more of the weights for it."""
+        return self.size - self.idle_bytes
 
 
 def _set_digest(text: str, digest: str) -> str:

@@ -108,6 +108,13 @@ FAMILIES: Mapping[str, Callable[[Fields], Model]] = {
 }  # by the architecture that config.json names
 
 
+LATENT = ("its attention caches a latent vector in place of keys and values, for which a cache layout, an attention "
+          "kernel and a rope apart from what is cached are missing")
+NOT_YET: Mapping[str, str] = {
+    "DeepseekV2ForCausalLM": LATENT, "DeepseekV3ForCausalLM": LATENT, "Glm4MoeLiteForCausalLM": LATENT,
+}  # what people look for, and what it would need
+
+
 def parse_config(config: Mapping[str, Any]) -> Model:
     """The model that a config.json describes. Raises ModelError."""
     names = config.get("architectures")
@@ -115,6 +122,8 @@ def parse_config(config: Mapping[str, Any]) -> Model:
         raise ModelError(f"config.json: architectures must name one architecture, not {names!r}")
     if names[0] in FAMILIES:
         return FAMILIES[names[0]](Fields(config))
+    if names[0] in NOT_YET:
+        raise ModelError(f"architecture {names[0]!r} is not supported: {NOT_YET[names[0]]}")
     close = difflib.get_close_matches(names[0], FAMILIES, 1, 0.8)
     meant = f"; did you mean {close[0]}?" if close else "."
     raise ModelError(f"architecture {names[0]!r} is not supported{meant} Supported: {', '.join(FAMILIES)}")

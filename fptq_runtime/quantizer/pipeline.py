@@ -101,6 +101,7 @@ def quantize(
                 routing=run.routing,
             ),
             golden=write_golden(writer, measured[0]),
+            idle_bytes=run.idle_bytes,
         ))
     if run.tuned:
         shutil.rmtree(state, ignore_errors=True)
@@ -124,6 +125,7 @@ class _Run:
                  calibrated: Sequence[Sequence[int]], measured: Sequence[Sequence[int]], watcher: Watcher) -> None:
         self.records: list[LayerRecord] = []
         self.routing: dict[str, float] = {}  # as `Quality` has it
+        self.idle_bytes = 0  # as `Manifest` has them
         self._source = checkpoint
         self._checkpoint = checkpoint  # what is quantized: the source, or what training made of it
         self._recipe = recipe
@@ -236,6 +238,8 @@ class _Run:
 
     def _write(self, block: Block, leave_out: bool = False) -> None:
         """leave_out: the linears' weights, which are written elsewhere."""
+        spec, routing = block.spec, block.spec.routing
+        experts = {module for linear in spec.linears if linear.experts > 1 for module in spec.modules(linear.name)}
         for name, module in block_modules(block):
             if isinstance(module, Linear):
                 self._linears.append(name)
@@ -243,7 +247,12 @@ class _Run:
                     self._schemes[name] = scheme
                 if leave_out:
                     continue
-            self._writer.add_tensors(tensors_of(name, module))
+            tensors = tensors_of(name, module)
+            self._writer.add_tensors(tensors)
+            if name in experts:
+                assert routing is not None
+                size = sum(tensor.nbytes for tensor in tensors.values())
+                self.idle_bytes += size * (routing.num_experts - routing.top_k) // routing.num_experts
         self._writer.add_tensors(block_tensors(block))
 
 

@@ -40,7 +40,8 @@ def summarize(manifest: Manifest, model: str | None = None, recipe: str | None =
         *_first_token_warning(manifest.layers),
         *_group_warning(manifest),
         "",
-        f"size {format_size(manifest.size)} in {len(manifest.files)} files",
+        f"size {format_size(manifest.size)} in {len(manifest.files)} files"
+        + f", of which a token reads {format_size(manifest.active_size)} at most" * (manifest.idle_bytes > 0),
         *_loss_warning(manifest, model or manifest.provenance.source, recipe or manifest.recipe["name"]),
     ))
 

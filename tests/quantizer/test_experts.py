@@ -128,6 +128,10 @@ def test_presets_serve(preset: str, tmp_path: Path) -> None:
     manifest = made(tmp_path / "float", tmp_path / "out", preset)
     for backend in (ReferenceBackend(), CpuBackend(2)):
         through_the_gate(tmp_path / "out", manifest, backend)
+    experts = load_file(tmp_path / "out" / "model.safetensors")
+    stored = sum(tensor.nbytes for name, tensor in experts.items() if ".experts." in name)
+    assert manifest.idle_bytes == pytest.approx(stored * 2 / 6, rel=1e-3), "a token goes to 4 of 6"
+    assert "of which a token reads" in inspect_text(manifest)
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     kept = {f"model.layers.{i}.mlp.{name}" for i in (0, 1) for name in ("gate", "shared_expert_gate")}
     assert kept <= set(config["ignore"]), "routers stay in float"
