@@ -41,7 +41,9 @@ USUAL: dict[str, tuple[Any, ...]] = {  # what gets further than a first check
     "num_heads": (2, 4), "layer": (0, 0, 1), "num_layers": (1, 2), "limit": (1.0, math.inf), "group_size": (32, 64),
     "bits": (4, 8), "threads": (1, 2, 3), **dict.fromkeys(("x", "y", "q", "qkv", "logits"), (0, 1, 2, 3, 4, 5)),
     **dict.fromkeys(("max_tokens", "max_model_len", "max_logits_rows"), (16, 33, 64)), "max_seqs": (2, 4),
-    "num_blocks": (2, 9),
+    "num_blocks": (2, 9), "num_experts": (2, 4, 8), "top_k": (1, 2), "count": (1, 2, 4), "groups": (1, 2),
+    "top_groups": (1, 2), "group_best": (1, 2), "scoring": ("softmax", "sigmoid"), "n": (1, 32, 64),
+    **dict.fromkeys(("routed", "logit", "residual"), (0, 1, 2, 3, 4, 5)),
 }
 DTYPES = (np.float32, np.float16, np.float64, np.int8, np.int16, np.int32, np.int64, np.uint8)
 

@@ -224,6 +224,59 @@ def test_steps_keep_their_logits_and_may_ask_for_none() -> None:
     np.testing.assert_array_equal(first, kept)
 
 
+def test_router_logits_that_are_not_finite_harm_their_own_rows_alone() -> None:
+    """Each row still goes to as many experts as it should, whatever they make of it."""
+    backend, routing = CpuBackend(2), Routing(8, 3, groups=2, top_groups=1, group_best=2)
+    rng = np.random.default_rng(0)
+    x, logits = rng.normal(size=(6, 32)).astype(np.float32), rng.normal(size=(6, 8)).astype(np.float32)
+    spoilt = logits.copy()
+    spoilt[1], spoilt[2, 3], spoilt[4] = np.nan, np.inf, -np.inf
+    weight = rng.normal(size=(8 * 40, 32)).astype(np.float32)
+    results = []
+    for choice in (logits, spoilt):
+        table, scores = (backend.prepare(Embedding(rows)) for rows in (x, choice))
+        linear, route = backend.prepare(Linear("experts", weight, experts=8)), backend.prepare(routing)
+
+        def forward(ops: Any, prepared: Any = (table, scores, linear, route)) -> Any:
+            table, scores, linear, route = prepared
+            routed = ops.route(ops.embed(scores), route)
+            rows = ops.expert_linear(ops.dispatch(ops.embed(table), routed), linear, routed)
+            return ops.select_rows(ops.combine(rows, routed))
+
+        executor = backend.compile(forward, limits(Options(), max_tokens=16))
+        results.append(executor.step(StepInput.whole([list(range(6))], 32)))
+    np.testing.assert_array_equal(results[0][[0, 3, 5]], results[1][[0, 3, 5]])
+
+
+def test_what_experts_read_is_checked() -> None:
+    program = _native.Program(_native.ThreadPool(1), "", **vars(limits(Options())))
+    table = _native.Embedding(np.zeros((VOCAB, 8), np.float32))
+    weight = _native.pack_float(np.zeros((4 * 64, 8), np.float32))
+    routing = _native.Routing(4, 2, "softmax", True, 1.0, [], 1, 1, 1)
+    x, other = program.embed(table), program.embed(table)
+    with pytest.raises(ValueError, match="route reads rows of 4"):
+        program.route(x, routing)
+    scores = program.linear(x, _native.Linear("r", None, _native.pack_float(np.zeros((4, 8), np.float32)), [], None),
+                            None)
+    routed = program.route(scores, routing)
+    experts = _native.Experts("e", None, weight, [], None, 4, 64)
+    rows = program.dispatch(x, routed)
+    for call, why in (
+        (lambda: program.experts(x, experts, routed), "reads dispatched rows"),
+        (lambda: program.experts(rows, experts, other), "reads what `route` made"),
+        (lambda: program.dispatch(rows, routed), "different rows"),
+        (lambda: program.combine(x, routed, None), "rows of another route"),
+        (lambda: program.add(rows, rows), "not dispatched"),
+        (lambda: program.finish(rows), "must end with its logits"),
+        (lambda: _native.Experts("e", None, weight, [], None, 3, 64), "in whole panels"),
+        (lambda: _native.Experts("e", None, weight, [0.0], None, 4, 64), "bias must be"),
+        (lambda: _native.Routing(4, 5, "softmax", True, 1.0, [], 1, 1, 1), "top_k must be within"),
+        (lambda: _native.Routing(4, 2, "softmax", True, 1.0, [], 4, 1, 1), "groups must be of equal size"),
+    ):
+        with pytest.raises(ValueError, match=why):
+            call()
+
+
 BAD_STEPS = {
     "token_ids": {"token_ids": [0, 1, VOCAB]},
     "token_ids ": {"token_ids": [0, -1, 2]},

@@ -230,8 +230,8 @@ std::shared_ptr<ExpertsParameter> make_experts(std::string name, std::shared_ptr
   if (!packed == !float_weight) throw std::invalid_argument(name + ": give one weight");
   if (float_weight && act) throw std::invalid_argument(name + ": float weights need a float input");
   const Layout& layout = packed ? *packed->layout : *float_weight->layout;
-  const int padded = n < 1 ? 0 : round_up(n, layout.panel_cols);
-  if (count < 1 || n < 1 || (packed ? packed->n : float_weight->n) != static_cast<int64_t>(count) * padded)
+  const int padded = n < 1 || n > 1 << 26 ? 0 : round_up(n, layout.panel_cols);
+  if (count < 1 || !padded || (packed ? packed->n : float_weight->n) != static_cast<int64_t>(count) * padded)
     throw std::invalid_argument(name + ": the weight must hold every expert's rows in whole panels");
   if (!bias.empty() && bias.size() != static_cast<size_t>(count) * n)
     throw std::invalid_argument(name + ": bias must be [experts · N]");

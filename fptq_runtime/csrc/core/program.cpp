@@ -622,6 +622,8 @@ int Program::route_of(int id, const char* op) const {
 int Program::route(int logits, std::shared_ptr<const RoutingParameter> routing) {
   const RoutingParameter& r = *routing;
   const bool selected = float_value(logits, r.num_experts, "route").selected;
+  const size_t most = capacity(values_[logits]) * static_cast<size_t>(r.top_k);
+  if (most > kMaxCount) refuse("route: ", most, " dispatched rows are too many");
   const int out = define("route", 0, selected, {}, {logits});
   routes_.push_back(std::make_unique<Route>(Route{routing, Dispatch(capacity(values_[out]), r)}));
   values_[out].route = static_cast<int>(routes_.size()) - 1;
@@ -769,7 +771,7 @@ int Program::gate(int x, int logit) {
 
 void Program::finish(int logits) {
   const Value& result = value(logits, "finish");
-  if (logits + 1 != static_cast<int>(values_.size()) || !result.selected || result.act)
+  if (logits + 1 != static_cast<int>(values_.size()) || !result.selected || result.act || result.route >= 0)
     refuse("a program must end with its logits: floats of the selected rows");
 
   fuse_gates();
