@@ -171,6 +171,10 @@ class Program:
     def logits_width(self) -> int: ...
 
     @property
+    def blocks(self) -> Annotated[NDArray[numpy.uint8], dict(shape=(None, None))]:
+        """Keys and values, [blocks, bytes]."""
+
+    @property
     def seconds(self) -> dict[str, float]:
         """Spent in all steps so far, by kind of op."""
 

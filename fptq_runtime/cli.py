@@ -228,6 +228,10 @@ def engine_options(command: _Function) -> _Function:
                      show_default=True, help="Share of a GPU's free memory that weights, cache and steps may take."),
         click.option("--no-prefix-cache", "enable_prefix_caching", is_flag=True, flag_value=False, default=True,
                      help="Compute every prompt from its start."),
+        click.option("--kv-cache-disk", type=click.Path(file_okay=False, path_type=Path), help="A directory where "
+                     "cached prefixes outlive their place in memory, and the server."),
+        click.option("--kv-cache-disk-size", type=Size(), default="10GiB", show_default=True, help="Most that lies "
+                     "there; what was used longest ago goes first."),
         click.option("--no-speculation", "speculation", is_flag=True, flag_value=False, default=True,
                      help="Compute one token of each answer in a step, and guess none."),
         activation_option,

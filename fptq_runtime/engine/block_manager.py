@@ -11,14 +11,19 @@ from collections import OrderedDict
 from collections.abc import Iterable
 from hashlib import blake2b
 
+from fptq_runtime.engine.block_store import BlockStore
 from fptq_runtime.engine.sequence import Sequence
 
 
 class BlockManager:
-    def __init__(self, num_blocks: int, block_size: int, enable_prefix_caching: bool) -> None:
+    """store: what holds published blocks beside the cache."""
+
+    def __init__(self, num_blocks: int, block_size: int, enable_prefix_caching: bool,
+                 store: BlockStore | None = None) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.enable_prefix_caching = enable_prefix_caching
+        self._store = store
         self._ref_counts = [0] * num_blocks
         self._blank = list(range(num_blocks - 1, -1, -1))  # free, nothing worth keeping; a stack
         self._evictable: OrderedDict[int, None] = OrderedDict()  # free but cached, the oldest first
@@ -66,11 +71,7 @@ class BlockManager:
         if missing > self.num_free_blocks:
             return False
         for _ in range(missing):
-            if self._blank:
-                block = self._blank.pop()
-            else:
-                block, _ = self._evictable.popitem(last=False)
-                del self._block_of[self._hash_of.pop(block)]
+            block = self._take()
             self._ref_counts[block] = 1
             sequence.block_table.append(block)
         return True
@@ -82,8 +83,31 @@ class BlockManager:
         for index in range(num_computed_before // self.block_size, sequence.num_computed_tokens // self.block_size):
             digest, block = self._block_hash(sequence, index), sequence.block_table[index]
             if digest not in self._block_of and block not in self._hash_of:
-                self._block_of[digest] = block
-                self._hash_of[block] = digest
+                self._cache(digest, block)
+                if self._store is not None:
+                    self._store.save(digest, block)
+
+    def restore(self, sequence: Sequence) -> int:
+        """Bring into the cache what the store has of a sequence's prefix. Returns how many tokens."""
+        if self._store is None:
+            return 0
+        digests: list[bytes] = []
+        for index in range((sequence.num_tokens - 1) // self.block_size):
+            digest = self._block_hash(sequence, index)
+            if (block := self._block_of.get(digest)) is None:
+                if len(digests) == self.num_free_blocks or not self._store.has(digest):
+                    break
+                digests.append(digest)
+            elif block in self._evictable:
+                self._evictable.move_to_end(block)
+        held = sum(block in self._evictable for block in self.find_prefix(sequence))
+        blocks = [self._take() for _ in range(min(len(digests), self.num_free_blocks - held))]
+        loaded = self._store.load(digests[: len(blocks)], blocks) if blocks else 0
+        for digest, block in zip(digests, blocks[:loaded], strict=False):
+            self._cache(digest, block)
+            self._evictable[block] = None
+        self._blank += blocks[loaded:]
+        return loaded * self.block_size
 
     def free(self, sequence: Sequence) -> None:
         """Give back a sequence's blocks. Its last ones are the first to be evicted: a prefix is shared more often."""
@@ -110,6 +134,18 @@ class BlockManager:
         assert self._block_of == {digest: block for block, digest in self._hash_of.items()}, "the cache maps differ"
         assert not self._hash_of.keys() & set(self._blank), "a blank block is cached"
         assert self._evictable.keys() <= self._hash_of.keys(), "an evictable block is not cached"
+
+    def _take(self) -> int:
+        """A free block, of those that hold a prefix the oldest."""
+        if self._blank:
+            return self._blank.pop()
+        block, _ = self._evictable.popitem(last=False)
+        del self._block_of[self._hash_of.pop(block)]
+        return block
+
+    def _cache(self, digest: bytes, block: int) -> None:
+        self._block_of[digest] = block
+        self._hash_of[block] = digest
 
     def _block_hash(self, sequence: Sequence, index: int) -> bytes:
         """What block `index` holds: a digest of its tokens and, through its parent's digest, of all before them and of

@@ -8,6 +8,7 @@ import time
 from collections import Counter, abc
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
@@ -16,6 +17,7 @@ from fptq_runtime.config import EngineConfig
 from fptq_runtime.engine.admission import Forecast, Work
 from fptq_runtime.engine.batch import build_step_input
 from fptq_runtime.engine.block_manager import BlockManager
+from fptq_runtime.engine.block_store import DiskStore, KVDisk
 from fptq_runtime.engine.grammar import GrammarError, Grammars
 from fptq_runtime.engine.output import Detokenizer, RequestOutput, TextStream, TokenLogprobs
 from fptq_runtime.engine.request import ANYONE, FinishReason, Origin, SamplingParams
@@ -104,12 +106,13 @@ class Engine(Generic[T]):
     add_request and abort may be called from any thread, also while a step runs; they take effect at the next step.
     step belongs to one thread. Raises FptqError where the configuration does not fit the model.
     eos_token_ids: those of the model's config unless given. probes: small computations whose results are known; each
-    gives its deviation, 1 being what is tolerated. They belong between steps.
+    gives its deviation, 1 being what is tolerated. They belong between steps. kv_disk: where cached prefixes outlive
+    their place in the cache, and the engine.
     """
 
     def __init__(self, decoder: Decoder, backend: Backend, config: EngineConfig, tokenizer: T,
                  eos_token_ids: abc.Sequence[int] | None = None,
-                 probes: abc.Callable[[], abc.Iterator[float]] | None = None) -> None:
+                 probes: abc.Callable[[], abc.Iterator[float]] | None = None, kv_disk: KVDisk | None = None) -> None:
         self.config = config
         self.probes = probes
         self.model_config = decoder.config
@@ -118,14 +121,14 @@ class Engine(Generic[T]):
         self._eos_token_ids = frozenset(decoder.config.eos_token_ids if eos_token_ids is None else eos_token_ids)
         limits = step_limits(decoder.config, config, backend.token_bytes(decoder.config, config.kv_cache_dtype))
         self.num_blocks = limits.num_blocks
+        self._speculator = Speculator(self._eos_token_ids) if config.speculation else None
+        self._executor = backend.compile(decoder, limits)
         self._scheduler = Scheduler(
-            BlockManager(limits.num_blocks, config.block_size, config.enable_prefix_caching),
+            BlockManager(limits.num_blocks, config.block_size, config.enable_prefix_caching, self._open(kv_disk)),
             limits.max_seqs,
             limits.max_tokens,
             limits.max_logits_rows - limits.max_seqs,
         )
-        self._speculator = Speculator(self._eos_token_ids) if config.speculation else None
-        self._executor = backend.compile(decoder, limits)
         self.grammars = Grammars(tokenizer.to_json, decoder.config.vocab_size, self._eos_token_ids)
         self._mask_worker = ThreadPoolExecutor(1, "fptq-masks")
         self._launched: _Batch | None = None  # between steps, with an asynchronous backend
@@ -277,7 +280,26 @@ class Engine(Generic[T]):
             for sequence in [s for s in self._live.values() if s.request_id in aborted]:
                 self._emit(step, sequence, finish_reason=FinishReason.ABORT)
 
+    def _open(self, disk: KVDisk | None) -> DiskStore | None:
+        if disk is None:
+            return None
+        if not self.config.enable_prefix_caching:
+            raise FptqError("kv_cache_disk keeps cached prefixes, and no_prefix_cache says that there are none",
+                            "kv_cache_disk")
+        if self._executor.blocks is None:
+            raise FptqError(f"kv_cache_disk needs the native backend; the {self.backend.name} backend's cache is not "
+                            "to be had block by block", "kv_cache_disk")
+        return DiskStore(disk, self._executor.blocks)
+
+    def _restore(self) -> None:
+        """Bring back what is on disk of those prompts that this step may begin with."""
+        scheduler = self._scheduler
+        for sequence in islice(scheduler.waiting, max(0, scheduler.max_num_seqs - len(scheduler.running))):
+            if sequence.num_restored_tokens is None and not sequence.needs_prompt_logits:
+                sequence.num_restored_tokens = scheduler.blocks.restore(sequence)
+
     def _launch(self) -> _Batch:
+        self._restore()
         plan = self._scheduler.schedule()
         if self._speculator is not None:
             self._speculate(self._speculator, plan)
@@ -522,6 +544,7 @@ class Engine(Generic[T]):
             stop_reason=stop_reason,
             num_prompt_tokens=sequence.num_prompt_tokens,
             num_cached_tokens=sequence.num_cached_tokens,
+            num_restored_tokens=_restored(sequence),
             num_output_tokens=sequence.num_told_tokens,
             num_accepted_tokens=sequence.num_accepted_tokens,
             num_rejected_tokens=sequence.num_rejected_tokens,
@@ -578,6 +601,7 @@ class Engine(Generic[T]):
         if self.config.enable_prefix_caching:
             stats.prefix_query_tokens = sum(sequence.num_prompt_tokens for sequence in plan.admitted)
             stats.prefix_hit_tokens = sum(sequence.num_cached_tokens for sequence in plan.admitted)
+            stats.prefix_disk_tokens = sum(_restored(sequence) for sequence in plan.admitted)
         now = time.monotonic()
         if plan.scheduled:  # with what lies between two steps, where there is work
             seconds = seconds if self._ended is None else now - self._ended
@@ -598,6 +622,11 @@ class Engine(Generic[T]):
 
     def _most_tokens(self, prompt: int, params: SamplingParams) -> int:
         return min(params.max_tokens, self.config.max_model_len - prompt)
+
+
+def _restored(sequence: Sequence) -> int:
+    """Cached tokens of its prompt that came from disk."""
+    return min(sequence.num_restored_tokens or 0, sequence.num_cached_tokens)
 
 
 def _scored(gain: _Gain) -> _Gain:

@@ -13,8 +13,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fptq_runtime.artifact.io import GOLDEN, MANIFEST, check_files, is_artifact
+from fptq_runtime import __version__
+from fptq_runtime.artifact.io import GOLDEN, MANIFEST, check_files, hash_file, is_artifact
 from fptq_runtime.config import Activations, EngineConfig
+from fptq_runtime.engine.block_store import KVDisk
 from fptq_runtime.engine.engine import Engine, QueueFullError
 from fptq_runtime.engine.output import RequestOutput, TokenLogprobs
 from fptq_runtime.engine.request import MAX_N, FinishReason, SamplingParams
@@ -27,6 +29,8 @@ from fptq_runtime.models.loader import Checkpoint, load_model
 from fptq_runtime.models.tokenizer import Tokenizer, eos_token_ids
 
 logger = logging.getLogger(__name__)
+
+KV_CACHE_DISK_SIZE = 10 << 30
 
 Prompt = str | Sequence[int]
 
@@ -101,7 +105,8 @@ class LLM:
 def load_engine(path: str | Path, *, backend: str | Backend = "auto", device: str = "auto",
                 activations: Activations = "checkpoint", threads: int = 0, max_model_len: int | None = None,
                 kv_cache_memory: int | None = None, gpu_memory_utilization: float = 0.9,
-                chat_template: str | None = None, verify_weights: bool = False, **options: Any) -> Engine[Tokenizer]:
+                chat_template: str | None = None, verify_weights: bool = False, kv_cache_disk: Path | None = None,
+                kv_cache_disk_size: int = KV_CACHE_DISK_SIZE, **options: Any) -> Engine[Tokenizer]:
     """An engine for a model directory; an artifact's files and golden values are checked first, of these what
     activations that are not its own leave as it was.
 
@@ -110,6 +115,7 @@ def load_engine(path: str | Path, *, backend: str | Backend = "auto", device: st
     KV cache holds where that is less. kv_cache_memory: EngineConfig's default unless given; on a GPU, what the weights
     and a step leave of the gpu_memory_utilization share of its free memory. chat_template: in place of the model's.
     verify_weights: an artifact's hashes are checked also where they were before and nothing seems to have changed.
+    kv_cache_disk: a directory in which cached prefixes outlive the engine, kv_cache_disk_size bytes at most.
     options: the other fields of EngineConfig. Raises FptqError (ArtifactError, CheckpointError, GateError, …).
     """
     manifest = check_files(Path(path), verify_weights) if is_artifact(Path(path)) else None
@@ -163,9 +169,17 @@ def load_engine(path: str | Path, *, backend: str | Backend = "auto", device: st
         golden, kv_dtype = Golden.read(Path(path) / GOLDEN), config.kv_cache_dtype
         probes = lambda: (outcome.ratio for outcome in probe(  # noqa: E731
             decoder, kernels, golden, checkpoint.max_positions, kv_dtype))
+    disk = None
+    if kv_cache_disk is not None:
+        weights = [hash_file(file) for file in sorted(Path(path).glob("*.safetensors"))] if manifest is None \
+            else manifest.digest
+        facts = (__version__, weights, model, checkpoint.max_positions, activations, config.kv_cache_dtype,
+                 config.block_size, kernels.fingerprint)
+        disk = KVDisk(kv_cache_disk, kv_cache_disk_size, repr(facts).encode())
     try:
         engine = Engine(decoder, kernels, config, tokenizer.result(),
-                        eos_token_ids(Path(path), model.eos_token_ids, tokenizer.result(), model.vocab_size), probes)
+                        eos_token_ids(Path(path), model.eos_token_ids, tokenizer.result(), model.vocab_size), probes,
+                        disk)
     except MemoryError:
         raise FptqError(f"a KV cache of {format_bytes(config.kv_cache_memory)} does not fit into this machine's "
                         "memory; lower kv_cache_memory", "kv_cache_memory") from None

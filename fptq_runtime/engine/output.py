@@ -27,6 +27,7 @@ class RequestOutput:
     token_ids holds the new token, or none (max_tokens 0, or a finish by abort or error). text is what became certain
     with it: characters that a stop string or a split UTF-8 sequence may still claim are held back. prompt_logprobs
     comes once, with the first event of sequence 0; its first entry is None, since nothing precedes the first token.
+    num_restored_tokens: of those cached, how many came from disk.
     num_accepted_tokens, num_rejected_tokens: of the request's prediction, tried so far, rightly and in vain.
     stop_reason: the stop string or stop id that ended it; None for the model's own end of sequence. failure: why it
     ended with an error, where that is the request's fault.
@@ -41,6 +42,7 @@ class RequestOutput:
     stop_reason: str | int | None = None
     num_prompt_tokens: int = 0
     num_cached_tokens: int = 0
+    num_restored_tokens: int = 0
     num_output_tokens: int = 0
     num_accepted_tokens: int = 0
     num_rejected_tokens: int = 0

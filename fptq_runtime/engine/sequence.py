@@ -48,6 +48,7 @@ class Sequence:
         self.num_prompt_tokens = len(prompt_token_ids)
         self.num_computed_tokens = 0
         self.num_cached_tokens = 0  # prompt tokens found in the prefix cache when first scheduled
+        self.num_restored_tokens: int | None = None  # of those, brought back from disk; None before that was tried
         self.num_accounted_tokens = 0  # found in the cache or computed at least once, as StepStats count them
         self.num_told_tokens = 0  # of the output, as reported; the last step may have drawn some beyond a stop string
         self.num_accepted_tokens = 0  # of its prediction: drafted, and right

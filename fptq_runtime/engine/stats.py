@@ -32,6 +32,7 @@ class StepStats:
     preemptions: int = 0
     prefix_query_tokens: int = 0
     prefix_hit_tokens: int = 0
+    prefix_disk_tokens: int = 0  # of those
     queue_seconds: list[float] = field(default_factory=list)  # of sequences first scheduled in this step
     time_to_first_token: list[float] = field(default_factory=list)
     inter_token_seconds: list[float] = field(default_factory=list)

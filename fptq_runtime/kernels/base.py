@@ -27,6 +27,7 @@ Array = Any
 Logits = Any
 
 Int32Array = npt.NDArray[np.int32]
+UInt8Array = npt.NDArray[np.uint8]
 UInt32Array = npt.NDArray[np.uint32]
 Float32Array = npt.NDArray[np.float32]
 Float64Array = npt.NDArray[np.float64]
@@ -413,6 +414,11 @@ class Executor(Protocol):
         """Spent inside all steps so far, by kind of op."""
         ...
 
+    @property
+    def blocks(self) -> UInt8Array | None:
+        """The KV cache by block, [num_blocks, bytes], to read and write between steps; None where it cannot be."""
+        ...
+
     def work(self, tokens: int, rows: int) -> Work:
         """What the linears of a step with that many tokens and rows of logits must do at least."""
         ...
@@ -456,6 +462,11 @@ class Backend(Protocol):
 
     def roofs(self) -> Roofs | None:
         """Measured now, on what runs the model; None where a backend has none to reach."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """What decides, beside parameters and tokens, which bits are computed."""
         ...
 
     def describe(self) -> dict[str, str]:

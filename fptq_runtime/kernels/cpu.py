@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -34,6 +35,7 @@ from fptq_runtime.kernels.base import (
     SampleOutput,
     StepInput,
     StepLimits,
+    UInt8Array,
     Work,
     arrays_of,
 )
@@ -163,6 +165,10 @@ class CpuBackend:
     def roofs(self) -> Roofs:
         return Roofs(_native.peak_gops(self._pool, self._isa), _native.read_bandwidth(self._pool))
 
+    @property
+    def fingerprint(self) -> str:
+        return f"{self._isa} {hashlib.sha256(Path(_native.__file__).read_bytes()).hexdigest()}"
+
     def describe(self) -> dict[str, str]:
         return {
             "backend": "native",
@@ -246,6 +252,10 @@ class CpuExecutor:
     @property
     def seconds(self) -> dict[str, float]:
         return self._program.seconds
+
+    @property
+    def blocks(self) -> UInt8Array:
+        return self._program.blocks
 
     def work(self, tokens: int, rows: int) -> Work:
         return Work(*self._program.work(tokens, rows))

@@ -94,6 +94,10 @@ class ReferenceBackend:
     def roofs(self) -> None:
         return None
 
+    @property
+    def fingerprint(self) -> str:
+        return str(self.describe())
+
     def describe(self) -> dict[str, str]:
         return {"backend": "reference", "kernel": f"torch {torch.__version__}, float32, fake-quantized"}
 
@@ -124,6 +128,7 @@ class ReferenceExecutor:
         self._forward = forward
         self._cache = ReferenceCache(limits)
         self.seconds = {"forward": 0.0}
+        self.blocks = None
 
     def work(self, tokens: int, rows: int) -> Work:
         return Work(0, 0)  # nothing to hold it against: it has no roofs

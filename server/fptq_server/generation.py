@@ -63,7 +63,7 @@ class Generation:
         self.prompts = prompts
         self.n = params.n
         self.prompt_logprobs: list[tuple[TokenLogprobs | None, ...] | None] = [None] * len(prompts)
-        self._cached_tokens = [0] * len(prompts)
+        self._cached_tokens = [(0, 0)] * len(prompts)  # and how many of them from disk
         self._predicted: dict[int, tuple[int, int]] = {}  # by choice: accepted and rejected tokens
         self._streams: list[RequestStream] = []
         try:
@@ -92,7 +92,9 @@ class Generation:
             prompt_tokens=prompt_tokens,
             completion_tokens=self._record.completion_tokens,
             total_tokens=prompt_tokens + self._record.completion_tokens,
-            prompt_tokens_details=PromptTokensDetails(cached_tokens=sum(self._cached_tokens)),
+            prompt_tokens_details=PromptTokensDetails(
+                cached_tokens=sum(cached for cached, _ in self._cached_tokens),
+                disk_cached_tokens=sum(restored for _, restored in self._cached_tokens)),
             completion_tokens_details=CompletionTokensDetails(
                 accepted_prediction_tokens=sum(accepted for accepted, _ in self._predicted.values()),
                 rejected_prediction_tokens=sum(rejected for _, rejected in self._predicted.values())),
@@ -175,7 +177,7 @@ class Generation:
         if output.prompt_logprobs is not None:
             self.prompt_logprobs[i] = output.prompt_logprobs
         if output.index == 0:
-            self._cached_tokens[i] = output.num_cached_tokens
+            self._cached_tokens[i] = output.num_cached_tokens, output.num_restored_tokens
         self._record.completion_tokens += len(output.token_ids)
         choice = i * self.n + output.index
         self._predicted[choice] = output.num_accepted_tokens, output.num_rejected_tokens

@@ -78,6 +78,7 @@ class Metrics:
         self._saved = counter("fptq_saved_tokens", "Tokens not generated, of answers that were given up.")
         self._prefix_query = counter("fptq_prefix_cache_query_tokens", "Prompt tokens looked up in the prefix cache.")
         self._prefix_hit = counter("fptq_prefix_cache_hit_tokens", "Prompt tokens found in the prefix cache.")
+        self._prefix_disk = counter("fptq_prefix_cache_disk_hit_tokens", "Prompt tokens found there, from disk.")
         self._drafted, self._accepted = (
             counter(f"fptq_speculation_{name}_tokens", text, "kind", KINDS) for name, text in (
                 ("drafted", "Tokens that were guessed and computed ahead, by where the guess was from."),
@@ -128,6 +129,7 @@ class Metrics:
         self._saved.inc(stats.saved_tokens)
         self._prefix_query.inc(stats.prefix_query_tokens)
         self._prefix_hit.inc(stats.prefix_hit_tokens)
+        self._prefix_disk.inc(stats.prefix_disk_tokens)
         for kind, draft in stats.drafts.items():
             self._drafted.labels(kind).inc(draft.drafted)
             self._accepted.labels(kind).inc(draft.accepted)

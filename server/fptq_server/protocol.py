@@ -541,7 +541,10 @@ class ErrorResponse(BaseModel):
 
 
 class PromptTokensDetails(BaseModel):
+    """disk_cached_tokens: of those cached, how many came from disk."""
+
     cached_tokens: int
+    disk_cached_tokens: int
 
 
 class CompletionTokensDetails(BaseModel):

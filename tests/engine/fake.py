@@ -56,6 +56,10 @@ class FakeExecutor:
         self.after: Callable[[np.ndarray], np.ndarray] = lambda logits: logits
         self.model = logits_after
 
+    @property
+    def blocks(self) -> np.ndarray:
+        return self.cache.reshape(self.limits.num_blocks, -1).view(np.uint8)
+
     def step(self, batch: StepInput, reuse: bool = False) -> np.ndarray:
         self.before(batch)
         limits, size = self.limits, self.limits.block_size
@@ -81,6 +85,7 @@ class FakeExecutor:
 
 class FakeBackend:
     name = "fake"
+    fingerprint = "fake"
 
     def __init__(self, asynchronous: bool = False) -> None:
         self.asynchronous = asynchronous
@@ -140,9 +145,11 @@ def make_engine(*, max_model_len: int = 256, num_blocks: int = 64, asynchronous:
                 ) -> Engine:
     """An engine over the fake model, which guesses nothing unless told to; its executor is engine.backend.executor."""
     options.setdefault("speculation", False)
+    kv_disk = options.pop("kv_disk", None)
     block_size = options.setdefault("block_size", 16)
     config = EngineConfig(max_model_len=max_model_len, kv_cache_memory=num_blocks * block_size * TOKEN_BYTES, **options)
-    return Engine(FakeDecoder(), FakeBackend(asynchronous), config, FakeTokenizer())  # type: ignore[arg-type]
+    return Engine(FakeDecoder(), FakeBackend(asynchronous), config, FakeTokenizer(),  # type: ignore[arg-type]
+                  kv_disk=kv_disk)
 
 
 def run(engine: Engine, check: bool = True) -> dict[tuple[str, int], list[RequestOutput]]:

@@ -13,6 +13,7 @@ import pytest
 import fptq_runtime
 from fptq_runtime.artifact.numerics import pack_codes, quantize_weight
 from fptq_runtime.config import EngineConfig, KVCacheDtype
+from fptq_runtime.engine.block_store import KVDisk
 from fptq_runtime.engine.engine import Engine
 from fptq_runtime.engine.grammar import Grammar
 from fptq_runtime.engine.output import RequestOutput
@@ -71,11 +72,12 @@ def tokenizer() -> Tokenizer:
     return Tokenizer(DEMO)
 
 
-def engine_for(native: tuple[Decoder, Backend], tokenizer: Tokenizer, num_tokens: int = 4096, **options: Any) -> Engine:
+def engine_for(native: tuple[Decoder, Backend], tokenizer: Tokenizer, num_tokens: int = 4096,
+               kv_disk: KVDisk | None = None, **options: Any) -> Engine:
     config = EngineConfig(max_model_len=MAX_LEN, **options)
     memory = num_tokens * native[1].token_bytes(native[0].config, config.kv_cache_dtype)
     config = replace(config, kv_cache_memory=memory)
-    return Engine(*native, config, tokenizer)
+    return Engine(*native, config, tokenizer, kv_disk=kv_disk)
 
 
 def requests(generator: random.Random, count: int, forms: Sequence[Grammar | None]
@@ -150,3 +152,18 @@ def test_the_second_time_comes_from_the_cache(native: tuple[Decoder, Backend], t
     assert scored is not None
     decoded = tuple(entry for event in first for entry in event.logprobs)
     assert scored[len(prompt) :] == decoded, "scoring a text gives the bits that decoding it gave"
+
+
+@pytest.mark.parametrize("kv_dtype", ["int8", "bf16"])
+def test_a_prefix_from_disk_gives_the_same_bits(native: tuple[Decoder, Backend], tokenizer: Tokenizer, tmp_path: Path,
+                                                kv_dtype: KVCacheDtype) -> None:
+    disk = KVDisk(tmp_path, 1 << 28, b"")
+    prompt = list(range(100, 240))
+    params = SamplingParams(max_tokens=40, temperature=0, logprobs=5, ignore_eos=True)
+    first = solo(engine_for(native, tokenizer, kv_disk=disk, kv_cache_dtype=kv_dtype), prompt, params)
+    for _ in range(200):  # until they are written
+        again = solo(engine_for(native, tokenizer, kv_disk=disk, kv_cache_dtype=kv_dtype), prompt, params)
+        if again[0].num_restored_tokens == 128:
+            break
+    assert (again[0].num_cached_tokens, again[0].num_restored_tokens) == (128, 128)
+    assert gist(first) == gist(again)

@@ -60,7 +60,8 @@ def test_every_series_exists_before_the_first_event() -> None:
 def test_a_step_is_recorded() -> None:
     metrics = Metrics(__version__, CARD)
     metrics.record_step(StepStats(num_running=3, num_waiting=2, kv_usage=0.5, batch_tokens=7, prompt_tokens=4,
-                                  prefix_query_tokens=10, prefix_hit_tokens=6, generated_tokens=3, preemptions=1,
+                                  prefix_query_tokens=10, prefix_hit_tokens=6, prefix_disk_tokens=4,
+                                  generated_tokens=3, preemptions=1,
                                   drafts={"lookup": DraftStats(drafted=4, accepted=2, seconds_saved=-0.5)},
                                   queue_seconds=[0.0005], time_to_first_token=[0.02], inter_token_seconds=[0.01, 0.02],
                                   finished=[FinishedStats("stop", 0.3)]))
@@ -75,6 +76,7 @@ def test_a_step_is_recorded() -> None:
     assert value(metrics, "fptq_speculation_saved_seconds", kind="lookup") == -0.5
     assert value(metrics, "fptq_prefix_cache_query_tokens_total") == 10
     assert value(metrics, "fptq_prefix_cache_hit_tokens_total") == 6
+    assert value(metrics, "fptq_prefix_cache_disk_hit_tokens_total") == 4
     assert value(metrics, "fptq_requests_finished_total", reason="stop") == 1
     assert value(metrics, "fptq_queue_seconds_bucket", le="0.001") == 1
     assert value(metrics, "fptq_time_to_first_token_seconds_sum") == 0.02

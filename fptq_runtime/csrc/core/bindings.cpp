@@ -379,6 +379,13 @@ NB_MODULE(_native, m) {
       .def("gate", &Program::gate, "x"_a, "logit"_a)
       .def("finish", &Program::finish, "logits"_a)
       .def_prop_ro("logits_width", &Program::logits_width)
+      .def_prop_ro(
+          "blocks",
+          [](const Program& program) {
+            return nb::ndarray<nb::numpy, uint8_t, nb::ndim<2>>(program.blocks(),
+                                                                {program.num_blocks(), program.block_bytes()});
+          },
+          nb::rv_policy::reference_internal, "Keys and values, [blocks, bytes].")
       .def_prop_ro("seconds", &Program::seconds, "Spent in all steps so far, by kind of op.")
       .def(
           "work",

@@ -114,6 +114,10 @@ class Program {
   void finish(int logits);
 
   int logits_width() const { return values_.at(logits_).width; }
+  // Keys and values, all layers of a block together, [num_blocks][block_bytes].
+  char* blocks() const { return cache_.front().data; }
+  size_t num_blocks() const { return limits_.num_blocks; }
+  size_t block_bytes() const { return cache_.front().block_bytes; }
 
   // Checks every index, then runs. Throws std::invalid_argument, and then nothing was written.
   void step(const StepView& step);

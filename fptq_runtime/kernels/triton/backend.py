@@ -134,6 +134,10 @@ class TritonBackend:
         copy = fastest(lambda: target.copy_(source))
         return Roofs(2e-9 * size**3 / product, 2e-9 * source.nbytes / copy)
 
+    @property
+    def fingerprint(self) -> str:
+        return str(self.describe())
+
     def describe(self) -> dict[str, str]:
         where = "Triton's interpreter"
         if is_gpu(self.device):
@@ -177,6 +181,7 @@ class TritonExecutor:
         self._graphs: dict[_Shape, torch.cuda.CUDAGraph] = {}
         self._pool: Any = None  # the memory that all graphs share: one runs at a time
         self._timer = _Timer(device)
+        self.blocks = None
         survey = _Survey()
         forward(survey)
         self._survey = survey
