@@ -43,16 +43,15 @@ class CompressedTensors:
             raise SchemeError("quantization_config has no config_groups")
         if config.get("kv_cache_scheme") is not None:
             raise SchemeError("kv_cache_scheme is not supported; the KV cache's type is chosen when serving")
-        self._ignore = _patterns(config.get("ignore") or [])
+        self._ignored, self._ignore = _names(config.get("ignore") or [])
         self._exact: dict[str, _Group] = {}
         self._groups: list[tuple[list[re.Pattern[str]], bool, _Group]] = []
+        self._found: dict[str, _Group | None] = {}  # of modules asked for: a mixture of experts has thousands
         for name, data in groups.items():
             group = _Group(name, data, config.get("format"))
-            patterns = _patterns(group.targets)
-            for target in group.targets:
-                if not target.startswith("re:") and target != "Linear":
-                    self._exact[target] = group
-            self._groups.append((patterns, "Linear" in group.targets, group))
+            whole, patterns = _names(group.targets)
+            self._exact |= dict.fromkeys(whole - {"Linear"}, group)
+            self._groups.append((patterns, "Linear" in whole, group))
 
     @staticmethod
     def _refuse_what_is_online(config: Mapping[str, Any]) -> None:
@@ -83,8 +82,13 @@ class CompressedTensors:
         return runnable(name, integers(self._tensors, name, n, k, args), k, notes)
 
     def _group(self, module: str) -> _Group | None:
+        if module not in self._found:
+            self._found[module] = self._find_group(module)
+        return self._found[module]
+
+    def _find_group(self, module: str) -> _Group | None:
         """Exact names go before patterns, patterns before the class name `Linear`, as in compressed-tensors."""
-        if any(pattern.match(module) for pattern in self._ignore):
+        if module in self._ignored or any(pattern.match(module) for pattern in self._ignore):
             return None
         if module in self._exact:
             return self._exact[module]
@@ -125,12 +129,13 @@ def _read_args(data: Any, group: str) -> QuantizationArgs:
     return QuantizationArgs.from_dict(data)
 
 
-def _patterns(targets: Any) -> list[re.Pattern[str]]:
-    """`re:` targets match from the start of a module's name, others match it whole."""
+def _names(targets: Any) -> tuple[set[str], list[re.Pattern[str]]]:
+    """Modules' whole names, and `re:` patterns, which match from the start of a name."""
     if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
         raise SchemeError(f"targets and ignore must be lists of strings, not {targets!r}")
     try:
-        return [re.compile(t[3:] if t.startswith("re:") else re.escape(t) + r"\Z") for t in targets]
+        return ({target for target in targets if not target.startswith("re:")},
+                [re.compile(target[3:]) for target in targets if target.startswith("re:")])
     except re.error as error:
         raise SchemeError(f"malformed pattern among {targets!r}: {error}") from None
 
