@@ -312,8 +312,9 @@ class SampleOutput:
 
 @dataclass(frozen=True)
 class Work:
-    """Of one step's linears: a multiply-add is one; each weight and its scales are read once, of experts those that so
-    many tokens reach where each goes its own way, any expert as likely as another."""
+    """Of one step's linears: a multiply-add is one; each weight and its scales are read once. Of experts those count
+    that the last step reached, where a backend counts them and it had as many tokens; else as many as are reached by
+    tokens that go to any expert alike."""
 
     multiply_adds: int
     weight_bytes: int

@@ -248,6 +248,24 @@ def test_router_logits_that_are_not_finite_harm_their_own_rows_alone() -> None:
     np.testing.assert_array_equal(results[0][[0, 3, 5]], results[1][[0, 3, 5]])
 
 
+def test_work_counts_the_experts_that_a_step_reads() -> None:
+    """Beside all other linears: one token's two, all that ten tokens went to, and of steps not taken the expected."""
+    options = Options(layers=1, intermediate=64, routing=Routing(8, 2))
+    backend = CpuBackend(1)
+    executor = backend.compile(make_decoder(options, backend), limits(options))
+    one = 4 * (2 * 64 * 64 + 64 * 64)  # of an expert's weights
+    expected = [executor.work(tokens, tokens).weight_bytes for tokens in (1, 2, 10**3)]
+    rest = expected[0] - 2 * one
+    assert expected[1] == rest + round(8 * (1 - 0.75**2) * 2 / 3 * one) + round(8 * (1 - 0.75**2) * one / 3)
+    assert expected[2] == rest + 8 * one
+    batcher = Batcher(limits(options), np.random.default_rng(0))
+    sequence = batcher.sequence([7] * 30)
+    executor.step(batcher.step([(sequence, 10)]))
+    reached = (executor.work(10, 10).weight_bytes - rest) / one
+    assert reached == int(reached) and 2 <= reached <= 8
+    assert executor.work(1, 1).weight_bytes == expected[0]
+
+
 def test_what_experts_read_is_checked() -> None:
     program = _native.Program(_native.ThreadPool(1), "", **vars(limits(Options())))
     table = _native.Embedding(np.zeros((VOCAB, 8), np.float32))

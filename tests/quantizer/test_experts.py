@@ -13,8 +13,10 @@ from transformers import AutoModelForCausalLM
 
 from fptq_runtime.artifact.io import Manifest
 from fptq_runtime.artifact.numerics import quantize_weight, unpack_codes
+from fptq_runtime.engine.llm import LLM
+from fptq_runtime.engine.request import SamplingParams
 from fptq_runtime.kernels.reference import ReferenceBackend
-from fptq_runtime.models.loader import Checkpoint, load_model
+from fptq_runtime.models.loader import Checkpoint
 from fptq_runtime.models.tokenizer import Tokenizer
 from fptq_runtime.quantizer.calibrate import HiddenStates, Moments, Rows, observe_block
 from fptq_runtime.quantizer.pipeline import quantize
@@ -137,7 +139,11 @@ def test_presets_serve(preset: str, tmp_path: Path) -> None:
     assert kept <= set(config["ignore"]), "routers stay in float"
     targets = [target for group in config["config_groups"].values() for target in group["targets"]]
     assert sum(".experts" in target for target in targets) == 6, "one for all experts of a layer"
-    load_model(Checkpoint(tmp_path / "out"), ReferenceBackend())
+    llm = LLM(tmp_path / "out", max_num_seqs=4, kv_cache_memory=1 << 20, threads=2)
+    params = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
+    prompts = ["It was", "a bright cold day in the wood, and", "the clock", "was striking thirteen. It"]
+    alone = [llm.generate([prompt], params)[0][0].token_ids for prompt in prompts]
+    assert alone == [answer.token_ids for [answer] in llm.generate(prompts, params)], "whatever the batch"
 
 
 @pytest.mark.parametrize(("recipe", "why"), [

@@ -688,6 +688,7 @@ int Program::experts(int x, std::shared_ptr<const ExpertsParameter> experts, int
   if (first.layout() != &layout_) refuse(name, ": packed for another ISA path");
   if (in.act != first.act) refuse(name, ": its input is not quantized as its `act` says");
   (in.selected ? row_work_ : token_work_).multiply_adds += static_cast<int64_t>(routing.top_k) * n * k;
+  const size_t work = expert_work_.size();
   expert_work_.push_back({weight_bytes(first), routing.num_experts, routing.top_k, in.selected});
   const int out = define("experts " + std::to_string(n) + " x " + std::to_string(k), n, in.selected, {}, {x, routed});
   values_[out].route = route;
@@ -700,6 +701,7 @@ int Program::experts(int x, std::shared_ptr<const ExpertsParameter> experts, int
     const int panels = ceil_div(n, this_->layout_.panel_cols), tile = this_->layout_.tile_rows;
     int active = 0;
     for (size_t e = 0; e + 1 < starts.size(); ++e) active += starts[e] < starts[e + 1];
+    this_->expert_work_[work].reached = active;
     if (!active) return;
     const int groups = std::min(panels, ceil_div(kExpertTasks * this_->pool_->threads(), active));
     std::vector<ExpertTile>& tiles = this_->expert_tiles_;
@@ -874,6 +876,8 @@ void Program::step(const StepView& step) {
     op.seconds += std::chrono::duration<double>(now - then).count();
     then = now;
   }
+  last_tokens_ = step.tokens;
+  last_rows_ = step.rows;
 }
 
 Work Program::work(int tokens, int rows) const {
@@ -883,7 +887,8 @@ Work Program::work(int tokens, int rows) const {
             token_work_.weight_bytes + (rows ? row_work_.weight_bytes : 0)};
   for (const ExpertWork& w : expert_work_) {
     const double missed = 1 - static_cast<double>(w.top_k) / w.experts;  // by one row
-    const double reached = w.experts * (1 - std::pow(missed, w.selected ? rows : tokens));
+    const bool known = tokens == last_tokens_ && rows == last_rows_;
+    const double reached = known ? w.reached : w.experts * (1 - std::pow(missed, w.selected ? rows : tokens));
     work.weight_bytes += static_cast<int64_t>(std::llround(reached * static_cast<double>(w.weight_bytes)));
   }
   return work;

@@ -124,7 +124,8 @@ class Program {
 
   // Spent in all steps so far, by kind of op ("attention", "linear N x K", …).
   std::map<std::string, double> seconds() const;
-  // What the linears of a step of that many tokens and logits rows must do, however they do it.
+  // What the linears of a step of that many tokens and logits rows must do, however they do it: the last step, where it
+  // had as many, or one whose tokens go to any expert alike.
   Work work(int tokens, int rows) const;
 
  private:
@@ -152,11 +153,13 @@ class Program {
     std::shared_ptr<const RoutingParameter> parameter;
     Dispatch dispatch;
   };
-  // Of the linears of a route's experts, for each expert; `selected`: for the rows of logits.
+  // Of the linears of a route's experts, for each expert; `selected`: for the rows of logits. reached: experts that the
+  // last step read.
   struct ExpertWork {
     int64_t weight_bytes;
     int experts, top_k;
     bool selected;
+    int reached = 0;
   };
   struct ExpertTile {
     int expert, m0, m1, p0, p1;
@@ -218,6 +221,7 @@ class Program {
   std::vector<Op> ops_;
   Work token_work_{}, row_work_{};  // of one token, of one logits row; the bytes are a step's
   std::vector<ExpertWork> expert_work_;
+  int last_tokens_ = -1, last_rows_ = -1;
   std::vector<std::unique_ptr<Route>> routes_;
   std::vector<ExpertTile> expert_tiles_;
   int scratch_needed_ = 0;
