@@ -171,9 +171,9 @@ def load_engine(path: str | Path, *, backend: str | Backend = "auto", device: st
             decoder, kernels, golden, checkpoint.max_positions, kv_dtype))
     disk = None
     if kv_cache_disk is not None:
-        weights = [hash_file(file) for file in sorted(Path(path).glob("*.safetensors"))] if manifest is None \
-            else manifest.digest
-        facts = (__version__, weights, model, checkpoint.max_positions, activations, config.kv_cache_dtype,
+        files = [(file.name, hash_file(file)) for file in sorted(Path(path).iterdir()) if file.is_file()] \
+            if manifest is None else manifest.digest
+        facts = (__version__, files, model, checkpoint.max_positions, activations, config.kv_cache_dtype,
                  config.block_size, kernels.fingerprint)
         disk = KVDisk(kv_cache_disk, kv_cache_disk_size, repr(facts).encode())
     try:

@@ -206,3 +206,27 @@ def test_tokens_that_the_model_lacks_are_refused_by_both_numbers(tmp_path: Path,
     with pytest.raises(RequestError, match=r"token id 4096 .*vocabulary has 4096 tokens"):
         llm.generate(["Once <new> upon"])
     llm.generate(["Once upon"], SamplingParams(max_tokens=1))
+
+
+def test_prefixes_on_disk_are_of_one_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found again by the same files, and not by others that differ in one byte of any of them."""
+    pytest.importorskip("fptq_runtime._native", reason="the native extension is not built")
+    kv, copy = tmp_path / "kv", tmp_path / "model"
+    shutil.copytree(DEMO, copy)
+
+    def restored(path: Path, **options: Any) -> int:
+        engine = load_engine(path, backend="native", threads=1, kv_cache_disk=kv, **options)
+        engine.add_request("a", list(range(100, 200)), SamplingParams(max_tokens=1))
+        outputs = [output for output in iter(lambda: engine.step()[0], []) if output]
+        engine._scheduler.blocks._store.flush()  # type: ignore[union-attr]
+        return outputs[0][0].num_restored_tokens
+
+    assert restored(DEMO) == 0
+    assert restored(copy) == 96
+    assert restored(copy, kv_cache_dtype="bf16") == 0
+    assert restored(copy, block_size=16) == 0
+    monkeypatch.setenv("FPTQ_ISA", "generic")
+    assert restored(copy) == 0
+    monkeypatch.delenv("FPTQ_ISA")
+    (copy / "config.json").write_text((copy / "config.json").read_text() + " ")
+    assert restored(copy) == 0
