@@ -4,9 +4,10 @@
 
 Copy-heavy work (write a file again with a name changed, with and without a prediction; answer from a passage; fill a
 JSON schema) and text that cannot be guessed, at batch 1 and 8, with MODEL's own chat template and greedy, except for
-the last, which is drawn. Prompts are in the prefix cache beforehand, so that this is decoding. Writes OUT.json and
-OUT.md: the median ratio of tokens a second, round by round; the bound, which is what a step with as many rows as were
-drafted would leave, were it to cost what the kernels alone take; and tokens and log-probabilities that differ.
+the last, which is drawn. Prompts are in the prefix cache beforehand, so that this is decoding, and the clock runs as
+long as a batch is full. Writes OUT.json and OUT.md: the median ratio of tokens a second, round by round; the bound,
+which is what a step with as many rows as were drafted would leave, were it to cost what the kernels alone take; and
+tokens and log-probabilities that differ.
 """
 
 from __future__ import annotations
@@ -116,28 +117,33 @@ def works(engine: Engine[Any]) -> dict[str, list[tuple[list[int], SamplingParams
     return made
 
 
-def run(engine: Engine[Any], requests: list[tuple[list[int], SamplingParams]], tenant: str) -> Run:
-    """Every round has a tenant of its own, so that none is guessed from an earlier one."""
-    origin = Origin(tenant)
+def run(engine: Engine[Any], requests: list[tuple[list[int], SamplingParams]], batch: int, name: str) -> Run:
+    """So many at a time, until fewer are left. Each has a tenant of its own, so that none is guessed from another."""
     for i, (prompt, params) in enumerate(requests):
-        engine.add_request(str(i), prompt, replace(params, max_tokens=1, structured=None, prediction=()), origin)
+        engine.add_request(str(i), prompt, replace(params, max_tokens=1, structured=None, prediction=()),
+                           Origin(f"{name} {i}"))
     while engine.has_unfinished_requests:
         engine.step()
-    for i, (prompt, params) in enumerate(requests):
-        engine.add_request(str(i), prompt, params, origin)
     result = Run(0.0, 0, 0, 0, Counter(), Counter(), {})
+    sent, unfinished = 0, 0
     started = time.perf_counter()
-    while engine.has_unfinished_requests:
+    while sent < len(requests) or unfinished:
+        while unfinished < batch and sent < len(requests):
+            engine.add_request(str(sent), *requests[sent], Origin(f"{name} {sent}"))
+            sent, unfinished = sent + 1, unfinished + 1
+        full = unfinished == batch
         outputs, step = engine.step()
-        result.steps += 1
-        result.rows += step.batch_tokens
         for event in outputs:
-            result.tokens += len(event.token_ids)
             result.answers.setdefault(event.request_id, []).extend((each, event.logprobs) for each in event.token_ids)
-        for kind, draft in step.drafts.items():
-            result.drafted[kind] += draft.drafted
-            result.accepted[kind] += draft.accepted
-    result.seconds = time.perf_counter() - started
+            unfinished -= event.finish_reason is not None
+        if full:
+            result.steps += 1
+            result.rows += step.batch_tokens
+            result.tokens += sum(len(event.token_ids) for event in outputs)
+            for kind, draft in step.drafts.items():
+                result.drafted[kind] += draft.drafted
+                result.accepted[kind] += draft.accepted
+            result.seconds = time.perf_counter() - started
     return result
 
 
@@ -175,28 +181,25 @@ def measure(plain: Engine[Any], speculative: Engine[Any], work: str, requests: l
             batch: int, rounds: int, kernels: Kernels) -> Row:
     ratios, runs = [], []
     for number in range(rounds):
-        chosen = [requests[(number + i) % len(requests)] for i in range(batch)]
+        chosen = [requests[(number + i) % len(requests)] for i in range(3 if batch == 1 else 2 * batch)]
         pair = {}
         for name, engine in (("plain", plain), ("speculative", speculative))[:: 1 if number % 2 else -1]:
-            pair[name] = run(engine, chosen, f"{work} {batch} {number}")
+            pair[name] = run(engine, chosen, batch, f"{work} {batch} {number}")
         ratios.append(pair["speculative"].rate / pair["plain"].rate)
         runs.append(pair)
     of = {name: [pair[name] for pair in runs] for name in ("plain", "speculative")}
     steps = sum(each.steps for each in of["speculative"])
-    alive = sum(each.tokens for each in of["plain"]) / sum(each.steps for each in of["plain"])  # sequences in a step
     rows = sum(each.rows for each in of["speculative"]) / steps
-    gain = sum(each.tokens for each in of["speculative"]) / steps
-    whole = max(1, round(alive))
-    bound = gain / alive * kernels.seconds(whole, whole) / kernels.seconds(whole, max(whole, rows * whole / alive))
-    different = sum(one != other for pair in runs for i in pair["plain"].answers
-                    for one, other in zip(pair["plain"].answers[i], pair["speculative"].answers[i], strict=True))
+    gain = sum(each.tokens for each in of["speculative"]) / steps / batch
+    bound = gain * kernels.seconds(batch, batch) / kernels.seconds(batch, max(batch, rows))
+    compared = [(one, other) for pair in runs for i in pair["plain"].answers
+                for one, other in zip(pair["plain"].answers[i], pair["speculative"].answers[i], strict=True)]
     return Row(
         work, batch, statistics.median(each.rate for each in of["plain"]),
-        statistics.median(each.rate for each in of["speculative"]), statistics.median(ratios), bound, gain / alive,
-        rows,
+        statistics.median(each.rate for each in of["speculative"]), statistics.median(ratios), bound, gain, rows,
         dict(sum((each.drafted for each in of["speculative"]), Counter())),
         dict(sum((each.accepted for each in of["speculative"]), Counter())),
-        sum(each.tokens for each in of["plain"]), different,
+        len(compared), sum(one != other for one, other in compared),
     )
 
 

@@ -184,7 +184,8 @@ class Guesser:
 
 class StepCost:
     """Seconds of a step by its tokens, as they were of late: what was measured for so many, and between. What was not
-    for long is believed less and less, so that one bad moment is not believed for ever."""
+    for long is believed less and less, so that one bad moment is not believed for ever. A busy machine and long
+    contexts lengthen all steps alike: from each step all sizes learn, and its own the more the less it is known."""
 
     def __init__(self) -> None:
         self._sizes: list[int] = []  # ascending
@@ -193,18 +194,17 @@ class StepCost:
 
     def observe(self, tokens: int, seconds: float) -> None:
         size = tokens if tokens <= 16 else round(2 ** (round(4 * _log2(tokens)) / 4))
-        self._trust = [0.998 * trust for trust in self._trust]
+        self._trust = [0.996 * trust for trust in self._trust]
         at = bisect_left(self._sizes, size)
         if at == len(self._sizes) or self._sizes[at] != size:
             self._sizes.insert(at, size)
             self._seconds.insert(at, seconds)
-            self._trust.insert(at, 1.0)
+            self._trust.insert(at, 0.5)
             return
-        ratio = min(max(seconds / self._seconds[at], 0.5), 2.0)
-        # What disturbs a step lengthens it: short ones tell more. All sizes drift together, as contexts grow.
-        self._seconds = [old * ratio**0.05 for old in self._seconds]
-        self._seconds[at] *= ratio ** (0.3 if ratio < 1 else 0.1)
-        self._trust[at] = 1.0
+        ratio = min(max(seconds / self._seconds[at], 0.25), 4.0)
+        self._seconds = [old * ratio**0.25 for old in self._seconds]
+        self._seconds[at] *= ratio ** max(0.02, 0.4 * (1 - self._trust[at]))
+        self._trust[at] += 0.5 * (1 - self._trust[at])
 
     def __bool__(self) -> bool:
         return bool(self._sizes)
