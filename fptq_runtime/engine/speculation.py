@@ -20,7 +20,7 @@ from fptq_runtime.engine.sequence import Sequence
 KINDS = ("lookup", "history", "prediction", "forced")
 MAX_DRAFT = 32  # tokens of a sequence and step
 LEAST_CHANCE = 0.05  # of being right; a token with less is not drafted
-LEAST_GAIN = 1.02  # in tokens per second, of a step with drafts over one without
+LEAST_GAIN = 1.05  # in tokens per second, of a step with drafts over one without
 LONGEST_MATCH = 16  # tokens; a longer one says no more
 CANDIDATES = 16  # places of one pair of tokens that are compared
 HISTORY_TOKENS = 16_384  # of a tenant's answers
@@ -28,7 +28,7 @@ HISTORY_PROMPT = 8  # tokens of its prompt before each answer
 HISTORIES = 32  # tenants
 FIRST_CHANCES = (0.3, 0.5, 0.65, 0.75, 0.85, 0.9)  # before any was measured, by length of match:
 _BUCKETS = (0, 0, 0, 1, 2, 2, 3, 3, 3, *(4,) * (LONGEST_MATCH - 9), 5)
-FIRST_SLOPE = 0.06  # of a step's seconds for each row more, before it was measured
+FIRST_SLOPE = 0.1  # of a step's seconds for each row more, before it was measured
 
 
 @dataclass(frozen=True)
@@ -97,8 +97,8 @@ class Chances:
         self._all = {kind: [4.0] * len(FIRST_CHANCES) for kind in KINDS}
 
     def observe(self, kind: str, bucket: int, right: bool) -> None:
-        self._right[kind][bucket] = 0.98 * self._right[kind][bucket] + right
-        self._all[kind][bucket] = 0.98 * self._all[kind][bucket] + 1
+        self._right[kind][bucket] = 0.995 * self._right[kind][bucket] + right
+        self._all[kind][bucket] = 0.995 * self._all[kind][bucket] + 1
 
     def of(self, kind: str, bucket: int) -> float:
         return self._right[kind][bucket] / self._all[kind][bucket]
@@ -116,6 +116,7 @@ class Guesser:
         self._chances = chances
         self._right = [0.0] * len(FIRST_CHANCES)
         self._all = [0.0] * len(FIRST_CHANCES)
+        self._hits = self._expected = 0.0  # of late: guesses that were right, and what others' would have been
         self._left = dict.fromkeys(KINDS, sys.maxsize)  # where the last guess of each kind failed
         self._seen = sequence.num_tokens
         self._kind = "prediction" if sequence.params.prediction else ""
@@ -152,10 +153,11 @@ class Guesser:
     def chances(self, most: int) -> list[float]:
         """Of each of so many tokens at most, that it and all before it are right; as long as it may well be."""
         chances: list[float] = []
-        chance = 1.0
+        chance, usual = 1.0, min(1.0, (self._hits + 2) / (self._expected + 2))
         while self._kind and len(chances) < most:
             bucket = _BUCKETS[min(self._match + len(chances), LONGEST_MATCH)]
-            chance *= (self._right[bucket] + 3 * self._chances.of(self._kind, bucket)) / (self._all[bucket] + 3)
+            prior = usual * self._chances.of(self._kind, bucket)
+            chance *= (self._right[bucket] + 2 * prior) / (self._all[bucket] + 2)
             if chance < LEAST_CHANCE:
                 break
             chances.append(chance)
@@ -169,6 +171,8 @@ class Guesser:
         bucket = _BUCKETS[self._match]
         self._right[bucket] = 0.9 * self._right[bucket] + right
         self._all[bucket] = 0.9 * self._all[bucket] + 1
+        self._hits = 0.95 * self._hits + right
+        self._expected = 0.95 * self._expected + self._chances.of(self._kind, bucket)
         self._chances.observe(self._kind, bucket, right)
 
     def _look(self) -> None:
