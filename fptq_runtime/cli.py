@@ -458,6 +458,8 @@ def _tells_what_is_left(out: Path) -> Iterator[None]:
 @click.option("--api-keys-file", type=ExistingFile(), help="A key a line, or its hash as NAME=sha256:HEX, with "
               "priority=N and max_requests=N after it where wanted; read again on SIGHUP.")
 @click.option("--public-metrics", is_flag=True, help="/metrics asks for no key.")
+@click.option("--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True,
+              help="json: an object a line.")
 @click.option("--metrics-aliases", type=click.Choice(["none", "vllm"]), default="none", show_default=True,
               help="vllm: /metrics has vLLM's names, too, for dashboards, autoscalers and gateways that read those.")
 @click.option("--no-page", "page", is_flag=True, flag_value=False, default=True, help="No page to chat on at /.")

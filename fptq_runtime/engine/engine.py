@@ -550,6 +550,7 @@ class Engine(Generic[T]):
             num_rejected_tokens=sequence.num_rejected_tokens,
             prompt_logprobs=prompt_logprobs,
             failure=sequence.failure,
+            scheduled_time=sequence.scheduled_time,
         ))
         if finish_reason is None:
             return

@@ -30,7 +30,7 @@ class RequestOutput:
     num_restored_tokens: of those cached, how many came from disk.
     num_accepted_tokens, num_rejected_tokens: of the request's prediction, tried so far, rightly and in vain.
     stop_reason: the stop string or stop id that ended it; None for the model's own end of sequence. failure: why it
-    ended with an error, where that is the request's fault.
+    ended with an error, where that is the request's fault. scheduled_time: time.monotonic() when it left the queue.
     """
 
     request_id: str
@@ -48,6 +48,7 @@ class RequestOutput:
     num_rejected_tokens: int = 0
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
     failure: str | None = None
+    scheduled_time: float | None = None
 
 
 class TokenTexts(Protocol):

@@ -34,13 +34,14 @@ from fptq_server.routes.page import page_router
 from fptq_server.routes.responses import responses_router
 from fptq_server.routes.status import status_router
 from fptq_server.routes.tokens import tokens_router
+from fptq_server.tracing import Tracing
 
 CORS_METHODS = ("GET", "HEAD", "POST", "DELETE")
 CORS_EXPOSED = ("X-Request-Id", "Retry-After", "Retry-After-Ms")
 
 
 def create_app(engine: AsyncEngine, tokenizer: Tokenizer, config: ServerConfig, model: ModelCard,
-               metrics: Metrics) -> FastAPI:
+               metrics: Metrics, tracing: Tracing | None = None) -> FastAPI:
     """An app around an engine that has not been started; the lifespan starts and stops it. `metrics.record_step` is
     what the engine was given as on_stats. app.state.reload() reads the keys again."""
 
@@ -52,6 +53,8 @@ def create_app(engine: AsyncEngine, tokenizer: Tokenizer, config: ServerConfig, 
         yield
         await asyncio.to_thread(engine.stop)
         store.close()
+        if tracing is not None:
+            await asyncio.to_thread(tracing.stop)
 
     app = FastAPI(title="FPTQ Serve", version=__version__, lifespan=lifespan, redirect_slashes=False,
                   servers=[{"url": config.root_path or "/"}], docs_url=None, redoc_url=None)
@@ -88,7 +91,7 @@ def create_app(engine: AsyncEngine, tokenizer: Tokenizer, config: ServerConfig, 
     app.add_middleware(RequestLimits, max_header_bytes=config.max_header_bytes, max_body_bytes=config.max_body_bytes,
                        body_timeout=config.body_timeout, errors=handlers)
     app.add_middleware(RequireKey, keys=keys, public_paths=public, errors=handlers)
-    app.add_middleware(RequestContext, errors=handlers, metrics=metrics)
+    app.add_middleware(RequestContext, errors=handlers, metrics=metrics, tracing=tracing)
     if config.cors_origins:
         app.add_middleware(CORSMiddleware, allow_origins=config.cors_origins, allow_methods=CORS_METHODS,
                            allow_headers=["*"], expose_headers=CORS_EXPOSED)

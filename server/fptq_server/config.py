@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from fptq_runtime.errors import FptqError
 from fptq_server.keys import check_key
+from fptq_server.logs import LogFormat
 from fptq_server.parsers import REASONING_FORMATS, TOOL_PARSERS
 
 MetricsAliases = Literal["none", "vllm"]
@@ -48,6 +49,7 @@ class ServerConfig:
     public_metrics: bool = False
     page: bool = True
     metrics_aliases: MetricsAliases = "none"
+    log_format: LogFormat = "text"
     drain_timeout: float = 30.0
     stall_timeout: float = 60.0
     scrub_interval: float = 3600.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import time
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field, replace
 from types import TracebackType
@@ -73,6 +74,7 @@ class Generation:
             self.abort()
             raise _refusal(error) from None
         record.prompt_tokens = sum(map(len, prompts))
+        record.params, record.submitted = params, time.monotonic()
 
     def __enter__(self) -> Generation:
         return self
@@ -176,6 +178,10 @@ class Generation:
             raise APIError(503, "the server stopped this request before its end", reason="aborted", code="aborted")
         if output.prompt_logprobs is not None:
             self.prompt_logprobs[i] = output.prompt_logprobs
+        record = self._record
+        record.last_token = time.monotonic()
+        if record.first_token is None:
+            record.scheduled, record.first_token = output.scheduled_time, record.last_token
         if output.index == 0:
             self._cached_tokens[i] = output.num_cached_tokens, output.num_restored_tokens
         self._record.completion_tokens += len(output.token_ids)

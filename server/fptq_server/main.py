@@ -9,7 +9,6 @@ import resource
 import signal
 import socket
 import ssl
-import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -38,7 +37,9 @@ from fptq_runtime.models.tokenizer import Tokenizer
 from fptq_server.config import ModelCard, ServerConfig
 from fptq_server.defaults import sampling_defaults
 from fptq_server.keys import ApiKeys
+from fptq_server.logs import start_logging
 from fptq_server.record import peer
+from fptq_server.tracing import tracing_of_environment
 
 if TYPE_CHECKING:
     from fptq_server.metrics import Metrics
@@ -65,8 +66,10 @@ def serve(path: Path | str, config: ServerConfig, *, model_names: Sequence[str] 
     """
     path = Path(path)
     ApiKeys(config.api_keys, config.api_keys_file)  # says what is wrong with them before the model loads
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    start_logging(config.log_format)
     with listener or listen(config) as listener:  # before the model loads, which can take minutes
+        names = model_names or [path.resolve().name]
+        tracing = tracing_of_environment(names[0])
         log.info("loading %s", path)
         sampling = sampling_defaults(path) if generation_config else {}
         template = None if chat_template is None else read_template(chat_template)
@@ -78,14 +81,14 @@ def serve(path: Path | str, config: ServerConfig, *, model_names: Sequence[str] 
         from fptq_server.metrics import Metrics
 
         records = read_manifest(path).layers if is_artifact(path) else ()
-        model = model_card(model_names or [path.resolve().name], engine, sampling, records)
+        model = model_card(names, engine, sampling, records)
         metrics = Metrics(__version__, model, config.metrics_aliases)
         async_engine = AsyncEngine(engine, metrics.record_step, metrics.record_deviation)
         log.info("%s", describe(model, config))
         if sampling:
             log.info("requests get, unless they say otherwise, what generation_config.json does: %s",
                      ", ".join(f"{name} {value}" for name, value in sampling.items()))
-        app = create_app(async_engine, engine.tokenizer, config, model, metrics)
+        app = create_app(async_engine, engine.tokenizer, config, model, metrics, tracing)
         raise_open_files()
         try:
             with scrubbing(path, config.scrub_interval, metrics):

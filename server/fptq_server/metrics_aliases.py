@@ -16,6 +16,8 @@ VLLM = {
     "fptq_preemptions": ("vllm:num_preemptions",),
     "fptq_prompt_tokens": ("vllm:prompt_tokens",),
     "fptq_generated_tokens": ("vllm:generation_tokens",),
+    "fptq_speculation_drafted_tokens": ("vllm:spec_decode_num_draft_tokens",),
+    "fptq_speculation_accepted_tokens": ("vllm:spec_decode_num_accepted_tokens",),
     "fptq_requests_finished": ("vllm:request_success",),
     "fptq_batch_tokens": ("vllm:iteration_tokens_total",),
     "fptq_time_to_first_token_seconds": ("vllm:time_to_first_token_seconds",),

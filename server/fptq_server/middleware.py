@@ -18,6 +18,7 @@ from fptq_server.auth import PUBLIC_PATHS
 from fptq_server.errors import APIError, ErrorHandlers
 from fptq_server.metrics import Metrics
 from fptq_server.record import peer, record_of
+from fptq_server.tracing import Tracing
 
 access_log = logging.getLogger("fptq.access")
 log = logging.getLogger("fptq.server")
@@ -54,10 +55,11 @@ class Routing:
 class RequestContext:
     """Takes the client's X-Request-Id or makes one, and sends it back."""
 
-    def __init__(self, app: ASGIApp, errors: ErrorHandlers, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, errors: ErrorHandlers, metrics: Metrics, tracing: Tracing | None = None) -> None:
         self._app = app
         self._errors = errors
         self._metrics = metrics
+        self._tracing = tracing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -99,13 +101,17 @@ class RequestContext:
                 self._metrics.record_key(record.origin.tenant, record.prompt_tokens or 0, record.completion_tokens)
             if scope["path"] not in PROBES or status >= 400:
                 self._log(scope, status, time.monotonic() - start)
+            if self._tracing is not None:
+                self._tracing.record(scope["method"], scope["path"], Headers(scope=scope), record, status, start)
 
     @staticmethod
     def _log(scope: Scope, status: int, seconds: float) -> None:
         record = record_of(scope)
-        path = scope["path"].encode("unicode_escape").decode()
-        line = f"{peer(scope.get('client'))} {scope['method']} {path} {status} {seconds:.3f}s {record.id} {record}"
-        access_log.info("%s", line.rstrip())
+        path, client = scope["path"].encode("unicode_escape").decode(), peer(scope.get("client"))
+        line = f"{client} {scope['method']} {path} {status} {seconds:.3f}s {record.id} {record}"
+        fields = {"client": client, "method": scope["method"], "path": path, "status": status,
+                  "seconds": round(seconds, 6), **record.fields()}
+        access_log.info("%s", line.rstrip(), extra={"fields": fields})
 
 
 def _seconds(text: str) -> float | None:

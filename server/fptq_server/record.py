@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import uuid
 from dataclasses import dataclass, field
+from typing import Any
 
 from starlette.types import Scope
 
-from fptq_runtime.engine.request import ANYONE, Origin
+from fptq_runtime.engine.request import ANYONE, Origin, SamplingParams
 
 SCOPE_KEY = "fptq.record"
 
@@ -16,7 +17,8 @@ SCOPE_KEY = "fptq.record"
 class RequestRecord:
     """id: the client's X-Request-Id or a random one; a generation's own id ends with it. origin: whose it is, and how
     long it may wait. prompt_tokens: None where nothing was generated. finish_reasons: of the sequences that ended.
-    error: what an APIError's `summary` says."""
+    error: what an APIError's `summary` says. submitted, scheduled, first_token, last_token: when that was, by
+    time.monotonic(), of the first of several sequences, or the last."""
 
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     origin: Origin = ANYONE
@@ -25,6 +27,11 @@ class RequestRecord:
     finish_reasons: set[str] = field(default_factory=set)
     error: str = ""
     client_gone: bool = False
+    params: SamplingParams | None = None
+    submitted: float | None = None
+    scheduled: float | None = None
+    first_token: float | None = None
+    last_token: float | None = None
 
     def __str__(self) -> str:
         parts = []
@@ -36,6 +43,15 @@ class RequestRecord:
         if self.error:
             parts.append(self.error)
         return " ".join(parts)
+
+
+    def fields(self) -> dict[str, Any]:
+        """The same for a program."""
+        told: dict[str, Any] = {"request_id": self.id, "key": self.origin.tenant, "error": self.error}
+        if self.prompt_tokens is not None:
+            told |= {"prompt_tokens": self.prompt_tokens, "completion_tokens": self.completion_tokens,
+                     "finish_reasons": sorted(self.finish_reasons)}
+        return {name: value for name, value in told.items() if value != ""} | {"client_gone": self.client_gone}
 
 
 def record_of(scope: Scope) -> RequestRecord:

@@ -33,6 +33,7 @@ from fptq_server.app import create_app
 from fptq_server.config import ServerConfig
 from fptq_server.main import Server, bind, model_card
 from fptq_server.metrics import Metrics
+from fptq_server.tracing import Tracing
 
 EOS = 1  # the demo model's
 
@@ -70,8 +71,8 @@ def run_server(decoder: tuple[Decoder, Backend], tokenizer: Tokenizer) -> Callab
 
     @contextmanager
     def run(config: ServerConfig | None = None, tokenizer: Tokenizer = tokenizer,
-            sampling: Mapping[str, Any] | None = None, aliases: tuple[str, ...] = (), **options: Any
-            ) -> Iterator[Served]:
+            sampling: Mapping[str, Any] | None = None, aliases: tuple[str, ...] = (),
+            tracing: Tracing | None = None, **options: Any) -> Iterator[Served]:
         config = replace(config or ServerConfig(), port=0)
         model, backend = decoder
         limits = EngineConfig(**{"max_model_len": 1024, "max_num_seqs": 32} | options)
@@ -79,7 +80,7 @@ def run_server(decoder: tuple[Decoder, Backend], tokenizer: Tokenizer) -> Callab
         card = model_card(["demo", *aliases], engine, sampling)
         metrics = Metrics(__version__, card, config.metrics_aliases)
         async_engine = AsyncEngine(engine, metrics.record_step)
-        app = create_app(async_engine, tokenizer, config, card, metrics)
+        app = create_app(async_engine, tokenizer, config, card, metrics, tracing)
         server = Server(app, async_engine, config, metrics)
         listener = bind(config.host, 0)
         port = listener.getsockname()[1]
