@@ -11,7 +11,7 @@ INSTALLED := $(VENV)/.installed
 DEV_INSTALLED := $(VENV)/.dev-installed
 CSRC := $(shell find fptq_runtime/csrc tests/kernels -name '*.h' -o -name '*.cpp' 2>/dev/null)
 NATIVE := CMakeLists.txt $(filter fptq_runtime/%,$(CSRC))
-PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --quiet --quiet
 PIP_INSTALL := $(PIP) install --constraint constraints.txt
 
 .PHONY: install serve test fuzz lint format stubs bench compat gpu-check image clean
@@ -23,18 +23,23 @@ $(INSTALLED): pyproject.toml constraints.txt $(NATIVE)
 	@command -v $(firstword $(CXX)) >/dev/null || { echo "A C++20 compiler is needed and '$(CXX)' is not there (Debian, Ubuntu: apt install g++)." >&2; exit 1; }
 	@test -x $(VENV)/bin/pip || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "Python's venv module is needed (Debian, Ubuntu: apt install python3-venv)." >&2; exit 1; }
 	@echo "Installing into $(VENV): minutes the first time."
-	$(PIP_INSTALL) pip
-	$(PIP_INSTALL) --group build
-	$(PIP_INSTALL) --no-deps --retries 1 $(addprefix --extra-index-url ,$(TORCH_INDEX)) torch
-	CXX='$(CXX)' $(PIP_INSTALL) --no-build-isolation --editable .
+	@echo "1 of 3: what the build needs"
+	@$(PIP_INSTALL) pip
+	@$(PIP_INSTALL) --group build
+	@echo "2 of 3: torch, the largest part"
+	@$(PIP_INSTALL) --no-deps --retries 1 $(addprefix --extra-index-url ,$(TORCH_INDEX)) torch
+	@echo "3 of 3: FPTQ Serve, which is compiled for this machine, and what it needs"
+	@CXX='$(CXX)' $(PIP_INSTALL) --no-build-isolation --editable .
 	@touch $@
 
 $(DEV_INSTALLED): $(INSTALLED)
-	$(PIP_INSTALL) --group dev
+	@echo "Installing what the tests need."
+	@$(PIP_INSTALL) --group dev
 	@touch $@
 
 serve: $(INSTALLED)
-	$(VENV)/bin/fptq serve demo
+	@echo "Serving the model that comes with the package; Ctrl-C stops it."
+	@$(VENV)/bin/fptq serve demo
 
 test: $(DEV_INSTALLED)
 	$(VENV)/bin/python -m pytest
