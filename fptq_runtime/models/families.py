@@ -33,6 +33,7 @@ from fptq_runtime.models.internlm3 import internlm3
 from fptq_runtime.models.jais2 import jais2
 from fptq_runtime.models.llama import llama
 from fptq_runtime.models.ministral import ministral
+from fptq_runtime.models.ministral3 import ministral3
 from fptq_runtime.models.mistral import mistral
 from fptq_runtime.models.mixtral import mixtral
 from fptq_runtime.models.mpt import mpt
@@ -89,6 +90,7 @@ FAMILIES: Mapping[str, Callable[[Fields], Model]] = {
     "InternLM3ForCausalLM": internlm3,
     "Jais2ForCausalLM": jais2,
     "MinistralForCausalLM": ministral,
+    "Ministral3ForCausalLM": ministral3,
     "MptForCausalLM": mpt,
     "MPTForCausalLM": mpt,
     "NemotronForCausalLM": nemotron,

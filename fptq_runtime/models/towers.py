@@ -16,6 +16,7 @@ TOWERS: Mapping[str, tuple[str, str]] = {
     "gemma3_text": ("Gemma3ForCausalLM", "gemma3_text"),
     "granite": ("GraniteForCausalLM", "granite"),
     "llama": ("LlamaForCausalLM", "llama"),
+    "ministral3": ("Ministral3ForCausalLM", "ministral3"),
     "mistral": ("MistralForCausalLM", "mistral"),
     "phi3": ("Phi3ForCausalLM", "phi3"),
     "qwen2": ("Qwen2ForCausalLM", "qwen2"),

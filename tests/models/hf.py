@@ -83,6 +83,9 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "starcoder2": ("starcoder2", {**PLAIN, "num_key_value_heads": 2, "sliding_window": 20}),
     "ministral": ("ministral", {**LLAMA, "sliding_window": 20, "layer_types": [
         "sliding_attention", "full_attention", "sliding_attention"]}),
+    "ministral3": ("ministral3", {**LLAMA, "max_position_embeddings": 256, "rope_parameters": {
+        "rope_type": "yarn", "rope_theta": 1e3, "factor": 2.0, "original_max_position_embeddings": 128,
+        "llama_4_scaling_beta": 0.1, "mscale": 1.0, "mscale_all_dim": 1.0}}),
     "seed-oss": ("seed_oss", {**LLAMA, "attention_out_bias": True}),
     "exaone4": ("exaone4", {**LLAMA, "num_hidden_layers": 4, "sliding_window": 20}),
     "exaone4-full": ("exaone4", {**LLAMA, "sliding_window": None, "layer_types": ["full_attention"] * 3}),

@@ -27,6 +27,10 @@ TOWERS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         "vision_config": {**VISION, "model_type": "siglip_vision_model"}, "mm_tokens_per_image": 4}),
     "mistral3": ("mistral3", {**LLAMA, "model_type": "mistral", "sliding_window": None},
                  {"vision_config": {**VISION, "model_type": "pixtral", "head_dim": 16}}),
+    "ministral3": ("mistral3", {**LLAMA, "model_type": "ministral3", "rope_parameters": {
+        "rope_type": "yarn", "rope_theta": 1e3, "factor": 2.0, "original_max_position_embeddings": 64,
+        "llama_4_scaling_beta": 0.1, "mscale": 1.0, "mscale_all_dim": 1.0}}, {
+        "vision_config": {**VISION, "model_type": "pixtral", "head_dim": 16}}),
     "llava": ("llava", {**LLAMA, "model_type": "llama"}, {
         "vision_config": {**VISION, "model_type": "clip_vision_model"}}),
     "qwen2-vl": ("qwen2_vl", {**LLAMA, "rope_parameters": MROPE}, {

@@ -28,7 +28,8 @@ from tests.quantizer.walk import float_logits
 
 ROTATED = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Phi3ForCausalLM",
            "GraniteForCausalLM", "SmolLM3ForCausalLM", "GraniteMoeHybridForCausalLM", "GlmForCausalLM",
-           "MinistralForCausalLM", "SeedOssForCausalLM", "InternLM3ForCausalLM", "ArceeForCausalLM",
+           "MinistralForCausalLM", "Ministral3ForCausalLM", "SeedOssForCausalLM", "InternLM3ForCausalLM",
+           "ArceeForCausalLM",
            "HeliumForCausalLM", "Ernie4_5ForCausalLM", "HunYuanDenseV1ForCausalLM", "GemmaForCausalLM"}
 MIXTURES = {"MixtralForCausalLM", "Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM", "OlmoeForCausalLM",
             "Glm4MoeForCausalLM", "GraniteMoeForCausalLM", "GptOssForCausalLM"}
