@@ -50,6 +50,7 @@ from fptq_runtime.models.qwen2 import qwen2
 from fptq_runtime.models.qwen2_moe import qwen2_moe
 from fptq_runtime.models.qwen3 import qwen3
 from fptq_runtime.models.qwen3_moe import qwen3_moe
+from fptq_runtime.models.renamed import exaone, internlm2, minicpm
 from fptq_runtime.models.seed_oss import seed_oss
 from fptq_runtime.models.smollm3 import smollm3
 from fptq_runtime.models.stablelm import stablelm
@@ -76,6 +77,7 @@ FAMILIES: Mapping[str, Callable[[Fields], Model]] = {
     "Cohere2ForCausalLM": cohere2,
     "CohereForCausalLM": cohere,
     "Ernie4_5ForCausalLM": ernie4_5,
+    "ExaoneForCausalLM": exaone,
     "Exaone4ForCausalLM": exaone4,
     "FalconForCausalLM": falcon,
     "GemmaForCausalLM": gemma1,
@@ -87,8 +89,10 @@ FAMILIES: Mapping[str, Callable[[Fields], Model]] = {
     "GraniteMoeHybridForCausalLM": granite_hybrid,
     "HeliumForCausalLM": helium,
     "HunYuanDenseV1ForCausalLM": hunyuan,
+    "InternLM2ForCausalLM": internlm2,
     "InternLM3ForCausalLM": internlm3,
     "Jais2ForCausalLM": jais2,
+    "MiniCPMForCausalLM": minicpm,
     "MinistralForCausalLM": ministral,
     "Ministral3ForCausalLM": ministral3,
     "MptForCausalLM": mpt,
