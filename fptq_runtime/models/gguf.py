@@ -17,7 +17,7 @@ import numpy as np
 
 from fptq_runtime.artifact.scheme import LayerScheme, QuantizationArgs
 from fptq_runtime.kernels.base import Array, QuantizedWeight
-from fptq_runtime.models.fields import ModelError
+from fptq_runtime.models.fields import Fields, ModelError
 from fptq_runtime.models.layers import halves
 from fptq_runtime.models.tensors import FLOATS, CheckpointError, Tensors
 from fptq_runtime.models.weights import Stored, pack, runnable
@@ -65,6 +65,10 @@ SIZES = {"hidden_size": "embedding_length", "num_hidden_layers": "block_count",
          "intermediate_size": "feed_forward_length", "num_attention_heads": "attention.head_count",
          "num_key_value_heads": "attention.head_count_kv", "head_dim": "attention.key_length",
          "max_position_embeddings": "context_length"}
+READ = ("vocab_size", "attention.value_length", "rope.dimension_count", "rope.freq_base", "rope.scaling.type",
+        "rope.scaling.factor", "rope.scaling.original_context_length", "rope.scaling.finetuned", "tensor_data_layout")
+HARMLESS: Mapping[str, Any] = {"attention.causal": True, "expert_count": 0, "expert_used_count": 0,
+                               "rope.scaling.attn_factor": 1.0}  # at these values
 UNSCALED = {"gemma2": 46, "gemma3": 62}  # the blocks of the 27B ones, whose scores are scaled by hidden size over heads
 
 
@@ -206,21 +210,27 @@ def config_of(tensors: GgufTensors) -> dict[str, Any]:
     """What transformers would write of such a model. Raises ModelError."""
     kind, form = tensors.kind, tensors.form
     keys = {**SIZES, **form.keys}
+    for name in tensors.metadata:
+        key = name.removeprefix(f"{kind}.")
+        if key != name and key not in (*keys.values(), *READ) and tensors.meta(name) != HARMLESS.get(key, object()):
+            raise ModelError(f"{name} is {str(tensors.meta(name))[:60]!r}, which is not supported in GGUF")
     config = {name: value for name, key in keys.items() if (value := tensors.meta(f"{kind}.{key}")) is not None}
     for name, value in config.items():
         if not isinstance(value, int | float):
             raise ModelError(f"{kind}.{keys[name]} differs by layer, which is not supported")
+    if tensors.meta(f"{kind}.attention.value_length", tensors.head_dim) != tensors.head_dim:
+        raise ModelError(f"{kind}.attention.value_length is not the size of a head of q and k")
     embedding = tensors.shape("model.embed_tokens.weight")
     if embedding is None:
         raise CheckpointError("the file has no token_embd.weight")
     config |= {
         "architectures": [form.architecture], "model_type": form.model_type, "vocab_size": embedding[0],
         "tie_word_embeddings": tensors.shape("lm_head.weight") is None, "head_dim": tensors.head_dim,
-        **form.fields, **_rope(tensors, config["max_position_embeddings"]),
+        **form.fields, **_rope(tensors, tensors.size("context_length")),
     }
     for name in ("bos", "eos"):
         if (token := tensors.meta(f"tokenizer.ggml.{name}_token_id")) is not None:
-            config[f"{name}_token_id"] = int(token)
+            config[f"{name}_token_id"] = token
     if kind in ("llama", "granite", "smollm3"):
         config["attention_bias"] = tensors.shape("model.layers.0.self_attn.q_proj.bias") is not None
         config["mlp_bias"] = tensors.shape("model.layers.0.mlp.up_proj.bias") is not None
@@ -237,9 +247,9 @@ def _rope(tensors: GgufTensors, context: int) -> dict[str, Any]:
     turned = tensors.meta(f"{kind}.rope.dimension_count", dim)
     if turned != dim:
         raise ModelError(f"{kind}.rope.dimension_count {turned} is not the {dim} of a head")
-    found: dict[str, Any] = {"rope_theta": float(tensors.meta(f"{kind}.rope.freq_base", 10000.0))}
-    scaling = tensors.meta(f"{kind}.rope.scaling.type", "none")
-    factor = float(tensors.meta(f"{kind}.rope.scaling.factor", 1.0))
+    numbers = Fields({name: tensors.meta(f"{kind}.rope.{name}") for name in ("freq_base", "scaling.factor")}, kind)
+    found: dict[str, Any] = {"rope_theta": numbers.number("freq_base", 10000.0, low=1.0)}
+    scaling, factor = tensors.meta(f"{kind}.rope.scaling.type", "none"), numbers.number("scaling.factor", 1.0, low=1e-6)
     original = tensors.meta(f"{kind}.rope.scaling.original_context_length", context)
     if (frequencies := tensors.raw("rope_freqs.weight")) is not None:
         factors = [float(each) for each in frequencies]

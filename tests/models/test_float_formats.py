@@ -147,6 +147,21 @@ def test_the_quantizer_takes_them(tmp_path: Path) -> None:
     np.testing.assert_array_equal(weight, meant["model.layers.0.mlp.down_proj.weight"])
 
 
+@pytest.mark.parametrize(("place", "fact", "value"), [
+    ("config", "transform_config", {"config_groups": {"u": {"type": "hadamard", "apply": []}}}),
+    ("config", "residual_scale", 0.5), ("group", "rotation", "hadamard"), ("weights", "exponent_bias", 3),
+])
+def test_facts_that_would_be_ignored_are_refused(source: Path, tmp_path: Path, place: str, fact: str,
+                                                 value: Any) -> None:
+    compress(source, tmp_path / "model", "fp8-tensor")
+    quantization = json.loads((tmp_path / "model" / "config.json").read_text())["quantization_config"]
+    group = quantization["config_groups"]["group_0"]
+    {"config": quantization, "group": group, "weights": group["weights"]}[place][fact] = value
+    change_config(tmp_path / "model", quantization_config=quantization)
+    with pytest.raises(SchemeError, match=fact.split("_")[0]):
+        Checkpoint(tmp_path / "model", dequantize=True)
+
+
 def test_what_does_not_fit_is_refused(source: Path, tmp_path: Path) -> None:
     fp8(source, tmp_path / "model", (32, 48))
     name = "model.layers.0.self_attn.q_proj.weight_scale_inv"

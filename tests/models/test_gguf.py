@@ -109,12 +109,16 @@ def test_types_that_llama_cpp_alone_writes(kind: str, tmp_path: Path) -> None:
     np.testing.assert_array_equal(weight, gguf.dequantize(raw, which))
 
 
-def replace_tensor(file: Path, name: str, raw: np.ndarray, kind: Type) -> None:
+def replace_tensor(file: Path, name: str, raw: np.ndarray, kind: Type, **metadata: Any) -> None:
+    """The file with another tensor of that name, and other metadata."""
     reader = gguf.GGUFReader(file)
     writer = gguf.GGUFWriter(file.with_suffix(".new"), str(reader.fields["general.architecture"].contents()))
     for key, entry in reader.fields.items():
-        if not key.startswith("GGUF.") and key != "general.architecture":
+        if not key.startswith("GGUF.") and key != "general.architecture" and key not in metadata:
             writer.add_key_value(key, entry.contents(), entry.types[0], entry.types[-1])
+    for key, value in metadata.items():
+        (writer.add_string if isinstance(value, str) else writer.add_float32 if isinstance(value, float) else
+         writer.add_uint32)(key, value)
     for tensor in reader.tensors:
         if tensor.name == name:
             writer.add_tensor(name, raw, raw_dtype=kind)
@@ -177,6 +181,22 @@ def test_damaged_files_are_refused(keep: float, tmp_path: Path) -> None:
     file.write_bytes(data[: int(keep * len(data)) if keep < 1 else int(keep)])
     with pytest.raises(FptqError, match=r"model\.gguf") as error:
         GgufTensors(file)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("key", "value", "words"), [
+    ("llama.expert_count", 8, "expert_count"), ("llama.attention.scale", 0.5, "attention.scale"),
+    ("llama.attention.value_length", 8, "value_length"), ("llama.rope.dimension_count", 8, "dimension_count"),
+    ("llama.rope.scaling.type", "longrope", "longrope"), ("llama.rope.freq_base", "many", "freq_base"),
+    ("llama.block_count", 0, "block_count"), ("llama.context_length", "x", "context_length"),
+])
+def test_metadata_that_is_not_taken_is_named(key: str, value: Any, words: str, tmp_path: Path) -> None:
+    save_random("llama", tmp_path / "float", **SIZES)
+    file = tmp_path / "model.gguf"
+    write_gguf(tmp_path / "float", file, "llama")
+    replace_tensor(file, "", np.zeros(0, np.uint8), Type.F32, **{key: value})
+    with pytest.raises(FptqError, match=words) as error:
+        config_of(GgufTensors(file))
     assert "\n" not in str(error.value)
 
 

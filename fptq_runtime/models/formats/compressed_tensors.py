@@ -37,7 +37,7 @@ class CompressedTensors:
 
     def __init__(self, config: Mapping[str, Any], tensors: Tensors) -> None:
         self._tensors = tensors
-        self._refuse_what_is_online(config)
+        refuse_what_is_online(config)
         groups = config.get("config_groups")
         if not isinstance(groups, Mapping) or not groups:
             raise SchemeError("quantization_config has no config_groups")
@@ -52,18 +52,6 @@ class CompressedTensors:
             whole, patterns = _names(group.targets)
             self._exact |= dict.fromkeys(whole - {"Linear"}, group)
             self._groups.append((patterns, "Linear" in whole, group))
-
-    @staticmethod
-    def _refuse_what_is_online(config: Mapping[str, Any]) -> None:
-        if config.get("transform_config"):
-            raise SchemeError("quantization_config: transform_config asks for transforms while the model runs (online "
-                              "rotations), which are not supported; quantize the float model with the step `rotation`, "
-                              "which costs nothing at run time")
-        sparsity = config.get("sparsity_config")
-        if sparsity and (not isinstance(sparsity, Mapping) or sparsity.get("format") not in (None, "dense")):
-            raise SchemeError("quantization_config: sparsity_config is not supported; save the model dense")
-        refuse_unknown(config, "quantization_config", (*CONFIG_READ, "transform_config", "sparsity_config"),
-                       CONFIG_HARMLESS)
 
     def scheme(self, name: str) -> LayerScheme | None:
         group = self._group(name)
@@ -96,6 +84,19 @@ class CompressedTensors:
             if any(pattern.match(module) for pattern in patterns):
                 return group
         return next((group for _, every_linear, group in self._groups if every_linear), None)
+
+
+def refuse_what_is_online(config: Mapping[str, Any]) -> None:
+    """Raise SchemeError for facts of a quantization_config that would have to be applied while the model runs."""
+    if config.get("transform_config"):
+        raise SchemeError("quantization_config: transform_config asks for transforms while the model runs (online "
+                          "rotations), which are not supported; quantize the float model with the step `rotation`, "
+                          "which costs nothing at run time")
+    sparsity = config.get("sparsity_config")
+    if sparsity and (not isinstance(sparsity, Mapping) or sparsity.get("format") not in (None, "dense")):
+        raise SchemeError("quantization_config: sparsity_config is not supported; save the model dense")
+    refuse_unknown(config, "quantization_config", (*CONFIG_READ, "transform_config", "sparsity_config"),
+                   CONFIG_HARMLESS)
 
 
 class _Group:

@@ -13,6 +13,12 @@ from ml_dtypes import bfloat16
 
 from fptq_runtime.artifact.scheme import LayerScheme, SchemeError
 from fptq_runtime.kernels.base import Array
+from fptq_runtime.models.formats.compressed_tensors import (
+    ARGS_HARMLESS,
+    ARGS_READ,
+    GROUP_READ,
+    refuse_what_is_online,
+)
 from fptq_runtime.models.formats.facts import refuse_unknown
 from fptq_runtime.models.tensors import CheckpointError, Tensors
 
@@ -98,14 +104,18 @@ def block_of_groups(config: Mapping[str, Any], needed: bool) -> tuple[bool, Any]
     if not isinstance(groups, Mapping) or not groups:
         return False, None
     blocks, found = None, False
-    for group in groups.values():
+    for name, group in groups.items():
         weights = group.get("weights") if isinstance(group, Mapping) else None
         if not isinstance(weights, Mapping) or weights.get("type") != "float":
             return False, None
+        refuse_unknown(group, f"config group {name!r}", GROUP_READ, ())
+        refuse_unknown(weights, f"config group {name!r}", (*ARGS_READ, "block_structure"), ARGS_HARMLESS)
         packing = group.get("format") or config.get("format")
         found |= not needed or weights.get("strategy") in ("block", "tensor", "tensor_group") \
             or packing == "mxfp4-pack-quantized"
         blocks = weights.get("block_structure") or blocks
+    if found:
+        refuse_what_is_online(config)
     return found, blocks
 
 
