@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import re
 import threading
 import time
 from collections.abc import Sequence
@@ -26,6 +27,7 @@ from fptq_runtime.errors import FptqError
 logger = logging.getLogger(__name__)
 
 MAGIC = b"FPTQ-KV1"
+OURS, BEGUN = re.compile(r"[0-9a-f]{64}\.kv"), re.compile(r"\.\d+-\d+\.tmp")
 DIGEST_BYTES = 32
 MAX_PENDING = 64 << 20  # bytes that wait to be written; what comes on top is not kept
 PAUSE_SECONDS = 60.0  # after a write that failed
@@ -159,9 +161,9 @@ class DiskStore:
             for entry in entries:
                 with suppress(OSError):
                     used = entry.stat()
-                    if entry.name.endswith(".kv"):
+                    if OURS.fullmatch(entry.name):
                         files.append((used.st_mtime_ns, used.st_size, entry.path))
-                    elif entry.name.endswith(".tmp") and time.time() - used.st_mtime > ABANDONED_SECONDS:
+                    elif BEGUN.fullmatch(entry.name) and time.time() - used.st_mtime > ABANDONED_SECONDS:
                         Path(entry.path).unlink()
         held = sum(size for _, size, _ in files)
         if held <= self._size - self._size // 16:

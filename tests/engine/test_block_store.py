@@ -144,13 +144,16 @@ def test_what_is_used_stays(tmp_path: Path) -> None:
 
 
 def test_others_files_are_left_alone(tmp_path: Path) -> None:
-    (tmp_path / "notes.txt").write_text("mine")
+    others = [tmp_path / name for name in ("notes.txt", "mine.kv", "mine.tmp", f"{'0' * 63}g.kv")]
+    for file in others:
+        file.write_text("mine" * 1000)
+        os.utime(file, (1, 1))
     (abandoned := tmp_path / ".1-1.tmp").write_bytes(b"x" * 1000)
     (recent := tmp_path / ".2-2.tmp").write_bytes(b"x")
     os.utime(abandoned, (1, 1))
     engine = engine_on(tmp_path, 3 * BLOCK, max_model_len=1024)
     ask(engine, [5] * 400)
-    assert (tmp_path / "notes.txt").read_text() == "mine"
+    assert all(file.exists() for file in others)
     assert recent.exists()
     assert not abandoned.exists()
 
@@ -203,10 +206,12 @@ def test_processes_share_a_directory(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("disk", "options", "said"), [
     (KVDisk(Path("/proc/no"), 1 << 20, b""), {}, "cannot be written to"),
-    (KVDisk(Path("/tmp"), 100, b""), {}, "two blocks"),
-    (KVDisk(Path("/tmp"), 1 << 20, b""), {"enable_prefix_caching": False}, "no_prefix_cache"),
+    (KVDisk(Path("kv"), 100, b""), {}, "two blocks"),
+    (KVDisk(Path("kv"), 1 << 20, b""), {"enable_prefix_caching": False}, "no_prefix_cache"),
 ])
-def test_what_cannot_be_is_said(disk: KVDisk, options: dict[str, Any], said: str) -> None:
+def test_what_cannot_be_is_said(disk: KVDisk, options: dict[str, Any], said: str, tmp_path: Path,
+                                monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(FptqError, match=said):
         make_engine(kv_disk=disk, **options)
 
