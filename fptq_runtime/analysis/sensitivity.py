@@ -73,7 +73,7 @@ class Captured:
 def capture(model: str | Path, recipe: Recipe, calibration: Calibration = Calibration()) -> tuple[Captured, Manifest]:
     """Quantize as `fptq quantize` does and keep the model in memory, with the manifest that it would have. Raises
     FptqError."""
-    if any(type(step).tune is not Step.tune for step in recipe.steps):
+    if any(type(step).tune is not Step.tune or type(step).refine is not Step.refine for step in recipe.steps):
         raise QuantizationError(f"{recipe.name} trains all weights together, so that no layer has a part in its loss "
                                 "of its own; take the recipe that you would train for, as rtn-dynamic")
     seen: list[Captured] = []

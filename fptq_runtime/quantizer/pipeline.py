@@ -27,6 +27,7 @@ from fptq_runtime.artifact.scheme import LayerScheme
 from fptq_runtime.kernels.base import Linear, QuantizedWeight
 from fptq_runtime.kernels.reference import ReferenceBackend
 from fptq_runtime.models.block import Block, Model, Stem, prepare_block
+from fptq_runtime.models.decoder import Decoder
 from fptq_runtime.models.formats.compressed_tensors import linear_scheme, quantization_config
 from fptq_runtime.models.loader import Checkpoint, load_head
 from fptq_runtime.quantizer.calibrate import ChosenExperts, HiddenStates, packaged_text, read_text
@@ -37,7 +38,7 @@ from fptq_runtime.quantizer.recipe import Recipe, load_recipe
 from fptq_runtime.quantizer.record import write_golden
 from fptq_runtime.quantizer.samples import Calibration, CalibrationSet
 from fptq_runtime.quantizer.source import Source, load_tokenizer, resolve_model
-from fptq_runtime.quantizer.steps.base import BlockWork, QuantizationError, Target, TuneWork
+from fptq_runtime.quantizer.steps.base import BlockWork, QuantizationError, RefineWork, Step, Target, TuneWork
 from fptq_runtime.quantizer.walk import Walk, float_part, float_stem
 
 
@@ -86,6 +87,7 @@ def quantize(
                   disable=not progress) as bar:
             for _ in run.walk():
                 bar.update()
+        run.finish(progress)
         run.write_config()
         copy_companions(source.path, writer)
         before, after, scored = run.perplexity()
@@ -140,7 +142,10 @@ class _Run:
         self._losses: list[float] = []
         self._scored = 0
         self._tied = False
-        self._chosen = ChosenExperts()  # by the float block
+        self._chosen: dict[str, ChosenExperts] = {}  # by the float block of that name
+        self._transformed = False  # the head, by a step
+        self._held: list[Block] = []  # until steps have refined them
+        self._refines = any(type(step).refine is not Step.refine for step in recipe.steps)
 
     def _start(self) -> Walk:
         return Walk(self._checkpoint, self._recipe.steps, self._calibrated, self._recipe.weights)
@@ -154,11 +159,11 @@ class _Run:
 
     def walk(self) -> Iterator[None]:
         """Quantize and write everything; yields after each block and after the head."""
-        stem = self._walk.stem(self._float_stem)
-        self._watcher.stem(self._walk.model, stem)
-        for name, module in stem_modules(stem):
+        self._stem = self._walk.stem(self._float_stem)
+        self._watcher.stem(self._walk.model, self._stem)
+        for name, module in stem_modules(self._stem):
             self._writer.add_tensors(tensors_of(name, module))
-        self._quantized.run_stem(stem)
+        self._quantized.run_stem(self._stem)
         untouched: list[Any] = []
 
         def loaded(block: Block) -> None:
@@ -168,14 +173,25 @@ class _Run:
         for work in self._walk.blocks(loaded):
             self._watcher.block(work)
             if work.is_head:
-                self._head(work, transformed=work.block.linears["head"].weight is not untouched[0])
-            else:
-                with torch.inference_mode():
-                    self._recipe.weights.apply(work)
-                self._write(work.block)
-                self._run_quantized(work.block)
+                self._transformed = work.block.linears["head"].weight is not untouched[0]
+            with torch.inference_mode():
+                (self._recipe.weights.apply_head if work.is_head else self._recipe.weights.apply)(work)
             self.records += [_record(target) for target in work.targets.values()]
+            if self._refines:
+                self._held.append(work.block)
+            else:
+                self._finish_part(work.block)
             yield
+
+    def finish(self, progress: bool) -> None:
+        """After the walk: refine what was held, and close the tensors' file."""
+        if self._refines:
+            *blocks, head = self._held
+            decoder = Decoder(self._walk.model.config, self._stem, blocks, head)
+            for step in self._recipe.steps:
+                step.refine(RefineWork(self._source, decoder, self._calibrated, progress))
+            for part in self._held:
+                self._finish_part(part)
         self._writer.finish_tensors()
 
     def perplexity(self) -> tuple[float, float, int]:
@@ -211,29 +227,28 @@ class _Run:
             loss, self._scored = self._float.negative_log_likelihood(exact)
             self._losses.append(loss)
         else:
-            self._chosen = ChosenExperts()
-            self._float.run_block(exact, self._chosen.ops)
+            chosen = self._chosen[block.spec.name] = ChosenExperts()
+            self._float.run_block(exact, chosen.ops)
 
-    def _run_quantized(self, block: Block) -> None:
-        """The measured text through what was made of the block that it went through in float last."""
-        chosen = ChosenExperts()
-        self._quantized.run_block(prepare_block(block, ReferenceBackend()), chosen.ops)
-        if (share := chosen.agreement(self._chosen)) is not None:
-            self.routing[block.spec.name] = share
-
-    def _head(self, work: BlockWork, transformed: bool) -> None:
-        """A head that nothing changed is written as it came, or not at all where it is the embedding."""
-        head = work.block
-        with torch.inference_mode():
-            self._recipe.weights.apply_head(work)
-        as_it_came = not transformed and linear_scheme(head.linears["head"]) is None
+    def _finish_part(self, part: Block) -> None:
+        """Written, and the measured text through it. A head that nothing changed is written as it came, or not at all
+        where it is the embedding."""
+        prepared = prepare_block(part, ReferenceBackend())
+        if part.spec is not self._walk.model.head:
+            self._write(part)
+            chosen = ChosenExperts()
+            self._quantized.run_block(prepared, chosen.ops)
+            if (share := chosen.agreement(self._chosen.pop(part.spec.name))) is not None:
+                self.routing[part.spec.name] = share
+            return
+        as_it_came = not self._transformed and linear_scheme(part.linears["head"]) is None
         self._tied = as_it_came and self._checkpoint.tied
         if as_it_came:
             stored = load_head(self._checkpoint).linears["head"]
-            self._write(replace(head, linears={"head": stored}), leave_out=self._tied)
+            self._write(replace(part, linears={"head": stored}), leave_out=self._tied)
         else:
-            self._write(head)
-        loss, _ = self._quantized.negative_log_likelihood(prepare_block(head, ReferenceBackend()))
+            self._write(part)
+        loss, _ = self._quantized.negative_log_likelihood(prepared)
         self._losses.append(loss)
 
     def _write(self, block: Block, leave_out: bool = False) -> None:

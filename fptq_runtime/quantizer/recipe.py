@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from fptq_runtime.quantizer.steps.activations import Activations
 from fptq_runtime.quantizer.steps.awq import Awq
 from fptq_runtime.quantizer.steps.base import RecipeError
+from fptq_runtime.quantizer.steps.distill import Distill
 from fptq_runtime.quantizer.steps.equalization import Aweq, CrossLayer
 from fptq_runtime.quantizer.steps.fptq import Fptq
 from fptq_runtime.quantizer.steps.gptq import Gptq
@@ -26,13 +27,13 @@ MAX_RECIPE_BYTES = 1 << 20
 
 AnyStep = Annotated[
     Qat | Rotation | CrossLayer | ChannelSplitting | Fptq | SmoothQuant | OutlierSuppression | Aweq | Awq | Activations
-    | Weights | Gptq,
+    | Weights | Gptq | Distill,
     Field(discriminator="type"),
 ]
 
 
 class Recipe(BaseModel):
-    """Steps run in order on each block, then on the head; the last must quantize the weights."""
+    """Steps run in order on each block, then on the head; the last must quantize the weights, `distill` apart."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -45,9 +46,14 @@ class Recipe(BaseModel):
             super().__init__(**data)
         except ValidationError as error:
             raise RecipeError(_one_line(error)) from None
-        quantizing = [isinstance(step, Weights) for step in self.steps]
-        if quantizing.count(True) != 1 or not quantizing[-1]:
-            raise RecipeError("a recipe ends with one step that quantizes the weights: 'weights' or 'gptq'")
+        refining = isinstance(self.steps[-1], Distill)
+        rounding = self.steps[:-1] if refining else self.steps
+        quantizing = [isinstance(step, Weights) for step in rounding]
+        if quantizing.count(True) != 1 or not quantizing[-1] or any(isinstance(step, Distill) for step in rounding):
+            raise RecipeError("a recipe ends with one step that quantizes the weights, 'weights' or 'gptq', and then "
+                              "'distill' where their scales are to be trained")
+        if refining and self.weights.scales != "float":
+            raise RecipeError(f"distill finds scales of any size; scales {self.weights.scales!r} goes without it")
         if not any(isinstance(step, Fptq | Activations) for step in self.steps):
             raise RecipeError("a recipe needs a step that chooses activation schemes: 'fptq' or 'activations'")
         if any(isinstance(step, Qat) for step in self.steps):
@@ -62,13 +68,14 @@ class Recipe(BaseModel):
 
     @property
     def weights(self) -> Weights:
-        """The last step."""
-        last = self.steps[-1]
-        assert isinstance(last, Weights)
-        return last
+        """The step that quantizes them."""
+        return next(step for step in self.steps if isinstance(step, Weights))
 
 
 PRESETS = (
+    Recipe(name="fptq-max", steps=(
+        Rotation(optional=True), Activations(scheme="dynamic"), Gptq(group_size=64, asymmetric=0.25, refits=2),
+        Distill())),
     Recipe(name="fptq-best", steps=(
         Rotation(optional=True), Fptq(safety=1.0), Gptq(asymmetric=0.25, refits=2))),
     Recipe(name="fptq", steps=(Rotation(optional=True), Fptq(), Gptq(asymmetric=0.25))),

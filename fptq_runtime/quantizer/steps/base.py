@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -17,6 +19,7 @@ from fptq_runtime.errors import FptqError
 from fptq_runtime.kernels.base import ActivationQuant, Linear, Norm, QuantizedWeight
 from fptq_runtime.kernels.reference import dequantized, quantize_activations
 from fptq_runtime.models.block import Block, Model, Stem
+from fptq_runtime.models.decoder import Decoder
 from fptq_runtime.models.loader import Checkpoint
 from fptq_runtime.models.tokenizer import Tokenizer
 from fptq_runtime.quantizer.calibrate import HiddenStates, InputStats, observe_block
@@ -203,6 +206,17 @@ class TuneWork:
     progress: bool
 
 
+@dataclass(frozen=True)
+class RefineWork:
+    """A whole quantized model before it is written, for the reference backend but for its linears and norms, which a
+    step may change. `checkpoint` is the float model, `windows` the calibration samples."""
+
+    checkpoint: Checkpoint
+    decoder: Decoder
+    windows: Sequence[Sequence[int]]
+    progress: bool
+
+
 @dataclass
 class BlockWork:
     """A block, or the head, in the quantizer's hands. `states` are the calibration samples on their way into it,
@@ -259,7 +273,7 @@ class Step(BaseModel):
     A method is a subclass with a `type` of its own, listed in recipe.py. `tune` sees the whole model, before all
     else. The `transform_*` of all steps run next, on the float part as the checkpoint has it and before its inputs are
     observed: exact changes that need no data. Then `apply` of all steps, with what was observed. The head is a block
-    like the others, but what a step does to it is its own question, `apply_head`.
+    like the others, but what a step does to it is its own question, `apply_head`. `refine` sees the whole again.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -292,6 +306,9 @@ class Step(BaseModel):
     def apply_head(self, work: BlockWork) -> None:
         """Change the head. Raises QuantizationError."""
 
+    def refine(self, work: RefineWork) -> None:
+        """Change what rounding left free, in all blocks together, before anything is written."""
+
     def patterns(self) -> tuple[str, ...]:
         """Patterns of `Target.names` among the settings; each must name a linear of the model."""
         return ()
@@ -305,3 +322,21 @@ def called(name: str, modules: tuple[str, ...]) -> tuple[str, ...]:
 def matches(pattern: str, names: tuple[str, ...]) -> bool:
     """Shell-style, as in "down", "*.down_proj" or "model.layers.[01].*"."""
     return any(fnmatchcase(name, pattern) for name in names)
+
+
+def refuse_too_large(step: str, checkpoint: Checkpoint, parameter_bytes: int, device: str = "cpu") -> None:
+    """Raises QuantizationError where so many bytes a parameter are more than the device has."""
+    needed, available = parameter_bytes * checkpoint.num_parameters, _available_memory(device)
+    if available is not None and needed > available:
+        raise QuantizationError(f"{step} needs {needed >> 20} MB of memory for this model, and {available >> 20} MB "
+                                f"are available on {device}; quantize it without training")
+
+
+def _available_memory(device: str) -> int | None:
+    """Bytes; None where the system does not say."""
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    with suppress(OSError):
+        if found := re.search(r"MemAvailable: *(\d+) kB", Path("/proc/meminfo").read_text()):
+            return int(found[1]) * 1024
+    return None

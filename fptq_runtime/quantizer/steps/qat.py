@@ -7,17 +7,14 @@ import hashlib
 import json
 import math
 import os
-import re
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field, PositiveFloat, PositiveInt
 from safetensors.numpy import save_file
 from tqdm import tqdm
@@ -34,15 +31,22 @@ from fptq_runtime.models.loader import Checkpoint, load_head, load_model, load_s
 from fptq_runtime.quantizer.export import block_modules, block_tensors, stem_modules, tensors_of
 from fptq_runtime.quantizer.generate import generate_windows
 from fptq_runtime.quantizer.steps.activations import Activations
-from fptq_runtime.quantizer.steps.base import BlockWork, QuantizationError, Rounding, Step, Target, TuneWork
+from fptq_runtime.quantizer.steps.base import (
+    BlockWork,
+    QuantizationError,
+    Rounding,
+    Step,
+    Target,
+    TuneWork,
+    refuse_too_large,
+)
+from fptq_runtime.quantizer.steps.distill import backward, rate
 from fptq_runtime.quantizer.steps.weights import Weights, search_clip
 from fptq_runtime.quantizer.walk import Walk
 
 T = TypeVar("T")
 
 PARAMETER_BYTES = 24  # float32: trained, gradient, AdamW's two moments, rounded; and the teacher's own
-LOGITS_FLOATS = 1 << 22  # of one pass, 16 MiB
-WARMUP = 0.05  # of all steps
 SAVE_SECONDS = 60.0
 GENERATED = 64  # sequences between two saves
 
@@ -81,7 +85,7 @@ class Qat(Step):
 
     def tune(self, work: TuneWork) -> Checkpoint:
         device = self._device()
-        _refuse_too_large(work.checkpoint, device)
+        refuse_too_large(self.type, work.checkpoint, PARAMETER_BYTES, device)
         state = _State(work.directory, self._identity(work, device))
         windows = self._windows(work, state)
         activations, weights = work.steps[1:]
@@ -148,14 +152,13 @@ class Qat(Step):
         with tqdm(total=steps, initial=done, desc="training", unit="step", disable=not work.progress) as bar:
             while done < steps:
                 batch = windows[done * self.batch_size : (done + 1) * self.batch_size]
-                loss = sum(_backward(student, teacher, part, sum(map(len, batch)))
-                           for part in _passes(batch, student.decoder.config.vocab_size))
+                loss = backward(student, teacher, batch, student.device)
                 if not math.isfinite(loss):
                     shutil.rmtree(work.directory)
                     raise QuantizationError(f"training diverged at step {done + 1}: lower qat's learning_rate")
                 torch.nn.utils.clip_grad_norm_(parameters, 1.0)
                 for group in optimizer.param_groups:
-                    group["lr"] = self._rate(done, steps)
+                    group["lr"] = rate(self.learning_rate, done, steps)
                 optimizer.step()
                 optimizer.zero_grad()
                 done += 1
@@ -165,10 +168,6 @@ class Qat(Step):
                     save()
                     saved_at = time.monotonic()
         save()
-
-    def _rate(self, done: int, steps: int) -> float:
-        rising = min(1.0, (done + 1) / (WARMUP * steps))
-        return self.learning_rate * rising * (1 + math.cos(math.pi * done / steps)) / 2
 
 
 class Student:
@@ -316,22 +315,6 @@ class _State:
             raise QuantizationError(f"cannot write to {self._directory}: {error}") from None
 
 
-def _passes(windows: Sequence[Sequence[int]], vocab_size: int) -> Iterator[StepInput]:
-    """Few enough at a time that their logits are bounded."""
-    size = max(1, LOGITS_FLOATS // (max(map(len, windows)) * vocab_size))
-    for start in range(0, len(windows), size):
-        yield StepInput.whole(windows[start : start + size])
-
-
-def _backward(student: Student, teacher: Decoder, batch: StepInput, tokens: int) -> float:
-    """Add the gradients of this pass's share of the mean KL over `tokens`. Returns the share."""
-    with torch.no_grad():
-        expected = teacher(ReferenceOps(batch, None, device=student.device)).log_softmax(-1)
-    loss = F.kl_div(student(batch).log_softmax(-1), expected, reduction="sum", log_target=True) / tokens
-    loss.backward()  # type: ignore[no-untyped-call]
-    return float(loss.detach())
-
-
 def _moved(value: Any, device: str) -> Any:
     """Parameters with their tensors on that device, detached."""
     if isinstance(value, torch.Tensor):
@@ -350,20 +333,3 @@ def _moved(value: Any, device: str) -> Any:
 def _on_device(decoder: Decoder, device: str) -> Decoder:
     parts = (decoder.stem, list(decoder.blocks), decoder.head)
     return Decoder(decoder.config, *(_moved(part, device) for part in parts))
-
-
-def _refuse_too_large(checkpoint: Checkpoint, device: str) -> None:
-    needed, available = PARAMETER_BYTES * checkpoint.num_parameters, _available_memory(device)
-    if available is not None and needed > available:
-        raise QuantizationError(f"qat needs {needed >> 20} MB of memory for this model, and {available >> 20} MB are "
-                                f"available on {device}; quantize it without training")
-
-
-def _available_memory(device: str) -> int | None:
-    """Bytes; None where the system does not say."""
-    if device == "cuda":
-        return torch.cuda.mem_get_info()[0]
-    with suppress(OSError):
-        if found := re.search(r"MemAvailable: *(\d+) kB", Path("/proc/meminfo").read_text()):
-            return int(found[1]) * 1024
-    return None

@@ -17,6 +17,7 @@ from fptq_runtime.models.tokenizer import Tokenizer
 from fptq_runtime.quantizer.pipeline import quantize
 from fptq_runtime.quantizer.recipe import Recipe, RecipeError
 from fptq_runtime.quantizer.samples import Calibration
+from fptq_runtime.quantizer.steps import base
 from fptq_runtime.quantizer.steps import qat as module
 from fptq_runtime.quantizer.steps.activations import Activations
 from fptq_runtime.quantizer.steps.base import TuneWork
@@ -184,8 +185,8 @@ def test_goes_on_where_it_was(source: Path, tmp_path: Path, text: Path, monkeypa
     assert sorted(path.name for path in tmp_path.iterdir()) == [".out.state", "float", "whole"]
     with monkeypatch.context() as patch:
         steps = []
-        backward: Callable[..., float] = module._backward
-        patch.setattr(module, "_backward", lambda *args: steps.append(0) or backward(*args))
+        backward: Callable[..., float] = module.backward
+        patch.setattr(module, "backward", lambda *args: steps.append(0) or backward(*args))
         quantize(source, tmp_path / "out", recipe(), text=text, **SMALL)
     assert len(steps) == (3 if name == "text" else 3 - min(after, 3))
     whole, resumed = ({file.name: file.read_bytes() for file in (tmp_path / out).iterdir()} for out in ("whole", "out"))
@@ -251,7 +252,7 @@ def test_another_runs_state_is_refused(source: Path, tmp_path: Path, text: Path,
 def test_clear_errors(source: Path, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments: dict[str, Any] = {"text": text, **SMALL}
     with monkeypatch.context() as patch:
-        patch.setattr(module, "_available_memory", lambda device: 10**6)
+        patch.setattr(base, "_available_memory", lambda device: 10**6)
         with pytest.raises(ValueError, match=r"qat needs \d+ MB of memory"):
             quantize(source, tmp_path / "out", recipe(), **arguments)
     with pytest.raises(ValueError, match="lower qat's learning_rate"):
