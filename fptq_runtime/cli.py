@@ -349,7 +349,7 @@ def cli() -> None:
 @click.option("--recipe", type=RecipeName(), default="fptq-best", show_default=True, help="A preset, or a YAML file.")
 @click.option("--calibration", type=ExistingFile("random", "self"), help="A text file; `random`: vocabulary "
               "tokens; `self`: what the model writes (public-domain tales that come with fptq).")
-@click.option("--num-samples", type=click.IntRange(1), default=64, show_default=True, help="Calibration samples.")
+@click.option("--num-samples", type=click.IntRange(1), default=32, show_default=True, help="Calibration samples.")
 @click.option("--sample-length", type=click.IntRange(2), help="Tokens of each (512, or the model's context).")
 @click.option("--lengths", type=ExistingFile(), help="A request trace or a histogram of lengths (CSV or JSON), which "
               "the samples then have; their tokens stay as many.")
@@ -553,7 +553,7 @@ def evaluate(model: str, text: Path | None, text_tokens: int | None, choices: Pa
 @click.argument("model")
 @click.option("--recipes", type=RecipeList(), required=True, help="Presets or YAML files between commas, as rtn,fptq.")
 @click.option("--calibration", type=ExistingFile("random", "self"), help="As for `fptq quantize`.")
-@click.option("--num-samples", type=click.IntRange(1), default=64, show_default=True, help="Calibration samples.")
+@click.option("--num-samples", type=click.IntRange(1), default=32, show_default=True, help="Calibration samples.")
 @click.option("--text", type=ExistingFile(), help="What perplexity and KL are measured on (tales that calibration "
               "never sees).")
 @text_tokens_option(16384)
@@ -604,7 +604,7 @@ def compare(model: str, recipes: tuple[str, ...], calibration: str | Path | None
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), default="report", show_default=True,
               help="Where index.html, analysis.json and analysis.jsonl go; an interrupted analysis there goes on.")
 @click.option("--calibration", type=ExistingFile("random", "self"), help="As for `fptq quantize`.")
-@click.option("--num-samples", type=click.IntRange(1), default=64, show_default=True, help="Calibration samples.")
+@click.option("--num-samples", type=click.IntRange(1), default=32, show_default=True, help="Calibration samples.")
 @click.option("--text", type=ExistingFile(), help="What the loss is measured on (tales that calibration never sees).")
 @text_tokens_option(4096)
 @click.option("--only", "studies", multiple=True, type=click.Choice(

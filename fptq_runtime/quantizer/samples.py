@@ -54,7 +54,7 @@ class Calibration:
     """
 
     source: str | Path | None = None
-    num_samples: int = 64
+    num_samples: int = 32
     sample_length: int | None = None
     lengths: str | Path | None = None
     seed: int = 0
