@@ -25,6 +25,7 @@ from fptq_runtime.kernels.reference import dequantized
 from fptq_runtime.models.block import Model
 from fptq_runtime.models.loader import Checkpoint
 from fptq_runtime.models.tokenizer import Tokenizer
+from fptq_runtime.progress import progress_bar
 from fptq_runtime.quantizer.calibrate import HiddenStates, InputStats, Text, observe_block
 from fptq_runtime.quantizer.evaluate import text_windows
 from fptq_runtime.quantizer.pipeline import open_float
@@ -105,8 +106,8 @@ def analyze(
     journal = Journal(out / JOURNAL, json.loads(json.dumps(subject)), overwrite)
     study = _Study(str(model), checkpoint, recipe, windows, calibration, sizes, journal)
     missing = [unit for unit in study.plan(studies) if unit.key not in journal.results]
-    with tqdm(total=sum(unit.passes for unit in missing), desc="analyzing", unit="pass",
-              disable=not (progress and missing), bar_format="{l_bar}{bar}| {elapsed}, about {remaining} left") as bar:
+    with progress_bar(total=sum(unit.passes for unit in missing), desc="analyzing", unit="pass",
+                      shown=progress and bool(missing), counts=False) as bar:
         study.run(missing, bar, quick={*studies} <= {*QUICK})
     results = journal.results
     return {
@@ -195,7 +196,7 @@ class _Study:
         own = self._walk_passes(self._calibration) + self._layers
         bar.total = own + sum(unit.passes for unit in units)
         bar.set_description("quantizing")
-        model, manifest = capture(self._model, self._recipe, self._calibration)
+        model, manifest = capture(self._model, self._recipe, self._windows, self._calibration)
         probe = Probe(model, self._windows)
         bar.update(own)
         self._journal.put("manifest", _summary(manifest))
@@ -223,7 +224,7 @@ class _Study:
         def measure(probe: Probe) -> dict[str, Any]:
             started = time.monotonic()
             try:
-                model, _ = capture(self._model, recipe, calibration)
+                model, _ = capture(self._model, recipe, self._windows, calibration)
             except FptqError as error:
                 return {"error": " ".join(str(error).split())}
             seconds = time.monotonic() - started

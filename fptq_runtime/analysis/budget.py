@@ -18,6 +18,7 @@ from fptq_runtime.errors import FptqError
 from fptq_runtime.kernels.base import Linear
 from fptq_runtime.models.block import Block
 from fptq_runtime.models.tokenizer import Tokenizer
+from fptq_runtime.progress import progress_bar
 from fptq_runtime.quantizer.calibrate import HiddenStates, packaged_text, read_text
 from fptq_runtime.quantizer.evaluate import text_windows
 from fptq_runtime.quantizer.pipeline import open_float, quantize
@@ -96,9 +97,9 @@ def quantize_within(
     windows = text_windows(measured_on, tokenizer, context, text_tokens)
     ranked = text_windows(measured_on, tokenizer, context, min(RANKED_TOKENS, text_tokens))
     linears = sum(len(block.quantizable) for block in checkpoint.model.blocks)
-    with tqdm(total=linears + 2 + (2 * linears).bit_length(), desc="quantizing", unit="step", disable=not progress
-              ) as bar:
-        captured, base = capture(model, recipe, calibration)
+    with progress_bar(total=linears + 2 + (2 * linears).bit_length(), desc="quantizing", unit="step",
+                      shown=progress) as bar:
+        captured, base = capture(model, recipe, windows, calibration)
         modules = {record.name: record.modules[0] for record in base.layers}
         bar.set_description("ranking linears")
         upgrades = _plan(captured, ranked, recipe, modules, bar)

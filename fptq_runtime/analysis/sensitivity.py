@@ -70,9 +70,10 @@ class Captured:
         return self.block(len(self.model.blocks), ("head",) if quantized else (), weights, acts)
 
 
-def capture(model: str | Path, recipe: Recipe, calibration: Calibration = Calibration()) -> tuple[Captured, Manifest]:
-    """Quantize as `fptq quantize` does and keep the model in memory, with the manifest that it would have. Raises
-    FptqError."""
+def capture(model: str | Path, recipe: Recipe, windows: Sequence[Sequence[int]],
+            calibration: Calibration = Calibration()) -> tuple[Captured, Manifest]:
+    """Quantize as `fptq quantize` does and keep the model in memory, to run windows of such lengths, with the manifest
+    that it would have. Raises FptqError."""
     if any(type(step).tune is not Step.tune or type(step).refine is not Step.refine for step in recipe.steps):
         raise QuantizationError(f"{recipe.name} trains all weights together, so that no layer has a part in its loss "
                                 "of its own; take the recipe that you would train for, as rtn-dynamic")
@@ -89,7 +90,7 @@ def capture(model: str | Path, recipe: Recipe, calibration: Calibration = Calibr
 
     with tempfile.TemporaryDirectory(prefix="fptq-analyze-") as directory:
         manifest = quantize(model, Path(directory) / "artifact", recipe, calibration=calibration,
-                            text_tokens=OWN_TEXT_TOKENS, watcher=Watcher(stem, block))
+                            text_tokens=OWN_TEXT_TOKENS, watcher=Watcher(stem, block, max(map(len, windows))))
     return seen[0], manifest
 
 

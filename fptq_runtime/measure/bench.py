@@ -11,8 +11,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from tqdm import tqdm
-
 from fptq_runtime import __version__
 from fptq_runtime.config import Activations, EngineConfig, KVCacheDtype, ModelConfig
 from fptq_runtime.engine.engine import Engine
@@ -23,6 +21,7 @@ from fptq_runtime.kernels.base import Backend, Roofs
 from fptq_runtime.kernels.select import select_backend
 from fptq_runtime.measure.shapes import SHAPES, random_decoder
 from fptq_runtime.models.loader import Checkpoint
+from fptq_runtime.progress import progress_bar
 
 Phase = Literal["prefill", "decode"]
 PHASES: tuple[Phase, ...] = ("prefill", "decode")
@@ -200,7 +199,7 @@ def bench(
         name = name or f"{model}, random weights, {head_bits}-bit head"
     measure(engine, Row(1, chosen[0].context), steps=1, seconds=0)  # warms up
     measured, roofs = [], engine.backend.roofs()
-    for row in tqdm(chosen, desc="measuring", unit="row", disable=not progress):
+    for row in progress_bar(chosen, desc="measuring", unit="row", shown=progress):
         measured += measure(engine, row, phases or PHASES, steps=steps, seconds=seconds)
         roofs = higher(roofs, engine.backend.roofs())
     return Bench(name, machine(), engine.backend.describe(), roofs, tuple(part.against(roofs) for part in measured))

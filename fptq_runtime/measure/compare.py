@@ -12,7 +12,6 @@ from typing import IO, Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from fptq_runtime import __version__
 from fptq_runtime.analysis import plots
@@ -26,6 +25,7 @@ from fptq_runtime.measure import bench, tasks
 from fptq_runtime.models.decoder import Decoder
 from fptq_runtime.models.loader import Checkpoint, load_model
 from fptq_runtime.models.tokenizer import Tokenizer
+from fptq_runtime.progress import progress_bar
 from fptq_runtime.quantizer.calibrate import Text, sum_nll
 from fptq_runtime.quantizer.evaluate import MAX_WINDOW, sum_kl, text_windows, window_logits
 from fptq_runtime.quantizer.pipeline import open_float, quantize
@@ -131,7 +131,7 @@ def compare(
     accuracy = accuracy or Tasks()
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="fptq-compare-") as directory, \
-            tqdm(total=1 + len(recipes), unit="model", disable=not progress) as bar:
+            progress_bar(total=1 + len(recipes), unit="model", shown=progress) as bar:
         work = _Work(windows, Path(directory) / "logits", backend, threads, device, accuracy, progress)
         bar.set_description("float")
         original = work.original(source.path)

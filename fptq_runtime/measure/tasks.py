@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from tqdm import tqdm
 
 from fptq_runtime.engine.llm import LLM
 from fptq_runtime.engine.request import SamplingParams
 from fptq_runtime.errors import FptqError
 from fptq_runtime.models.tokenizer import Tokenizer
+from fptq_runtime.progress import progress_bar
 
 PER_CALL = 64  # sequences given to the engine at a time, which bounds what is held of their logprobs
 MAX_NEW_TOKENS = 256  # of a generated answer, unless the task says otherwise
@@ -105,7 +105,7 @@ class Scorer:
         return answers
 
     def _parts(self, items: Sequence[Any], label: str) -> Iterator[Sequence[Any]]:
-        with tqdm(total=len(items), desc=label, unit="text", disable=not self.progress) as bar:
+        with progress_bar(total=len(items), desc=label, unit="text", shown=self.progress) as bar:
             for start in range(0, len(items), PER_CALL):
                 part = items[start : start + PER_CALL]
                 yield part

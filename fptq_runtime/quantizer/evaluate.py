@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from fptq_runtime.artifact.io import check_files, is_artifact
 from fptq_runtime.config import Activations, KVCacheDtype
@@ -18,6 +17,7 @@ from fptq_runtime.kernels.base import Backend, StepInput, StepLimits, logits_arr
 from fptq_runtime.models.decoder import Decoder
 from fptq_runtime.models.loader import Checkpoint, load_model
 from fptq_runtime.models.tokenizer import Tokenizer
+from fptq_runtime.progress import progress_bar
 from fptq_runtime.quantizer.calibrate import (
     CalibrationError,
     Text,
@@ -75,7 +75,7 @@ def window_logits(
         kv_dtype=kv_dtype,
     )
     executor = backend.compile(decoder, limits)
-    for window in tqdm(windows, desc="perplexity", unit="window", disable=not progress):
+    for window in progress_bar(windows, desc="perplexity", unit="window", shown=progress):
         whole = StepInput.whole([window], BLOCK_SIZE)
         rows, targets = next_tokens(whole)
         for start in range(0, len(rows), chunk):

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from tqdm import tqdm
 
 from fptq_runtime import __version__
 from fptq_runtime.artifact.io import (
@@ -30,6 +29,7 @@ from fptq_runtime.models.block import Block, Model, Stem, prepare_block
 from fptq_runtime.models.decoder import Decoder
 from fptq_runtime.models.formats.compressed_tensors import linear_scheme, quantization_config
 from fptq_runtime.models.loader import Checkpoint, load_head
+from fptq_runtime.progress import progress_bar
 from fptq_runtime.quantizer.calibrate import ChosenExperts, HiddenStates, packaged_text, read_text
 from fptq_runtime.quantizer.evaluate import MAX_WINDOW, text_windows
 from fptq_runtime.quantizer.export import block_modules, block_tensors, copy_companions, stem_modules, tensors_of
@@ -45,10 +45,11 @@ from fptq_runtime.quantizer.walk import Walk, float_part, float_stem
 @dataclass(frozen=True)
 class Watcher:
     """Sees the stem and then each block and the head, transformed and with its activation schemes chosen, before the
-    weights are rounded. What it keeps of them is what they become."""
+    weights are rounded. What it keeps of them is what they become, and can run max_positions tokens, at least."""
 
     stem: Callable[[Model, Stem], None] = lambda model, stem: None
     block: Callable[[BlockWork], None] = lambda work: None
+    max_positions: int = 0
 
 
 def quantize(
@@ -77,14 +78,14 @@ def quantize(
     measured_on = packaged_text("heldout") if text is None else read_text(text)
     measured = text_windows(measured_on, tokenizer, config.max_position_embeddings, text_tokens)
     calibrated = calibration.draw(checkpoint, tokenizer)
-    checkpoint.max_positions = max(map(len, (*calibrated.windows, *measured)))
+    checkpoint.max_positions = max(watcher.max_positions, *map(len, (*calibrated.windows, *measured)))
 
     with ArtifactWriter(Path(out), overwrite) as writer:
         run = _Run(checkpoint, recipe, writer, calibrated.windows, measured, watcher)
         state = Path(out).resolve().with_name(f".{Path(out).resolve().name}.state")
         run.tune(TuneWork(checkpoint, tokenizer, recipe.steps, calibration, calibrated.windows, state, progress))
-        with tqdm(total=config.num_layers + 1, desc=f"quantizing {source.name}", unit="block",
-                  disable=not progress) as bar:
+        with progress_bar(total=config.num_layers + 1, desc=f"quantizing {source.name}", unit="block",
+                          shown=progress) as bar:
             for _ in run.walk():
                 bar.update()
         run.finish(progress)

@@ -35,7 +35,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def captured(model: Path) -> Captured:
-    return capture(model, RECIPE, Calibration(num_samples=4))[0]
+    return capture(model, RECIPE, text_windows(TEXT, Tokenizer(model), 128, 300), Calibration(num_samples=4))[0]
 
 
 @pytest.fixture(scope="module")
@@ -92,9 +92,17 @@ def test_parts_are_less_than_the_whole(probe: Probe) -> None:
 def test_float_mixes_are_exact_with_other_recipes(model: Path) -> None:
     """The transforms of a recipe leave the captured float model the function that it was."""
     windows = text_windows(TEXT, Tokenizer(model), 128, 100)
-    originals = {name: Probe(capture(model, load_recipe(name), Calibration(num_samples=2))[0], windows).original
-                 for name in ("rtn", "cle", "ocs", "smoothquant", "awq", "gptq", "fptq-best")}
+    captures = {name: capture(model, load_recipe(name), windows, Calibration(num_samples=2))[0]
+                for name in ("rtn", "cle", "ocs", "smoothquant", "awq", "gptq", "fptq-best")}
+    originals = {name: Probe(captured, windows).original for name, captured in captures.items()}
     assert max(originals.values()) == pytest.approx(min(originals.values()), rel=1e-4)
+
+
+def test_the_text_may_have_longer_windows_than_calibration(model: Path) -> None:
+    windows = text_windows(TEXT, Tokenizer(model), 128, 100)
+    captured, _ = capture(model, load_recipe("rtn"), windows, Calibration(num_samples=2, sample_length=8))
+    assert max(map(len, windows)) > 64
+    assert Probe(captured, windows).all().kl > 0
 
 
 def test_a_capture_leaves_nothing_behind(captured: Captured) -> None:
@@ -107,4 +115,4 @@ def test_a_capture_leaves_nothing_behind(captured: Captured) -> None:
 
 def test_training_is_refused(model: Path) -> None:
     with pytest.raises(QuantizationError, match="qat trains all weights together"):
-        capture(model, load_recipe("qat"))
+        capture(model, load_recipe("qat"), [[1, 2]])

@@ -11,7 +11,6 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from pydantic import PositiveFloat, PositiveInt
-from tqdm import tqdm
 
 from fptq_runtime.config import KVCacheDtype
 from fptq_runtime.kernels.base import Linear, Norm, QuantizedWeight, StepInput
@@ -19,6 +18,7 @@ from fptq_runtime.kernels.reference import ReferenceBackend, ReferenceOps, to_to
 from fptq_runtime.models.block import Block, prepare_block
 from fptq_runtime.models.decoder import Decoder
 from fptq_runtime.models.loader import load_model
+from fptq_runtime.progress import progress_bar
 from fptq_runtime.quantizer.steps.base import QuantizationError, RefineWork, Step, TuneWork, refuse_too_large
 
 PARAMETER_BYTES = 16  # float32: the teacher's, the student's as rounded, as trained, and its gradient
@@ -51,7 +51,7 @@ class Distill(Step):
         student = _Student(work.decoder, self.kv_dtype)
         optimizer = torch.optim.Adam(student.parameters, betas=(0.9, 0.95))
         steps = -(-len(work.windows) // self.batch_size)
-        with tqdm(total=steps, desc="distilling", unit="step", disable=not work.progress) as bar:
+        with progress_bar(total=steps, desc="distilling", unit="step", shown=work.progress) as bar:
             for done in range(steps):
                 batch = work.windows[done * self.batch_size : (done + 1) * self.batch_size]
                 loss = backward(student, teacher, batch)

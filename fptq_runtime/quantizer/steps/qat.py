@@ -17,7 +17,6 @@ from typing import Any, Literal, TypeVar
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 from safetensors.numpy import save_file
-from tqdm import tqdm
 
 from fptq_runtime import __version__
 from fptq_runtime.artifact.io import hash_file
@@ -28,6 +27,7 @@ from fptq_runtime.kernels.select import select_backend
 from fptq_runtime.models.block import Block, BlockSpec, Model, StemSpec
 from fptq_runtime.models.decoder import Decoder
 from fptq_runtime.models.loader import Checkpoint, load_head, load_model, load_stem
+from fptq_runtime.progress import progress_bar
 from fptq_runtime.quantizer.export import block_modules, block_tensors, stem_modules, tensors_of
 from fptq_runtime.quantizer.generate import generate_windows
 from fptq_runtime.quantizer.steps.activations import Activations
@@ -122,8 +122,8 @@ class Qat(Step):
             return windows
         backend = select_backend()
         decoder = load_model(work.checkpoint, backend)
-        with tqdm(total=self.num_sequences, initial=len(windows), desc="writing text to train on", unit="sequence",
-                  disable=not work.progress) as bar:
+        with progress_bar(total=self.num_sequences, initial=len(windows), desc="writing text to train on",
+                          unit="sequence", shown=work.progress) as bar:
             while missing := self.num_sequences - len(windows):
                 seed = work.calibration.seed << 32 | len(windows)
                 count = min(GENERATED, missing)
@@ -149,7 +149,7 @@ class Qat(Step):
 
         steps = -(-len(windows) // self.batch_size)
         saved_at = time.monotonic()
-        with tqdm(total=steps, initial=done, desc="training", unit="step", disable=not work.progress) as bar:
+        with progress_bar(total=steps, initial=done, desc="training", unit="step", shown=work.progress) as bar:
             while done < steps:
                 batch = windows[done * self.batch_size : (done + 1) * self.batch_size]
                 loss = backward(student, teacher, batch, student.device)
