@@ -413,7 +413,8 @@ def test_quantize_options_are_the_functions_arguments(tmp_path: Path, monkeypatc
     (["--lengths", "absent.csv"], "absent.csv"), (["--text", "absent.txt"], "absent.txt"),
     (["--calibration", "slef"], "did you mean self"), (["--calibration", "/"], "/ is a directory, not a file ("),
     (["--recipe", "fqtp"], "fqtp is neither a preset nor a file; did you mean fptq? ("),
-    (["--recipe", "xyz"], "the presets are fptq-max, fptq-best, fptq,"), (["--recipe", "/"], "/ is a directory, not a file ("),
+    (["--recipe", "xyz"], "the presets are fptq-max, fptq-best, fptq,"),
+    (["--recipe", "/"], "/ is a directory, not a file ("),
     (["--text-tokens", "x"], "--text-tokens"),
 ])
 def test_wrong_calibration_options(arguments: list[str], named: str, capsys: pytest.CaptureFixture[str]) -> None:
