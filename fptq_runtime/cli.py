@@ -425,6 +425,8 @@ def _tells_what_is_left(out: Path) -> Iterator[None]:
 @click.argument("artifact")
 @click.option("--config", type=ExistingFile(), is_eager=True, expose_value=False, callback=configure,
               envvar="FPTQ_CONFIG", help="A YAML file with any of these options, as max-model-len: 4096.")
+@click.option("--quantize", "recipe", type=RecipeName(), help="A preset, or a YAML file, by which a float model is "
+              "quantized before it is served, once: the artifact is kept in the user's cache.")
 @click.option("--host", default="127.0.0.1", show_default=True)
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True)
 @click.option("--uds", help="Listen on this socket file instead of host and port.", type=click.Path(dir_okay=False))
@@ -471,8 +473,8 @@ def _tells_what_is_left(out: Path) -> Iterator[None]:
               "size or time has changed.")
 @click.option("--scrub-interval", type=click.FloatRange(0), default=3600.0, show_default=True,
               help="Seconds in which the artifact's files are read and hashed once while serving; 0: never.")
-def serve(artifact: str, model_names: tuple[str, ...], generation_config: str, chat_template: Path | None,
-          **options: Any) -> None:
+def serve(artifact: str, recipe: str | None, model_names: tuple[str, ...], generation_config: str,
+          chat_template: Path | None, **options: Any) -> None:
     """Serve ARTIFACT over HTTP.
 
     Each option is a variable, too, as FPTQ_MAX_MODEL_LEN for --max-model-len, and a key of --config's file. Flags go
@@ -480,7 +482,7 @@ def serve(artifact: str, model_names: tuple[str, ...], generation_config: str, c
     """
     if not all(name.strip() for name in model_names):
         raise click.UsageError("--served-model-name is empty; give clients a name, or leave it out")
-    from fptq_runtime.locate import DEMO, find_artifact, find_model
+    from fptq_runtime.locate import DEMO, find_artifact, find_model, quantized
 
     find_model(artifact)
     from fptq_server.config import ServerConfig
@@ -493,9 +495,13 @@ def serve(artifact: str, model_names: tuple[str, ...], generation_config: str, c
         from fptq_runtime.artifact.io import is_artifact
         from fptq_runtime.models.loader import Checkpoint
 
-        if not is_artifact(path) and not Checkpoint(path).quantized:
-            raise FptqError(f"{artifact} is not quantized; make an artifact with `fptq quantize {artifact} OUT` first")
         names = model_names or ((DEMO,) if artifact == DEMO else ())
+        if not is_artifact(path) and not Checkpoint(path).quantized:
+            if recipe is None:
+                raise FptqError(f"{artifact} is not quantized; make an artifact with `fptq quantize {artifact} OUT` "
+                                "first, or serve it with --quantize fptq-best")
+            name = Path(artifact).name or path.resolve().name
+            names, path = names or (name,), quantized(path, recipe, name)
         serve(path, config, model_names=names, listener=listener, generation_config=generation_config != "none",
               chat_template=chat_template, **options)
 

@@ -50,7 +50,7 @@ def find_artifact(name: str) -> Path:
     """The directory of a model that is ready to run. `demo` is quantized into the user's cache when first asked for, a
     hub id fetched into huggingface_hub's. Raises FptqError (NotFoundError, CheckpointError)."""
     if name == DEMO:
-        return _quantized_demo()
+        return quantized(DEMO_MODEL, "fptq", DEMO)  # a third of the default's time, on first use
     model = find_model(name)
     if Path(model).is_dir():
         return Path(model)
@@ -88,15 +88,18 @@ def did_you_mean(path: Path, *others: str, files: str | None = None) -> str:
     return f"; did you mean {close[0] if close[0] in others else parent / close[0]}?" if close else ""
 
 
-def _quantized_demo() -> Path:
-    """Keyed by version, model and the quantizer's own code; one process makes it while others wait. Where there is no
-    home to keep it in, it lives as long as this process."""
+def quantized(model: Path, recipe: str, name: str) -> Path:
+    """The artifact of a float model by a preset or a YAML file, kept in the user's cache under `name`. Keyed by
+    version, model, recipe and the quantizer's own code; one process makes it while others wait. Where there is no home
+    to keep it in, it lives as long as this process."""
     from fptq_runtime.artifact.io import ArtifactError, cache_directory, check_writable, hash_file, is_artifact
 
     key = hashlib.sha256()
-    for file in (*sorted(DEMO_MODEL.iterdir()), *sorted(Path(__file__).parent.glob("quantizer/**/*.py"))):
+    files = [file for file in sorted(model.iterdir()) if file.is_file()]
+    for file in (*files, *sorted(Path(__file__).parent.glob("quantizer/**/*.py"))):
         key.update(hash_file(file).encode())
-    name = f"demo-{__version__}-{key.hexdigest()[:12]}"
+    key.update((hash_file(Path(recipe)) if Path(recipe).is_file() else recipe).encode())
+    name = f"{name}-{__version__}-{key.hexdigest()[:12]}"
     cache = cache_directory()
     if cache is not None and is_artifact(cache / name):
         return cache / name
@@ -116,6 +119,6 @@ def _quantized_demo() -> Path:
     cache.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{out}.lock"):
         if not is_artifact(out):
-            logger.warning("quantizing the demo model into %s, once", out)
-            quantize(DEMO_MODEL, out, "fptq", progress=True)  # a third of the default's time, on first use
+            logger.warning("quantizing %s into %s, once", model, out)
+            quantize(model, out, recipe, progress=True)
     return out

@@ -262,8 +262,9 @@ def test_the_queues_limits(served: Served) -> None:
 
 
 GIVEN = {  # every option of `fptq serve`: not its default, as a flag's text and as YAML has it
-    "host": ("::1", "::1"), "port": ("0", 0), "uds": ("/s", "/s"), "ssl-certfile": ("c", "c"),
-    "ssl-keyfile": ("k", "k"), "root-path": ("/llm", "/llm"), "cors-origins": ("https://a.example",) * 2,
+    "quantize": ("rtn", "rtn"), "host": ("::1", "::1"), "port": ("0", 0), "uds": ("/s", "/s"),
+    "ssl-certfile": ("c", "c"), "ssl-keyfile": ("k", "k"),
+    "root-path": ("/llm", "/llm"), "cors-origins": ("https://a.example",) * 2,
     "served-model-name": ("tales", "tales"), "chat-template": (os.devnull,) * 2,
     "default-chat-template-kwargs": ('{"enable_thinking": false}', {"enable_thinking": False}),
     "generation-config": ("none", "none"), "tool-call-parser": ("none", "none"), "reasoning-parser": ("none", "none"),

@@ -17,6 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from fptq_runtime import cli
+from fptq_runtime.artifact.io import read_manifest
 from fptq_runtime.config import Activations as ActivationChoice
 from fptq_runtime.engine.llm import load_engine
 from fptq_runtime.kernels.select import select_backend
@@ -137,3 +138,21 @@ def test_commands_run_every_artifact(artifacts: dict[str, Path], capsys: pytest.
     with pytest.raises(SystemExit):
         cli.main(["serve", str(artifacts["float"]), "--port", "0"])
     assert "is not quantized; make an artifact with `fptq quantize" in capsys.readouterr().err and not served
+
+
+def test_serve_quantizes_a_float_model_once(artifacts: dict[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+                                            ) -> None:
+    served: list[tuple[Path, Any]] = []
+    monkeypatch.setattr("fptq_server.main.serve", lambda path, config, **options: served.append((path, options)))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    written = []
+    for recipe in ("rtn", "rtn", "bf16"):
+        with pytest.raises(SystemExit) as ended:
+            cli.main(["serve", str(artifacts["float"]), "--quantize", recipe, "--port", "0"])
+        assert ended.value.code == 0
+        written.append((served[-1][0] / "fptq.json").stat().st_mtime_ns)
+    paths = [path for path, _ in served]
+    assert paths[0] == paths[1] != paths[2] and written[0] == written[1]
+    assert all(path.parent == tmp_path / "fptq" for path in paths)
+    assert read_manifest(paths[0]).recipe == load_recipe("rtn").model_dump(mode="json")
+    assert {tuple(options["model_names"]) for _, options in served} == {(artifacts["float"].name,)}
