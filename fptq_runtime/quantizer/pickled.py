@@ -36,8 +36,8 @@ def as_safetensors(path: Path) -> Path:
     done = subprocess.run([sys.executable, "-m", __spec__.name, str(path), str(out)], capture_output=True, text=True)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
-        raise CheckpointError(f"{path} has only pickled weights, and torch's weights-only reader does not take them: "
-                              f"{reason}")
+        raise CheckpointError(f"{path} has only pickled weights, and torch's weights-only reader does not take them "
+                              f"({reason}); save the model as safetensors, as save_pretrained does")
     return out
 
 
@@ -59,4 +59,7 @@ def convert(path: Path, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    convert(Path(sys.argv[1]), Path(sys.argv[2]))
+    try:
+        convert(Path(sys.argv[1]), Path(sys.argv[2]))
+    except Exception as error:  # whatever a damaged or hostile file leads to; torch's own words take a page
+        sys.exit(str(error) if isinstance(error, OSError) else type(error).__name__)

@@ -10,6 +10,7 @@ from pathlib import Path
 from fptq_runtime.artifact.io import LayerRecord, Manifest, Provenance, TextRecord
 
 NOTABLE = 0.05  # a loss that few uses tolerate unseen, and a better recipe often mends
+TRAINING = {"qat", "distill"}  # steps
 SEVERE = 0.2  # more than a model of half the size loses (Llama 2: 4.88 with 13 billion weights, 5.47 with 7)
 
 ORDER = ("static", "{}+static", "dynamic", "{}+dynamic", "fp8 static", "fp8 dynamic", "float")
@@ -61,9 +62,11 @@ def _loss_warning(manifest: Manifest, model: str, recipe: str) -> list[str]:
                 "noticed, do not serve it as it is")
     stronger = stronger_recipe(manifest)
     steps = [] if stronger is None else [f"{quantize_command(model, stronger, stronger)}  # loses less"]
-    steps.append(f"fptq analyze {shlex.quote(model)} --recipe {shlex.quote(recipe)}  # which layers lose it, and why")
+    trained = {step["type"] for step in manifest.recipe["steps"]} & TRAINING
+    alike = "fptq-best" if trained else recipe  # training has no parts that a layer could be blamed for
+    steps.append(f"fptq analyze {shlex.quote(model)} --recipe {shlex.quote(alike)}  # which layers lose it, and why")
     if min(layer.num_bits for layer in manifest.layers) < 16:
-        steps.append(f"{quantize_command(model, recipe, 'max-loss')} --max-loss 5%  # more bits where they gain most")
+        steps.append(f"{quantize_command(model, alike, 'max-loss')} --max-loss 5%  # more bits where they gain most")
     return ["", said, "next, one of:", *(f"  {step}" for step in steps)]
 
 
@@ -79,7 +82,8 @@ def stronger_recipe(manifest: Manifest) -> str | None:
     bits = Counter(layer.num_bits for layer in manifest.layers if layer.kind != "head").most_common(1)[0][0]
     activations = {layer.activations for layer in manifest.layers if layer.kind != "head"}
     if bits == 4:
-        return "fptq-best" if activations != {"float"} and manifest.recipe["name"] != "fptq-best" else "w8a8-dynamic"
+        best = activations == {"float"} or manifest.recipe["name"] in ("fptq-best", "fptq-max")
+        return "w8a8-dynamic" if best else "fptq-best"
     return "w8a8-dynamic" if bits == 8 and "static" in activations else None
 
 

@@ -587,6 +587,10 @@ def test_a_loss_that_will_be_noticed_is_said_and_what_to_do(demo: tuple[Path, Ma
     assert "fptq analyze 'a model' --recipe rtn" in severe
     assert "--recipe rtn --max-loss 5%" in severe
     assert "--recipe w8a8-dynamic" in shown(1.43, load_recipe("fptq-best"))
+    trained = shown(1.43, load_recipe("fptq-max"))
+    assert "--recipe w8a8-dynamic" in trained
+    assert "fptq analyze 'a model' --recipe fptq-best" in trained
+    assert "--recipe fptq-best --max-loss 5%" in trained
     assert "--recipe w8a8-dynamic" in shown(1.43, load_recipe("gptq"), activations="float")
     assert "--recipe w8a8-dynamic" in shown(1.43, load_recipe("w8a8-static"), num_bits=8, activations="static")
     assert shown(1.43, load_recipe("w8a8-dynamic"), num_bits=8, activations="dynamic").count("fptq quantize") == 1
