@@ -218,6 +218,16 @@ def test_the_environments_key_is_one(served: Served, monkeypatch: pytest.MonkeyP
     assert [config.api_keys for config, _ in served] == [(), ("my secret",), ("my secret",), ("a", "b c")]
 
 
+def test_what_kubernetes_sets_for_a_service_of_our_name_is_none_of_ours(served: Served, monkeypatch: pytest.MonkeyPatch
+                                                                       ) -> None:
+    for name, value in (("FPTQ_PORT", "tcp://10.0.0.7:8000"), ("FPTQ_SERVICE_HOST", "10.0.0.7"),
+                        ("FPTQ_SERVICE_PORT", "8000"), ("FPTQ_PORT_8000_TCP", "tcp://10.0.0.7:8000"),
+                        ("FPTQ_PORT_8000_TCP_PORT", "8000"), ("FPTQ_V2_PORT", "tcp://10.0.0.8:8000")):
+        monkeypatch.setenv(name, value)
+    assert run("serve", "demo", "--port", "0") == 0
+    assert len(served) == 1
+
+
 def test_what_serve_cannot_do_is_said_before_a_model_is_fetched(monkeypatch: pytest.MonkeyPatch,
                                                                capsys: pytest.CaptureFixture[str]) -> None:
     def fetch(name: str) -> Path:

@@ -154,6 +154,10 @@ def _outliers(data: Data) -> list[str]:
         tamed = sum(row["range_after"] <= OUTLIER * max(row["median_after"], 1e-9) for row in wide)
         said.append(f"{len(wide)} of {len(rows)} inputs have a channel over {OUTLIER:.0f} times their median one; the "
                     f"recipe tames {tamed} of them.")
+    if spiked := [f"layer {row['layer']} {row['kind']}" for row in rows if row.get("spiked")]:
+        said.append(f"Massive activations at the first token: {', '.join(spiked[:8])}"
+                    f"{' …' if len(spiked) > 8 else ''}. No static scale suits them and other tokens alike: they need "
+                    "scales per token.")
     first = sum(row["peak_position"] == 0 for row in rows)
     if first > len(rows) / 4:
         said.append(f"The first token sets the maximum of {first} of {len(rows)} inputs: calibrate with it exactly as "

@@ -24,6 +24,7 @@ from fptq_runtime.kernels.base import QuantizedWeight
 from fptq_runtime.kernels.reference import dequantized
 from fptq_runtime.models.block import Model
 from fptq_runtime.models.loader import Checkpoint
+from fptq_runtime.models.tensors import weight_files
 from fptq_runtime.models.tokenizer import Tokenizer
 from fptq_runtime.progress import progress_bar
 from fptq_runtime.quantizer.calibrate import HiddenStates, InputStats, Text, observe_block
@@ -98,7 +99,7 @@ def analyze(
     subject = {
         "version": __version__, "model": hash_file(source.path / "config.json"),
         "weights": [(file.name, file.stat().st_size, file.stat().st_mtime_ns)
-                    for file in sorted(source.path.glob("*.safetensors"))],
+                    for file in weight_files(source.path)],
         "recipe": hashlib.sha256(recipe.model_dump_json().encode()).hexdigest(), "text": text.sha256,
         "tokens": max_tokens, "calibration": {name: hash_file(value) if isinstance(value, Path) else value
                                               for name, value in asdict(calibration).items()},
@@ -260,7 +261,7 @@ def _activations(layer: int, before: Mapping[str, InputStats], probe: Probe) -> 
         rows.append({
             "layer": layer, "kind": kind, "range_before": was.range, "range_after": now.range,
             "median_before": float(was.amax.median()), "median_after": float(now.amax.median()),
-            "peak_position": was.peak_position, "histogram_before": _histogram(was.sample),
+            "peak_position": was.peak_position, "spiked": was.spiked, "histogram_before": _histogram(was.sample),
             "histogram_after": _histogram(now.sample),
             "weight_error": _weight_error(exact.linears[kind].weight,
                                           probe.model.quantized[layer].linears[kind].weight),

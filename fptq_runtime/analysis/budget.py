@@ -236,4 +236,5 @@ def _keep(upgrades: Sequence[_Upgrade], modules: Mapping[str, str]) -> dict[str,
 
 def _with_keep(recipe: Recipe, keep: Mapping[str, Bits]) -> Recipe:
     weights = recipe.weights.model_copy(update={"keep": {**recipe.weights.keep, **keep}})
-    return recipe.model_copy(update={"steps": (*recipe.steps[:-1], weights)})
+    steps = tuple(weights if step is recipe.weights else step for step in recipe.steps)
+    return recipe.model_copy(update={"steps": steps})

@@ -58,6 +58,11 @@ class BlockStore(Protocol):
         ...
 
 
+def _private(path: str, flags: int) -> int:
+    """Whoever made the directory, what lies in it tells of prompts."""
+    return os.open(path, flags, 0o600)
+
+
 class DiskStore:
     """blocks: the cache, [blocks, bytes]. Raises FptqError where the directory cannot be used."""
 
@@ -85,7 +90,10 @@ class DiskStore:
         self._writer.submit(self._bound)
 
     def has(self, digest: bytes) -> bool:
-        return self._path(digest).is_file()
+        try:
+            return self._path(digest).is_file()
+        except OSError:  # is_file forgives a file that is not there, and no disk that fails
+            return False
 
     def save(self, digest: bytes, block: int) -> None:
         path = self._path(digest)
@@ -120,7 +128,7 @@ class DiskStore:
             if path.exists():
                 os.utime(path)
                 return
-            with temporary.open("wb") as file:
+            with open(temporary, "wb", opener=_private) as file:
                 file.write(MAGIC + self._checksum(path, data))
                 file.write(data)
             temporary.rename(path)

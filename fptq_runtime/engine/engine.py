@@ -489,8 +489,11 @@ class Engine(Generic[T]):
 
     def _tell(self, step: _Step, gain: _Gain, now: float) -> None:
         sequence, last = gain.sequence, len(gain.token_ids) - 1
+        since = sequence.last_token_time
         for place, token_id in enumerate(gain.token_ids):
-            self._note_token(step, sequence, now)
+            # Tokens of one step come together; the time since those before them is shared.
+            at = now if since is None else since + (now - since) * (place + 1) / len(gain.token_ids)
+            self._note_token(step, sequence, at)
             text, reason, stop_reason = self._read(sequence, token_id, gain.end if place == last else None)
             self._emit(step, sequence, (token_id,), text, gain.logprobs[place : place + 1], reason, stop_reason)
             if reason is not None:

@@ -24,6 +24,7 @@ from fptq_runtime.kernels.select import select_backend
 from fptq_runtime.measure import bench, tasks
 from fptq_runtime.models.decoder import Decoder
 from fptq_runtime.models.loader import Checkpoint, load_model
+from fptq_runtime.models.tensors import weight_files
 from fptq_runtime.models.tokenizer import Tokenizer
 from fptq_runtime.progress import progress_bar
 from fptq_runtime.quantizer.calibrate import Text, sum_nll
@@ -205,7 +206,7 @@ class _Work:
             raise QuantizationError("its perplexity is not finite")
         prefill, decode = _speed(decoder, backend, kv_dtype)
         return Measured(
-            perplexity, sum(file.stat().st_size for file in path.glob("*.safetensors")), backend.name, prefill,
+            perplexity, sum(file.stat().st_size for file in weight_files(path)), backend.name, prefill,
             decode[1], decode.get(8), self._accuracy.run(path, self._backend, self._threads, self._device, kv_dtype),
         )
 

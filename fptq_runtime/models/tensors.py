@@ -28,6 +28,11 @@ DTYPES = {"F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dt
 FLOATS = ("F32", "F16", "BF16", "F64")
 
 
+def weight_files(path: Path) -> list[Path]:
+    """The files of a model directory that hold weights, in whichever form."""
+    return sorted(file for file in path.iterdir() if file.suffix in (".safetensors", ".bin", ".gguf"))
+
+
 class CheckpointError(FptqError):
     """A checkpoint that is missing, damaged or inconsistent. One line, for the user."""
 

@@ -25,6 +25,7 @@ MINIBATCH_FLOATS = 1 << 22  # of a block's widest intermediate, 16 MiB: small en
 MINIBATCH_ROWS = 256  # but not fewer: each minibatch reads the whole block
 BF16_WEIGHTS = 1 << 22  # of a linear; from here on the time goes into products, which are twice as fast in bfloat16
 SAMPLE_ROWS = 1024  # input rows kept of each linear, to measure errors on
+MASSIVE = 20.0  # times the largest |x| of the median token
 FIRST_COUNTS = 100.0
 LONGEST = 3.0
 BAND = 1024  # rows of a Hessian added up at a time, from the diagonal on: half of it is the other half's mirror image
@@ -288,6 +289,14 @@ class InputStats:
     @property
     def range(self) -> float:
         return float(self.amax.max())
+
+    @property
+    def spiked(self) -> bool:
+        """Whether the range is the first token's alone: massive activations (arXiv 2402.17762), beside which all other
+        tokens would have a few codes."""
+        if self.peak_position != 0 or not len(self.sample):
+            return False
+        return self.range > MASSIVE * float(self.sample.abs().amax(-1).median())
 
     @property
     def mean(self) -> torch.Tensor:

@@ -29,6 +29,7 @@ from fptq_runtime.models.block import Block, Model, Stem, prepare_block
 from fptq_runtime.models.decoder import Decoder
 from fptq_runtime.models.formats.compressed_tensors import linear_scheme, quantization_config
 from fptq_runtime.models.loader import Checkpoint, load_head
+from fptq_runtime.models.tensors import weight_files
 from fptq_runtime.progress import progress_bar
 from fptq_runtime.quantizer.calibrate import ChosenExperts, HiddenStates, packaged_text, read_text
 from fptq_runtime.quantizer.evaluate import MAX_WINDOW, text_windows
@@ -305,8 +306,8 @@ def _provenance(source: Source, architecture: str, calibration: Calibration, cal
         source=source.name,
         revision=source.revision,
         architecture=architecture,
-        source_files={file.name: hash_file(file) for file in sorted(source.path.iterdir())
-                      if file.suffix in (".json", ".safetensors", ".bin", ".gguf")},
+        source_files={file.name: hash_file(file)
+                      for file in sorted([*source.path.glob("*.json"), *weight_files(source.path)])},
         calibration=calibrated.tokens,
         num_samples=calibration.num_samples,
         sample_length=calibrated.sample_length,

@@ -94,9 +94,9 @@ PRESETS = (
     Recipe(name="smoothquant", steps=(
         SmoothQuant(), Activations(scheme="static", overrides={"down": "dynamic"}),
         Weights(num_bits=8, group_size=None))),
-    Recipe(name="w8a8-static", steps=(Activations(scheme="static", range="mse"),
+    Recipe(name="w8a8-static", steps=(Rotation(optional=True), Activations(scheme="static", range="mse"),
                                       Weights(num_bits=8, group_size=None, clip="mse"))),
-    Recipe(name="w8a8-dynamic", steps=(Activations(scheme="dynamic"),
+    Recipe(name="w8a8-dynamic", steps=(Rotation(optional=True), Activations(scheme="dynamic"),
                                        Weights(num_bits=8, group_size=None, clip="mse"))),
     Recipe(name="w8-dynamic-range", steps=(Activations(scheme="dynamic"), Weights(num_bits=8, group_size=None))),
     Recipe(name="bf16", steps=(Activations(scheme="float"), Weights(num_bits=16, head_bits=16))),

@@ -104,7 +104,7 @@ def _experts(manifest: Manifest) -> list[str]:
 
 def _group_warning(manifest: Manifest) -> list[str]:
     """Where 4-bit weights were to have a scale a group, and have one a row."""
-    if manifest.recipe["steps"][-1].get("group_size") is None:
+    if all(step.get("group_size") is None for step in manifest.recipe["steps"]):
         return []
     four = [layer for layer in manifest.layers if layer.num_bits == 4]
     whole = [layer for layer in four if layer.group_size is None]

@@ -25,7 +25,7 @@ from fptq_runtime.models.tokenizer import Tokenizer
 from fptq_runtime.models.weights import dequantize
 from fptq_runtime.quantizer.calibrate import Text
 from fptq_runtime.quantizer.evaluate import perplexity, text_windows
-from fptq_runtime.quantizer.export import block_modules, copy_companions, stem_modules, tensors_of
+from fptq_runtime.quantizer.export import block_modules, block_tensors, copy_companions, stem_modules, tensors_of
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,8 @@ def export(path: Path, out: Path, text: Text, backend: Backend, text_tokens: int
                 else:
                     schemes[name] = scheme
             writer.add_tensors(tensors_of(name, module))
+        for index in range(len(checkpoint.model.blocks)):
+            writer.add_tensors(block_tensors(load_block(checkpoint, index)))
         writer.finish_tensors()
         config = {**checkpoint.config, "tie_word_embeddings": checkpoint.tied}
         config["quantization_config"] = quantization_config(schemes, checkpoint.model.head_module, ignored)

@@ -51,7 +51,7 @@ class ApiKeys:
             lines += [line.strip() for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
             if not lines:
                 raise FptqError(f"{self._file} has no key", "api_keys_file")
-        self._keys = [_read(line, number) for number, line in enumerate(lines, 1)]
+        self._keys = [_read(line) for line in lines]
 
     def __bool__(self) -> bool:
         return bool(self._keys)
@@ -67,13 +67,20 @@ class ApiKeys:
         return found[0] if found else None
 
 
-def _read(entry: str, number: int) -> ApiKey:
+def _read(entry: str) -> ApiKey:
     if hashed := HASHED.fullmatch(entry):
         most = hashed["most"]
-        return ApiKey(hashed["name"] or f"key{number}", bytes.fromhex(hashed["digest"]), int(hashed["priority"] or 0),
+        digest = bytes.fromhex(hashed["digest"])
+        return ApiKey(hashed["name"] or _unnamed(digest), digest, int(hashed["priority"] or 0),
                       None if most is None else int(most))
     check_key(entry)
-    return ApiKey(f"key{number}", hashlib.sha256(entry.encode()).digest())
+    digest = hashlib.sha256(entry.encode()).digest()
+    return ApiKey(_unnamed(digest), digest)
+
+
+def _unnamed(digest: bytes) -> str:
+    """A key's own, wherever it stands: what was cached under a name is that key's alone."""
+    return f"key-{digest.hex()[:8]}"
 
 
 def check_key(key: str) -> None:

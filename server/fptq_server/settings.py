@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,6 +84,8 @@ def read_settings(kinds: Mapping[str, Kind], file: Path | None) -> dict[str, Giv
     fields: dict[str, Any] = {name: (_TYPES[kind][0], None) for name, kind in kinds.items()}
     model = create_model("Settings", __base__=Sources, **fields)
     environment = EnvSettingsSource(model)
+    environment.env_vars = {name: value for name, value in environment.env_vars.items()
+                            if not _service_link(name, value)}
     entries = _File(model, file, "utf-8")
     origins = {name: f"{name.replace('_', '-')} in {file}" for name in entries()}
     origins |= {name: PREFIX + name.upper() for name in environment()}
@@ -101,10 +104,18 @@ def read_settings(kinds: Mapping[str, Kind], file: Path | None) -> dict[str, Giv
     return {name: Given(getattr(settings, name), origins[name]) for name in origins}
 
 
+def _service_link(name: str, value: str | None) -> bool:
+    """What Kubernetes sets for a Service that is named like our variables."""
+    return bool(re.match("(tcp|udp|sctp)://", value or "") or
+                re.search(r"_SERVICE_(HOST|PORT)|_PORT_\d+_(TCP|UDP|SCTP)", name.upper()))
+
+
 def _refuse_misspelt_variables(kinds: Mapping[str, Kind]) -> None:
     """Many programs' variables are in an environment, so only a near miss is told."""
     ours = [PREFIX + name.upper() for name in kinds]
-    for variable in os.environ:
+    for variable, value in os.environ.items():
+        if _service_link(variable, value):
+            continue
         near = difflib.get_close_matches(variable.upper(), ours, 1, NEAR)
         if near and variable.upper() not in ours:
             raise FptqError(f"the variable {variable} is no setting; did you mean {near[0]}?")

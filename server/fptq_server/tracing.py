@@ -28,7 +28,8 @@ OPERATIONS = {  # of the routes that generate
 def tracing_of_environment(model: str) -> Tracing | None:
     """None where no variable asks for traces. Raises FptqError where they cannot be sent."""
     asking = next((name for name in ENDPOINTS if os.environ.get(name)), None)
-    if asking is None or os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true":
+    if asking is None or os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true" \
+            or os.environ.get("OTEL_TRACES_EXPORTER", "").lower() == "none":
         return None
     protocol = next((os.environ[name] for name in PROTOCOLS if os.environ.get(name)), "http/protobuf")
     if protocol != "http/protobuf":
@@ -41,7 +42,8 @@ def tracing_of_environment(model: str) -> Tracing | None:
     except ImportError:
         raise FptqError(f"{asking} asks for traces, and OpenTelemetry is not installed: "
                         "pip install 'fptq-serve[otel]', or unset it") from None
-    name = {} if "OTEL_SERVICE_NAME" in os.environ else {"service.name": "fptq"}
+    named = "OTEL_SERVICE_NAME" in os.environ or "service.name=" in os.environ.get("OTEL_RESOURCE_ATTRIBUTES", "")
+    name = {} if named else {"service.name": "fptq"}
     provider = TracerProvider(resource=Resource.create({**name, "service.version": __version__}))
     provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
     return Tracing(provider, model)

@@ -61,15 +61,17 @@ def test_noise_does_not_hide_a_loss() -> None:
 
 
 def test_words_for_what_was_measured() -> None:
-    row = {"range_before": 300.0, "median_before": 1.0, "range_after": 6.0, "median_after": 1.0, "peak_position": 0}
+    row = {"range_before": 300.0, "median_before": 1.0, "range_after": 6.0, "median_after": 1.0, "peak_position": 0,
+           "layer": 3, "kind": "down", "spiked": True}
     said = " ".join(advise(data(
         0.03, activations=[row] * 4,
         sizes=[{"samples": 100, "kl": 0.2}, {"samples": 500, "kl": 0.1}, {"samples": 900, "error": "too few"}],
         ranges=[{"method": "minmax", "kl": 0.3}, {"method": "mse", "kl": 0.2}, {"method": "kl", "error": "no"}],
         one_only={"kinds": {"up": {"kl": 0.3}, "o": {"kl": 0.1}}, "layers": []},
     ))["reasons"])
-    for words in ("4 of 4 inputs have a channel over 20 times", "The first token sets the maximum of 4 of 4",
-                  "500 give 0.1000", "range: mse", "up costs most", "75%"):
+    for words in ("4 of 4 inputs have a channel over 20 times", "Massive activations at the first token: layer 3 down",
+                  "The first token sets the maximum of 4 of 4", "500 give 0.1000", "range: mse",
+                  "up costs most", "75%"):
         assert words in said
 
 

@@ -54,11 +54,23 @@ def test_a_prefix_survives_its_engine(tmp_path: Path) -> None:
     assert answer == gist(solo(PROMPT, PARAMS)[0])
     assert len(files(tmp_path / "new" / "kv")) == (70 + 20 - 1) // 16
     assert stat.S_IMODE((tmp_path / "new" / "kv").stat().st_mode) == 0o700
+    assert {stat.S_IMODE(file.stat().st_mode) for file in files(tmp_path / "new" / "kv")} == {0o600}
     again = engine_on(tmp_path / "new" / "kv")
     assert ask(again) == (64, 64, answer)
     assert ask(again) == (64, 0, answer), "from memory by then"
     longer = PROMPT[:50] + [7] * 9
     assert ask(engine_on(tmp_path / "new" / "kv"), longer) == (48, 48, gist(solo(longer, PARAMS)[0]))
+
+
+def test_a_disk_that_fails_costs_only_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, _, answer = ask(engine_on(tmp_path))
+
+    def stale(self: Path) -> bool:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    engine = engine_on(tmp_path)
+    monkeypatch.setattr(Path, "is_file", stale)
+    assert ask(engine) == (0, 0, answer)
 
 
 @pytest.mark.parametrize("other", [{"fingerprint": b"another model"}, {"block_size": 32}])

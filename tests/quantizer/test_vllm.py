@@ -51,6 +51,20 @@ def test_others_load_it_and_agree(tmp_path: Path, heldout: Text, weights: dict[s
     assert result.bytes == sum(file.stat().st_size for file in out.iterdir())
 
 
+@pytest.mark.parametrize("family", ["glm4-moe", "gpt-oss"])
+def test_what_is_no_linear_goes_with_it(family: str, tmp_path: Path, heldout: Text) -> None:
+    """The bias of a routing, attention's sinks."""
+    save_model(family, tmp_path / "source")
+    quantize(tmp_path / "source", tmp_path / "artifact", "rtn-dynamic", calibration=Calibration("random", 4, 32),
+             text_tokens=400)
+    export(tmp_path / "artifact", tmp_path / "out", heldout, ReferenceBackend(), 100)
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("artifact", "out"))
+    names = {name for name in before if name.endswith(("e_score_correction_bias", "sinks"))}
+    assert names
+    for name in names:
+        assert torch.equal(after[name], before[name])
+
+
 def test_what_vllm_matches(tmp_path: Path, heldout: Text) -> None:
     """Pack-quantized, symmetric, dynamic per token, the head in float: nothing else is in the directory."""
     source = artifact(tmp_path)

@@ -80,7 +80,8 @@ def test_named_and_hashed_keys_are_read_again(tmp_path: Path) -> None:
     file = tmp_path / "keys"
     file.write_text(f"# who\n\nalice={hashed('a secret')} priority=-2 max_requests=3\n{hashed('b')}\nplain key\n")
     keys = ApiKeys(("first",), file)
-    assert keys.names == ["key1", "alice", "key3", "key4"]
+    unnamed = [f"key-{hashlib.sha256(key).hexdigest()[:8]}" for key in (b"first", b"b", b"plain key")]
+    assert keys.names == [unnamed[0], "alice", *unnamed[1:]], "a name is the key's own, wherever it stands"
     assert keys.find("a secret") == ApiKey("alice", hashlib.sha256(b"a secret").digest(), -2, 3)
     for key in ("first", "b", "plain key"):
         assert keys.find(key) is not None
@@ -89,14 +90,14 @@ def test_named_and_hashed_keys_are_read_again(tmp_path: Path) -> None:
     file.write_text(f"bob={hashed('c')}\n")
     assert keys.find("c") is None
     keys.load()
-    assert keys.names == ["key1", "bob"]
+    assert keys.names == [unnamed[0], "bob"]
     for wrong in ("", "#\n", "é\n", b"\xff\n"):
         file.write_bytes(wrong if isinstance(wrong, bytes) else wrong.encode())
         if wrong in ("", "#\n"):
             continue  # beside the first key
         with pytest.raises(FptqError):
             keys.load()
-        assert keys.names == ["key1", "bob"]
+        assert keys.names == [unnamed[0], "bob"]
     file.write_text("# none\n")
     with pytest.raises(FptqError, match="has no key"):
         ApiKeys((), file)

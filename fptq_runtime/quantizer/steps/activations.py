@@ -15,7 +15,8 @@ Scheme = Literal["static", "dynamic", "float"]
 
 
 class Activations(Step):
-    """8-bit codes, static per tensor or dynamic per token, where the head is always per token; or float everywhere.
+    """8-bit codes, static per tensor or dynamic per token, where the head is always per token; or float everywhere. An
+    input with massive activations at the first token goes per token instead of static, unless `overrides` names it.
 
     range: of static inputs, on the calibration set: "minmax" covers all, the others clip (ranges.py).
     quantile: of the tokens that "percentile" covers.
@@ -45,6 +46,8 @@ class Activations(Step):
             overridden = ((scheme, "override") for pattern, scheme in self.overrides.items()
                           if matches(pattern, target.names))
             scheme, reason = next(overridden, (self.scheme, "recipe"))
+            if scheme == "static" and reason == "recipe" and target.stats.spiked:
+                scheme, reason = "dynamic", "massive activations at the first token"
             target.set_act(self._act(target, scheme), reason)
 
     def _act(self, target: Target, scheme: Scheme) -> ActivationQuant | None:

@@ -27,6 +27,7 @@ from fptq_runtime.kernels.select import select_backend
 from fptq_runtime.models.block import Block, BlockSpec, Model, StemSpec
 from fptq_runtime.models.decoder import Decoder
 from fptq_runtime.models.loader import Checkpoint, load_head, load_model, load_stem
+from fptq_runtime.models.tensors import weight_files
 from fptq_runtime.progress import progress_bar
 from fptq_runtime.quantizer.export import block_modules, block_tensors, stem_modules, tensors_of
 from fptq_runtime.quantizer.generate import generate_windows
@@ -102,7 +103,8 @@ class Qat(Step):
 
     def _identity(self, work: TuneWork, device: str) -> str:
         """Of everything that decides what training leads to."""
-        source = sorted(file for file in work.checkpoint.path.iterdir() if file.suffix in (".json", ".safetensors"))
+        path = work.checkpoint.path
+        source = [*sorted(path.glob("*.json")), *weight_files(path)]
         return json.dumps({
             "steps": [step.model_dump(mode="json") for step in work.steps],
             "source": {file.name: hash_file(file) for file in source},

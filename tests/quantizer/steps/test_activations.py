@@ -33,6 +33,27 @@ def test_overrides(overrides: dict[str, Scheme], expected: dict[str, Scheme], tm
         assert ("float" if act is None else "dynamic" if act.scale is None else "static") == scheme, kind
 
 
+@pytest.mark.parametrize(("position", "factor", "expected"), [(0, 1000.0, "dynamic"), (0, 2.0, "static"),
+                                                              (3, 1000.0, "static")])
+def test_a_static_scale_is_not_the_first_tokens_alone(position: int, factor: float, expected: str, tmp_path: Path
+                                                      ) -> None:
+    """Massive activations there send that input per token, by name; a pattern has the last word."""
+    _, work = work_on("llama", tmp_path)
+    stats = work.targets["down"].stats
+    stats.peak_position = position
+    stats.sample = torch.ones_like(stats.sample)
+    stats.low, stats.high = -torch.ones_like(stats.low), torch.full_like(stats.high, factor)
+    with torch.inference_mode():
+        Activations(scheme="static").apply(work)
+        chosen, reason = work.targets["down"].linear.act, work.targets["down"].reason
+        assert chosen is not None
+        assert ("dynamic" if chosen.scale is None else "static") == expected
+        assert ("massive activations at the first token" in reason) == (expected == "dynamic")
+        Activations(scheme="static", overrides={"down": "static"}).apply(work)
+    assert work.targets["down"].linear.act is not None
+    assert work.targets["down"].linear.act.scale is not None
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_linears_name_in_its_block_fits_every_family(family: str, tmp_path: Path) -> None:
     """As recipes use it; a name that no linear has is refused before any work is done."""
