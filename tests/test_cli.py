@@ -350,7 +350,7 @@ def test_what_config_prints_is_a_config_file(tmp_path: Path, capsys: pytest.Capt
 
 
 @pytest.mark.parametrize(("variable", "line", "said"), [
-    ("FPTQ_PORT=tcp://10.0.0.1:80", "", "Invalid value for 'FPTQ_PORT': 'tcp://10.0.0.1:80' is not a valid integer"),
+    ("FPTQ_PORT=http://10.0.0.1", "", "Invalid value for 'FPTQ_PORT': 'http://10.0.0.1' is not a valid integer"),
     ("FPTQ_ROOT_PATH=llm", "", "FPTQ_ROOT_PATH must be a path such as /llm"),
     ("FPTQ_PUBLIC_METRICS=perhaps", "", "FPTQ_PUBLIC_METRICS must be true or false"),
     ("FPTQ_CORS_ORIGINS=[1", "", "FPTQ_CORS_ORIGINS must be a text or a list of texts"),
