@@ -128,10 +128,15 @@ def pattern(text: str) -> str:
     within = False  # a class
     for token in re.findall(r"\\.|\[\^?|.", text, re.DOTALL):
         if token[0] == "\\" and len(token) == 2:
-            made.append(_ESCAPES.get(token[1]) or (token if token[1].isalnum() else re.escape(token[1])))
+            if within and token[1] == "s":  # not nested: a - beside it is itself, as in ECMAScript
+                if made[-1] == "-":
+                    made[-1] = r"\-"
+                made.append(_SPACES[1:-1])
+            else:
+                made.append(_ESCAPES.get(token[1]) or (token if token[1].isalnum() else re.escape(token[1])))
         elif within:
             # [, && and the like nest and combine classes in Rust.
-            special = token[0] in "[&~" or (token == "-" and made[-1] == "-")
+            special = token[0] in "[&~" or (token == "-" and made[-1] in ("-", _SPACES[1:-1]))
             made.append("".join("\\" + c if special else c for c in token))
             within = token != "]"
         else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from fptq_runtime.engine.request import FinishReason
@@ -48,7 +48,7 @@ class RequestOutput:
     num_rejected_tokens: int = 0
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
     failure: str | None = None
-    scheduled_time: float | None = None
+    scheduled_time: float | None = field(default=None, compare=False)
 
 
 class TokenTexts(Protocol):

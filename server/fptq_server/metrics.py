@@ -78,7 +78,7 @@ class Metrics:
         self._saved = counter("fptq_saved_tokens", "Tokens not generated, of answers that were given up.")
         self._prefix_query = counter("fptq_prefix_cache_query_tokens", "Prompt tokens looked up in the prefix cache.")
         self._prefix_hit = counter("fptq_prefix_cache_hit_tokens", "Prompt tokens found in the prefix cache.")
-        self._prefix_disk = counter("fptq_prefix_cache_disk_hit_tokens", "Prompt tokens found there, from disk.")
+        self._prefix_disk = counter("fptq_kv_disk_hit_tokens", "Prompt tokens found there, from disk.")
         self._drafted, self._accepted = (
             counter(f"fptq_speculation_{name}_tokens", text, "kind", KINDS) for name, text in (
                 ("drafted", "Tokens that were guessed and computed ahead, by where the guess was from."),

@@ -64,7 +64,7 @@ TRANSFORMS: dict[str, tuple[Step, set[str]]] = {  # and the architectures that i
 
 SHALLOW: dict[str, dict[str, Any]] = {  # their softmax is sharp: what float32 rounds away in three layers is 1e-4 of
     "phi4-mini": {"num_hidden_layers": 2},  # the logits
-    "nemotron": {"num_hidden_layers": 2},
+    "nemotron": {"num_hidden_layers": 1},
     "gpt-oss": {"num_hidden_layers": 2},
     "gpt-bigcode-heads": {"n_layer": 1},
     "gpt-neo": {"num_layers": 2, "attention_types": [[["global", "local"], 1]]},

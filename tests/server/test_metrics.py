@@ -76,7 +76,7 @@ def test_a_step_is_recorded() -> None:
     assert value(metrics, "fptq_speculation_saved_seconds", kind="lookup") == -0.5
     assert value(metrics, "fptq_prefix_cache_query_tokens_total") == 10
     assert value(metrics, "fptq_prefix_cache_hit_tokens_total") == 6
-    assert value(metrics, "fptq_prefix_cache_disk_hit_tokens_total") == 4
+    assert value(metrics, "fptq_kv_disk_hit_tokens_total") == 4
     assert value(metrics, "fptq_requests_finished_total", reason="stop") == 1
     assert value(metrics, "fptq_queue_seconds_bucket", le="0.001") == 1
     assert value(metrics, "fptq_time_to_first_token_seconds_sum") == 0.02

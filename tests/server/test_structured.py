@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jsonschema_rs
 import openai
 import pytest
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from tests.server.conftest import Served, events
 
@@ -28,8 +28,8 @@ SCHEMA: dict[str, Any] = {
 
 class Person(BaseModel):
     name: Literal["Ann", "Bob"]
-    age: int | None
-    titles: list[Literal["king", "queen"]]
+    age: Annotated[int, Field(ge=0, le=120)] | None
+    titles: Annotated[list[Literal["king", "queen"]], Field(max_length=3)]
 
 
 def answer(served: Served, path: str, **fields: Any) -> Any:

@@ -233,7 +233,7 @@ class Student:
         if decoder.stem.norm is not None:
             yield decoder.stem.norm
         for block in (*decoder.blocks, decoder.head):
-            yield from (norm for _, norm in block.each_norm())
+            yield from (norm for spec, norm in block.each_norm() if spec.scaled)
             yield from (linear for linear in block.linears.values()
                         if block is not decoder.head or self._weights.head_bits != 16)
 
