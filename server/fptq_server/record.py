@@ -44,7 +44,6 @@ class RequestRecord:
             parts.append(self.error)
         return " ".join(parts)
 
-
     def fields(self) -> dict[str, Any]:
         """The same for a program."""
         told: dict[str, Any] = {"request_id": self.id, "key": self.origin.tenant, "error": self.error}
