@@ -388,11 +388,14 @@ def test_zeros_stay_zeros(source: Path, text: Path, tmp_path: Path, preset: str)
         assert_transformers_agrees(tmp_path / "out", [1, *range(3, 43)])
 
 
-@pytest.mark.parametrize("preset", ["rtn", "w8a8-static", "zeroquant-fp"])
+UNROTATED = Recipe(name="w8a8", steps=load_recipe("w8a8-static").steps[1:])  # rotated, no weights have one magnitude
+
+
+@pytest.mark.parametrize("preset", ["rtn", UNROTATED, "zeroquant-fp"], ids=["rtn", "w8a8", "zeroquant-fp"])
 @pytest.mark.parametrize(("module", "change"), [
     ("mlp.down_proj", torch.sign), ("self_attn.o_proj", torch.ones_like), ("self_attn.q_proj", lambda w: 0 * w + 0.3),
 ])
-def test_weights_of_one_magnitude(source: Path, text: Path, tmp_path: Path, preset: str, module: str,
+def test_weights_of_one_magnitude(source: Path, text: Path, tmp_path: Path, preset: Recipe | str, module: str,
                                   change: Callable[[torch.Tensor], torch.Tensor]) -> None:
     """Every code is at an end of its range, half a step from the weight at most."""
     tensors = change_weights(source, {module: change})
