@@ -8,7 +8,7 @@ to a reference loop. 8-bit ones go there per channel, and either runs with float
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from ml_dtypes import bfloat16
 from fptq_runtime import __version__
 from fptq_runtime.artifact.io import ArtifactWriter, check_files, check_output, is_artifact
 from fptq_runtime.artifact.scheme import LayerScheme
-from fptq_runtime.kernels.base import ActivationQuant, Backend, Embedding, Linear, Norm, QuantizedWeight
+from fptq_runtime.kernels.base import ActivationQuant, Array, Backend, Embedding, Linear, Norm, QuantizedWeight
 from fptq_runtime.models.formats.compressed_tensors import linear_scheme, quantization_config
 from fptq_runtime.models.loader import Checkpoint, CheckpointError, load_block, load_head, load_model, load_stem
 from fptq_runtime.models.tokenizer import Tokenizer
@@ -57,17 +57,17 @@ def export(path: Path, out: Path, text: Text, backend: Backend, text_tokens: int
     ignored: list[str] = []
     static = 0
     with ArtifactWriter(out, overwrite) as writer:
-        for name, module in _parts(checkpoint):
-            if isinstance(module, Linear):
-                static += module.act is not None and module.act.scale is not None
-                module = _linear(name, module, name == checkpoint.model.head_module)
-                if (scheme := linear_scheme(module)) is None:
-                    ignored.append(name)
-                else:
-                    schemes[name] = scheme
-            writer.add_tensors(tensors_of(name, module))
-        for index in range(len(checkpoint.model.blocks)):
-            writer.add_tensors(block_tensors(load_block(checkpoint, index)))
+        for modules, tensors in _parts(checkpoint):
+            for name, module in modules:
+                if isinstance(module, Linear):
+                    static += module.act is not None and module.act.scale is not None
+                    module = _linear(name, module, name == checkpoint.model.head_module)
+                    if (scheme := linear_scheme(module)) is None:
+                        ignored.append(name)
+                    else:
+                        schemes[name] = scheme
+                writer.add_tensors(tensors_of(name, module))
+            writer.add_tensors(tensors)
         writer.finish_tensors()
         config = {**checkpoint.config, "tie_word_embeddings": checkpoint.tied}
         config["quantization_config"] = quantization_config(schemes, checkpoint.model.head_module, ignored)
@@ -83,13 +83,15 @@ def export(path: Path, out: Path, text: Text, backend: Backend, text_tokens: int
     return Export(**measured, bytes=size)
 
 
-def _parts(checkpoint: Checkpoint) -> Iterator[tuple[str, Linear | Norm | Embedding]]:
-    yield from stem_modules(load_stem(checkpoint))
+def _parts(checkpoint: Checkpoint) -> Iterator[tuple[Sequence[tuple[str, Linear | Norm | Embedding]],
+                                                     dict[str, Array]]]:
+    """Of the stem, each block and the head: its modules, and what is none."""
+    yield stem_modules(load_stem(checkpoint)), {}
     for index in range(len(checkpoint.model.blocks)):
-        yield from block_modules(load_block(checkpoint, index))
-    for name, module in block_modules(load_head(checkpoint)):
-        if not (checkpoint.tied and name == checkpoint.model.head_module):
-            yield name, module
+        block = load_block(checkpoint, index)
+        yield block_modules(block), block_tensors(block)
+    head = block_modules(load_head(checkpoint))
+    yield [each for each in head if not (checkpoint.tied and each[0] == checkpoint.model.head_module)], {}
 
 
 def _linear(name: str, linear: Linear, head: bool) -> Linear:

@@ -25,7 +25,7 @@ import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from fptq_runtime import __version__
-from fptq_runtime.artifact.io import LayerRecord, is_artifact, read_manifest
+from fptq_runtime.artifact.io import LayerRecord, Manifest, is_artifact, read_manifest
 from fptq_runtime.artifact.scrub import Scrub
 from fptq_runtime.engine.async_engine import AsyncEngine
 from fptq_runtime.engine.engine import Engine
@@ -80,8 +80,8 @@ def serve(path: Path | str, config: ServerConfig, *, model_names: Sequence[str] 
         from fptq_server.app import create_app
         from fptq_server.metrics import Metrics
 
-        records = read_manifest(path).layers if is_artifact(path) else ()
-        model = model_card(names, engine, sampling, records)
+        manifest = read_manifest(path) if is_artifact(path) else None
+        model = model_card(names, engine, sampling, () if manifest is None else manifest.layers)
         metrics = Metrics(__version__, model, config.metrics_aliases)
         async_engine = AsyncEngine(engine, metrics.record_step, metrics.record_deviation)
         log.info("%s", describe(model, config))
@@ -91,7 +91,7 @@ def serve(path: Path | str, config: ServerConfig, *, model_names: Sequence[str] 
         app = create_app(async_engine, engine.tokenizer, config, model, metrics, tracing)
         raise_open_files()
         try:
-            with scrubbing(path, config.scrub_interval, metrics):
+            with scrubbing(path, manifest, config.scrub_interval, metrics):
                 Server(app, async_engine, config, metrics).run([listener])
         finally:
             if config.uds is not None:
@@ -99,12 +99,12 @@ def serve(path: Path | str, config: ServerConfig, *, model_names: Sequence[str] 
 
 
 @contextmanager
-def scrubbing(path: Path, interval: float, metrics: Metrics) -> Iterator[None]:
-    """Its files are checked meanwhile, where it is an artifact and interval is not 0."""
-    if not interval or not is_artifact(path):
+def scrubbing(path: Path, manifest: Manifest | None, interval: float, metrics: Metrics) -> Iterator[None]:
+    """Its files are checked meanwhile, where it is an artifact, which has a manifest, and interval is not 0."""
+    if not interval or manifest is None:
         yield
         return
-    scrub = Scrub(path, read_manifest(path).files, interval, metrics.record_scrub)
+    scrub = Scrub(path, manifest.files, interval, metrics.record_scrub)
     scrub.start()
     try:
         yield
