@@ -335,13 +335,13 @@ NB_MODULE(_native, m) {
            "count"_a, "n"_a);
 
   nb::class_<RoutingParameter>(m, "Routing")
-      .def(nb::new_(&make_routing), "num_experts"_a, "top_k"_a, "scoring"_a, "normalise"_a, "scale"_a, "bias"_a,
-           "groups"_a, "top_groups"_a, "group_best"_a);
+      .def(nb::new_(&make_routing), nb::kw_only(), "num_experts"_a, "top_k"_a, "scoring"_a, "normalise"_a, "scale"_a,
+           "bias"_a, "groups"_a, "top_groups"_a, "group_best"_a);
 
   nb::class_<AttentionParameter>(m, "Attention")
-      .def(nb::new_(&make_attention), "layer"_a, "num_heads"_a, "num_kv_heads"_a, "head_dim"_a, "softmax_scale"_a,
-           "sliding_window"_a, "rope_cos"_a.none(), "rope_sin"_a.none(), "alibi_slopes"_a, "sinks"_a, "softcap"_a,
-           "q_norm"_a.none(), "q_norm_own"_a, "k_norm"_a.none(), "k_norm_own"_a, "norm_after_rope"_a);
+      .def(nb::new_(&make_attention), nb::kw_only(), "layer"_a, "num_heads"_a, "num_kv_heads"_a, "head_dim"_a,
+           "softmax_scale"_a, "sliding_window"_a, "rope_cos"_a.none(), "rope_sin"_a.none(), "alibi_slopes"_a, "sinks"_a,
+           "softcap"_a, "q_norm"_a.none(), "q_norm_own"_a, "k_norm"_a.none(), "k_norm_own"_a, "norm_after_rope"_a);
 
   nb::class_<Program>(m, "Program")
       .def(
