@@ -20,13 +20,13 @@ RUN /opt/tools/bin/pip wheel --no-deps --no-build-isolation --wheel-dir /wheels 
 FROM build AS gpu-packages
 RUN pip install torch triton
 COPY --from=wheel /wheels /wheels
-RUN pip install "$(echo /wheels/*.whl)[gpu]"
+RUN pip install "$(echo /wheels/*.whl)[gpu,quantize]"
 
 FROM build AS cpu-packages
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 RUN pip install --no-deps --retries 1 ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} torch
 COPY --from=wheel /wheels /wheels
-RUN pip install /wheels/*.whl
+RUN pip install "$(echo /wheels/*.whl)[quantize]"
 
 FROM ${BASE_IMAGE} AS base
 RUN apt-get update \

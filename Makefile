@@ -29,7 +29,7 @@ $(INSTALLED): pyproject.toml constraints.txt $(NATIVE)
 	@echo "2 of 3: torch, the largest part"
 	@$(PIP_INSTALL) --no-deps --retries 1 $(addprefix --extra-index-url ,$(TORCH_INDEX)) torch
 	@echo "3 of 3: FPTQ Serve, which is compiled for this machine, and what it needs"
-	@CXX='$(CXX)' $(PIP_INSTALL) --no-build-isolation --editable .
+	@CXX='$(CXX)' $(PIP_INSTALL) --no-build-isolation --editable '.[quantize]'
 	@touch $@
 
 $(DEV_INSTALLED): $(INSTALLED)

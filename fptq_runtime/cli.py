@@ -76,6 +76,8 @@ def _describe(error: Exception) -> str:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     if isinstance(error, MemoryError):
         return "out of memory"
+    if isinstance(error, ModuleNotFoundError) and error.name in ("torch", "transformers"):
+        return f"this needs {error.name}, which is not installed: pip install 'fptq-serve[quantize]'"
     if isinstance(error, (FptqError, OSError)):
         return _one_line(str(error))
     return _one_line(f"internal error: {type(error).__name__}: {error} (FPTQ_DEBUG=1 shows where)")

@@ -50,6 +50,8 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> dict[str, BaseException]:
     (FptqError("the model\n  is odd"), "fptq: the model is odd\n"),
     (FileNotFoundError(2, "No such file or directory", "x.json"), "fptq: x.json: No such file or directory\n"),
     (MemoryError(), "fptq: out of memory\n"),
+    (ModuleNotFoundError("No module named 'torch'", name="torch"),
+     "fptq: this needs torch, which is not installed: pip install 'fptq-serve[quantize]'\n"),
     (ValueError("operands could not be broadcast"),
      "fptq: internal error: ValueError: operands could not be broadcast (FPTQ_DEBUG=1 shows where)\n"),
     (KeyError("k"), "fptq: internal error: KeyError: 'k' (FPTQ_DEBUG=1 shows where)\n"),

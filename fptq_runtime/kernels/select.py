@@ -6,6 +6,7 @@ import ctypes
 import logging
 import os
 from collections.abc import Mapping
+from importlib.util import find_spec
 
 from fptq_runtime.artifact.scheme import LayerScheme
 from fptq_runtime.config import MAX_THREADS
@@ -29,9 +30,11 @@ def select_backend(name: str = "auto", threads: int = 0, schemes: Mapping[str, L
     if device == "cuda" and name != "auto":
         raise FptqError(f"the {name} backend runs on the CPU; leave out --backend, or --device")
     if device == "cuda" or (device == "auto" and name == "auto" and _has_cuda_driver()):
-        from fptq_runtime.kernels.triton.device import problem
+        why_not: str | None = "torch is not installed; pip install 'fptq-serve[gpu]'"
+        if find_spec("torch") is not None:
+            from fptq_runtime.kernels.triton.device import problem
 
-        why_not = problem()
+            why_not = problem()
         if why_not is None:
             from fptq_runtime.kernels.triton.backend import TritonBackend
 

@@ -147,7 +147,7 @@ def lm_eval_tasks(scorer: Scorer, tasks: Sequence[str], limit: int | None = None
         from lm_eval import simple_evaluate
         from lm_eval.tasks import TaskManager
     except ImportError:
-        raise TaskError("--task needs lm-eval: pip install '.[eval]' in the source tree") from None
+        raise TaskError("--task needs lm-eval: pip install 'fptq-serve[eval]'") from None
     results: dict[str, dict[str, float]] = {}
     for task in tasks:
         path = Path(task)

@@ -84,6 +84,10 @@ def test_a_gpu_is_taken_where_there_is_one_and_nothing_else_was_asked_for(
         select_backend(device="cuda")
     with pytest.raises(ValueError, match="leave out --backend"):
         select_backend("native", device="cuda")
+    monkeypatch.setattr(select, "find_spec", lambda name: None)
+    assert select_backend(device="auto").name != "triton"
+    with pytest.raises(ValueError, match=r"torch is not installed; pip install 'fptq-serve\[gpu\]'"):
+        select_backend(device="cuda")
     with pytest.raises(ValueError, match="'tpu'"):
         select_backend(device="tpu")
 

@@ -221,5 +221,5 @@ def test_the_command_wants_something_to_evaluate_on(capsys: pytest.CaptureFixtur
 
 def test_without_lm_eval_the_extra_is_named(scorer: Scorer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "lm_eval", None)
-    with pytest.raises(TaskError, match=r"pip install '\.\[eval\]' in the source tree"):
+    with pytest.raises(TaskError, match=r"pip install 'fptq-serve\[eval\]'"):
         tasks.lm_eval_tasks(scorer, ["hellaswag"])

@@ -16,7 +16,7 @@ LOWEST_CAPABILITY = (8, 0)  # Ampere: int8 and bfloat16 tensor cores
 def problem() -> str | None:
     """Why it cannot, and what to do; None where it can. One line."""
     if find_spec("triton") is None:
-        return "triton is not installed; pip install '.[gpu]' (Linux only)"
+        return "triton is not installed; pip install 'fptq-serve[gpu]' (Linux, x86-64)"
     if interpreted():
         return None
     if torch.version.cuda is None:
