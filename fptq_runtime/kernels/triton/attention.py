@@ -208,8 +208,8 @@ def choose_tiling(attention: DeviceAttention, cache: DeviceCache, rows: int, seq
     elif max_query_len * min(group, 16) <= 16:
         tile, warps, stages = 16, 4, 5
     else:
-        wgmma = capability(cache.keys.device) >= 90  # whose tiles are of 64 rows
-        tile, warps, stages = 64 if wgmma and not wide else 32, 8 if wgmma or wide else 4, 2
+        wgmma = capability(cache.keys.device) >= 90  # tiles of 64 rows, 16 a warp: more warps would repeat them
+        tile, warps, stages = 64 if wgmma and not wide else 32, 8 if wide else 4, 2
     heads = _divisor(group, tile if cache.dtype != "int8" else 64)
     tile = max(tile, triton.next_power_of_2(heads))
     tiles = sequences if max_query_len <= tile // heads else rows // (tile // heads) + sequences

@@ -1,24 +1,17 @@
-"""The linear layer's arithmetic against float64 and int64, the bits of a row, and what its kernels compile to."""
+"""The linear layer's arithmetic against float64 and int64, and the bits of a row."""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
-import triton
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fptq_runtime.artifact.numerics import dequantize, pack_codes, quantize, quantize_weight, token_scale
 from fptq_runtime.kernels.base import ActivationQuant, Linear, QuantizedWeight
 from fptq_runtime.kernels.triton import choice as choices
-from fptq_runtime.kernels.triton import linear as kernels
 from fptq_runtime.kernels.triton.choice import Case, Choice, Kind, Tile, choose, linear_cases, segments, sweep
 from fptq_runtime.kernels.triton.linear import DeviceLinear, describe, pack_linear, random_case, run_choice, run_linear
 from fptq_runtime.kernels.triton.packing import PackedWeight
@@ -242,35 +235,3 @@ def test_cases_and_sweeps_for_the_roofline():
         layer, x = random_case(small, CPU)
         assert layer.nbytes == small.weight_bytes
         assert run_linear(x, layer, None, True).isfinite().all()
-
-
-CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-
-
-@pytest.mark.skipif(not CUOBJDUMP.exists(), reason="this triton has no ptxas and cuobjdump of its own")
-@pytest.mark.parametrize(("capability", "cases"), [
-    # Decode, a middle batch and a prefill of each kind that is to run fast; o and down have a residual.
-    (90, ["int8:int4:128:1:4096:4096:r", "int8:int4:128:64:28672:4096", "int8:int4:128:128:4096:4096:r",
-          "int8:int4:128:8192:4096:14336:r", "int8:int4:-128:8192:4096:4096:r",
-          "int8:int8:0:1:128256:4096", "int8:int8:0:8192:4096:4096:r", "fp8:fp4:128:1:4096:4096:r",
-          "fp8:fp4:128:8192:4096:4096:r", "fp8:fp8:0:64:4096:4096", "int8:int4:128:8:1152:896"]),
-    (89, ["int8:int4:128:1:4096:4096:r", "int8:int4:128:512:4096:4096:r", "fp8:fp4:128:1:4096:4096"]),
-    (80, ["int8:int4:128:1:4096:4096:r", "int8:int8:0:512:4096:4096:r", "float:int4:128:512:4096:4096:r"]),
-])
-def test_the_tables_tiles_compile_without_spills_and_to_wgmma_on_hopper(capability, cases):
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(kernels.__file__).parents[3]),
-                                                              environment.get("PYTHONPATH")]))
-    script = Path(__file__).with_name("offline_linear.py")
-    done = subprocess.run([sys.executable, script, str(capability), *cases], env=environment, capture_output=True,
-                          text=True, timeout=280)
-    assert done.returncode == 0, done.stderr[-2000:]
-    compiled = json.loads(done.stdout)
-    assert list(compiled) == cases
-    for case, found in compiled.items():
-        for kernel in found:
-            assert kernel["spilled"] == 0, (case, kernel)
-            if kernel["kernel"] == "_linear_kernel":
-                assert kernel["wgmma" if capability == 90 else "mma"], (case, kernel)
-                assert kernel["wide_loads"] > 0, (case, kernel)
-                assert kernel["shared"] <= (227 if capability == 90 else 99) * 1024, (case, kernel)
