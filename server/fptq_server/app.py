@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
@@ -57,11 +58,11 @@ def create_app(engine: AsyncEngine, tokenizer: Tokenizer, config: ServerConfig, 
             await asyncio.to_thread(tracing.stop)
 
     app = FastAPI(title="FPTQ Serve", version=__version__, lifespan=lifespan, redirect_slashes=False,
-                  servers=[{"url": config.root_path or "/"}], docs_url=None, redoc_url=None)
+                  servers=[{"url": config.root_path or "/"}], openapi_url=None)
     texts = TokenTexts(tokenizer)
     chat = ChatFormat(tokenizer, config.tool_call_parser, config.reasoning_parser)
     assistant = Assistant(engine, tokenizer, chat, model, config.chat_template_kwargs)
-    for router in (
+    routers = (
         completions_router(engine, tokenizer, texts, model, config),
         chat_router(engine, tokenizer, texts, chat, model, config),
         messages_router(assistant, config),
@@ -70,12 +71,10 @@ def create_app(engine: AsyncEngine, tokenizer: Tokenizer, config: ServerConfig, 
         generate_router(engine, tokenizer, texts, model, config),
         tokens_router(tokenizer, chat, model, config),
         status_router(engine, model, config, metrics),
-    ):
+    )
+    paths = [route.path for router in routers for route in router.routes if isinstance(route, APIRoute)]
+    for router in (*routers, docs_router(app), *([page_router()] if config.page else [])):
         app.include_router(router)
-    paths = app.openapi()["paths"]
-    app.include_router(docs_router(app))
-    if config.page:
-        app.include_router(page_router())
     metrics.add_routes(paths)
 
     handlers = ErrorHandlers(metrics)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import gc
 import logging
 import resource
 import signal
@@ -90,6 +91,7 @@ def serve(path: Path | str, config: ServerConfig, *, model_names: Sequence[str] 
                      ", ".join(f"{name} {value}" for name, value in sampling.items()))
         app = create_app(async_engine, engine.tokenizer, config, model, metrics, tracing)
         raise_open_files()
+        gc.freeze()  # what is there stays: it need not be walked again between two tokens
         try:
             with scrubbing(path, manifest, config.scrub_interval, metrics):
                 Server(app, async_engine, config, metrics).run([listener])

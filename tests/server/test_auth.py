@@ -29,7 +29,7 @@ def closed(run_server: Callable[..., Any]) -> Iterator[Served]:
 def test_every_route_denies_by_default(closed: Served) -> None:
     paths = {path: set(methods) for path, methods in closed.app.openapi()["paths"].items()}
     paths |= {route.path: {"get"} for route in closed.app.routes if hasattr(route, "path") and route.path not in paths}
-    paths |= {"/docs": {"get"}, "/": paths["/"] | {"get"}}  # included routers'
+    paths |= {"/docs": {"get"}, "/openapi.json": {"get"}, "/": paths["/"] | {"get"}}  # included routers'
     assert {"/v1/completions", "/metrics", "/docs", "/openapi.json", "/info"} <= set(paths)
     for path, methods in paths.items():
         for method in methods:
