@@ -1,4 +1,4 @@
-# make serve | test | fuzz | lint | format | stubs | bench | compat | gpu-check | image | clean      PYTHON, VENV, CXX and TORCH_INDEX may be set on the command line.
+# make serve | test | fuzz | lint | format | stubs | docs | bench | compat | gpu-check | image | clean      PYTHON, VENV, CXX and TORCH_INDEX may be set on the command line.
 PYTHON ?= python3
 VENV ?= .venv
 ifeq ($(origin CXX),default)
@@ -14,7 +14,7 @@ NATIVE := CMakeLists.txt $(filter fptq_runtime/%,$(CSRC))
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --quiet --quiet
 PIP_INSTALL := $(PIP) install --constraint constraints.txt
 
-.PHONY: install serve test fuzz lint format stubs bench compat gpu-check image clean
+.PHONY: install serve test fuzz lint format stubs docs bench compat gpu-check image clean
 
 install: $(INSTALLED)
 
@@ -60,6 +60,10 @@ format: $(DEV_INSTALLED)
 # What the extension says of itself, for mypy.
 stubs: $(INSTALLED)
 	$(VENV)/bin/python -m nanobind.stubgen --quiet --module fptq_runtime._native --output-file fptq_runtime/_native.pyi
+
+# The pages as a site, in build/site.
+docs: $(DEV_INSTALLED)
+	$(VENV)/bin/python docs/build.py build/site
 
 bench: $(INSTALLED)
 	$(VENV)/bin/fptq bench demo
