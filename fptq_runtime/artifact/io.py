@@ -349,6 +349,19 @@ def check_writable(directory: Path) -> None:
         raise ArtifactError(f"cannot write to {directory}: {above} is not yours to write to, or read-only")
 
 
+def check_room(directory: Path, needed: int) -> None:
+    """Raises ArtifactError where fewer than `needed` bytes are free for `directory`, which need not exist yet."""
+    above = directory.resolve()
+    while not above.exists():
+        above = above.parent
+    if (free := shutil.disk_usage(above).free) < needed:
+        raise ArtifactError(f"about {_size(needed)} would be written to {directory}, and {_size(free)} are free there")
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
+
+
 class ArtifactWriter:
     """Builds an artifact in a hidden sibling of `out` and renames it into place on `commit`.
 

@@ -20,6 +20,7 @@ from fptq_runtime.artifact.io import (
     Provenance,
     Quality,
     check_output,
+    check_room,
     hash_file,
 )
 from fptq_runtime.artifact.scheme import LayerScheme
@@ -40,6 +41,7 @@ from fptq_runtime.quantizer.record import write_golden
 from fptq_runtime.quantizer.samples import Calibration, CalibrationSet
 from fptq_runtime.quantizer.source import Source, load_tokenizer, resolve_model
 from fptq_runtime.quantizer.steps.base import BlockWork, QuantizationError, RefineWork, Step, Target, TuneWork
+from fptq_runtime.quantizer.steps.weights import Weights
 from fptq_runtime.quantizer.walk import Walk, float_part, float_stem
 
 
@@ -74,6 +76,7 @@ def quantize(
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     check_output(Path(out), overwrite, Path(model))  # before a model is fetched
     source, checkpoint = open_float(model, "quantize the float model it was made from")
+    check_room(Path(out).resolve().parent, artifact_bytes(checkpoint, recipe.weights))
     config = checkpoint.model_config
     tokenizer = load_tokenizer(source.path)
     measured_on = packaged_text("heldout") if text is None else read_text(text)
@@ -110,6 +113,19 @@ def quantize(
     if run.tuned:
         shutil.rmtree(state, ignore_errors=True)
     return manifest
+
+
+def artifact_bytes(checkpoint: Checkpoint, weights: Weights) -> int:
+    """What an artifact will take, within a few per cent: embeddings as they come, `keep` not counted."""
+    model = checkpoint.model
+    *blocks, head = model.parts
+    bits = 16.0 * model.config.vocab_size * model.config.hidden_size
+    for linear in (linear for block in blocks for linear in block.linears):
+        chosen = 16 if linear.kept else weights.num_bits
+        bits += linear.n * linear.k * (chosen + (0.25 if chosen == 4 else 0))  # a bfloat16 scale for 64
+    if not (checkpoint.tied and weights.num_bits == weights.head_bits == 16):
+        bits += sum(linear.n * linear.k * weights.head_bits for linear in head.linears)
+    return int(bits / 8)
 
 
 def open_float(model: str | Path, instead: str) -> tuple[Source, Checkpoint]:

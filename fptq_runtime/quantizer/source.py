@@ -10,7 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 
 from fptq_runtime.models.loader import CheckpointError
 from fptq_runtime.models.tokenizer import Tokenizer
@@ -96,6 +104,14 @@ def resolve_model(model: str) -> Source:
     except (LocalEntryNotFoundError, OfflineModeIsEnabled):
         raise CheckpointError(f"{model} is not a directory, and as a hub model it is not in the local cache while the "
                               "hub is offline or cannot be reached") from None
+    except GatedRepoError:
+        raise CheckpointError(f"{name} is gated: accept its terms on its page at the hub, then give a token of your "
+                              "account with `hf auth login` or HF_TOKEN") from None
+    except RevisionNotFoundError:
+        raise CheckpointError(f"{name} has no revision {revision or 'main'} at the hub") from None
+    except RepositoryNotFoundError:
+        raise CheckpointError(f"{model} is not a directory, and the hub has no {name}, or it is private: then give a "
+                              "token with `hf auth login` or HF_TOKEN") from None
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"{model} is not a directory, and the hub cannot give it: {reason}") from None

@@ -9,7 +9,9 @@ import re
 import shutil
 import socket
 import struct
+import threading
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +81,31 @@ def test_artifact_is_not_quantized_again(fptq: Fptq, small_artifact: Path, tmp_p
 
 def test_unknown_hub_id_offline(fptq: Fptq, tmp_path: Path) -> None:
     fptq("quantize", "nobody/nothing", tmp_path / "out").assert_error("nobody/nothing")
+
+
+@pytest.mark.parametrize(("status", "code", "said"), [
+    (403, "GatedRepo", ("some/model is gated", "accept its terms", "HF_TOKEN")),
+    (401, "RepoNotFound", ("some/model", "private", "HF_TOKEN")),
+    (404, "RevisionNotFound", ("some/model has no revision v2",)),
+])
+def test_a_hub_that_declines(fptq: Fptq, tmp_path: Path, status: int, code: str, said: tuple[str, ...]) -> None:
+    class Hub(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status)
+            self.send_header("X-Error-Code", code)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        do_HEAD = do_GET
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as hub:
+        threading.Thread(target=hub.serve_forever, daemon=True).start()
+        env = {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path)}
+        fptq("quantize", "some/model@v2", tmp_path / "out", env=env).assert_error(*said)
+        hub.shutdown()
 
 
 def edit_config(**changes: Any) -> Callable[[Path], None]:

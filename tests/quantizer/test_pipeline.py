@@ -7,7 +7,7 @@ import resource
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from types import MethodType
+from types import MethodType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -30,7 +30,7 @@ from fptq_runtime.models.weights import unfuse
 from fptq_runtime.quantizer import pipeline
 from fptq_runtime.quantizer.calibrate import CalibrationError
 from fptq_runtime.quantizer.export import block_modules
-from fptq_runtime.quantizer.pipeline import quantize
+from fptq_runtime.quantizer.pipeline import artifact_bytes, quantize
 from fptq_runtime.quantizer.recipe import PRESETS, Recipe, load_recipe
 from fptq_runtime.quantizer.report import inspect_text, policy, summarize
 from fptq_runtime.quantizer.samples import Calibration
@@ -535,6 +535,20 @@ def test_an_output_in_the_way_is_noticed_first(source: Path, tmp_path: Path, mon
             quantize(source, out, overwrite=True)
     with pytest.raises(ArtifactError, match="exists and is not"):
         quantize("owner/name", tmp_path / "full")
+
+
+@pytest.mark.parametrize("made", ["rtn", "gptq", "w8a8-dynamic", "bf16"])
+def test_a_disk_that_is_too_small_is_noticed_first(source: Path, text: Path, tmp_path: Path, made: str,
+                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    """By what the weights will take: as much as they do."""
+    quantize(source, tmp_path / "out", made, text=text, text_tokens=200, calibration=Calibration("random", 2, 16))
+    expected = artifact_bytes(Checkpoint(source), load_recipe(made).weights)
+    written = (tmp_path / "out" / "model.safetensors").stat().st_size
+    assert 0.6 * written < expected < 1.1 * written
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=expected - 1))
+    monkeypatch.setattr(pipeline, "load_tokenizer", None)
+    with pytest.raises(ValueError, match=r"would be written to .*, and .* are free there"):
+        quantize(source, tmp_path / "more", made)
 
 
 def test_the_tokenizer_is_copied_as_it_stands(source: Path, text: Path, tmp_path: Path,
