@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from benchmarks.gpu_check.check import Check, Row
-from fptq_runtime.kernels.triton import attention, fused, linear, sampling
+from fptq_runtime.kernels.triton import attention, fused, linear_kernels, sampling
 from fptq_runtime.kernels.triton.device import capability
 
 
@@ -23,12 +23,12 @@ def compiled(check: Check) -> Iterator[Row]:
                 right = spills == 0 and (wgmma > 0 if hopper else mma > 0)
                 yield {"kernel": name, "warps": binary.metadata.num_warps, "registers": binary.n_regs,
                        "shared": binary.metadata.shared, "spills": spills, "wgmma": wgmma, "mma": mma,
-                       "ok": right or name != "_linear_kernel"}
+                       "ok": right or name != "linear_kernel"}
 
 
 def launched_kernels() -> list[tuple[str, Any]]:
     """All that were written for the backend, by name."""
 
-    return [(name, kernel) for module in (linear, attention, fused, sampling)
+    return [(name, kernel) for module in (linear_kernels, attention, fused, sampling)
             for name, kernel in sorted(vars(module).items())
             if getattr(kernel, "__module__", None) == module.__name__ and hasattr(kernel, "device_caches")]

@@ -14,7 +14,7 @@ from typing import Literal
 from fptq_runtime.errors import FptqError
 from fptq_runtime.kernels.triton.packing import Codes
 
-Method = Literal["split", "fused", "expand", "int_mm", "cublas"]
+Method = Literal["split", "fused", "int_mm", "cublas"]
 Dot = Literal["int8", "fp8", "bfloat16", "float16", "float32"]
 
 LARGE_SHARED_MEMORY = (90, 100, 103)  # 227 KiB; of the other capabilities from 8.0 on some have 99
@@ -44,9 +44,9 @@ class Tile:
 
 @dataclass(frozen=True)
 class Choice:
-    """split: a program a segment of K, then a reduction. fused: a program takes all of K. expand: codes times
-    multipliers are written as int8 first, then fused. int_mm: the same, multiplied by cuBLAS. cublas: dequantized to
-    bfloat16 and multiplied by cuBLAS, whose order of additions depends on M; all others give the same bits."""
+    """split: a program a segment of K, then a reduction. fused: a program takes all of K. int_mm: codes times
+    multipliers are written as int8 first, then multiplied by cuBLAS. cublas: dequantized to bfloat16 and multiplied by
+    cuBLAS, whose order of additions depends on M; all others give the same bits."""
 
     method: Method
     tile: Tile = Tile(64, 16)
@@ -88,12 +88,9 @@ RULES = (  # the first that fits
     Rule(Choice("fused", Tile(128, 64, 8, 3)), _HALVES, ("grouped", "two-level")),
     # Splitting K still fills the device where M · N has fewer than 132 tiles.
     Rule(Choice("split", Tile(128, 128, 8, 3)), (*_BYTES, *_HALVES), max_m=256),
-    # Large M is bound by arithmetic and L2. One integer sum a row needs one accumulator: 128 · 256 halves L2's part.
-    Rule(Choice("fused", Tile(128, 256, 8, 3)), ("int8",), ("row",)),
-    # Multipliers cost an int32 multiply-add an output and group, half the time of its dot: applied once, ahead, from
-    # where writing N · K bytes (35 us of 117 million) is little beside the product (170 us at M = 1024).
-    Rule(Choice("fused", Tile(128, 128, 8, 3)), ("int8",), ("two-level",), max_m=1024),
-    Rule(Choice("expand", Tile(128, 256, 8, 3)), ("int8",), ("two-level",), min_n=1024, min_k=1024),
+    # Large M is bound by arithmetic and L2. One integer sum a row needs one accumulator, multipliers or not: 128 · 256
+    # halves L2's part.
+    Rule(Choice("fused", Tile(128, 256, 8, 3)), ("int8",), ("row", "two-level")),
     # cuBLAS where a row's bits may depend on M: it is the roof of a float product.
     Rule(Choice("cublas"), _HALVES, ("float",), min_capability=80),
     # Three accumulators (group, segment, total) fill the registers at 128 · 128. Converting and scaling 128 · 128
@@ -183,16 +180,13 @@ def sweep(kind: Kind, m: int, n: int, k: int, capability: int) -> Iterator[Choic
     decode = [Tile(rows, cols, 4, stages, unroll) for rows in (64, 128) for cols in _columns(m, (16, 32, 64))
               for stages, unroll in ((3, 2), (4, 1), (4, 2), (6, 1))]
     large = [Tile(128, 64, 4, 3), Tile(128, 128, 8, 3), Tile(128, 128, 8, 4), Tile(256, 64, 8, 3), Tile(64, 128, 4, 3)]
-    if kind.dot != "fp8" and kind.arithmetic in ("row", "float"):
+    if kind.dot != "fp8" and (kind.arithmetic in ("row", "float") or kind == Kind("int8", "two-level")):
         large += [Tile(128, 256, 8, 3), Tile(256, 128, 8, 3)]
     methods: list[Method] = ["split", "fused"] if segments(n, k)[0] > 1 else ["fused"]
     tiles = [*(decode if m <= 64 else ()), *(large if m > 32 else ())]
     found = [Choice(method, tile) for method in methods for tile in tiles]
-    if kind.dot == "int8" and m > 256:
-        if kind.arithmetic == "two-level":
-            found += [Choice("expand", Tile(128, 256, 8, 3)), Choice("expand", Tile(128, 128, 8, 3))]
-        if kind.arithmetic != "grouped":
-            found.append(Choice("int_mm"))
+    if kind.dot == "int8" and m > 256 and kind.arithmetic != "grouped":
+        found.append(Choice("int_mm"))
     if m > 64:
         found.append(Choice("cublas"))
     yield from (choice for choice in found if choice != table)

@@ -17,12 +17,12 @@ from typing import Any, Literal, cast
 
 import torch
 import triton
-import triton.language as tl
 
 from fptq_runtime.kernels.base import ActivationQuant, Array, Linear, QuantizedWeight
 from fptq_runtime.kernels.reference import to_torch
 from fptq_runtime.kernels.triton.choice import Case, Choice, Dot, Kind, Tile, choose, segments
 from fptq_runtime.kernels.triton.device import capability
+from fptq_runtime.kernels.triton.linear_kernels import expand_kernel, linear_kernel, reduce_kernel
 from fptq_runtime.kernels.triton.packing import TILE, Arithmetic, PackedWeight, pack_weight
 from fptq_runtime.kernels.triton.values import Quantized, interpreted
 
@@ -211,12 +211,9 @@ def _product(x: torch.Tensor | Quantized, linear: DeviceLinear, residual: torch.
     if choice.method == "cublas":
         matrix = dequantized(weight) if isinstance(weight, PackedWeight) else weight
         return _finish(_mm(values, matrix)[None], epilogue, None, 1.0)
-    if choice.method in ("expand", "int_mm"):
+    if choice.method == "int_mm":
         assert isinstance(weight, PackedWeight)
-        codes = expanded(weight)
-        if choice.method == "int_mm":
-            return _finish(_int_mm(values, codes)[None], epilogue, weight.scale, 1.0)
-        return _launch(values, _rows_of(codes, "int8", weight.scale), epilogue, choice)
+        return _finish(_int_mm(values, expanded(weight))[None], epilogue, weight.scale, 1.0)
     return _launch(values, _operands_of(weight, _dot(linear, values.device)), epilogue, choice)
 
 
@@ -259,7 +256,8 @@ class _Weight:
 
 def _operands_of(weight: PackedWeight | torch.Tensor, dot: Dot) -> _Weight:
     if isinstance(weight, torch.Tensor):
-        return _rows_of(weight, "float", None)
+        n, k = weight.shape
+        return _Weight(weight, "float", "row", n, k, n, TILE * k, k, FLOAT_BLOCK, FLOAT_BLOCK, 1, k)
     tiles, blocks, _, width = weight.values.shape
     values = weight.values
     if weight.codes == "int8":
@@ -269,13 +267,6 @@ def _operands_of(weight: PackedWeight | torch.Tensor, dot: Dot) -> _Weight:
     return _Weight(values, weight.codes, weight.arithmetic, weight.n, weight.k, tiles * TILE,
                    blocks * TILE * width, width, TILE * width, width, weight.dots, weight.group_size, weight.scale,
                    weight.multiplier)
-
-
-def _rows_of(matrix: torch.Tensor, codes: str, scale: torch.Tensor | None) -> _Weight:
-    """[N, K] as it lies, one scale a row."""
-    n, k = matrix.shape
-    width = FLOAT_BLOCK if codes == "float" else 128
-    return _Weight(matrix, codes, "row", n, k, n, TILE * k, k, width, width, 1, k, scale)
 
 
 def _launch(x: torch.Tensor, weight: _Weight, epilogue: _Epilogue, choice: Choice) -> torch.Tensor:
@@ -294,15 +285,15 @@ def _launch(x: torch.Tensor, weight: _Weight, epilogue: _Epilogue, choice: Choic
     whole = weight.k == count * length * block and length % tile.unroll == 0
     own = _Epilogue(None, None, None) if split else epilogue  # the reduction's is not compiled in here as well
     _launch_kernel(
-        _linear_kernel, (programs, count if split else 1), tile,
-        x, weight.values, weight.scale, weight.multiplier, own.x_scale, own.bias, own.residual, out,
-        m, n, weight.k, weight.rows, weight.tile_stride, weight.row_stride, weight.block_stride,
-        weight.groups,
+        linear_kernel, (programs, count if split else 1), tile, x_ptr=x, w_ptr=weight.values, scale_ptr=weight.scale,
+        multiplier_ptr=weight.multiplier, x_scale_ptr=own.x_scale, bias_ptr=own.bias, residual_ptr=own.residual,
+        out_ptr=out, M=m, N=n, K=weight.k, w_count=weight.rows, tile_stride=weight.tile_stride,
+        row_stride=weight.row_stride, block_stride=weight.block_stride, groups=weight.groups,
         CODES=weight.codes, ARITHMETIC=weight.arithmetic, WIDTH=weight.width,
         SLICES=1 if weight.arithmetic == "row" else weight.group_size // weight.width,
         SCALED=weight.scale is not None, X_SCALE=own.scaling, BIAS=own.bias is not None,
         RESIDUAL=own.residual is not None, SEGMENTS=taken, LENGTH=length, SPLIT=split, MASKED=not whole,
-        ASM=not interpreted(), ROWS=tile.rows, COLS=tile.cols, UNROLL=tile.unroll,
+        ROWS=tile.rows, COLS=tile.cols, UNROLL=tile.unroll,
     )
     if not split:
         return out
@@ -315,8 +306,9 @@ def _finish(partial: torch.Tensor, epilogue: _Epilogue, row_scale: torch.Tensor 
     count, m, n = partial.shape
     out = torch.empty((m, n), dtype=torch.float32, device=partial.device)
     _launch_kernel(
-        _reduce_kernel, (triton.cdiv(n, _REDUCE), m), Tile(1, _REDUCE),
-        partial, row_scale, epilogue.x_scale, epilogue.bias, epilogue.residual, out, m, n,
+        reduce_kernel, (triton.cdiv(n, _REDUCE), m), Tile(1, _REDUCE),
+        partial_ptr=partial, scale_ptr=row_scale, x_scale_ptr=epilogue.x_scale, bias_ptr=epilogue.bias,
+        residual_ptr=epilogue.residual, out_ptr=out, M=m, N=n,
         SEGMENTS=count, UNIT=unit, SCALED=row_scale is not None, X_SCALE=epilogue.scaling,
         BIAS=epilogue.bias is not None, RESIDUAL=epilogue.residual is not None, BLOCK=_REDUCE,
     )
@@ -352,347 +344,14 @@ def _expand(weight: PackedWeight, dtype: torch.dtype) -> torch.Tensor:
     tiles, blocks, _, width = weight.values.shape
     groups = weight.scale.shape[1] if weight.multiplier is None else weight.multiplier.shape[1]
     _launch_kernel(
-        _expand_kernel, (tiles, blocks), Tile(TILE, width),
-        weight.values, weight.scale, weight.multiplier, out, weight.n, weight.k, blocks, groups,
+        expand_kernel, (tiles, blocks), Tile(TILE, width),
+        w_ptr=weight.values, scale_ptr=weight.scale, multiplier_ptr=weight.multiplier, out_ptr=out, N=weight.n,
+        K=weight.k, blocks=blocks, groups=groups,
         CODES=weight.codes, ARITHMETIC=weight.arithmetic, WIDTH=width, SLICES=max(weight.group_size // width, 1),
         INTEGER=dtype == torch.int8,
     )
     return out
 
 
-def _launch_kernel(kernel: Any, grid: tuple[int, int], tile: Tile, *args: Any, **constants: Any) -> None:
-    kernel[grid](*args, **constants, num_warps=tile.warps, num_stages=tile.stages)
-
-
-@triton.jit
-def _low(p, ASM: tl.constexpr):
-    """int8: 16 times the two's complement low nibble. The assembler keeps four bytes in a register."""
-    if ASM:
-        return tl.inline_asm_elementwise("{ .reg .b32 t; shl.b32 t, $1, 4; and.b32 $0, t, 0xF0F0F0F0; }", "=r,r", [p],
-                                         dtype=tl.int8, is_pure=True, pack=4)
-    else:
-        return (p << 4).to(tl.int8, bitcast=True)
-
-
-@triton.jit
-def _high(p, ASM: tl.constexpr):
-    if ASM:
-        return tl.inline_asm_elementwise("and.b32 $0, $1, 0xF0F0F0F0;", "=r,r", [p], dtype=tl.int8, is_pure=True,
-                                         pack=4)
-    else:
-        return (p & 0xF0).to(tl.int8, bitcast=True)
-
-
-@triton.jit
-def _e4m3_low(p, ASM: tl.constexpr):
-    """uint8: E4M3 of 1/64 of the low nibble's E2M1; both exponents' biases differ by 6, subnormals included."""
-    if ASM:
-        return tl.inline_asm_elementwise(
-            "{ .reg .b32 s, m; shl.b32 s, $1, 4; and.b32 s, s, 0x80808080; shl.b32 m, $1, 2; "
-            "lop3.b32 $0, m, 0x1C1C1C1C, s, 0xEA; }", "=r,r", [p], dtype=tl.uint8, is_pure=True, pack=4)
-    else:
-        return ((p << 4) & 0x80) | ((p << 2) & 0x1C)
-
-
-@triton.jit
-def _e4m3_high(p, ASM: tl.constexpr):
-    if ASM:
-        return tl.inline_asm_elementwise(
-            "{ .reg .b32 s, m; and.b32 s, $1, 0x80808080; shr.u32 m, $1, 2; "
-            "lop3.b32 $0, m, 0x1C1C1C1C, s, 0xEA; }", "=r,r", [p], dtype=tl.uint8, is_pure=True, pack=4)
-    else:
-        return (p & 0x80) | ((p >> 2) & 0x1C)
-
-
-@triton.jit
-def _e4m3_value(bits):
-    """float32 of E4M3 bits by integer operations, which every device has. NaN is read as ±480."""
-    wide = bits.to(tl.int32)
-    return (((wide & 0x80) << 24) | ((wide & 0x7F) << 20)).to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2^120
-
-
-@triton.jit
-def _slice(p, HIGH: tl.constexpr, CODES: tl.constexpr, element: tl.constexpr, ASM: tl.constexpr):
-    """The weights of one dot, in the type of x."""
-    if p.dtype == element:  # straight from shared memory, no register in between
-        return p
-    elif CODES == "int4":
-        w = _high(p, ASM) if HIGH else _low(p, ASM)
-        return w if element == tl.int8 else w.to(element)
-    elif CODES == "int8" or CODES == "float":
-        return p.to(element)
-    else:
-        if CODES == "fp4":
-            bits = _e4m3_high(p, ASM) if HIGH else _e4m3_low(p, ASM)
-        else:
-            bits = p
-        if element == tl.float8e4nv:
-            return bits.to(tl.float8e4nv, bitcast=True)
-        else:
-            return _e4m3_value(bits).to(element)
-
-
-@triton.jit
-def _dot_product(w, x, acc):
-    """w · x + acc; acc None is 0."""
-    if x.dtype == tl.int8:
-        return tl.dot(w, x, acc, out_dtype=tl.int32)
-    else:
-        return tl.dot(w, x, acc, input_precision="ieee")
-
-
-@triton.jit
-def _accumulate(acc, products, scale, CODES: tl.constexpr):
-    """A group's products, [ROWS, COLS], times its scale (or multiplier), [ROWS]."""
-    if acc.dtype == tl.int32:  # two-level
-        if CODES == "int4":
-            products = products >> 4  # exact
-        return acc + products * scale.to(tl.int32)[:, None]
-    else:
-        return tl.fma(products.to(tl.float32), tl.broadcast_to(scale.to(tl.float32)[:, None], acc.shape), acc)
-
-
-@triton.jit
-def _segment(
-    w_rows, x_cols, scale_rows,  # pointers [ROWS], [COLS], [ROWS]
-    inside,  # [COLS]
-    first, K, block_stride,
-    CODES: tl.constexpr, ARITHMETIC: tl.constexpr, WIDTH: tl.constexpr, SLICES: tl.constexpr, MASKED: tl.constexpr,
-    ASM: tl.constexpr, UNROLL: tl.constexpr, LENGTH: tl.constexpr,
-):
-    """Σ over LENGTH blocks from the first; MASKED where those beyond K are not all there. [ROWS, COLS]"""
-    ROWS: tl.constexpr = w_rows.shape[0]
-    COLS: tl.constexpr = x_cols.shape[0]
-    element: tl.constexpr = x_cols.dtype.element_ty
-    NONE: tl.constexpr = 0.0 if element.is_floating() else 0
-    TWO: tl.constexpr = CODES == "int4" or CODES == "fp4"
-    DOTS: tl.constexpr = 2 if TWO else 1
-    JOINT: tl.constexpr = ARITHMETIC == "row" or SLICES % DOTS == 0  # a block lies within a group
-    CHAINED: tl.constexpr = ARITHMETIC == "row" and element != tl.float8e4nv  # FP8 dots keep few bits: add often
-    LOADS: tl.constexpr = 1 if JOINT else 2
-    TOTAL: tl.constexpr = tl.int32 if element == tl.int8 and ARITHMETIC != "grouped" else tl.float32
-    acc = tl.zeros((ROWS, COLS), TOTAL)
-    columns = tl.arange(0, WIDTH)
-    limit = tl.minimum(K, (first + LENGTH) * (WIDTH * DOTS))
-    for step in range(0, LENGTH, UNROLL):
-        b = first + step
-        scales = ()  # all are loaded before the first dot, so that one wait serves them
-        if ARITHMETIC != "row":
-            for i in tl.static_range(UNROLL * LOADS):
-                piece = (b * DOTS + i * (DOTS // LOADS)) // SLICES * 64
-                held = not MASKED or (b + i // LOADS) * (WIDTH * DOTS) < limit
-                scales = scales + (tl.load(scale_rows + piece, mask=held, other=0),)  # type: ignore[assignment] # noqa: RUF005
-        for u in tl.static_range(UNROLL):
-            k = (b + u) * (WIDTH * DOTS) + columns
-            wp = w_rows[:, None] + ((b + u) * block_stride + columns)[None, :]
-            xp = x_cols[None, :] + k[:, None]
-            if MASKED:
-                p = tl.load(wp, mask=(k < limit)[None, :], other=0)
-                x = tl.load(xp, mask=inside[None, :] & (k < limit)[:, None], other=NONE)
-            else:
-                p = tl.load(wp)
-                x = tl.load(xp, mask=inside[None, :], other=NONE)
-            if CHAINED:
-                acc = _dot_product(_slice(p, False, CODES, element, ASM), x, acc)
-            else:
-                products = _dot_product(_slice(p, False, CODES, element, ASM), x, None)
-            if TWO:
-                if MASKED:
-                    x = tl.load(xp + WIDTH, mask=inside[None, :] & (k + WIDTH < limit)[:, None], other=NONE)
-                else:
-                    x = tl.load(xp + WIDTH, mask=inside[None, :], other=NONE)
-                high = _slice(p, True, CODES, element, ASM)
-                if CHAINED:
-                    acc = _dot_product(high, x, acc)
-                elif JOINT:
-                    products = _dot_product(high, x, products)
-                else:
-                    acc = _accumulate(acc, products, scales[u * LOADS], CODES)
-                    products = _dot_product(high, x, None)
-            if not CHAINED:
-                if ARITHMETIC == "row":
-                    acc = acc + products
-                else:
-                    acc = _accumulate(acc, products, scales[u * LOADS + LOADS - 1], CODES)
-    return acc
-
-
-@triton.jit
-def _epilogue(total, row_scale, x_scale, bias, residual, UNIT: tl.constexpr, SCALED: tl.constexpr,
-              X_SCALE: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr):
-    """y of an accumulator, the other tensors broadcast to its shape. A product and a sum are one fma wherever they
-    meet, so that the two kernels which end here cannot be compiled to different roundings."""
-    y = total.to(tl.float32)
-    if UNIT != 1:
-        y = y * UNIT  # a power of two: exact
-    if SCALED and X_SCALE == "none":
-        factor = tl.broadcast_to(row_scale, y.shape)
-    elif SCALED:
-        y = y * row_scale
-    if X_SCALE != "none":
-        factor = tl.broadcast_to(x_scale, y.shape)
-    if SCALED or X_SCALE != "none":
-        if BIAS:
-            y = tl.fma(y, factor, tl.broadcast_to(bias, y.shape))
-            if RESIDUAL:
-                y = y + residual
-        elif RESIDUAL:
-            y = tl.fma(y, factor, residual)
-        else:
-            y = y * factor
-    else:
-        if BIAS:
-            y = y + bias
-        if RESIDUAL:
-            y = y + residual
-    return y
-
-
-@triton.jit
-def _write(total, m_first, n_first, scale_ptr, x_scale_ptr, bias_ptr, residual_ptr, out_ptr, M, N,
-           CODES: tl.constexpr, ARITHMETIC: tl.constexpr, SCALED: tl.constexpr, X_SCALE: tl.constexpr,
-           BIAS: tl.constexpr, RESIDUAL: tl.constexpr):
-    """The outputs of the accumulators [rows, columns] that begin at row m_first and column n_first of y."""
-    SHIFTED: tl.constexpr = ARITHMETIC == "two-level" and total.dtype == tl.int32
-    UNIT: tl.constexpr = (1 if SHIFTED else 0.0625) if CODES == "int4" else 64 if CODES == "fp4" else 1
-    ROW_SCALED: tl.constexpr = SCALED and ARITHMETIC != "grouped"
-    rows, columns = tl.arange(0, total.shape[0]), tl.arange(0, total.shape[1])
-    n, m = n_first + rows, m_first + columns
-    valid = (n < N)[:, None] & (m < M)[None, :]
-    at = m_first.to(tl.int64) * N + n_first + ((columns * N)[None, :] + rows[:, None])
-    row_scale, x_scale, bias, residual = total, total, total, total
-    if ROW_SCALED:
-        row_scale = tl.load(scale_ptr + n, mask=n < N, other=0)[:, None]
-    if X_SCALE == "one":
-        x_scale = tl.load(x_scale_ptr)
-    elif X_SCALE == "row":
-        x_scale = tl.load(x_scale_ptr + m, mask=m < M, other=0)[None, :]
-    if BIAS:
-        bias = tl.load(bias_ptr + n, mask=n < N, other=0)[:, None]
-    if RESIDUAL:
-        residual = tl.load(residual_ptr + at, mask=valid, other=0)
-    y = _epilogue(total, row_scale, x_scale, bias, residual, UNIT, ROW_SCALED, X_SCALE, BIAS, RESIDUAL)
-    tl.store(out_ptr + at, y, mask=valid)
-
-
-@triton.jit(do_not_specialize=["M"])  # one compilation for every batch
-def _linear_kernel(
-    x_ptr,  # [M, K]
-    w_ptr,
-    scale_ptr,  # [tiles, groups or 1, 64]
-    multiplier_ptr,  # [tiles, groups, 64]
-    x_scale_ptr, bias_ptr,
-    residual_ptr,  # [M, N]
-    out_ptr,  # float32 [M, N]; SPLIT: sums of segments, [segments, M, N]
-    M, N, K, w_count, tile_stride, row_stride, block_stride, groups,
-    CODES: tl.constexpr, ARITHMETIC: tl.constexpr, WIDTH: tl.constexpr, SLICES: tl.constexpr, SCALED: tl.constexpr,
-    X_SCALE: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, SEGMENTS: tl.constexpr, LENGTH: tl.constexpr,
-    SPLIT: tl.constexpr, MASKED: tl.constexpr, ASM: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
-    UNROLL: tl.constexpr,
-):
-    """A program has ROWS rows of W and COLS of x, over SEGMENTS of LENGTH blocks; SPLIT: each of them is a program."""
-    BAND: tl.constexpr = 8  # column tiles that take turns at one row tile, so that W is read from memory once
-    n_tiles, m_tiles = tl.cdiv(N, ROWS), tl.cdiv(M, COLS)
-    band = tl.program_id(0) // (BAND * n_tiles)
-    within = tl.program_id(0) % (BAND * n_tiles)
-    height = tl.minimum(m_tiles - band * BAND, BAND)
-    n_first = (within // height) * ROWS
-    m_first = (band * BAND + within % height) * COLS
-    offsets = tl.arange(0, ROWS)
-    n = n_first + offsets
-    first_tile = n_first // 64
-    row = tl.minimum(n, w_count - 1)
-    tile = row // 64 - first_tile
-    w_rows = w_ptr + first_tile.to(tl.int64) * tile_stride + (tile * tile_stride + row % 64 * row_stride)
-    m = m_first + tl.arange(0, COLS)
-    inside = m < M
-    x_cols = x_ptr + m_first.to(tl.int64) * K + tl.arange(0, COLS) * K
-    scale_rows = w_rows
-    if ARITHMETIC == "grouped":
-        scale_rows = scale_ptr + first_tile.to(tl.int64) * groups * 64 + (tile * groups * 64 + row % 64)
-    elif ARITHMETIC == "two-level":
-        scale_rows = multiplier_ptr + first_tile.to(tl.int64) * groups * 64 + (tile * groups * 64 + row % 64)
-    first = tl.program_id(1) * LENGTH
-    if SEGMENTS == 1:
-        total = _segment(w_rows, x_cols, scale_rows, inside, first, K, block_stride, CODES, ARITHMETIC, WIDTH, SLICES,
-                         MASKED, ASM, UNROLL, LENGTH)
-    else:
-        total = tl.zeros((ROWS, COLS), tl.float32)
-        for _ in range(SEGMENTS):
-            total += _segment(w_rows, x_cols, scale_rows, inside, first, K, block_stride, CODES, ARITHMETIC, WIDTH,
-                              SLICES, MASKED, ASM, UNROLL, LENGTH)
-            first += LENGTH
-    if SPLIT:
-        at = (tl.program_id(1).to(tl.int64) * M + m_first) * N + n_first
-        tl.store(out_ptr + at + ((tl.arange(0, COLS) * N)[None, :] + offsets[:, None]), total,
-                 mask=(n < N)[:, None] & inside[None, :])
-    elif COLS == 256:  # by quarters, or the residuals of all fill the registers
-        halves = tl.split(tl.reshape(total, (ROWS, 2, COLS // 2)).permute(0, 2, 1))
-        for i in tl.static_range(2):
-            quarters = tl.split(tl.reshape(halves[i], (ROWS, 2, COLS // 4)).permute(0, 2, 1))
-            for j in tl.static_range(2):
-                _write(quarters[j], m_first + (2 * i + j) * (COLS // 4), n_first, scale_ptr, x_scale_ptr, bias_ptr,
-                       residual_ptr, out_ptr, M, N, CODES, ARITHMETIC, SCALED, X_SCALE, BIAS, RESIDUAL)
-    else:
-        _write(total, m_first, n_first, scale_ptr, x_scale_ptr, bias_ptr, residual_ptr, out_ptr, M, N, CODES,
-               ARITHMETIC, SCALED, X_SCALE, BIAS, RESIDUAL)
-
-
-@triton.jit(do_not_specialize=["M"])
-def _reduce_kernel(
-    partial_ptr,  # int32 or float32 [SEGMENTS, M, N]
-    scale_ptr, x_scale_ptr, bias_ptr, residual_ptr, out_ptr, M, N,
-    SEGMENTS: tl.constexpr, UNIT: tl.constexpr, SCALED: tl.constexpr, X_SCALE: tl.constexpr, BIAS: tl.constexpr,
-    RESIDUAL: tl.constexpr, BLOCK: tl.constexpr,
-):
-    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    m = tl.program_id(1)
-    valid = n < N
-    place = m.to(tl.int64) * N
-    stride = M.to(tl.int64) * N
-    total = tl.zeros((BLOCK,), partial_ptr.dtype.element_ty)
-    for segment in tl.static_range(SEGMENTS):
-        total += tl.load(partial_ptr + segment * stride + place + n, mask=valid, other=0)
-    row_scale, x_scale, bias, residual = total, total, total, total
-    if SCALED:
-        row_scale = tl.load(scale_ptr + n, mask=valid, other=0)
-    if X_SCALE == "one":
-        x_scale = tl.load(x_scale_ptr)
-    elif X_SCALE == "row":
-        x_scale = tl.load(x_scale_ptr + m)
-    if BIAS:
-        bias = tl.load(bias_ptr + n, mask=valid, other=0)
-    if RESIDUAL:
-        residual = tl.load(residual_ptr + place + n, mask=valid, other=0)
-    y = _epilogue(total, row_scale, x_scale, bias, residual, UNIT, SCALED, X_SCALE, BIAS, RESIDUAL)
-    tl.store(out_ptr + place + n, y, mask=valid)
-
-
-@triton.jit
-def _expand_kernel(w_ptr, scale_ptr, multiplier_ptr, out_ptr, N, K, blocks, groups, CODES: tl.constexpr,
-                   ARITHMETIC: tl.constexpr, WIDTH: tl.constexpr, SLICES: tl.constexpr, INTEGER: tl.constexpr):
-    """A tile's block, row by row: codes times multipliers (INTEGER), or the floats that they stand for."""
-    tile, block = tl.program_id(0), tl.program_id(1)
-    rows, columns = tl.arange(0, 64), tl.arange(0, WIDTH)
-    DOTS: tl.constexpr = 2 if CODES == "int4" or CODES == "fp4" else 1
-    start = (tile.to(tl.int64) * blocks + block) * (64 * WIDTH)
-    p = tl.load(w_ptr + start + (rows[:, None] * WIDTH + columns[None, :]))
-    if CODES == "int8":
-        p = p.to(tl.int8, bitcast=True)
-    for i in tl.static_range(DOTS):
-        group = tl.minimum((block * DOTS + i) // SLICES, groups - 1)
-        w = _slice(p, i == 1, CODES, tl.float32, False)
-        if CODES == "int4":
-            w = w * 0.0625
-        elif CODES == "fp4":
-            w = w * 64
-        if ARITHMETIC == "two-level":
-            w = w * tl.load(multiplier_ptr + (tile * groups + group) * 64 + rows)[:, None].to(tl.float32)
-        if ARITHMETIC == "grouped":
-            w = w * tl.load(scale_ptr + (tile * groups + group) * 64 + rows)[:, None].to(tl.float32)
-        elif not INTEGER:
-            w = w * tl.load(scale_ptr + tile * 64 + rows)[:, None]
-        n = tile * 64 + rows
-        k = (block * DOTS + i) * WIDTH + columns
-        at = n.to(tl.int64)[:, None] * K + k[None, :]
-        tl.store(out_ptr + at, w.to(out_ptr.dtype.element_ty), mask=(n < N)[:, None] & (k < K)[None, :])
+def _launch_kernel(kernel: Any, grid: tuple[int, int], tile: Tile, **arguments: Any) -> None:
+    kernel[grid](**arguments, num_warps=tile.warps, num_stages=tile.stages)

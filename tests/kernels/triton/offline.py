@@ -13,7 +13,6 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -77,10 +76,23 @@ class Launch:
 
     @cached_property
     def loop(self) -> list[str]:
-        """SASS opcodes of the innermost loop with most tensor-core instructions, or where no loop has any the longest;
-        none where all were unrolled."""
+        """SASS instructions of the innermost loop with most tensor-core instructions, or where no loop has any the
+        longest; none where all were unrolled."""
         return max(_loops(self._run("nvdisasm", "-c")), default=[],
                    key=lambda loop: (sum(map(is_tensor_core, loop)), len(loop)))
+
+    @property
+    def slack(self) -> int:
+        """Instructions of the loop between a load from memory and the first that reads it, at the least."""
+        loop, found = self.loop, len(self.loop)
+        for index, instruction in enumerate(loop):
+            if instruction.startswith("LDG."):
+                register = re.search(r"\bR\d+\b", instruction)
+                assert register is not None
+                turn = [*loop[index + 1 :], *loop[: index + 1]]
+                found = min(found, next(distance for distance, each in enumerate(turn)
+                                        if re.search(rf"[ ,].*,.*\b{register[0]}\b", each)))
+        return found
 
     @property
     def duplicated(self) -> int:
@@ -101,7 +113,8 @@ class Launch:
         return {
             "kernel": self.kernel, "grid": self.grid, "warps": self.warps, "registers": self.registers,
             "spilled": self.spilled, "shared": self.shared, "ctas": self.ctas, "duplicated": self.duplicated,
-            "loop": len(self.loop), "tensor": sum(map(is_tensor_core, self.loop)), "ops": Counter(self.loop),
+            "loop": len(self.loop), "tensor": sum(map(is_tensor_core, self.loop)), "slack": self.slack,
+            "loads": sum(each.startswith("LDG.") for each in self.loop),
             "wgmma": sorted(set(re.findall(r"wgmma\.mma_async[\w.]+", ptx))),
             "mma": sorted(set(re.findall(r"\bmma\.sync[\w.]+", ptx))),
             "wide_loads": len(re.findall(r"cp\.async\.cg\.shared\.global [^;]*, 0x10,", ptx)),
@@ -122,26 +135,26 @@ class Launch:
                                   check=True).stdout
 
 
-def is_tensor_core(opcode: str) -> bool:
-    return _TENSOR_CORE.match(opcode) is not None
+def is_tensor_core(instruction: str) -> bool:
+    return _TENSOR_CORE.match(instruction) is not None
 
 
 def _loops(sass: str) -> list[list[str]]:
-    """Opcodes of each loop that holds no other."""
+    """Instructions of each loop that holds no other."""
     labels: dict[str, int] = {}
-    opcodes: list[str] = []
+    found: list[str] = []
     spans: list[tuple[int, int]] = []
     for line in sass.splitlines():
         if label := re.match(r"\s*(\.L\w+):", line):
-            labels[label[1]] = len(opcodes)
-        elif found := re.match(r"\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\d+ )?([A-Z][\w.]*)(.*)", line):
-            opcodes.append(found[1])
-            target = re.search(r"`\((\.L\w+)\)", found[2])
-            if found[1].startswith("BRA") and target and target[1] in labels:
-                spans.append((labels[target[1]], len(opcodes)))
+            labels[label[1]] = len(found)
+        elif code := re.match(r"\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\d+ )?([A-Z].*?)\s*;", line):
+            found.append(code[1])
+            target = re.search(r"`\((\.L\w+)\)", code[1])
+            if code[1].startswith("BRA") and target and target[1] in labels:
+                spans.append((labels[target[1]], len(found)))
     inner = [span for span in spans if not any(other != span and span[0] <= other[0] and other[1] <= span[1]
                                                for other in spans)]
-    return [opcodes[start:end] for start, end in inner if end - start > 1]  # not the trap at the end
+    return [found[start:end] for start, end in inner if end - start > 1]  # not the trap at the end
 
 
 class _Driver:

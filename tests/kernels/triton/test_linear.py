@@ -136,7 +136,7 @@ def test_a_row_has_the_same_bits_in_every_batch_tile_and_split(weight, group, ac
         x, residual = p.rows(rows)
         assert torch.equal(run_linear(x, p.layer, residual, invariant=True), whole[rows])
     if weight == "two-level":
-        assert torch.equal(run_choice(p.x, p.layer, p.residual, Choice("expand", Tile(64, 16))), whole)
+        assert torch.equal(run_choice(p.x, p.layer, p.residual, Choice("fused", Tile(64, 64))), whole)
         assert torch.equal(run_choice(p.x, p.layer, p.residual, Choice("int_mm")), whole)
 
 
