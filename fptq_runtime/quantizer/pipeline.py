@@ -29,7 +29,7 @@ from fptq_runtime.kernels.reference import ReferenceBackend
 from fptq_runtime.models.block import Block, Model, Stem, prepare_block
 from fptq_runtime.models.decoder import Decoder
 from fptq_runtime.models.formats.compressed_tensors import linear_scheme, quantization_config
-from fptq_runtime.models.loader import Checkpoint, load_head
+from fptq_runtime.models.loader import Checkpoint, load_head, load_stem
 from fptq_runtime.models.tensors import weight_files
 from fptq_runtime.progress import progress_bar
 from fptq_runtime.quantizer.calibrate import ChosenExperts, HiddenStates, packaged_text, read_text
@@ -119,12 +119,14 @@ def artifact_bytes(checkpoint: Checkpoint, weights: Weights) -> int:
     """What an artifact will take, within a few per cent: embeddings as they come, `keep` not counted."""
     model = checkpoint.model
     *blocks, head = model.parts
-    bits = 16.0 * model.config.vocab_size * model.config.hidden_size
+    embedding = load_stem(checkpoint).embedding.weight  # mapped: nothing is read
+    bits = 8.0 * embedding.nbytes
     for linear in (linear for block in blocks for linear in block.linears):
         chosen = 16 if linear.kept else weights.num_bits
         bits += linear.n * linear.k * (chosen + (0.25 if chosen == 4 else 0))  # a bfloat16 scale for 64
     if not (checkpoint.tied and weights.num_bits == weights.head_bits == 16):
-        bits += sum(linear.n * linear.k * weights.head_bits for linear in head.linears)
+        width = 8 * embedding.itemsize if weights.head_bits == 16 else weights.head_bits
+        bits += sum(linear.n * linear.k * width for linear in head.linears)
     return int(bits / 8)
 
 
