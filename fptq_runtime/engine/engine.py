@@ -575,12 +575,20 @@ class Engine(Generic[T]):
             self._unfinished[sequence.request_id] -= 1
             if self._unfinished[sequence.request_id] == 0:
                 del self._unfinished[sequence.request_id]
-        step.stats.finished.append(FinishedStats(finish_reason.value, time.monotonic() - sequence.arrival_time))
+        scheduled, first, last = sequence.scheduled_time, sequence.first_token_time, sequence.last_token_time
+        step.stats.finished.append(FinishedStats(
+            finish_reason.value, time.monotonic() - sequence.arrival_time,
+            prompt_tokens=sequence.num_prompt_tokens,
+            generated_tokens=sequence.num_told_tokens,
+            prefill_seconds=None if first is None or scheduled is None else first - scheduled,
+            decode_seconds=None if first is None or last is None else last - first,
+        ))
 
     def _note_token(self, step: _Step, sequence: Sequence, now: float) -> None:
         step.stats.generated_tokens += 1
         sequence.num_told_tokens += 1
         if sequence.last_token_time is None:
+            sequence.first_token_time = now
             step.stats.time_to_first_token.append(now - sequence.arrival_time)
         else:
             step.stats.inter_token_seconds.append(now - sequence.last_token_time)

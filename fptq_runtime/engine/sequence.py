@@ -59,6 +59,7 @@ class Sequence:
         self.status = SequenceStatus.WAITING
         self.arrival_time = arrival_time
         self.scheduled_time: float | None = None
+        self.first_token_time: float | None = None
         self.last_token_time: float | None = None
         self.prompt_logprobs: list[TokenLogprobs | None] = [None]  # so far; nothing precedes the first token
         self.failure: str | None = None  # why its grammar can be followed no further

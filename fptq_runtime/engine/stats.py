@@ -9,10 +9,15 @@ from fptq_runtime.engine.speculation import DraftStats
 
 @dataclass(frozen=True)
 class FinishedStats:
-    """How a sequence ended. end_to_end_seconds: since its arrival."""
+    """How a sequence ended. end_to_end_seconds: since its arrival. prefill_seconds: from when it was first scheduled to
+    its first token; decode_seconds: from there to its last; None of what had not come to its first token."""
 
     reason: str
     end_to_end_seconds: float
+    prompt_tokens: int
+    generated_tokens: int
+    prefill_seconds: float | None = None
+    decode_seconds: float | None = None
 
 
 @dataclass

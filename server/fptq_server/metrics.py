@@ -24,6 +24,7 @@ from fptq_server.metrics_aliases import VllmNames
 SECONDS = (0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 0.75, 1, 2.5,
            5, 10, 30, 60, 120)
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+LONG_TOKENS = (*TOKENS, 16384, 32768, 65536, 131072)
 LONG_SECONDS = (*SECONDS, 300, 600, 1800)
 REJECTIONS = ("queue_full", "draining", "aborted", "engine_stopped", "invalid", "unauthorized", "too_large", "timeout",
               "key_limit", "failed")
@@ -61,6 +62,10 @@ class Metrics:
         self._inter_token = histogram("fptq_inter_token_seconds", "Time between two tokens of a sequence.")
         self._end_to_end = histogram("fptq_end_to_end_seconds", "Arrival to the end, whatever the reason.",
                                      LONG_SECONDS)
+        self._prefill = histogram("fptq_prefill_seconds", "First scheduled to first token.")
+        self._decode = histogram("fptq_decode_seconds", "First token to last.", LONG_SECONDS)
+        self._prompt_length = histogram("fptq_request_prompt_tokens", "Of a sequence that ended.", LONG_TOKENS)
+        self._answer_length = histogram("fptq_request_generated_tokens", "Of a sequence that ended.", LONG_TOKENS)
         self._step = histogram("fptq_step_seconds", "Duration of one engine step.")
         self._batch = histogram("fptq_batch_tokens", "Tokens computed in one engine step.", TOKENS)
         self._running = gauge("fptq_requests_running", "Sequences that take part in engine steps.")
@@ -141,6 +146,11 @@ class Metrics:
         for finished in stats.finished:
             self._finished.labels(finished.reason).inc()
             self._end_to_end.observe(finished.end_to_end_seconds)
+            self._prompt_length.observe(finished.prompt_tokens)
+            self._answer_length.observe(finished.generated_tokens)
+            for phase, took in ((self._prefill, finished.prefill_seconds), (self._decode, finished.decode_seconds)):
+                if took is not None:
+                    phase.observe(took)
 
     def add_keys(self, names: Iterable[str]) -> None:
         for name in names:

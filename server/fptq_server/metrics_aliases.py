@@ -24,6 +24,10 @@ VLLM = {
     "fptq_inter_token_seconds": ("vllm:inter_token_latency_seconds", "vllm:time_per_output_token_seconds"),
     "fptq_end_to_end_seconds": ("vllm:e2e_request_latency_seconds",),
     "fptq_queue_seconds": ("vllm:request_queue_time_seconds",),
+    "fptq_prefill_seconds": ("vllm:request_prefill_time_seconds",),
+    "fptq_decode_seconds": ("vllm:request_decode_time_seconds",),
+    "fptq_request_prompt_tokens": ("vllm:request_prompt_tokens",),
+    "fptq_request_generated_tokens": ("vllm:request_generation_tokens",),
 }
 LABELS = {"reason": "finished_reason"}
 

@@ -450,6 +450,10 @@ def test_stats_add_up() -> None:
     assert max(s.num_waiting for s in stats) >= 2
     finished = [f for s in stats for f in s.finished]
     assert [f.reason for f in finished] == ["length"] * 4
+    assert [(f.prompt_tokens, f.generated_tokens) for f in finished] == [(40, 12)] * 4
+    queued = sum(seconds for s in stats for seconds in s.queue_seconds)
+    phases = sum((f.prefill_seconds or 0) + (f.decode_seconds or 0) for f in finished)
+    assert 0 < phases <= queued + phases <= sum(f.end_to_end_seconds for f in finished)
     first_tokens = [seconds for s in stats for seconds in s.time_to_first_token]
     assert 0 <= min(first_tokens) <= max(first_tokens) <= max(f.end_to_end_seconds for f in finished)
     assert stats[-1].kv_usage == 0 < max(s.kv_usage for s in stats) <= 1

@@ -49,7 +49,7 @@ def test_every_series_exists_before_the_first_event() -> None:
         recomputed_tokens=2, generated_tokens=3, preemptions=1,
         drafts={kind: DraftStats(4, 2, -0.5) for kind in KINDS}, prefix_query_tokens=10, prefix_hit_tokens=6,
         queue_seconds=[0.001], time_to_first_token=[0.02], inter_token_seconds=[0.01, 0.02],
-        finished=[FinishedStats(reason, 0.3) for reason in ("stop", "length", "abort", "error")]))
+        finished=[FinishedStats(reason, 0.3, 5, 2, 0.1, 0.1) for reason in ("stop", "length", "abort", "error")]))
     for status in (200, 404, 499, 503):
         metrics.record_response("/v1/completions", status)
         metrics.record_response("/a/path/that/someone/made/up", status)
@@ -64,7 +64,8 @@ def test_a_step_is_recorded() -> None:
                                   generated_tokens=3, preemptions=1,
                                   drafts={"lookup": DraftStats(drafted=4, accepted=2, seconds_saved=-0.5)},
                                   queue_seconds=[0.0005], time_to_first_token=[0.02], inter_token_seconds=[0.01, 0.02],
-                                  finished=[FinishedStats("stop", 0.3)]))
+                                  finished=[FinishedStats("stop", 0.3, 10, 3, 0.0195, 0.03),
+                                            FinishedStats("abort", 0.0, 4, 0)]))
     assert value(metrics, "fptq_requests_running") == 3
     assert value(metrics, "fptq_requests_waiting") == 2
     assert value(metrics, "fptq_kv_cache_usage_ratio") == 0.5
@@ -82,7 +83,11 @@ def test_a_step_is_recorded() -> None:
     assert value(metrics, "fptq_time_to_first_token_seconds_sum") == 0.02
     assert value(metrics, "fptq_inter_token_seconds_count") == 2
     assert value(metrics, "fptq_end_to_end_seconds_sum") == 0.3
-    assert value(metrics, "fptq_end_to_end_seconds_bucket", le="1800.0") == 1
+    assert value(metrics, "fptq_request_prompt_tokens_sum") == 14
+    assert value(metrics, "fptq_request_generated_tokens_sum") == 3
+    assert value(metrics, "fptq_prefill_seconds_sum") == 0.0195
+    assert value(metrics, "fptq_decode_seconds_count") == 1
+    assert value(metrics, "fptq_end_to_end_seconds_bucket", le="1800.0") == 2
     assert value(metrics, "fptq_batch_tokens_sum") == 7
     assert value(metrics, "fptq_build_info", version=__version__) == 1
     assert value(metrics, "fptq_model_info", model="demo", max_model_len="1024", architecture="LlamaForCausalLM") == 1
