@@ -26,7 +26,9 @@ VLLM = {  # names that vLLM's own dashboards, KEDA's scalers and the Kubernetes 
     "vllm:spec_decode_num_draft_tokens_total", "vllm:spec_decode_num_accepted_tokens_total",
     "vllm:request_success_total", *(f"vllm:{name}_{part}" for part in ("sum", "count", "bucket") for name in (
         "iteration_tokens_total", "time_to_first_token_seconds", "inter_token_latency_seconds",
-        "time_per_output_token_seconds", "e2e_request_latency_seconds", "request_queue_time_seconds")),
+        "time_per_output_token_seconds", "e2e_request_latency_seconds", "request_queue_time_seconds",
+        "request_prefill_time_seconds", "request_decode_time_seconds", "request_prompt_tokens",
+        "request_generation_tokens")),
 }
 
 needs_prometheus = pytest.mark.skipif(shutil.which("prometheus") is None or shutil.which("promtool") is None,
