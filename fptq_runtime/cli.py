@@ -508,6 +508,40 @@ def serve(artifact: str, recipe: str | None, model_names: tuple[str, ...], gener
               chat_template=chat_template, **options)
 
 
+@cli.command()
+@click.argument("artifact")
+@click.argument("requests", metavar="IN", type=ExistingFile())
+@click.argument("out", type=click.Path(path_type=Path, dir_okay=False))
+@click.option("--served-model-name", "model_names", multiple=True, help="As for `fptq serve`.")
+@click.option("--chat-template", type=ExistingFile(), help="As for `fptq serve`.")
+@click.option("--default-chat-template-kwargs", "chat_template_kwargs", type=JsonObject(), default={}, metavar="JSON",
+              help="As for `fptq serve`.")
+@click.option("--generation-config", type=click.Choice(["auto", "none"]), default="auto", show_default=True,
+              help="As for `fptq serve`.")
+@click.option("--tool-call-parser", default="auto", show_default=True, metavar="NAME", help="As for `fptq serve`.")
+@click.option("--reasoning-parser", default="auto", show_default=True, metavar="NAME", help="As for `fptq serve`.")
+@engine_options
+@answers
+def batch(artifact: str, requests: Path, out: Path, model_names: tuple[str, ...], generation_config: str,
+          **options: Any) -> Answer:
+    """Answer the requests of the file IN, each a line as OpenAI's batches have them, with ARTIFACT, into the file OUT.
+
+    A request that fails is answered with its error. Whatever ends this command, the same command goes on with what has
+    no answer yet.
+    """
+    from fptq_runtime.locate import DEMO, find_artifact
+    from fptq_server.config import ServerConfig
+    from fptq_server.offline import answer_file
+
+    of_server = {field.name for field in fields(ServerConfig)} & options.keys()
+    config = ServerConfig(**{name: options.pop(name) for name in of_server})
+    names = model_names or ((DEMO,) if artifact == DEMO else ())
+    result = answer_file(find_artifact(artifact), requests, out, config, model_names=names, progress=True,
+                         generation_config=generation_config != "none", **options)
+    return asdict(result), (f"{result.lines} requests are answered in {out}, {result.failed} of them with an error"
+                            + (f"; {result.resumed} were before" if result.resumed else ""))
+
+
 @cli.command("config", params=[click.Argument(["artifact"], required=False), *serve.params[1:]])
 @answers
 def show_config(**options: Any) -> Answer:

@@ -27,7 +27,7 @@ class RequireKey:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         public = scope["type"] != "http" or (scope["method"] == "GET" and scope["path"] in self._public_paths)
-        if public or not self._keys:
+        if public or not self._keys or record_of(scope).admitted:
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)

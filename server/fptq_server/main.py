@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from http import HTTPStatus
 from importlib import import_module
 from pathlib import Path
@@ -43,7 +43,10 @@ from fptq_server.record import peer
 from fptq_server.tracing import tracing_of_environment
 
 if TYPE_CHECKING:
+    from fastapi import FastAPI
+
     from fptq_server.metrics import Metrics
+    from fptq_server.tracing import Tracing
 
 log = logging.getLogger("fptq.server")
 
@@ -71,33 +74,51 @@ def serve(path: Path | str, config: ServerConfig, *, model_names: Sequence[str] 
     with listener or listen(config) as listener:  # before the model loads, which can take minutes
         names = model_names or [path.resolve().name]
         tracing = tracing_of_environment(names[0])
-        log.info("loading %s", path)
-        sampling = sampling_defaults(path) if generation_config else {}
-        template = None if chat_template is None else read_template(chat_template)
-        # What the endpoints import takes a good part of the time that a small model loads in.
-        threading.Thread(target=import_module, args=("fptq_server.app",), daemon=True).start()
-        engine = load_engine(path, backend=backend, chat_template=template, **engine_options)
-        check_template_variables(config, engine.tokenizer)
-        from fptq_server.app import create_app
-        from fptq_server.metrics import Metrics
-
-        manifest = read_manifest(path) if is_artifact(path) else None
-        model = model_card(names, engine, sampling, () if manifest is None else manifest.layers)
-        metrics = Metrics(__version__, model, config.metrics_aliases)
-        async_engine = AsyncEngine(engine, metrics.record_step, metrics.record_deviation)
-        log.info("%s", describe(model, config))
-        if sampling:
-            log.info("requests get, unless they say otherwise, what generation_config.json does: %s",
-                     ", ".join(f"{name} {value}" for name, value in sampling.items()))
-        app = create_app(async_engine, engine.tokenizer, config, model, metrics, tracing)
+        loaded = load_app(path, config, names, tracing, backend=backend, generation_config=generation_config,
+                          chat_template=chat_template, **engine_options)
         raise_open_files()
         gc.freeze()  # what is there stays: it need not be walked again between two tokens
         try:
-            with scrubbing(path, manifest, config.scrub_interval, metrics):
-                Server(app, async_engine, config, metrics).run([listener])
+            with scrubbing(path, loaded.manifest, config.scrub_interval, loaded.metrics):
+                Server(loaded.app, loaded.engine, config, loaded.metrics).run([listener])
         finally:
             if config.uds is not None:
                 Path(config.uds).unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model behind its application, whose lifespan has not begun. manifest: where it is an artifact."""
+
+    app: FastAPI
+    engine: AsyncEngine
+    metrics: Metrics
+    manifest: Manifest | None
+
+
+def load_app(path: Path, config: ServerConfig, names: Sequence[str], tracing: Tracing | None = None, *, backend: str,
+             generation_config: bool, chat_template: Path | None, **engine_options: Any) -> Loaded:
+    """Arguments and errors are those of `serve`."""
+    log.info("loading %s", path)
+    sampling = sampling_defaults(path) if generation_config else {}
+    template = None if chat_template is None else read_template(chat_template)
+    # What the endpoints import takes a good part of the time that a small model loads in.
+    threading.Thread(target=import_module, args=("fptq_server.app",), daemon=True).start()
+    engine = load_engine(path, backend=backend, chat_template=template, **engine_options)
+    check_template_variables(config, engine.tokenizer)
+    from fptq_server.app import create_app
+    from fptq_server.metrics import Metrics
+
+    manifest = read_manifest(path) if is_artifact(path) else None
+    model = model_card(names, engine, sampling, () if manifest is None else manifest.layers)
+    metrics = Metrics(__version__, model, config.metrics_aliases)
+    async_engine = AsyncEngine(engine, metrics.record_step, metrics.record_deviation)
+    log.info("%s", describe(model, config))
+    if sampling:
+        log.info("requests get, unless they say otherwise, what generation_config.json does: %s",
+                 ", ".join(f"{name} {value}" for name, value in sampling.items()))
+    app = create_app(async_engine, engine.tokenizer, config, model, metrics, tracing)
+    return Loaded(app, async_engine, metrics, manifest)
 
 
 @contextmanager
