@@ -17,6 +17,7 @@ from fptq_runtime.engine.async_engine import AsyncEngine
 from fptq_runtime.models.tokenizer import Tokenizer
 from fptq_server.assistant import Assistant
 from fptq_server.auth import PUBLIC_PATHS, RequireKey
+from fptq_server.batch import BatchRunner
 from fptq_server.chat_format import ChatFormat
 from fptq_server.config import ModelCard, ServerConfig
 from fptq_server.errors import APIError, ErrorHandlers
@@ -44,7 +45,8 @@ CORS_EXPOSED = ("X-Request-Id", "Retry-After", "Retry-After-Ms")
 def create_app(engine: AsyncEngine, tokenizer: Tokenizer, config: ServerConfig, model: ModelCard,
                metrics: Metrics, tracing: Tracing | None = None) -> FastAPI:
     """An app around an engine that has not been started; the lifespan starts and stops it. `metrics.record_step` is
-    what the engine was given as on_stats. app.state.reload() reads the keys again."""
+    what the engine was given as on_stats. app.state.reload() reads the keys again, app.state.batches runs
+    batches."""
 
     store = ResponseStore(config.responses_db)
 
@@ -72,7 +74,11 @@ def create_app(engine: AsyncEngine, tokenizer: Tokenizer, config: ServerConfig, 
         tokens_router(tokenizer, chat, model, config),
         status_router(engine, model, config, metrics),
     )
-    paths = [route.path for router in routers for route in router.routes if isinstance(route, APIRoute)]
+    routes = [route for router in routers for route in router.routes if isinstance(route, APIRoute)]
+    paths = [route.path for route in routes]
+    urls = frozenset(route.path for route in routes
+                     if route.path.startswith("/v1/") and route.methods == {"POST"} and "{" not in route.path)
+    app.state.batches = BatchRunner(app, urls, width=2 * engine.engine.config.max_num_seqs)  # as many wait as run
     for router in (*routers, docs_router(app), *([page_router()] if config.page else [])):
         app.include_router(router)
     metrics.add_routes(paths)

@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO
 
-from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from starlette.types import Message, Scope
+from starlette.types import ASGIApp, Message, Scope
 
 from fptq_runtime.artifact.files import open_file
 from fptq_runtime.engine.request import Origin
@@ -176,14 +175,12 @@ def unanswered(custom_id: str, code: str, message: str) -> dict[str, Any]:
 
 
 class BatchRunner:
-    """Puts requests to an application, `width` at a time. urls: those of its routes that a batch may have."""
+    """Puts requests to an application, `width` at a time. urls: of its routes those that a batch may have."""
 
-    def __init__(self, app: FastAPI, width: int) -> None:
+    def __init__(self, app: ASGIApp, urls: frozenset[str], width: int) -> None:
         self._app = app
+        self.urls = urls
         self._width = width
-        self.urls = frozenset(path for path, methods in app.openapi()["paths"].items()
-                              if path.startswith("/v1/") and "post" in methods and "{" not in path
-                              and path not in ("/v1/files", "/v1/batches"))
 
     async def run(self, requests: Iterable[BatchRequest], origin: Origin, write: Callable[[dict[str, Any]], None],
                   gone: asyncio.Event) -> None:

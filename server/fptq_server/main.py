@@ -82,6 +82,7 @@ def serve(path: Path | str, config: ServerConfig, *, model_names: Sequence[str] 
             with scrubbing(path, loaded.manifest, config.scrub_interval, loaded.metrics):
                 Server(loaded.app, loaded.engine, config, loaded.metrics).run([listener])
         finally:
+            gc.unfreeze()  # or the native extension reports what was never freed
             if config.uds is not None:
                 Path(config.uds).unlink(missing_ok=True)
 

@@ -50,8 +50,7 @@ def answer_file(path: Path, requests: Path, out: Path, config: ServerConfig, *, 
                         bar.update()
 
                     async def run() -> None:
-                        width = 2 * loaded.engine.engine.config.max_num_seqs  # as many wait as run
-                        runner = BatchRunner(loaded.app, width)
+                        runner: BatchRunner = loaded.app.state.batches
                         left = (request for request in _requests(source) if request.custom_id not in answers)
                         async with loaded.app.router.lifespan_context(loaded.app):
                             await runner.run(left, ANYONE, write, asyncio.Event())

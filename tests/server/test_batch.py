@@ -95,7 +95,8 @@ def test_one_writer_at_a_time(tmp_path: Path) -> None:
 def answered(served: Served, *lines: dict[str, Any]) -> dict[str, Any]:
     """By custom_id. The server's own event loop runs it, as the engine's streams belong to one."""
     answers: list[dict[str, Any]] = []
-    runner, origin = BatchRunner(served.app, 4), Origin("alice", 7)
+    runner: BatchRunner = served.app.state.batches
+    origin = Origin("alice", 7)
     requests = [request for _, request in read_batch(file_of(*lines)) if isinstance(request, BatchRequest)]
     loop = served.engine._loop or pytest.fail("nothing was asked of this server yet")
     asyncio.run_coroutine_threadsafe(runner.run(requests, origin, answers.append, asyncio.Event()), loop).result(60)
