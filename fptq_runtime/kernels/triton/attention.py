@@ -17,7 +17,8 @@ are the hardware's, in tiles that are the same whatever the step.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from bisect import bisect_right
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -27,7 +28,7 @@ import triton.language as tl
 from fptq_runtime.config import KVCacheDtype
 from fptq_runtime.errors import FptqError
 from fptq_runtime.kernels.base import ActivationQuant, Array, AttentionSpec, StepLimits
-from fptq_runtime.kernels.triton.device import capability
+from fptq_runtime.kernels.triton.device import capability, is_gpu
 from fptq_runtime.kernels.triton.fused import (
     DYNAMIC,
     FLOAT,
@@ -52,7 +53,6 @@ P_STEPS = tl.constexpr(2097152.0)  # 2^21, so that p · 2^21 + 1.5 · 2^23 keeps
 VALUE_STEPS = tl.constexpr(32512.0)  # 127 · 256: the high byte of a rounded weight stays within int8
 TINY = tl.constexpr(2.0**-80)  # below, sums may have lost parts; the result is 0
 
-_PARTS_BYTES = 128 << 20  # the most memory for one call's parts
 _FEW_TILES = 264  # two programs for each of an H100's processors
 _FEW_SEQUENCES = 64  # up to so many share a compilation
 
@@ -86,6 +86,7 @@ class DeviceCache:
                             "block_size")
         self.dtype: KVCacheDtype = limits.kv_dtype
         self.block_size = size
+        self.parts_bytes = parts_bytes(device)
         pages = (limits.num_layers, limits.num_blocks, limits.num_kv_heads)
         values = (*pages, dim, size) if limits.kv_dtype == "int8" else (*pages, size, dim)
         self.keys = torch.zeros((*pages, size, dim), dtype=_TYPES[limits.kv_dtype], device=device)
@@ -93,6 +94,17 @@ class DeviceCache:
         scales = (*pages, size) if limits.kv_dtype == "int8" else (limits.num_layers, 4)  # unread, aligned alike
         self.key_scales = torch.zeros(scales, dtype=torch.float32, device=device)
         self.value_scales = torch.zeros(scales, dtype=torch.float32, device=device)
+
+
+def parts_bytes(device: torch.device) -> int:
+    """The most memory for the parts of one call's split sums: a 32nd of the device's, which is 256 sequences of 500 k
+    tokens on an H200, or 128 of 180 k with 24 GB."""
+    return int(torch.cuda.get_device_properties(device).total_memory) >> 5 if is_gpu(device) else 4 << 30
+
+
+def part_bytes(rows: int, heads: int, head_dim: int, kv_dtype: KVCacheDtype, max_seq_len: int) -> int:
+    """Of so many rows, all of a context's segments."""
+    return 4 * rows * heads * triton.cdiv(max_seq_len, SEGMENT * chunk_keys(kv_dtype, head_dim)) * (head_dim + 2)
 
 
 def cache_bytes_per_token(kv_dtype: KVCacheDtype, num_layers: int, num_kv_heads: int, head_dim: int) -> int:
@@ -160,14 +172,15 @@ def rope_and_cache(qkv: torch.Tensor, attention: DeviceAttention, cache: DeviceC
     cos, sin = attention.rope or (qkv, qkv)
     if rows:
         _rope_and_cache_kernel[(programs,)](
-            qkv, batch.positions, batch.slot_mapping, cos, sin,
-            qkv if q_norm is None else q_norm.weight, None if q_norm is None else q_norm.bias,
-            0.0 if q_norm is None else q_norm.eps,
-            qkv if k_norm is None else k_norm.weight, None if k_norm is None else k_norm.bias,
-            0.0 if k_norm is None else k_norm.eps,
-            q, q_scale, cache.keys[spec.layer], cache.key_scales[spec.layer], cache.values[spec.layer],
-            cache.value_scales[spec.layer], rows, HEADS=heads, KV_HEADS=kv_heads, DIM=dim, HALF=half, TILE=tile,
-            BY_ROW=by_row, BLOCK_SIZE=cache.block_size, ROPE=attention.rotated, Q_NORM=spans[0], K_NORM=spans[1],
+            qkv=qkv, positions=batch.positions, slots=batch.slot_mapping, cos=cos, sin=sin,
+            q_weight=qkv if q_norm is None else q_norm.weight, q_bias=None if q_norm is None else q_norm.bias,
+            q_eps=0.0 if q_norm is None else q_norm.eps,
+            k_weight=qkv if k_norm is None else k_norm.weight, k_bias=None if k_norm is None else k_norm.bias,
+            k_eps=0.0 if k_norm is None else k_norm.eps,
+            q_out=q, q_scale=q_scale, keys=cache.keys[spec.layer], key_scales=cache.key_scales[spec.layer],
+            values=cache.values[spec.layer], value_scales=cache.value_scales[spec.layer], rows=rows, HEADS=heads,
+            KV_HEADS=kv_heads, DIM=dim, HALF=half, TILE=tile, BY_ROW=by_row, BLOCK_SIZE=cache.block_size,
+            ROPE=attention.rotated, Q_NORM=spans[0], K_NORM=spans[1],
             Q_LAYER=q_norm is not None and q_norm.kind == "layer",
             K_LAYER=k_norm is not None and k_norm.kind == "layer",
             NORM_LAST=spec.norm_after_rope, KV=cache.dtype, num_warps=warps, enable_fp_fusion=False)
@@ -201,11 +214,11 @@ def choose_tiling(attention: DeviceAttention, cache: DeviceCache, rows: int, seq
     spec = attention.spec
     group = spec.num_heads // spec.num_kv_heads
     segments = triton.cdiv(max_seq_len, SEGMENT * chunk_keys(cache.dtype, spec.head_dim))
-    parts = 4 * rows * spec.num_heads * segments * (spec.head_dim + 2)
+    held = part_bytes(rows, spec.num_heads, spec.head_dim, cache.dtype, max_seq_len) <= cache.parts_bytes
     wide = spec.head_dim > 128
     if cache.dtype != "int8":  # one shape for all steps
         tile, warps, stages = (16, 4, 1) if cache.dtype == "float32" else (32, 8 if wide else 4, 2)
-    elif max_query_len * min(group, 16) <= 16:
+    elif max_query_len <= _decoding(spec):
         tile, warps, stages = 16, 4, 5
     else:
         wgmma = capability(cache.keys.device) >= 90  # tiles of 64 rows, 16 a warp: more warps would repeat them
@@ -214,21 +227,51 @@ def choose_tiling(attention: DeviceAttention, cache: DeviceCache, rows: int, seq
     tile = max(tile, triton.next_power_of_2(heads))
     tiles = sequences if max_query_len <= tile // heads else rows // (tile // heads) + sequences
     busy = tiles * (spec.num_heads // heads) >= _FEW_TILES and max_query_len * heads > 16
-    return Tiling(tile, heads, segments > 1 and parts <= _PARTS_BYTES and not busy, warps, stages)
+    return Tiling(tile, heads, segments > 1 and held and not busy, warps, stages)
+
+
+def _decoding(spec: AttentionSpec) -> int:
+    """Up to so many tokens of a sequence fit a decoding tile."""
+    return 16 // min(spec.num_heads // spec.num_kv_heads, 16)
 
 
 def attention(q: torch.Tensor | Quantized, attention: DeviceAttention, cache: DeviceCache, batch: DeviceBatch,
               act: ActivationQuant | None, tiling: Tiling | None = None) -> torch.Tensor | Quantized:
     """Paged causal attention of what `rope_and_cache` returned, then quantize. [M, heads · dim]; padded rows are 0.
+    Sequences that decode beside prompts have a launch of their own.
 
     tiling: what to run instead of `choose_tiling`'s, for tests and measurements; float caches' bits depend on `rows`.
     """
     spec = attention.spec
+    codes = q.codes if isinstance(q, Quantized) else q
+    rows, sequences, lengths = codes.shape[0], batch.seq_lens.shape[0], batch.query_lens
+    width = spec.num_heads * spec.head_dim
+    if not rows or not sequences:
+        return quantize(torch.zeros((rows, width), device=codes.device), act)
+    decoding = bisect_right(lengths, _decoding(spec)) if tiling is None and cache.dtype == "int8" else 0
+    if not 0 < decoding < len(lengths):
+        return _attend(q, attention, cache, batch, act, tiling, None, 0)
+    out = torch.zeros((rows, width), dtype=torch.float32, device=codes.device)
+    first = sum(lengths[:decoding])
+    for part, of_sequences, of_rows, longest in (
+            (slice(None, decoding), slice(None, decoding + 1), slice(None, first), lengths[decoding - 1]),
+            (slice(decoding, None), slice(decoding, None), slice(first, None), batch.max_query_len)):
+        own = replace(batch, positions=batch.positions[of_rows], slot_mapping=batch.slot_mapping[of_rows],
+                      query_start_loc=batch.query_start_loc[of_sequences], seq_lens=batch.seq_lens[part],
+                      block_tables=batch.block_tables[part], max_query_len=longest)
+        _attend(q, attention, cache, own, None, None, out, of_rows.start or 0)
+    return quantize(out, act)
+
+
+def _attend(q: torch.Tensor | Quantized, attention: DeviceAttention, cache: DeviceCache, batch: DeviceBatch,
+            act: ActivationQuant | None, tiling: Tiling | None, out: torch.Tensor | None,
+            first: int) -> torch.Tensor | Quantized:
+    """One launch and, where it splits, a second. The batch has the rows from `first` on; `out` [M, heads · dim], zeros,
+    gets them where it is given, and act is None."""
+    spec = attention.spec
     heads, dim = spec.num_heads, spec.head_dim
     codes, q_scale = (q.codes, q.scale) if isinstance(q, Quantized) else (q, q)
-    rows, sequences = codes.shape[0], batch.seq_lens.shape[0]
-    if not rows or not sequences:
-        return quantize(torch.zeros((rows, heads * dim), device=codes.device), act)
+    rows, sequences = batch.positions.shape[0], batch.seq_lens.shape[0]
     tiling = tiling or choose_tiling(attention, cache, rows, sequences, batch.max_query_len, batch.max_seq_len)
     chunk = chunk_keys(cache.dtype, dim)
     tokens = tiling.rows // tiling.heads
@@ -236,16 +279,19 @@ def attention(q: torch.Tensor | Quantized, attention: DeviceAttention, cache: De
     tiles = sequences if one_tile else rows // tokens + sequences
     segments = triton.cdiv(max(batch.max_seq_len, 1), SEGMENT * chunk) if tiling.split else 1
     if tiling.split:
-        out = torch.empty((rows, heads, segments, dim), dtype=torch.float32, device=codes.device)
+        target = torch.empty((rows, heads, segments, dim), dtype=torch.float32, device=codes.device)
         sums = torch.empty((rows, heads, segments, 2), dtype=torch.float32, device=codes.device)  # m, l
     else:
-        out = sums = torch.zeros((rows, heads * dim), dtype=torch.float32, device=codes.device)
+        target = sums = torch.zeros((rows, heads * dim), dtype=torch.float32, device=codes.device) if out is None \
+            else out[first : first + rows]
     _attention_kernel[(tiles, heads // tiling.heads, segments)](
-        codes, q_scale, cache.keys[spec.layer], cache.key_scales[spec.layer], cache.values[spec.layer],
-        cache.value_scales[spec.layer], batch.block_tables, batch.query_start_loc, batch.seq_lens,
-        codes if attention.slopes is None else attention.slopes, attention.sinks, out, sums,
-        spec.softmax_scale / spec.softcap if spec.softcap else spec.softmax_scale * math.log2(math.e),
-        (spec.softcap or 0.0) * math.log2(math.e), sequences, batch.block_tables.stride(0),
+        q=codes[first:], q_scale=q_scale[first:], keys=cache.keys[spec.layer], key_scales=cache.key_scales[spec.layer],
+        values=cache.values[spec.layer], value_scales=cache.value_scales[spec.layer], block_tables=batch.block_tables,
+        query_start_loc=batch.query_start_loc, seq_lens=batch.seq_lens,
+        slopes=codes if attention.slopes is None else attention.slopes, sinks=attention.sinks, out=target, sums=sums,
+        scale=spec.softmax_scale / spec.softcap if spec.softcap else spec.softmax_scale * math.log2(math.e),
+        cap=(spec.softcap or 0.0) * math.log2(math.e), sequences=sequences,
+        table_stride=batch.block_tables.stride(0),
         HEADS=heads, KV_HEADS=spec.num_kv_heads, TILE_HEADS=tiling.heads, DIM=dim,
         WIDTH=max(triton.next_power_of_2(dim), 32), BLOCK_SIZE=cache.block_size, CHUNK=chunk, SEGMENT=SEGMENT,
         ROWS=tiling.rows, SEQUENCES=1 if one_tile else max(triton.next_power_of_2(sequences), _FEW_SEQUENCES),
@@ -253,25 +299,26 @@ def attention(q: torch.Tensor | Quantized, attention: DeviceAttention, cache: De
         KV=cache.dtype, ONE_TILE=one_tile, SPLIT=tiling.split, AS_FLOAT=interpreted(), STAGES=tiling.stages,
         num_warps=tiling.warps, enable_fp_fusion=False)
     if not tiling.split:
-        return quantize(out, act)
-    return _merged(out, sums, attention, batch, SEGMENT * chunk, act)
+        return target if out is not None else quantize(target, act)
+    return _merged(target, sums, attention, batch, SEGMENT * chunk, act, None if out is None else out[first:])
 
 
 def _merged(parts: torch.Tensor, sums: torch.Tensor, attention: DeviceAttention, batch: DeviceBatch, segment: int,
-            act: ActivationQuant | None) -> torch.Tensor | Quantized:
-    """Join the segments of each row. One program joins and quantizes a row where that is little to read."""
+            act: ActivationQuant | None, out: torch.Tensor | None) -> torch.Tensor | Quantized:
+    """Join the segments of each row, into `out` where it is given. One program joins and quantizes a row where that is
+    little to read."""
     rows, heads, segments, dim = parts.shape
     whole_row = segments * heads * dim <= 1 << 16 and (act is not None and act.scale is None)
     tile = heads if whole_row or interpreted() else 1
     now = act if whole_row or (act is not None and act.scale is not None) else None
-    out, scale = result(rows, heads * dim, now, parts.device)
+    made, scale = result(rows, heads * dim, now, parts.device) if out is None else (out, out)
     _merge_kernel[(rows, heads // tile)](
-        parts, sums, batch.positions, batch.slot_mapping, attention.slopes, attention.sinks, octets(out), scale,
-        segments, HEADS=heads, TILE=tile, PADDED=triton.next_power_of_2(tile), DIM=dim,
-        WIDTH=triton.next_power_of_2(dim), SEGMENTS=triton.next_power_of_2(segments), SEGMENT_KEYS=segment,
-        WINDOW=attention.spec.sliding_window or 0, MODE=mode_of(now), FP8=is_fp8(now), num_warps=8 if whole_row else 2,
-        enable_fp_fusion=False)
-    return quantize(out, act) if now is None else Quantized(out, scale)
+        parts=parts, sums=sums, positions=batch.positions, slots=batch.slot_mapping, slopes=attention.slopes,
+        sinks=attention.sinks, out=octets(made), scale=scale, segments=segments, HEADS=heads, TILE=tile,
+        PADDED=triton.next_power_of_2(tile), DIM=dim, WIDTH=triton.next_power_of_2(dim),
+        SEGMENTS=triton.next_power_of_2(segments), SEGMENT_KEYS=segment, WINDOW=attention.spec.sliding_window or 0,
+        MODE=mode_of(now), FP8=is_fp8(now), num_warps=8 if whole_row else 2, enable_fp_fusion=False)
+    return quantize(made, act) if now is None else Quantized(made, scale)
 
 
 def attention_bytes(attention: DeviceAttention, kv_dtype: KVCacheDtype, query_lens: list[int],
@@ -542,31 +589,35 @@ def _segment_sums(
     return m, mass, o
 
 
-@triton.jit(do_not_specialize=["sequences", "table_stride"])
+@triton.jit(do_not_specialize=["sequences", "table_stride"],
+            do_not_specialize_on_alignment=["q_scale", "block_tables", "query_start_loc", "seq_lens"])
 def _attention_kernel(
     q, q_scale, keys, key_scales, values, value_scales, block_tables, query_start_loc, seq_lens, slopes, sinks, out,
-    sums, scale, cap, sequences, table_stride, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, TILE_HEADS: tl.constexpr,
-    DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK_SIZE: tl.constexpr, CHUNK: tl.constexpr, SEGMENT: tl.constexpr,
-    ROWS: tl.constexpr, SEQUENCES: tl.constexpr, WINDOW: tl.constexpr, ALIBI: tl.constexpr, SOFTCAP: tl.constexpr,
-    KV: tl.constexpr, ONE_TILE: tl.constexpr, SPLIT: tl.constexpr, AS_FLOAT: tl.constexpr, STAGES: tl.constexpr,
+    sums, scale, cap, sequences, table_stride, HEADS: tl.constexpr, KV_HEADS: tl.constexpr,
+    TILE_HEADS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK_SIZE: tl.constexpr, CHUNK: tl.constexpr,
+    SEGMENT: tl.constexpr, ROWS: tl.constexpr, SEQUENCES: tl.constexpr, WINDOW: tl.constexpr, ALIBI: tl.constexpr,
+    SOFTCAP: tl.constexpr, KV: tl.constexpr, ONE_TILE: tl.constexpr, SPLIT: tl.constexpr, AS_FLOAT: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """A program takes TOKENS query tokens of a sequence times TILE_HEADS query heads of one KV head. SPLIT: and one
-    segment of keys, of which it leaves o and (m, l), each [rows, HEADS, segments]; else `out` is the result."""
+    segment of keys, of which it leaves o and (m, l), each [rows, HEADS, segments]; else `out` is the result. Rows are
+    counted from the first of these sequences."""
     TOKENS: tl.constexpr = ROWS // TILE_HEADS
     tile_head = tl.program_id(1)
     kv_head = tile_head // (HEADS // KV_HEADS // TILE_HEADS)
+    origin = tl.load(query_start_loc)
     if ONE_TILE:
         sequence = tl.program_id(0)
-        first_row = tl.load(query_start_loc + sequence)
+        first_row = tl.load(query_start_loc + sequence) - origin
         first_token = 0
-    else:  # sequence s has its tiles from query_start_loc[s] // TOKENS + s on; the last, which have most keys, first
+    else:  # sequence s has its tiles from its first row // TOKENS + s on; the last, which have most keys, first
         tile = tl.num_programs(0) - 1 - tl.program_id(0)
         index = tl.arange(0, SEQUENCES)
-        starts = tl.load(query_start_loc + index, mask=index < sequences, other=0) // TOKENS + index
+        starts = (tl.load(query_start_loc + index, mask=index < sequences, other=0) - origin) // TOKENS + index
         sequence = tl.sum(((starts <= tile) & (index < sequences)).to(tl.int32), 0) - 1
-        first_row = tl.load(query_start_loc + sequence)
+        first_row = tl.load(query_start_loc + sequence) - origin
         first_token = (tile - first_row // TOKENS - sequence) * TOKENS
-    tokens = tl.load(query_start_loc + sequence + 1) - first_row
+    tokens = tl.load(query_start_loc + sequence + 1) - origin - first_row
     if first_token >= tokens:
         return
     length = tl.load(seq_lens + sequence)
@@ -600,8 +651,8 @@ def _attention_kernel(
     if SPLIT:
         m, mass, o = _segment_sums(
             query, row_scale, slope, position, begin, end, length, kv_head, table, keys, key_scales, values,
-            value_scales, scale, cap, KV_HEADS, DIM, WIDTH, BLOCK_SIZE, CHUNK, ROWS, WINDOW, ALIBI, SOFTCAP, KV,
-            AS_FLOAT, STAGES)
+            value_scales, scale, cap, KV_HEADS=KV_HEADS, DIM=DIM, WIDTH=WIDTH, BLOCK_SIZE=BLOCK_SIZE, CHUNK=CHUNK,
+            ROWS=ROWS, WINDOW=WINDOW, ALIBI=ALIBI, SOFTCAP=SOFTCAP, KV=KV, AS_FLOAT=AS_FLOAT, STAGES=STAGES)
         part = row_head * tl.num_programs(2) + tl.program_id(2)
         tl.store(sums + part * 2, m, mask=valid)
         tl.store(sums + part * 2 + 1, mass, mask=valid)
@@ -614,8 +665,8 @@ def _attention_kernel(
             m, mass, o = _segment_sums(
                 query, row_scale, slope, position, tl.maximum(begin, segment * SEGMENT),
                 tl.minimum(end, (segment + 1) * SEGMENT), length, kv_head, table, keys, key_scales, values,
-                value_scales, scale, cap, KV_HEADS, DIM, WIDTH, BLOCK_SIZE, CHUNK, ROWS, WINDOW, ALIBI, SOFTCAP, KV,
-                AS_FLOAT, STAGES)
+                value_scales, scale, cap, KV_HEADS=KV_HEADS, DIM=DIM, WIDTH=WIDTH, BLOCK_SIZE=BLOCK_SIZE, CHUNK=CHUNK,
+                ROWS=ROWS, WINDOW=WINDOW, ALIBI=ALIBI, SOFTCAP=SOFTCAP, KV=KV, AS_FLOAT=AS_FLOAT, STAGES=STAGES)
             m_all, old, new = _joined(m_all, m)
             mass_all = mass_all * old + mass * new
             tl.debug_barrier()
@@ -652,7 +703,7 @@ def _result(o, mass):
     return tl.where(tl.abs(o) < TINY, 0.0, tl.div_rn(o * P_STEPS, tl.zeros_like(o) + mass[:, None]))
 
 
-@triton.jit(do_not_specialize=["segments"])
+@triton.jit(do_not_specialize=["segments"], do_not_specialize_on_alignment=["positions", "slots"])
 def _merge_kernel(
     parts, sums, positions, slots, slopes, sinks, out, scale, segments, HEADS: tl.constexpr, TILE: tl.constexpr,
     PADDED: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, SEGMENTS: tl.constexpr, SEGMENT_KEYS: tl.constexpr,

@@ -43,6 +43,8 @@ from fptq_runtime.kernels.triton.attention import (
     DeviceAttention,
     DeviceCache,
     cache_bytes_per_token,
+    part_bytes,
+    parts_bytes,
     prepare_attention,
     rope_and_cache,
 )
@@ -57,7 +59,7 @@ from fptq_runtime.kernels.triton.values import DeviceBatch, Quantized, interpret
 Value = torch.Tensor | Quantized
 
 SMALLEST_CONTEXT = 1024  # the least of the powers of two that graphs are made for, in tokens
-OVERHEAD_BYTES = 768 << 20  # CUDA's context, graphs, parts of split sums
+OVERHEAD_BYTES = 640 << 20  # CUDA's context, graphs
 LOGIT_BYTES = 32  # of a logit, its copy and its sort key on the way to a token
 ALIGNED = 32  # each array of a step begins at a multiple of so many int32
 
@@ -114,7 +116,8 @@ class TritonBackend:
         widest = 4 * model.hidden_size + (model.num_heads + 2 * model.num_kv_heads) * model.head_dim \
             + 3 * model.intermediate_size
         values, logits = 8 * limits.max_tokens * widest, LOGIT_BYTES * limits.max_logits_rows * model.vocab_size
-        return OVERHEAD_BYTES + values + logits
+        parts = part_bytes(limits.max_seqs, model.num_heads, model.head_dim, limits.kv_dtype, limits.max_model_len)
+        return OVERHEAD_BYTES + values + logits + min(parts, parts_bytes(self.device))
 
     def free_memory(self) -> int | None:
         if not is_gpu(self.device):
@@ -197,7 +200,7 @@ class TritonExecutor:
         """Returns once the step is queued. Raises ValueError where it exceeds the limits."""
         shape, rows = self._shape(batch), batch.logits_rows.size
         with torch.inference_mode(), _device_watched(self._device):
-            inputs = self._inputs.load(batch, shape)
+            inputs = self._inputs.load(batch if shape.graph else _shorter_first(batch), shape)
             with self._timer:
                 if not shape.graph:
                     return self._run(inputs)[:rows]
@@ -244,6 +247,20 @@ class TritonExecutor:
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             self._logits[: shape.rows].copy_(self._run(inputs))
         self._graphs[shape] = graph
+
+
+def _shorter_first(batch: StepInput) -> StepInput:
+    """The same step, sequences with few rows before others, so that attention may take those that decode together."""
+    lengths = np.diff(batch.query_start_loc)
+    if (lengths[1:] >= lengths[:-1]).all():
+        return batch
+    order = np.argsort(lengths, kind="stable")
+    rows = np.concatenate([np.arange(batch.query_start_loc[s], batch.query_start_loc[s + 1]) for s in order])
+    places = np.empty(rows.size, np.int32)
+    places[rows] = np.arange(rows.size, dtype=np.int32)
+    starts = np.concatenate([[0], np.cumsum(lengths[order])]).astype(np.int32)
+    return StepInput(batch.token_ids[rows], batch.positions[rows], batch.slot_mapping[rows], starts,
+                     batch.seq_lens[order], batch.block_tables[order], places[batch.logits_rows])
 
 
 @contextmanager
@@ -355,7 +372,8 @@ class _Inputs:
         if self._copied is not None:
             self._copied.record()
         arrays = {name: self._device[part].view(sizes) for name, (part, sizes) in layout.items()}
-        return DeviceBatch(**arrays, max_query_len=shape.query, max_seq_len=shape.context)
+        lengths = () if shape.graph else tuple(np.diff(batch.query_start_loc).tolist())
+        return DeviceBatch(**arrays, max_query_len=shape.query, max_seq_len=shape.context, query_lens=lengths)
 
     def _layout(self, shape: _Shape) -> dict[str, tuple[slice, tuple[int, ...]]]:
         """Where each array of a StepInput lies, and its shape."""

@@ -22,7 +22,7 @@ class DeviceBatch:
 
     Rows beyond those of the step are padding: their slot is -1 and no sequence holds them; sequences beyond those of
     the step have no rows and length 0. max_query_len and max_seq_len bound every sequence's rows and length, on the
-    host.
+    host. query_lens: each sequence's rows, ascending; empty where that is not so, or all have one.
     """
 
     token_ids: torch.Tensor  # [M]
@@ -34,6 +34,7 @@ class DeviceBatch:
     logits_rows: torch.Tensor  # [R]
     max_query_len: int
     max_seq_len: int
+    query_lens: tuple[int, ...] = ()
 
 
 def take_rows(x: torch.Tensor | Quantized, rows: torch.Tensor) -> torch.Tensor | Quantized:

@@ -55,12 +55,14 @@ def to_device(step: StepInput, padded_rows: int = 0, padded_sequences: int = 0) 
     rows = len(step.token_ids)
     tables = np.zeros((len(step.seq_lens) + padded_sequences, step.block_tables.shape[1] + 1), np.int32)
     tables[: len(step.seq_lens), :-1] = step.block_tables
-    longest = int(np.diff(step.query_start_loc).max())
+    lengths = np.diff(step.query_start_loc).tolist()
+    longest = max(lengths)
     return DeviceBatch(
         padded(step.token_ids, padded_rows, 0), padded(step.positions, padded_rows, 0),
         padded(step.slot_mapping, padded_rows, -1), padded(step.query_start_loc, padded_sequences, rows),
         padded(step.seq_lens, padded_sequences, 0), torch.from_numpy(tables), torch.from_numpy(step.logits_rows),
-        longest if longest == 1 else longest + 3, int(step.seq_lens.max()) + 70)
+        longest if longest == 1 else longest + 3, int(step.seq_lens.max()) + 70,
+        tuple(lengths) if lengths == sorted(lengths) and not padded_sequences else ())
 
 
 def spoiled(cache: DeviceCache) -> DeviceCache:
@@ -310,6 +312,53 @@ def test_bits_of_an_int8_cache_do_not_depend_on_tiles() -> None:
     for tiling in (Tiling(16, 4, True, 4, 3), Tiling(32, 2, False, 4, 2), Tiling(64, 1, True, 4, 2)):
         got = run(spec, "int8", qkv, [length - 8, 8], 64, tiling, first_step=1)
         torch.testing.assert_close(got, expected, rtol=0, atol=0)
+
+
+def test_a_long_sequence_is_split_whatever_its_company() -> None:
+    """One of 100 k tokens among 256: padded, its context is all of theirs. What bounds it is memory."""
+    spec = make_spec(32, 8, 128)
+    cache, prepared = DeviceCache(make_limits(spec, "int8", 16, 1), CPU), kernels.prepare_attention(spec, CPU)
+
+    def splits(rows: int) -> bool:
+        return kernels.choose_tiling(prepared, cache, rows, rows, 1, 131072).split
+
+    assert all(map(splits, (1, 31, 32, 64, 256)))
+    cache.parts_bytes = kernels.part_bytes(31, 32, 128, "int8", 131072)
+    assert splits(31)
+    assert not splits(32)
+
+
+def test_sequences_that_decode_beside_a_prompt_have_a_launch_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The small tile, split, for these; the large one for the prompt; each row as it is alone."""
+    spec, length = make_spec(4, 1, 16), 1100
+    limits = make_limits(spec, "int8", 128, 16)
+    prepared, chosen = kernels.prepare_attention(spec, CPU), []
+    choose = kernels.choose_tiling
+
+    def noted(*args: Any) -> Tiling:
+        chosen.append(choose(*args))
+        return chosen[-1]
+
+    monkeypatch.setattr(kernels, "choose_tiling", noted)
+    outs = []
+    for together in (False, True):
+        cache = DeviceCache(limits, CPU)
+        batcher = Batcher(limits, np.random.default_rng(0))
+        sequences = [batcher.sequence(range(n)) for n in (600, length + 1, 24)]
+        qkv = [random_qkv(spec, n, n) for n in (600, length + 1, 24)]
+        rows = []
+        for counts in ((599, 0, 0), (0, length, 0), (1, 1, 24)):
+            items = [(sequence, own[sequence.computed : sequence.computed + count], count)
+                     for sequence, own, count in zip(sequences, qkv, counts, strict=True) if count]
+            for part in ([items] if together else [[item] for item in items]):
+                batch = to_device(batcher.step([(sequence, count) for sequence, _, count in part]))
+                chosen.clear()
+                q = kernels.rope_and_cache(torch.cat([own for _, own, _ in part]), prepared, cache, batch)
+                rows.append(kernels.attention(q, prepared, cache, batch, None))
+        outs.append(torch.cat(rows))
+        if together:
+            assert [(tiling.rows, tiling.split) for tiling in chosen] == [(16, True), (64, True)]
+    torch.testing.assert_close(outs[0], outs[1], rtol=0, atol=0)
 
 
 def test_a_single_token_step_splits_and_a_prompt_does_not() -> None:

@@ -18,7 +18,7 @@ from fptq_runtime.engine.request import SamplingParams
 from fptq_runtime.kernels.base import Activation, Routing, StepLimits, Work, logits_array
 from fptq_runtime.kernels.reference import ReferenceBackend
 from fptq_runtime.kernels.select import select_backend
-from fptq_runtime.kernels.triton.backend import SMALLEST_CONTEXT, TritonBackend, _Inputs, _Shape, bucket
+from fptq_runtime.kernels.triton.backend import SMALLEST_CONTEXT, TritonBackend, _Inputs, _Shape, _shorter_first, bucket
 from fptq_runtime.models.gate import Golden, check
 from fptq_runtime.models.golden import check_golden, compute_golden
 from fptq_runtime.models.loader import Checkpoint, load_model
@@ -179,6 +179,21 @@ def test_steps_are_padded_to_few_sizes() -> None:
     assert not batch.block_tables[:, 2:].any()
     assert not batch.block_tables[3].any()
     assert (batch.max_query_len, batch.max_seq_len) == (1, SMALLEST_CONTEXT)
+
+
+def test_sequences_with_few_rows_come_first() -> None:
+    made = small_limits(SMALL)
+    batcher = Batcher(made, np.random.default_rng(0))
+    long, first, second = (batcher.sequence(random_tokens(batcher.rng, n)) for n in (20, 5, 9))
+    step = batcher.step([(first, 2), (long, 17), (second, 1)])
+    step = replace(step, logits_rows=int32([1, 18, 19]))
+    sorted_step = _shorter_first(step)
+    assert sorted_step.query_start_loc.tolist() == [0, 1, 3, 20]
+    assert sorted_step.seq_lens.tolist() == [1, 2, 17]
+    assert sorted_step.token_ids.tolist() == [*step.token_ids[19:], *step.token_ids[:2], *step.token_ids[2:19]]
+    assert sorted_step.slot_mapping[sorted_step.logits_rows].tolist() == step.slot_mapping[step.logits_rows].tolist()
+    assert sorted_step.block_tables.tolist() == step.block_tables[[2, 0, 1]].tolist()
+    assert _shorter_first(sorted_step) is sorted_step
 
 
 def test_what_it_says_of_itself(backend: TritonBackend) -> None:
