@@ -39,7 +39,7 @@ def write_shape_artifact(name: str, path: Path, backend: Backend, head_bits: int
             "quantization_config": quantization_config(schemes, model.head_module, []),
         }, indent=2) + "\n")
         for file in ("tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
-            writer.copy_file(DEMO_MODEL / file)
+            writer.copy_file(DEMO_MODEL / file, file)
         writer.add_file("tokenizer.json", _grown_tokenizer(config.vocab_size))
         text = TextRecord(name="none", sha256="0" * 64, tokens=0)
         golden = compute_golden(load_model(Checkpoint(writer.directory), backend), backend, range(32))

@@ -10,6 +10,9 @@ from typing import Literal
 from fptq_runtime.errors import FptqError
 
 KVCacheDtype = Literal["float32", "bf16", "int8"]
+# What an embedding is made of: the last token's hidden state, their mean, or that in which the first counts once, the
+# second twice, and so on.
+Pooling = Literal["last", "mean", "weightedmean"]
 # What linears with quantized weights read: what the checkpoint says, or int8 per token where it says float.
 Activations = Literal["checkpoint", "int8"]
 MAX_THREADS = os.cpu_count() or 1  # beyond the machine's logical CPUs each step waits for threads that do not run

@@ -199,13 +199,18 @@ def read_manifest(path: Path) -> Manifest:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise ArtifactError(f"{file} is damaged or of another version: {where}: {first['msg']}") from None
-    if (foreign := next((name for name in manifest.files if Path(name).name != name or name == ".."),
-                       None)) is not None:
+    if (foreign := next((name for name in manifest.files if not _is_within(name)), None)) is not None:
         raise ArtifactError(f"{file} is damaged: files: {foreign!r} is not the name of a file beside it")
     head, _, tail = text.rpartition(f'"{manifest.digest}"')
     if hashlib.sha256(f'{head}"{_NO_DIGEST}"{tail}'.encode()).hexdigest() != manifest.digest:
         raise ArtifactError(f"{file} is damaged: its contents do not match its digest")
     return manifest
+
+
+def _is_within(name: str) -> bool:
+    """It names a file of an artifact: beside fptq.json, or in a folder there."""
+    parts = Path(name).parts
+    return "/".join(parts) == name and 1 <= len(parts) <= 2 and ".." not in parts
 
 
 def _readable(file: Path, manifest: Any) -> Any:
@@ -421,9 +426,11 @@ class ArtifactWriter:
         with self._writing():
             _write_file(self.directory / name, content)
 
-    def copy_file(self, source: Path) -> None:
+    def copy_file(self, source: Path, name: str) -> None:
+        """name: within the artifact, in a folder of it or in none."""
         with self._writing():
-            shutil.copyfile(source, self.directory / source.name)
+            (self.directory / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(source, self.directory / name)
 
     def finish_tensors(self) -> None:
         """Write what is pending and name the shards. The directory is loadable from here on."""
@@ -448,10 +455,9 @@ class ArtifactWriter:
         return read_manifest(self._out)
 
     def _commit(self, manifest: Manifest) -> None:
-        files = sorted(file for file in self.directory.iterdir() if file.name != MANIFEST)
-        for file in files:
-            _sync(file)
-        records = {file.name: FileRecord(size=file.stat().st_size, sha256=hash_file(file)) for file in files}
+        files = self._sync_files()
+        records = {file.relative_to(self.directory).as_posix():
+                   FileRecord(size=file.stat().st_size, sha256=hash_file(file)) for file in files}
         unsigned = manifest.model_copy(update={"files": records, "fptq_version": __version__})
         _write_file(self.directory / MANIFEST, unsigned.to_json())
         self._move()
@@ -461,13 +467,18 @@ class ArtifactWriter:
         in for fptq.json. Returns its bytes."""
         self.add_file(EXPORT, json.dumps(about, indent=1) + "\n")
         with self._writing():
-            files = sorted(file for file in self.directory.iterdir() if file.name != MANIFEST)
-            for file in files:
-                _sync(file)
+            files = self._sync_files()
             size = sum(file.stat().st_size for file in files)
             (self.directory / MANIFEST).unlink()
             self._move()
         return size
+
+    def _sync_files(self) -> list[Path]:
+        """All but fptq.json."""
+        within = sorted(self.directory.rglob("*"))
+        for path in within:
+            _sync(path)
+        return [path for path in within if path.is_file() and path != self.directory / MANIFEST]
 
     def _move(self) -> None:
         _sync(self.directory)

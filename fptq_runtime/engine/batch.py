@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Sequence
 
 import numpy as np
 
-from fptq_runtime.engine.scheduler import SchedulerOutput
+from fptq_runtime.engine.scheduler import ScheduledSequence
 from fptq_runtime.kernels.base import Int32Array, StepInput
 
 
-def build_step_input(output: SchedulerOutput, block_size: int) -> StepInput:
+def build_step_input(items: Sequence[ScheduledSequence], block_size: int) -> StepInput:
     """Sequences in scheduled order; the logits rows are those the schedule asks for, in the same order.
 
     In plain Python: most steps have few tokens a sequence, for which each call of numpy costs more than the work."""
-    items = output.scheduled
     token_ids, positions, slots, logits_rows = array("i"), array("i"), array("i"), array("i")
     query_start_loc, seq_lens = array("i", [0]), array("i")
     block_tables = np.zeros((len(items), max(len(item.sequence.block_table) for item in items)), dtype=np.int32)

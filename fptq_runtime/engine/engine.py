@@ -8,6 +8,7 @@ import time
 from collections import Counter, abc
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import islice
 from typing import Generic, NamedTuple, TypeVar
 
@@ -20,6 +21,7 @@ from fptq_runtime.engine.block_manager import BlockManager
 from fptq_runtime.engine.block_store import DiskStore, KVDisk
 from fptq_runtime.engine.grammar import GrammarError, Grammars
 from fptq_runtime.engine.output import Detokenizer, RequestOutput, TextStream, TokenLogprobs
+from fptq_runtime.engine.pooling import Pooler
 from fptq_runtime.engine.request import ANYONE, FinishReason, Origin, SamplingParams
 from fptq_runtime.engine.sampler import NO_MASKS, SampleBatch, SampleResult, Sampling
 from fptq_runtime.engine.scheduler import ScheduledSequence, Scheduler, SchedulerOutput
@@ -28,7 +30,16 @@ from fptq_runtime.engine.sizing import step_limits
 from fptq_runtime.engine.speculation import Draft, Speculator
 from fptq_runtime.engine.stats import FinishedStats, StepStats
 from fptq_runtime.errors import FptqError
-from fptq_runtime.kernels.base import Backend, DeviceLostError, Executor, Logits, UInt32Array
+from fptq_runtime.kernels.base import (
+    Backend,
+    DeviceLostError,
+    Executor,
+    Float32Array,
+    Logits,
+    SampleOutput,
+    UInt32Array,
+    logits_array,
+)
 from fptq_runtime.models.decoder import Decoder
 
 logger = logging.getLogger(__name__)
@@ -36,6 +47,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T", bound=Detokenizer)
 
 RETRY_AFTER_SECONDS = (1.0, 600.0)
+ANSWERED = (FinishReason.STOP, FinishReason.LENGTH)
 MARGIN = 1.05  # what is accepted at the very limit is to begin in time too
 
 
@@ -53,13 +65,20 @@ class QueueFullError(Exception):
         self.reason = reason
 
 
+class _Rows(NamedTuple):
+    """What a step's items asked for, in their order; None where none does."""
+
+    logits: Logits | None  # [R, V]
+    hidden: Logits | None  # of those that are pooled [R, H]
+
+
 @dataclass(frozen=True)
 class _Batch:
-    """What the executor computes, or has computed. logits: None where that failed. masks: of the items that draw a
+    """What the executor computes, or has computed. rows: None where that failed. masks: of the items that draw a
     token of a structured answer, in their order. failed: whom it cannot compute, taken out of the plan."""
 
     plan: SchedulerOutput
-    logits: Logits | None
+    rows: _Rows | None
     masks: Future[UInt32Array] | None = None
     failed: tuple[Sequence, ...] = ()
 
@@ -116,10 +135,12 @@ class Engine(Generic[T]):
         self.config = config
         self.probes = probes
         self.model_config = decoder.config
+        self._decoder = decoder
         self.backend = backend
         self.tokenizer = tokenizer
         self._eos_token_ids = frozenset(decoder.config.eos_token_ids if eos_token_ids is None else eos_token_ids)
         limits = step_limits(decoder.config, config, backend.token_bytes(decoder.config, config.kv_cache_dtype))
+        self._limits = limits
         self.num_blocks = limits.num_blocks
         self._speculator = Speculator(self._eos_token_ids) if config.speculation else None
         self._executor = backend.compile(decoder, limits)
@@ -150,6 +171,12 @@ class Engine(Generic[T]):
         """For its measurements; steps are the engine's."""
         return self._executor
 
+    @cached_property
+    def _hidden_executor(self) -> Executor:
+        """Computes hidden states, over the same cache; made with the first request for some."""
+        limits = replace(self._limits, max_logits_rows=self._limits.max_tokens)
+        return self.backend.compile(self._decoder.hidden, limits, self._executor)
+
     @property
     def has_unfinished_requests(self) -> bool:
         return bool(self._unfinished)
@@ -176,6 +203,7 @@ class Engine(Generic[T]):
             stream = self.tokenizer.stream(params.skip_special_tokens, prompt_token_ids, params.shown_special_tokens)
             sequence.text = TextStream(stream, params.stop)
             sequence.sampling = Sampling(sequence, self._eos_token_ids)
+            sequence.pooler = None if params.pooling is None else Pooler(params.pooling)
             sequence.cost = work.prompt + self._forecast.output(work)
         with self._lock:
             if request_id in self._unfinished:
@@ -295,7 +323,7 @@ class Engine(Generic[T]):
         """Bring back what is on disk of those prompts that this step may begin with."""
         scheduler = self._scheduler
         for sequence in islice(scheduler.waiting, max(0, scheduler.max_num_seqs - len(scheduler.running))):
-            if sequence.num_restored_tokens is None and not sequence.needs_prompt_logits:
+            if sequence.num_restored_tokens is None and not sequence.needs_all_rows:
                 sequence.num_restored_tokens = scheduler.blocks.restore(sequence)
 
     def _launch(self) -> _Batch:
@@ -352,7 +380,14 @@ class Engine(Generic[T]):
     def _compute(self, plan: SchedulerOutput) -> _Batch:
         structured = [item for item in plan.scheduled if item.samples and item.sequence.matcher is not None]
         masks = self._mask_worker.submit(self._masks, structured) if structured else None
-        return _Batch(plan, self._executor.step(build_step_input(plan, self.config.block_size), reuse=True), masks)
+        return _Batch(plan, self._execute(plan.scheduled), masks)
+
+    def _execute(self, items: abc.Sequence[ScheduledSequence]) -> _Rows:
+        drawing, pooled = [item for item in items if not item.pooled], [item for item in items if item.pooled]
+        size = self.config.block_size
+        return _Rows(
+            self._executor.step(build_step_input(drawing, size), reuse=True) if drawing else None,
+            self._hidden_executor.step(build_step_input(pooled, size), reuse=True) if pooled else None)
 
     def _culprits(self, items: list[ScheduledSequence]) -> list[ScheduledSequence]:
         """Of items that fail together, those that fail without the others. Keys and values that are computed again
@@ -362,7 +397,7 @@ class Engine(Generic[T]):
         culprits = []
         for half in (items[: len(items) // 2], items[len(items) // 2 :]):
             try:
-                self._executor.step(build_step_input(SchedulerOutput(half), self.config.block_size), reuse=True)
+                self._execute(half)
             except DeviceLostError:
                 raise
             except Exception:
@@ -386,18 +421,30 @@ class Engine(Generic[T]):
         return masks.view(np.uint32)
 
     def _draw_all(self, batch: _Batch) -> _Draws | None:
-        if batch.logits is None:
+        if batch.rows is None:
             return None
         try:
             masks = NO_MASKS if batch.masks is None else batch.masks.result()
-            return self._sample(batch.plan, batch.logits, masks)
+            if batch.rows.hidden is not None:
+                self._pool(batch.plan, logits_array(batch.rows.hidden))
+            return self._sample(batch.plan, batch.rows.logits, masks)
         except DeviceLostError:
             raise
         except Exception:
             logger.exception("a step failed; its %d sequences end with an error", len(batch.plan.scheduled))
             return None
 
-    def _sample(self, plan: SchedulerOutput, logits: Logits, masks: UInt32Array) -> _Draws:
+    @staticmethod
+    def _pool(plan: SchedulerOutput, hidden: Float32Array) -> None:
+        row = 0
+        for item in plan.scheduled:
+            if item.pooled and item.sequence.status is not SequenceStatus.FINISHED:
+                assert item.sequence.pooler is not None
+                first = item.start + item.num_tokens - item.num_logits
+                item.sequence.pooler.add(first, hidden[row : row + item.num_logits])
+            row += item.num_logits if item.pooled else 0
+
+    def _sample(self, plan: SchedulerOutput, logits: Logits | None, masks: UInt32Array) -> _Draws:
         """logits: the rows that the schedule asked for, in its order. [R, V]"""
         batch = SampleBatch(masks)
         spans = []
@@ -406,7 +453,7 @@ class Engine(Generic[T]):
             first = len(batch)
             sequence = item.sequence
             structured = item.samples and sequence.matcher is not None
-            if item.num_logits and sequence.status is not SequenceStatus.FINISHED:
+            if item.num_logits and not item.pooled and sequence.status is not SequenceStatus.FINISHED:
                 for position in sequence.unscored(item.start, item.num_tokens):
                     batch.score(row + position - item.start, sequence.token_ids[position + 1],
                                 sequence.params.prompt_logprobs or 0)
@@ -414,10 +461,11 @@ class Engine(Generic[T]):
                 for ahead in range(len(draft) + 1) if item.samples else ():
                     batch.draw(row + item.num_logits - 1 - len(draft) + ahead, sequence, sequence.sampling,
                                mask_row + ahead if structured else -1, draft[:ahead])
-            row += item.num_logits
+            row += 0 if item.pooled else item.num_logits
             mask_row += structured and 1 + len(item.draft.token_ids)
             spans.append((first, len(batch)))
-        return _Draws(spans, SampleResult(self.backend.sample(logits, batch.build()), logits.shape[1]))
+        drawn = SampleOutput.empty(batch.build()) if logits is None else self.backend.sample(logits, batch.build())
+        return _Draws(spans, SampleResult(drawn, self.model_config.vocab_size))
 
     def _take_in(self, step: _Step, batch: _Batch) -> list[_Gain]:
         """Give every sequence of a batch what was drawn for it, if it is still there; those that end with it leave the
@@ -537,6 +585,10 @@ class Engine(Generic[T]):
                 and sequence.num_told_tokens == len(token_ids) \
                 and len(sequence.prompt_logprobs) == sequence.num_prompt_tokens:
             prompt_logprobs = tuple(sequence.prompt_logprobs)
+        embedding = None
+        if sequence.pooler is not None and finish_reason in ANSWERED:
+            pooled, readout = sequence.pooler.result(), self._decoder.head.readout
+            embedding = (pooled if readout is None else readout(pooled)).astype(np.float32)
         step.outputs.append(RequestOutput(
             request_id=sequence.request_id,
             index=sequence.index,
@@ -553,6 +605,7 @@ class Engine(Generic[T]):
             num_rejected_tokens=sequence.num_rejected_tokens,
             prompt_logprobs=prompt_logprobs,
             failure=sequence.failure,
+            embedding=embedding,
             scheduled_time=sequence.scheduled_time,
         ))
         if finish_reason is None:
@@ -561,8 +614,8 @@ class Engine(Generic[T]):
         del self._live[sequence.key]
         if finish_reason is FinishReason.ABORT:
             step.stats.saved_tokens += self._forecast.output(self._work(sequence))
-        answered = finish_reason in (FinishReason.STOP, FinishReason.LENGTH)
-        if answered:
+        answered = finish_reason in ANSWERED
+        if answered and sequence.pooler is None:
             self._forecast.observe_answer(sequence.num_told_tokens, finish_reason is FinishReason.LENGTH)
         if self._speculator is not None:
             self._speculator.forget(sequence, remember=answered)
@@ -645,7 +698,9 @@ def _scored(gain: _Gain) -> _Gain:
     """A sequence of which no token was asked for ends with its last prompt token."""
     sequence = gain.sequence
     through = sequence.params.max_tokens == 0 and sequence.num_computed_tokens == sequence.num_tokens
-    return replace(gain, end=(FinishReason.LENGTH, None)) if through else gain
+    if not through:
+        return gain
+    return replace(gain, end=(FinishReason.LENGTH if sequence.pooler is None else FinishReason.STOP, None))
 
 
 def _bounded(seconds: float) -> float:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from fptq_runtime.engine.request import FinishReason
+from fptq_runtime.kernels.base import Float32Array
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,8 @@ class RequestOutput:
     num_restored_tokens: of those cached, how many came from disk.
     num_accepted_tokens, num_rejected_tokens: of the request's prediction, tried so far, rightly and in vain.
     stop_reason: the stop string or stop id that ended it; None for the model's own end of sequence. failure: why it
-    ended with an error, where that is the request's fault. scheduled_time: time.monotonic() when it left the queue.
+    ended with an error, where that is the request's fault. embedding: the pooled hidden states [H], with the last event
+    of a request that asks for them. scheduled_time: time.monotonic() when it left the queue.
     """
 
     request_id: str
@@ -48,6 +50,7 @@ class RequestOutput:
     num_rejected_tokens: int = 0
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
     failure: str | None = None
+    embedding: Float32Array | None = field(default=None, compare=False)
     scheduled_time: float | None = field(default=None, compare=False)
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from types import NoneType
 from typing import SupportsIndex
 
+from fptq_runtime.config import Pooling
 from fptq_runtime.engine.grammar import Grammar
 from fptq_runtime.errors import FptqError
 
@@ -54,6 +55,9 @@ class SamplingParams:
     the answer can go on. Log-probabilities are those among the allowed tokens.
 
     prediction: tokens that the answer may resemble. It changes nothing but the time that is taken.
+
+    pooling: no token is drawn (max_tokens 0); the answer is one vector made of the prompt's hidden states behind the
+    last norm, its last token's or a mean.
     """
 
     n: int = 1
@@ -77,6 +81,7 @@ class SamplingParams:
     shown_special_tokens: frozenset[int] = frozenset()
     structured: Grammar | None = None
     prediction: tuple[int, ...] = ()
+    pooling: Pooling | None = None
 
     def __post_init__(self) -> None:
         def check(name: str, ok: bool, allowed: str) -> None:
@@ -106,6 +111,10 @@ class SamplingParams:
         if not all(self.stop):
             raise FptqError("stop has an empty string, which every text begins with", "stop")
         check("ignore_eos", not self.ignore_eos or self.structured is None, "false where the answer is structured")
+        if self.pooling is not None:
+            check("max_tokens", self.max_tokens == 0, "0 where hidden states are pooled")
+            check("n", self.n == 1, "1 where hidden states are pooled")
+            check("prompt_logprobs", self.prompt_logprobs is None, "None where hidden states are pooled")
         for name in ("logprobs", "prompt_logprobs"):
             value = getattr(self, name)
             check(name, value is None or 0 <= value <= MAX_LOGPROBS, f"between 0 and {MAX_LOGPROBS}")

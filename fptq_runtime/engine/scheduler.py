@@ -18,8 +18,8 @@ from fptq_runtime.engine.speculation import NO_DRAFT, Draft
 @dataclass(frozen=True)
 class ScheduledSequence:
     """Compute tokens start to start + num_tokens of a sequence, then those of its draft; the last num_logits of these
-    rows need logits, and where `samples`, the row before the draft yields the sequence's next token, and each row of
-    the draft the one after, if the draft is right so far."""
+    rows need logits, or are pooled, and where `samples`, the row before the draft yields the sequence's next token, and
+    each row of the draft the one after, if the draft is right so far."""
 
     sequence: Sequence
     start: int
@@ -31,6 +31,10 @@ class ScheduledSequence:
     @property
     def num_rows(self) -> int:
         return self.num_tokens + len(self.draft.token_ids)
+
+    @property
+    def pooled(self) -> bool:
+        return self.sequence.params.pooling is not None
 
 
 @dataclass
@@ -129,7 +133,7 @@ class Scheduler:
 
     def room_for_drafts(self, output: SchedulerOutput) -> int:
         """Rows that the step may have beside those that were scheduled."""
-        rows = sum(item.num_logits for item in output.scheduled)
+        rows = sum(item.num_logits for item in output.scheduled if not item.pooled)
         return min(self.max_num_batched_tokens - output.num_tokens, self.max_num_seqs + self.max_prompt_logits - rows)
 
     def extend(self, output: SchedulerOutput, drafts: abc.Sequence[Draft]) -> None:
@@ -180,7 +184,7 @@ class Scheduler:
         running sequence still lacks and one more block: admitted with less it would soon be preempted."""
         if self._sibling_is_behind(sequence):
             return None
-        prefix = [] if sequence.needs_prompt_logits else self.blocks.find_prefix(sequence)
+        prefix = [] if sequence.needs_all_rows else self.blocks.find_prefix(sequence)
         missing = self.blocks.blocks_for(sequence.num_tokens) - len(prefix)
         promised = sum(max(0, self.blocks.blocks_for(r.num_tokens) - len(r.block_table)) + 1 for r in self.running)
         if missing + promised > self.blocks.free_blocks_after(prefix):
@@ -222,6 +226,8 @@ def _chunk(sequence: Sequence, max_tokens: int, max_prompt_logits: int) -> Sched
         num_tokens = min(num_tokens, max_prompt_logits)
     if num_tokens < 1:
         return None
-    samples = start + num_tokens == sequence.num_tokens and sequence.params.max_tokens > 0
-    num_logits = num_tokens if sequence.needs_prompt_logits else int(samples)
+    through = start + num_tokens == sequence.num_tokens
+    samples = through and sequence.params.max_tokens > 0
+    pools = through and sequence.params.pooling is not None
+    num_logits = num_tokens if sequence.needs_all_rows else int(samples or pools)
     return ScheduledSequence(sequence, start, num_tokens, num_logits, samples)

@@ -14,6 +14,7 @@ from fptq_runtime.engine.request import ANYONE, Origin, SamplingParams
 if TYPE_CHECKING:
     from fptq_runtime.engine.grammar import Matcher
     from fptq_runtime.engine.output import TextStream, TokenLogprobs
+    from fptq_runtime.engine.pooling import Pooler
     from fptq_runtime.engine.sampler import Sampling
 
 
@@ -28,12 +29,13 @@ class Sequence:
 
     Tokens are computed when their keys and values are in the cache: the scheduler moves num_computed_tokens towards
     num_tokens, and a token is sampled when they meet. The engine gives it how it is sampled, what may be (None:
-    anything), and what makes its text.
+    anything), what makes its text, and what pools its hidden states (None: its logits are wanted).
     """
 
     sampling: Sampling
     matcher: Matcher | None
     text: TextStream
+    pooler: Pooler | None
 
     def __init__(self, request_id: str, index: int, prompt_token_ids: abc.Sequence[int], params: SamplingParams,
                  seed: int, arrival_time: float, origin: Origin = ANYONE) -> None:
@@ -93,6 +95,11 @@ class Sequence:
         """Every prompt position's logits are wanted, and the prompt is not known to be through. They are reported
         once, by sequence 0."""
         return self.params.prompt_logprobs is not None and self.index == 0 and self.num_output_tokens == 0
+
+    @property
+    def needs_all_rows(self) -> bool:
+        """Those of cached tokens are wanted too."""
+        return self.needs_prompt_logits or self.params.pooling not in (None, "last")
 
     def unscored(self, start: int, num_tokens: int) -> range:
         """Of the tokens that a step computes, the positions whose rows of logits tell of a prompt token, the next one,

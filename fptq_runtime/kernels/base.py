@@ -441,8 +441,9 @@ class Backend(Protocol):
         arrays afterwards, so that a model loads with little more memory than its packed weights."""
         ...
 
-    def compile(self, forward: Callable[[Ops[Any]], Any], limits: StepLimits) -> Executor:
-        """`forward` returns the logits value; each compiled executor has a KV cache of its own."""
+    def compile(self, forward: Callable[[Ops[Any]], Any], limits: StepLimits, sharing: Any = None) -> Executor:
+        """`forward` returns the logits value, or any other floats of the selected rows. The executor has a KV cache of
+        its own, unless it is `sharing` that of another which this backend compiled for as many blocks."""
         ...
 
     def sample(self, logits: Logits, batch: SampleInput) -> SampleOutput:

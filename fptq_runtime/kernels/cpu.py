@@ -142,8 +142,10 @@ class CpuBackend:
         return (self._prepare_linear(Linear(name, weight, act=linear.act)),
                 self._prepare_linear(Linear(f"{linear.name}.low_rank_up", up)))
 
-    def compile(self, forward: Callable[[Ops[Any]], Any], limits: StepLimits) -> CpuExecutor:
-        program = _native.Program(self._pool, self._isa, **vars(limits))
+    def compile(self, forward: Callable[[Ops[Any]], Any], limits: StepLimits, sharing: CpuExecutor | None = None
+                ) -> CpuExecutor:
+        program = _native.Program(self._pool, self._isa, **vars(limits),
+                                  sharing=None if sharing is None else sharing.program)
         program.finish(forward(CaptureOps(program)))
         return CpuExecutor(program, limits.max_logits_rows)
 
@@ -245,26 +247,26 @@ class CpuExecutor:
     """One recorded program and its KV cache. Steps are for one thread at a time."""
 
     def __init__(self, program: _native.Program, max_logits_rows: int) -> None:
-        self._program = program
+        self.program = program
         # For steps with `reuse`, touched as far as they need it: the kernel would zero a fresh one each time.
         self._logits = np.empty((max_logits_rows, program.logits_width), np.float32)
 
     @property
     def seconds(self) -> dict[str, float]:
-        return self._program.seconds
+        return self.program.seconds
 
     @property
     def blocks(self) -> UInt8Array:
-        return self._program.blocks
+        return self.program.blocks
 
     def work(self, tokens: int, rows: int) -> Work:
-        return Work(*self._program.work(tokens, rows))
+        return Work(*self.program.work(tokens, rows))
 
     def step(self, batch: StepInput, reuse: bool = False) -> Float32Array:
         """Logits [R, V]. Raises ValueError, and leaves the cache as it was, where an array or an index is wrong."""
         rows = batch.logits_rows.size
-        logits = self._logits[:rows] if reuse else np.empty((rows, self._program.logits_width), np.float32)
-        self._program.step(batch, logits)
+        logits = self._logits[:rows] if reuse else np.empty((rows, self.program.logits_width), np.float32)
+        self.program.step(batch, logits)
         return logits
 
 

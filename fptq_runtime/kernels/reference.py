@@ -75,8 +75,9 @@ class ReferenceBackend:
             return replace(parameter, bias=_floats(parameter.bias))
         raise TypeError(f"cannot prepare a {type(parameter).__name__}")
 
-    def compile(self, forward: Callable[[Ops[Any]], Any], limits: StepLimits) -> ReferenceExecutor:
-        return ReferenceExecutor(forward, limits)
+    def compile(self, forward: Callable[[Ops[Any]], Any], limits: StepLimits,
+                sharing: ReferenceExecutor | None = None) -> ReferenceExecutor:
+        return ReferenceExecutor(forward, ReferenceCache(limits) if sharing is None else sharing.cache)
 
     def sample(self, logits: Float32Array, batch: SampleInput) -> SampleOutput:
         return sample_reference(logits, batch)
@@ -124,9 +125,9 @@ class ReferenceCache:
 
 
 class ReferenceExecutor:
-    def __init__(self, forward: Callable[[Ops[Any]], Any], limits: StepLimits) -> None:
+    def __init__(self, forward: Callable[[Ops[Any]], Any], cache: ReferenceCache) -> None:
         self._forward = forward
-        self._cache = ReferenceCache(limits)
+        self.cache = cache
         self.seconds = {"forward": 0.0}
         self.blocks = None
 
@@ -136,7 +137,7 @@ class ReferenceExecutor:
     def step(self, batch: StepInput, reuse: bool = False) -> Float32Array:
         started = time.perf_counter()
         with torch.inference_mode():
-            logits: torch.Tensor = self._forward(ReferenceOps(batch, self._cache))
+            logits: torch.Tensor = self._forward(ReferenceOps(batch, self.cache))
         self.seconds["forward"] += time.perf_counter() - started
         return logits.numpy()
 

@@ -18,6 +18,7 @@ from fptq_runtime.kernels.base import (
     Ops,
     Routing,
 )
+from fptq_runtime.models.readout import Readout
 from fptq_runtime.models.rope import RopeConfig
 
 
@@ -165,7 +166,8 @@ class BlockSpec:
 @dataclass
 class Block:
     """A block's parameters by the names of its spec: `Linear`, `Norm`, `AttentionSpec` (with its own norms) and
-    `Routing`, or what a backend made of them. last: only rows that need logits leave it."""
+    `Routing`, or what a backend made of them. last: only rows that need logits leave it. readout: of a head whose norm
+    makes other rows than its model's does."""
 
     spec: BlockSpec
     linears: dict[str, Any]
@@ -173,6 +175,7 @@ class Block:
     attention: Any = None
     last: bool = False
     routing: Any = None
+    readout: Readout | None = None
 
     def forward(self, ops: Ops[Any], x: Any) -> Any:
         """The residual stream after it. [rows, H]; the head: logits [rows, V]."""

@@ -21,8 +21,15 @@ class Decoder:
 
     def __call__(self, ops: Ops[V]) -> V:
         """Logits of the step's logits_rows. [R, V]"""
+        logits: V = self.head.forward(ops, self._rows(ops))
+        return logits
+
+    def hidden(self, ops: Ops[V]) -> V:
+        """What the head reads of the step's logits_rows: normalised, and for its readout, where it has one. [R, H]"""
+        return ops.norm(self._rows(ops), self.head.norms["norm"], None)
+
+    def _rows(self, ops: Ops[V]) -> V:
         x: V = self.stem.forward(ops)
         for block in self.blocks:
             x = block.forward(ops, x)
-        logits: V = self.head.forward(ops, x)
-        return logits
+        return x

@@ -40,6 +40,7 @@ from fptq_runtime.models.formats import WeightFormat, open_format
 from fptq_runtime.models.formats.floats import widen_mxfp4
 from fptq_runtime.models.gguf import GgufIntegers, GgufTensors, gguf_file
 from fptq_runtime.models.layers import alibi_slopes
+from fptq_runtime.models.readout import Readout
 from fptq_runtime.models.rope import RopeConfig, rope_tables
 from fptq_runtime.models.tensors import FLOATS, CheckpointError, Tensors, read_json
 from fptq_runtime.models.towers import decoder_config, text_names
@@ -275,7 +276,23 @@ def load_head(checkpoint: Checkpoint) -> Block:
             head.bias = checkpoint.tensor(f"{checkpoint.model.head_module}.bias", (linear.n,))
     else:
         head = _load_linear(checkpoint, spec, linear)
-    return Block(spec, {linear.name: head}, {norm.name: checkpoint.norm(norm, spec.prefix) for norm in spec.norms})
+    return Block(spec, {linear.name: head}, {norm.name: checkpoint.norm(norm, spec.prefix) for norm in spec.norms},
+                 readout=_load_readout(checkpoint))
+
+
+def has_hidden_states(checkpoint: Checkpoint) -> bool:
+    """Whether a checkpoint that may have been rotated says what it was before: gains that are all 1 went elsewhere."""
+    head = load_head(checkpoint)
+    return head.readout is not None or not np.all(head.norms["norm"].weight == 1)
+
+
+def _load_readout(checkpoint: Checkpoint) -> Readout | None:
+    if not checkpoint.has("readout.gains"):
+        return None
+    size = checkpoint.model_config.hidden_size
+    odd = size // (size & -size)
+    return Readout(*(np.array(checkpoint.tensor(f"readout.{name}", shape, ("F32",)))
+                     for name, shape in (("gains", (size,)), ("signs", (size,)), ("odd", (odd, odd)))))
 
 
 def _load_linear(checkpoint: Checkpoint, spec: BlockSpec, linear: LinearSpec) -> Linear:

@@ -18,6 +18,7 @@ from fptq_runtime.models.weights import unfuse, unstack
 COMPANIONS = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
     "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json",
+    "modules.json", "config_sentence_transformers.json", "sentence_bert_config.json", "[0-9]_*/config.json",
     "LICENSE*", "NOTICE*",
 )
 
@@ -26,7 +27,7 @@ def copy_companions(source: Path, writer: ArtifactWriter) -> None:
     """What lies beside a model's weights and belongs to it."""
     for pattern in COMPANIONS:
         for file in sorted(source.glob(pattern)):
-            writer.copy_file(file)
+            writer.copy_file(file, file.relative_to(source).as_posix())
 
 
 def stem_modules(stem: Stem) -> list[tuple[str, Embedding | Norm]]:
@@ -53,13 +54,16 @@ def block_modules(block: Block) -> list[tuple[str, Linear | Norm]]:
 
 
 def block_tensors(block: Block) -> dict[str, Array]:
-    """What belongs to a block and is neither a linear nor a norm: attention's sinks, and the bias of its routing."""
+    """What belongs to a block and is neither a linear nor a norm: attention's sinks, the bias of its routing, a head's
+    readout."""
     spec = block.spec
     tensors = {}
     if spec.attention is not None and spec.attention.sinks is not None:
         tensors[spec.prefix + spec.attention.sinks] = to_numpy(block.attention.sinks)
     if spec.routing_bias is not None:
         tensors[spec.prefix + spec.routing_bias] = to_numpy(block.routing.bias)
+    if block.readout is not None:
+        tensors |= {f"readout.{name}": array for name, array in vars(block.readout).items()}
     return tensors
 
 

@@ -29,6 +29,7 @@ from fptq_server.response_store import ResponseStore
 from fptq_server.routes.chat import chat_router
 from fptq_server.routes.completions import completions_router
 from fptq_server.routes.docs import docs_router
+from fptq_server.routes.embeddings import embeddings_router
 from fptq_server.routes.generate import generate_router
 from fptq_server.routes.messages import messages_router
 from fptq_server.routes.models import models_router
@@ -70,6 +71,7 @@ def create_app(engine: AsyncEngine, tokenizer: Tokenizer, config: ServerConfig, 
         messages_router(assistant, config),
         responses_router(assistant, store, config),
         models_router(model),
+        embeddings_router(engine, tokenizer, model),
         generate_router(engine, tokenizer, texts, model, config),
         tokens_router(tokenizer, chat, model, config),
         status_router(engine, model, config, metrics),

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from fptq_runtime.config import Pooling
 from fptq_runtime.errors import FptqError
 from fptq_server.keys import check_key
 from fptq_server.logs import LogFormat
@@ -99,7 +100,8 @@ class ModelCard:
     aliases: further names that clients may call it by. created: Unix seconds. description, engine and kernels are
     reported as they are: what the model is, the engine's limits, and which kernel runs each kind of layer. layers: the
     scheme, the kernel and the error of each, where the artifact says. sampling:
-    what a request gets that does not say otherwise, under SamplingParams' names.
+    what a request gets that does not say otherwise, under SamplingParams' names. pooling: of embeddings; no_embeddings:
+    why there are none.
     """
 
     id: str
@@ -112,3 +114,5 @@ class ModelCard:
     layers: Sequence[Mapping[str, object]] = ()
     sampling: Mapping[str, Any] = field(default_factory=dict)
     aliases: tuple[str, ...] = ()
+    pooling: Pooling = "last"
+    no_embeddings: str | None = None

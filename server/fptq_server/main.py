@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from http import HTTPStatus
 from importlib import import_module
 from pathlib import Path
@@ -28,12 +28,15 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 from fptq_runtime import __version__
 from fptq_runtime.artifact.io import LayerRecord, Manifest, is_artifact, read_manifest
 from fptq_runtime.artifact.scrub import Scrub
+from fptq_runtime.config import Pooling
 from fptq_runtime.engine.async_engine import AsyncEngine
 from fptq_runtime.engine.engine import Engine
 from fptq_runtime.engine.llm import load_engine
 from fptq_runtime.engine.sizing import format_bytes
 from fptq_runtime.errors import FptqError
 from fptq_runtime.models.chat_template import ChatTemplate
+from fptq_runtime.models.loader import Checkpoint, has_hidden_states
+from fptq_runtime.models.pooling import read_pooling
 from fptq_runtime.models.tokenizer import Tokenizer
 from fptq_server.config import ModelCard, ServerConfig
 from fptq_server.defaults import sampling_defaults
@@ -111,7 +114,9 @@ def load_app(path: Path, config: ServerConfig, names: Sequence[str], tracing: Tr
     from fptq_server.metrics import Metrics
 
     manifest = read_manifest(path) if is_artifact(path) else None
-    model = model_card(names, engine, sampling, () if manifest is None else manifest.layers)
+    pooling, no_embeddings = embeddings_of(path, manifest)
+    model = replace(model_card(names, engine, sampling, () if manifest is None else manifest.layers),
+                    pooling=pooling, no_embeddings=no_embeddings)
     metrics = Metrics(__version__, model, config.metrics_aliases)
     async_engine = AsyncEngine(engine, metrics.record_step, metrics.record_deviation)
     log.info("%s", describe(model, config))
@@ -154,6 +159,18 @@ def check_template_variables(config: ServerConfig, tokenizer: Tokenizer) -> None
         if name not in read:
             raise FptqError(f"chat_template_kwargs: the chat template reads no {name}; it reads "
                             f"{', '.join(sorted(read)) or 'no variables'}", "chat_template_kwargs")
+
+
+def embeddings_of(path: Path, manifest: Manifest | None) -> tuple[Pooling, str | None]:
+    """How a model directory's embeddings are pooled, and why there are none."""
+    try:
+        pooling = read_pooling(path)
+    except FptqError as error:
+        return "last", f"this model has no embeddings here: {error}"
+    rotated = manifest is not None and any(step.get("type") == "rotation" for step in manifest.recipe.get("steps", ()))
+    if rotated and not has_hidden_states(Checkpoint(path)):
+        return pooling, "this artifact does not say what its hidden states were before the rotation; quantize it again"
+    return pooling, None
 
 
 def model_card(names: Sequence[str], engine: Engine[Any], sampling: Mapping[str, Any] | None = None,

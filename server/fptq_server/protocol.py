@@ -523,6 +523,27 @@ class TokenizeRequest(Body):
     return_token_strs: bool | None = None
 
 
+class EmbeddingRequest(Body):
+    """truncate_prompt_tokens, add_special_tokens, priority, normalize: vLLM's."""
+
+    model: Text | None = None
+    input: Prompt
+    dimensions: int | None = None
+    encoding_format: Literal["float", "base64"] | None = None
+    truncate_prompt_tokens: Annotated[int, AfterValidator(_prompt_length)] | None = None
+    add_special_tokens: bool | None = None
+    normalize: NotFalse = None
+    use_activation: NotFalse = None
+    embed_dtype: Annotated[Any, unsupported("float32")] = None
+    endianness: Annotated[Any, unsupported("native", "little")] = None
+    mm_processor_kwargs: NotEmpty = None
+    priority: Off = None
+    cache_salt: Unsupported = None
+    user: Text | None = None
+    metadata: dict[Text, Text] | None = None
+    safety_identifier: Text | None = None
+
+
 class DetokenizeRequest(Body):
     model: Text | None = None
     tokens: Annotated[list[TokenId], Field(fail_fast=True)]
@@ -561,6 +582,26 @@ class Usage(BaseModel):
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
     completion_tokens_details: CompletionTokensDetails
+
+
+class Embedding(BaseModel):
+    """embedding: numbers, or in base64 the bytes of little-endian float32."""
+
+    object: Literal["embedding"] = "embedding"
+    index: int
+    embedding: list[float] | str
+
+
+class EmbeddingUsage(BaseModel):
+    prompt_tokens: int
+    total_tokens: int
+
+
+class EmbeddingResponse(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[Embedding]
+    model: str
+    usage: EmbeddingUsage
 
 
 class CompletionLogprobs(BaseModel):

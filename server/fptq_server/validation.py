@@ -172,14 +172,13 @@ def one_of(**names: T | None) -> T | None:
     return given[0][1] if given else None
 
 
-def truncated(prompt: list[int], body: SamplingBody, max_tokens: int, model: ModelCard) -> list[int]:
+def truncated(prompt: list[int], length: int | None, max_tokens: int, model: ModelCard) -> list[int]:
     """The end of a prompt, as many tokens as truncate_prompt_tokens says; -1: what leaves room for max_tokens, or for a
     token where so many never fit."""
-    length = body.truncate_prompt_tokens
     if length is None:
         return prompt
     if length == -1:
-        length = model.max_model_len - (max_tokens if 0 < max_tokens < model.max_model_len else 1)
+        length = model.max_model_len - (max_tokens if max_tokens < model.max_model_len else 1)
     return prompt[-length:]
 
 

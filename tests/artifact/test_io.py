@@ -204,6 +204,22 @@ def full_disk() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
+def test_a_file_in_a_folder(tmp_path: Path) -> None:
+    """sentence-transformers keeps its own there."""
+    (tmp_path / "pooling").write_text("{}")
+    with ArtifactWriter(tmp_path / "out") as writer:
+        writer.add_tensors(TENSORS)
+        writer.finish_tensors()
+        writer.add_file("config.json", "{}")
+        writer.copy_file(tmp_path / "pooling", "1_Pooling/config.json")
+        manifest = writer.commit(UNSIGNED)
+    assert "1_Pooling/config.json" in manifest.files
+    assert verify(tmp_path / "out") == manifest
+    (tmp_path / "out" / "1_Pooling" / "config.json").write_text("[]")
+    with pytest.raises(ArtifactError, match=r"config\.json does not match"):
+        verify(tmp_path / "out")
+
+
 @pytest.mark.parametrize("large", ["tensors", "text", "copy", "index", "manifest"])
 @pytest.mark.parametrize("exists", [False, True])
 def test_a_full_disk(tmp_path: Path, large: str, exists: bool) -> None:
@@ -220,7 +236,7 @@ def test_a_full_disk(tmp_path: Path, large: str, exists: bool) -> None:
                 writer.add_tensors({f"{i}-{'n' * 200}": np.zeros(1, np.float32) for i in range(20)})
             writer.finish_tensors()
             writer.add_file("config.json", too_much if large == "text" else "{}")
-            writer.copy_file(source)
+            writer.copy_file(source, source.name)
             writer.commit(UNSIGNED.model_copy(update={"golden": {"x": too_much}}) if large == "manifest" else UNSIGNED)
 
     with full_disk(), pytest.raises(ArtifactError, match=f"cannot write to {tmp_path}: ") as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Collection, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -96,9 +97,13 @@ class FakeBackend:
     def token_bytes(self, model: ModelConfig, dtype: str) -> int:
         return TOKEN_BYTES
 
-    def compile(self, forward: Any, limits: StepLimits) -> FakeExecutor:
-        self.executor = FakeExecutor(limits)
-        return self.executor
+    def compile(self, forward: Any, limits: StepLimits, sharing: FakeExecutor | None = None) -> FakeExecutor:
+        executor = FakeExecutor(limits)
+        if sharing is None:
+            self.executor = executor
+        else:  # hidden states are as wide as logits, and other numbers
+            executor.cache, executor.model = sharing.cache, lambda token_ids: -logits_after(token_ids)
+        return executor
 
     def sample(self, logits: np.ndarray, batch: SampleInput) -> SampleOutput:
         return sample_reference(logits, batch)
@@ -109,6 +114,8 @@ class FakeBackend:
 
 class FakeDecoder:
     config = MODEL
+    hidden = None
+    head = SimpleNamespace(readout=None)
 
 
 class FakeTokenStream:

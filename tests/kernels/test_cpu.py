@@ -266,11 +266,24 @@ def test_work_counts_the_experts_that_a_step_reads() -> None:
     assert executor.work(1, 1).weight_bytes == expected[0]
 
 
+def test_a_cache_is_shared_only_where_it_fits() -> None:
+    pool, sizes = _native.ThreadPool(1), vars(limits(Options()))
+    program = _native.Program(pool, "", **sizes)
+    second = _native.Program(pool, "", **{**sizes, "max_logits_rows": 1}, sharing=program)
+    assert np.shares_memory(program.blocks, second.blocks)
+    with pytest.raises(ValueError, match="shared"):
+        _native.Program(pool, "", **{**sizes, "num_blocks": 1}, sharing=program)
+    del program
+    second.blocks[:] = 1  # still there
+
+
 def test_what_experts_read_is_checked() -> None:
     program = _native.Program(_native.ThreadPool(1), "", **vars(limits(Options())))
     table = _native.Embedding(np.zeros((VOCAB, 8), np.float32))
     weight = _native.pack_float(np.zeros((4 * 64, 8), np.float32))
-    routing = _native.Routing(4, 2, "softmax", True, 1.0, [], 1, 1, 1)
+    facts: dict[str, Any] = {"num_experts": 4, "top_k": 2, "scoring": "softmax", "normalise": True, "scale": 1.0,
+                             "bias": [], "groups": 1, "top_groups": 1, "group_best": 1}
+    routing = _native.Routing(**facts)
     x, other = program.embed(table), program.embed(table)
     with pytest.raises(ValueError, match="route reads rows of 4"):
         program.route(x, routing)
@@ -288,8 +301,8 @@ def test_what_experts_read_is_checked() -> None:
         (lambda: program.finish(rows), "must end with its logits"),
         (lambda: _native.Experts("e", None, weight, [], None, 3, 64), "in whole panels"),
         (lambda: _native.Experts("e", None, weight, [0.0], None, 4, 64), "bias must be"),
-        (lambda: _native.Routing(4, 5, "softmax", True, 1.0, [], 1, 1, 1), "top_k must be within"),
-        (lambda: _native.Routing(4, 2, "softmax", True, 1.0, [], 4, 1, 1), "groups must be of equal size"),
+        (lambda: _native.Routing(**{**facts, "top_k": 5}), "top_k must be within"),
+        (lambda: _native.Routing(**{**facts, "groups": 4}), "groups must be of equal size"),
     ):
         with pytest.raises(ValueError, match=why):
             call()

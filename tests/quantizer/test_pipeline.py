@@ -10,6 +10,7 @@ from pathlib import Path
 from types import MethodType, SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -22,6 +23,7 @@ from transformers.models.gpt_bigcode import modeling_gpt_bigcode
 
 from fptq_runtime.artifact.io import ArtifactError, Manifest, read_manifest, verify
 from fptq_runtime.config import ModelConfig
+from fptq_runtime.kernels.base import StepInput, StepLimits
 from fptq_runtime.kernels.reference import ReferenceBackend, quantize_activations
 from fptq_runtime.models.decoder import Decoder
 from fptq_runtime.models.golden import prompt_logits
@@ -279,6 +281,18 @@ def test_demo(demo: tuple[Path, Manifest]) -> None:
     shown = inspect_text(manifest)
     for word in ("perplexity", "static", "lae", "dynamic", "down_proj", "fptq calibration.txt", "seed 0"):
         assert word in shown
+
+
+def test_hidden_states_are_turned_back(demo: tuple[Path, Manifest]) -> None:
+    """The preset rotates; what embeddings are made of is the source's, but for rounding."""
+    tokens, backend = demo[1].golden["prompt_token_ids"], ReferenceBackend()
+    ours, source = (load_model(Checkpoint(path), backend) for path in (demo[0], DEMO))
+    limits = StepLimits.of(source.config, max_tokens=len(tokens), max_model_len=len(tokens), num_blocks=len(tokens))
+    rows, exact = (backend.compile(each.hidden, limits).step(StepInput.whole([tokens])) for each in (ours, source))
+    assert ours.head.readout is not None
+    turned = np.array([ours.head.readout(row) for row in rows.astype(np.float64)])
+    cosines = (turned * exact).sum(1) / np.linalg.norm(turned, axis=1) / np.linalg.norm(exact, axis=1)
+    assert cosines.mean() > 0.95
 
 
 @pytest.mark.skipif(not STORIES.is_dir(), reason="../shared is absent")

@@ -72,7 +72,8 @@ def run_server(decoder: tuple[Decoder, Backend], tokenizer: Tokenizer) -> Callab
     @contextmanager
     def run(config: ServerConfig | None = None, tokenizer: Tokenizer = tokenizer,
             sampling: Mapping[str, Any] | None = None, aliases: tuple[str, ...] = (),
-            tracing: Tracing | None = None, **options: Any) -> Iterator[Served]:
+            tracing: Tracing | None = None, decoder: tuple[Decoder, Backend] = decoder, **options: Any
+            ) -> Iterator[Served]:
         config = replace(config or ServerConfig(), port=0)
         model, backend = decoder
         limits = EngineConfig(**{"max_model_len": 1024, "max_num_seqs": 32} | options)

@@ -22,6 +22,7 @@ from fptq_server.protocol import (
     ChatCompletionRequest,
     CompletionRequest,
     DetokenizeRequest,
+    EmbeddingRequest,
     GenerateParameters,
     GenerateRequest,
     TokenizeRequest,
@@ -50,6 +51,7 @@ MINIMAL: dict[str, tuple[type[BaseModel], dict[str, Any]]] = {
     "/v1/responses": (ResponsesRequest, {"input": "x", "max_output_tokens": 1}),
     "/v1/messages": (MessagesRequest, MESSAGE | {"max_tokens": 1}),
     "/v1/messages/count_tokens": (CountTokensRequest, MESSAGE),
+    "/v1/embeddings": (EmbeddingRequest, {"input": "x"}),
     "/tokenize": (TokenizeRequest, {"prompt": "x"}),
     "/detokenize": (DetokenizeRequest, {"tokens": [5]}),
 }

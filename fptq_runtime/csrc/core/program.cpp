@@ -9,6 +9,7 @@
 #include <limits>
 #include <new>
 #include <stdexcept>
+#include <tuple>
 
 #include "core/pack.h"
 
@@ -59,7 +60,7 @@ size_t lines(size_t bytes) { return (bytes + kLine - 1) / kLine * kLine; }
 
 }  // namespace
 
-Program::Program(std::shared_ptr<ThreadPool> pool, const std::string& isa, const Limits& limits)
+Program::Program(std::shared_ptr<ThreadPool> pool, const std::string& isa, const Limits& limits, const Program* sharing)
     : pool_(std::move(pool)),
       kernels_(kernels_for(isa)),
       layout_(*kernels_.layout),
@@ -81,12 +82,23 @@ Program::Program(std::shared_ptr<ThreadPool> pool, const std::string& isa, const
   if (limits.num_blocks > std::numeric_limits<int32_t>::max() / limits.block_size)
     refuse("num_blocks · block_size must fit in 32 bits, num_blocks is ", limits.num_blocks);
 
+  if (sharing) {
+    const auto shape = [](const Limits& l) {
+      return std::tuple(l.num_blocks, l.block_size, l.kv_type, l.num_layers, l.num_kv_heads, l.head_dim);
+    };
+    if (shape(sharing->limits_) != shape(limits)) refuse("a cache is shared by programs with the same limits of it");
+    cache_memory_ = sharing->cache_memory_;
+    cache_ = sharing->cache_;
+    return;
+  }
   KvCache cache{limits.kv_type, limits.block_size, limits.num_kv_heads, limits.head_dim, 0, nullptr};
   const size_t layer_bytes = limits.num_kv_heads * cache.head_bytes();
   cache.block_bytes = limits.num_layers * layer_bytes;
   size_t cache_bytes;
   if (__builtin_mul_overflow(limits.num_blocks, cache.block_bytes, &cache_bytes)) throw std::bad_alloc();
   cache.data = allocate(cache_bytes);
+  cache_memory_ = std::move(memory_.back());
+  memory_.pop_back();
   use_huge_pages(cache.data, cache_bytes);
   for (int layer = 0; layer < limits.num_layers; ++layer, cache.data += layer_bytes) cache_.push_back(cache);
 }

@@ -87,7 +87,8 @@ struct Work {
 // does not fit. Not thread-safe, but programs on several threads may share a pool.
 class Program {
  public:
-  Program(std::shared_ptr<ThreadPool> pool, const std::string& isa, const Limits& limits);
+  // sharing: whose keys and values it reads and writes, rather than its own.
+  Program(std::shared_ptr<ThreadPool> pool, const std::string& isa, const Limits& limits, const Program* sharing);
   Program(const Program&) = delete;
   Program& operator=(const Program&) = delete;
 
@@ -216,6 +217,7 @@ class Program {
   const Limits limits_;
   const int scratch_size_;  // floats, of each thread; more where a row is wider
   std::vector<Memory> memory_;
+  std::shared_ptr<char> cache_memory_;
   std::vector<KvCache> cache_;  // a layer each
   std::vector<Value> values_;
   std::vector<Op> ops_;

@@ -98,10 +98,12 @@ class TritonBackend:
                             "with CUDA_VISIBLE_DEVICES, or use --device cpu") from None
         raise TypeError(f"cannot prepare a {type(parameter).__name__}")
 
-    def compile(self, forward: Callable[[Ops[Any]], Any], limits: StepLimits) -> TritonExecutor:
+    def compile(self, forward: Callable[[Ops[Any]], Any], limits: StepLimits, sharing: TritonExecutor | None = None
+                ) -> TritonExecutor:
         """Raises MemoryError where the KV cache does not fit."""
         try:
-            return TritonExecutor(forward, limits, self.device, self.batch_invariant)
+            cache = DeviceCache(limits, self.device) if sharing is None else sharing.cache
+            return TritonExecutor(forward, limits, cache, self.device, self.batch_invariant)
         except torch.OutOfMemoryError as error:
             raise MemoryError(str(error)) from None
 
@@ -172,13 +174,13 @@ class _Shape:
 class TritonExecutor:
     """One model and its KV cache. Steps are for one thread at a time, on its current stream."""
 
-    def __init__(self, forward: Callable[[Ops[Any]], Any], limits: StepLimits, device: torch.device,
-                 invariant: bool) -> None:
+    def __init__(self, forward: Callable[[Ops[Any]], Any], limits: StepLimits, cache: DeviceCache,
+                 device: torch.device, invariant: bool) -> None:
         self._forward = forward
         self._limits = limits
         self._device = device
         self._invariant = invariant
-        self._cache = DeviceCache(limits, device)
+        self.cache = cache
         self._inputs = _Inputs(limits, device)
         self._logits: torch.Tensor | None = None  # [max seqs, V], what graphs write to
         self._graphs: dict[_Shape, torch.cuda.CUDAGraph] = {}
@@ -223,7 +225,7 @@ class TritonExecutor:
         return _Shape(tokens, seqs, rows, context, triton.next_power_of_2(query), False)
 
     def _run(self, inputs: DeviceBatch) -> torch.Tensor:
-        logits: torch.Tensor = self._forward(TritonOps(inputs, self._cache, self._invariant))
+        logits: torch.Tensor = self._forward(TritonOps(inputs, self.cache, self._invariant))
         return logits
 
     def _replay(self, shape: _Shape, inputs: DeviceBatch) -> torch.Tensor:

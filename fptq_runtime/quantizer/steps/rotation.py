@@ -9,8 +9,9 @@ from typing import Literal
 import torch
 
 from fptq_runtime.kernels.base import Embedding, Linear, Norm
-from fptq_runtime.kernels.reference import to_torch
+from fptq_runtime.kernels.reference import to_numpy, to_torch
 from fptq_runtime.models.block import Block, Edge, Model, Stem
+from fptq_runtime.models.readout import Readout
 from fptq_runtime.quantizer.steps.base import QuantizationError, Step
 
 
@@ -63,6 +64,9 @@ class Rotation(Step):
         if self._obstacle(model):
             return
         residual = self._residual(model)
+        if block.spec is model.head:
+            gains = to_numpy(block.norms["norm"].weight.float())
+            block.readout = Readout(gains, to_numpy(residual.signs), to_numpy(residual.odd))
         for edge in block.spec.edges:
             if edge.through is None:
                 _rotate_readers(block.norms[edge.writer], [block.linears[name] for name in edge.readers], residual)
@@ -86,19 +90,19 @@ class RandomHadamard:
     def __init__(self, size: int, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
         odd = size // (size & -size)
-        self._signs = torch.randint(0, 2, (size,), generator=generator).float() * 2 - 1
-        self._odd = torch.linalg.qr(torch.randn(odd, odd, generator=generator, dtype=torch.float64)).Q.float()
+        self.signs = torch.randint(0, 2, (size,), generator=generator).float() * 2 - 1
+        self.odd = torch.linalg.qr(torch.randn(odd, odd, generator=generator, dtype=torch.float64)).Q.float()
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        size, odd = self._signs.numel(), self._odd.shape[0]
-        y = (x * self._signs).reshape(-1, size // odd, odd)
+        size, odd = self.signs.numel(), self.odd.shape[0]
+        y = (x * self.signs).reshape(-1, size // odd, odd)
         width = 1
         while width < size // odd:
             first, second = y.reshape(-1, 2, width * odd).unbind(1)
             y = torch.stack((first + second, first - second), 1)
             width *= 2
         if odd > 1:
-            y = y.reshape(-1, odd) @ self._odd
+            y = y.reshape(-1, odd) @ self.odd
         return y.reshape(x.shape) / math.sqrt(size // odd)
 
 

@@ -173,7 +173,7 @@ def chat_router(engine: AsyncEngine, tokenizer: Tokenizer, texts: TokenTexts, ch
         messages = chat.messages(template_messages(body.messages), tools)
         prompt = await chat_prompt(messages, tokenizer, model, begin, variables, continue_final)
         max_tokens = max_tokens_of(body, model.max_model_len, model)
-        prompt = truncated(prompt, body, max_tokens, model)
+        prompt = truncated(prompt, body.truncate_prompt_tokens, max_tokens, model)
         check_length(prompt, max_tokens, "messages", model)
         check_prompt_logprobs(body)
         structured = await chat.grammar(prompt, tools, await openai_grammar(body, engine), engine)

@@ -130,7 +130,7 @@ def completions_router(engine: AsyncEngine, tokenizer: Tokenizer, texts: TokenTe
                            code="not_supported")
         prompts, echoes = await completion_prompts(body, tokenizer, model, config.max_prompts)
         max_tokens = max_tokens_of(body, DEFAULT_MAX_TOKENS, model)
-        prompts = [truncated(prompt, body, max_tokens, model) for prompt in prompts]
+        prompts = [truncated(prompt, body.truncate_prompt_tokens, max_tokens, model) for prompt in prompts]
         for prompt in prompts:
             check_length(prompt, max_tokens, "prompt", model)
         check_prompt_logprobs(body)

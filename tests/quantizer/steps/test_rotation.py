@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fptq_runtime.models.readout import Readout
 from fptq_runtime.quantizer.steps.base import BlockWork, QuantizationError, Step
 from fptq_runtime.quantizer.steps.rotation import RandomHadamard, Rotation
 from tests.quantizer.models import DEMO, save_model, transplant_outliers
@@ -29,6 +30,15 @@ def test_hadamard_is_sylvesters() -> None:
     for _ in range(3):
         sylvester = np.kron([[1, 1], [1, -1]], sylvester)
     np.testing.assert_allclose(matrix, matrix[:, :1] * sylvester, atol=1e-5)
+
+
+@settings(max_examples=25)
+@given(size=st.integers(1, 200), seed=st.integers(0, 99))
+def test_the_readout_turns_rows_back(size: int, seed: int) -> None:
+    rotation = RandomHadamard(size, seed)
+    x, gains = torch.randn(size, generator=torch.Generator().manual_seed(seed)), torch.rand(size) + 0.5
+    readout = Readout(gains.numpy(), rotation.signs.numpy(), rotation.odd.numpy())
+    np.testing.assert_allclose(readout(rotation(x).double().numpy()), (x * gains).numpy(), atol=1e-5)
 
 
 def test_seeds_differ() -> None:

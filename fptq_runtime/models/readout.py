@@ -1,0 +1,34 @@
+"""From the rows behind an artifact's last norm back to those of the model that it was made from."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from fptq_runtime.kernels.base import Array, Float64Array
+
+
+@dataclass(frozen=True)
+class Readout:
+    """Undoes what a rotation did: it turned the residual stream, y = x · Q, and the last norm's gains went into the
+    head.
+
+    Q is diag(signs) times a Hadamard matrix over the largest power of two that divides H, and `odd` over the rest.
+    """
+
+    gains: Array  # float32 [H]
+    signs: Array  # float32 [H]
+    odd: Array  # float32 [H / 2ⁿ, H / 2ⁿ], orthogonal
+
+    def __call__(self, y: Float64Array) -> Float64Array:
+        """x · diag(gains) of one row y, or of a mean of rows. [H]"""
+        x = y.reshape(-1, self.odd.shape[0]) @ self.odd.T.astype(np.float64)
+        size, width = len(x), 1
+        while width < size:
+            pairs = x.reshape(-1, 2, width, x.shape[1])
+            x = np.stack((pairs[:, 0] + pairs[:, 1], pairs[:, 0] - pairs[:, 1]), 1).reshape(size, -1)
+            width *= 2
+        turned: Float64Array = x.reshape(-1) / math.sqrt(size) * self.signs * self.gains
+        return turned

@@ -1,0 +1,95 @@
+"""/v1/embeddings"""
+
+from __future__ import annotations
+
+import base64
+from typing import Any
+
+import numpy as np
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from fptq_runtime.engine.async_engine import AsyncEngine
+from fptq_runtime.engine.request import SamplingParams
+from fptq_runtime.kernels.base import Float32Array
+from fptq_runtime.models.tokenizer import Tokenizer
+from fptq_server.config import ModelCard
+from fptq_server.errors import ERROR_RESPONSES, APIError
+from fptq_server.generation import Generation
+from fptq_server.protocol import Embedding, EmbeddingRequest, EmbeddingResponse, EmbeddingUsage
+from fptq_server.record import RequestRecord, record_of
+from fptq_server.sse import run_while_connected
+from fptq_server.validation import check_length, check_model, check_text, tokenizing
+
+MAX_INPUTS = 2048  # OpenAI's
+
+
+async def embed(engine: AsyncEngine, record: RequestRecord, prompts: list[list[int]], model: ModelCard
+                ) -> list[Float32Array]:
+    """The pooled hidden states of each prompt, [H]; as many prompts at a time as run at once."""
+    params = SamplingParams(max_tokens=0, pooling=model.pooling)
+    found: list[Float32Array | None] = [None] * len(prompts)
+    width = engine.engine.config.max_num_seqs
+    for start in range(0, len(prompts), width):
+        with Generation(engine, record, "embd", prompts[start : start + width], params) as generation:
+            async for index, output in generation.outputs():
+                found[start + index] = output.embedding
+    record.prompt_tokens = sum(map(len, prompts))
+    return [vector for vector in found if vector is not None]
+
+
+def normalised(vector: Float32Array, dimensions: int | None) -> Float32Array:
+    """The first `dimensions` of it, of length 1; zeros stay zeros."""
+    cut = vector[:dimensions].astype(np.float64)
+    return (cut / max(float(np.sqrt(cut @ cut)), 1e-12)).astype(np.float32)
+
+
+def encoded(text: str, tokenizer: Tokenizer, special: bool, length: int | None) -> list[int]:
+    """Token ids, of a longer text the first: what the tokenizer puts around it stays, as in sentence-transformers."""
+    tokens = tokenizer.encode(text, special)
+    if length is None or len(tokens) <= length:
+        return tokens
+    own = tokenizer.encode(text, False)
+    extra = len(tokens) - len(own)
+    before = next((at for at in range(extra + 1) if tokens[at : at + len(own)] == own), 0)
+    return (tokens[:before] + own[: max(0, length - extra)] + tokens[before + len(own) :])[:length]
+
+
+def embeddings_router(engine: AsyncEngine, tokenizer: Tokenizer, model: ModelCard) -> APIRouter:
+    router = APIRouter(tags=["OpenAI"], responses=ERROR_RESPONSES)
+    size = engine.engine.model_config.hidden_size
+
+    @router.post("/v1/embeddings", response_model=EmbeddingResponse)
+    async def create_embeddings(body: EmbeddingRequest, request: Request) -> Response:
+        """A vector of length 1 for each input, of the model's hidden states behind its last norm."""
+        check_model(body.model, model)
+        if model.no_embeddings is not None:
+            raise APIError(400, model.no_embeddings, param="model", code="not_supported")
+        if body.dimensions is not None and not 1 <= body.dimensions <= size:
+            raise APIError(400, f"dimensions must be between 1 and {size}, not {body.dimensions}", param="dimensions")
+        given: list[Any] = [body.input] if isinstance(body.input, str) or isinstance(body.input[0], int) \
+            else list(body.input)
+        if len(given) > MAX_INPUTS:
+            raise APIError(400, f"input has {len(given)} inputs; at most {MAX_INPUTS} are taken", param="input")
+        special = body.add_special_tokens is not False
+        characters = sum(len(check_text(each, "input", model)) for each in given if isinstance(each, str))
+        length = model.max_model_len if body.truncate_prompt_tokens == -1 else body.truncate_prompt_tokens
+        prompts = await tokenizing(characters, lambda: [
+            encoded(each, tokenizer, special, length) if isinstance(each, str) else each[:length] for each in given])
+        for prompt in prompts:
+            check_length(prompt, 0, "input", model)
+        record = record_of(request.scope)
+        vectors = [normalised(vector, body.dimensions) for vector in await run_while_connected(
+            request.receive, embed(engine, record, prompts, model))]
+        tokens = sum(map(len, prompts))
+        answer = EmbeddingResponse(
+            model=model.id, usage=EmbeddingUsage(prompt_tokens=tokens, total_tokens=tokens),
+            data=[Embedding(index=index, embedding=_encoded(vector, body.encoding_format))
+                  for index, vector in enumerate(vectors)])
+        return Response(answer.model_dump_json(), media_type="application/json")
+
+    return router
+
+
+def _encoded(vector: Float32Array, encoding: str | None) -> list[float] | str:
+    return base64.b64encode(vector.astype("<f4").tobytes()).decode() if encoding == "base64" else vector.tolist()
