@@ -221,8 +221,8 @@ def engine_options(command: _Function) -> _Function:
                      "(the model's own limit)."),
         click.option("--max-num-seqs", type=click.IntRange(1), default=64, show_default=True,
                      help="Most sequences in one step."),
-        click.option("--max-num-batched-tokens", type=click.IntRange(1), default=512, show_default=True,
-                     help="Most tokens in one step."),
+        click.option("--max-num-batched-tokens", type=click.IntRange(1), help="Most tokens in one step (512; on a GPU "
+                     "8192)."),
         click.option("--kv-cache-dtype", type=click.Choice(["bf16", "int8"]), default="int8", show_default=True),
         click.option("--kv-cache-memory", type=Size(), help="Memory for keys and values, as 512MiB, which is the "
                      "default on a CPU; on a GPU it is what is free."),

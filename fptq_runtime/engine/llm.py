@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from fptq_runtime import __version__
 from fptq_runtime.artifact.io import GOLDEN, MANIFEST, check_files, hash_file, is_artifact
 from fptq_runtime.config import Activations, EngineConfig
@@ -22,7 +24,7 @@ from fptq_runtime.engine.output import RequestOutput, TokenLogprobs
 from fptq_runtime.engine.request import MAX_N, FinishReason, SamplingParams
 from fptq_runtime.engine.sizing import cache_tokens, device_cache_memory, format_bytes, step_limits
 from fptq_runtime.errors import FptqError
-from fptq_runtime.kernels.base import Backend
+from fptq_runtime.kernels.base import Backend, StepInput
 from fptq_runtime.kernels.select import select_backend
 from fptq_runtime.models.gate import Golden, check_artifact, probe
 from fptq_runtime.models.loader import Checkpoint, load_model
@@ -31,6 +33,8 @@ from fptq_runtime.models.tokenizer import Tokenizer, eos_token_ids
 logger = logging.getLogger(__name__)
 
 KV_CACHE_DISK_SIZE = 10 << 30
+GPU_BATCHED_TOKENS = 8192  # in a step: of fewer, a GPU's prompts cost their launches
+SMALLEST_CONTEXT = 1024  # up to it, a GPU's steps are alike
 
 Prompt = str | Sequence[int]
 
@@ -106,7 +110,8 @@ def load_engine(path: str | Path, *, backend: str | Backend = "auto", device: st
                 activations: Activations = "checkpoint", threads: int = 0, max_model_len: int | None = None,
                 kv_cache_memory: int | None = None, gpu_memory_utilization: float = 0.9,
                 chat_template: str | None = None, verify_weights: bool = False, kv_cache_disk: Path | None = None,
-                kv_cache_disk_size: int = KV_CACHE_DISK_SIZE, **options: Any) -> Engine[Tokenizer]:
+                kv_cache_disk_size: int = KV_CACHE_DISK_SIZE, max_num_batched_tokens: int | None = None,
+                **options: Any) -> Engine[Tokenizer]:
     """An engine for a model directory; an artifact's files and golden values are checked first, of these what
     activations that are not its own leave as it was.
 
@@ -116,6 +121,7 @@ def load_engine(path: str | Path, *, backend: str | Backend = "auto", device: st
     and a step leave of the gpu_memory_utilization share of its free memory. chat_template: in place of the model's.
     verify_weights: an artifact's hashes are checked also where they were before and nothing seems to have changed.
     kv_cache_disk: a directory in which cached prefixes outlive the engine, kv_cache_disk_size bytes at most.
+    max_num_batched_tokens: EngineConfig's default unless given; on a GPU 8192.
     options: the other fields of EngineConfig. Raises FptqError (ArtifactError, CheckpointError, GateError, …).
     """
     manifest = check_files(Path(path), verify_weights) if is_artifact(Path(path)) else None
@@ -128,7 +134,9 @@ def load_engine(path: str | Path, *, backend: str | Backend = "auto", device: st
         else backend
     free = kernels.free_memory()
     most = EngineConfig.kv_cache_memory if free is None else int(free * gpu_memory_utilization)
+    tokens = EngineConfig.max_num_batched_tokens if free is None else GPU_BATCHED_TOKENS
     config = EngineConfig(max_model_len=max_model_len or model.max_position_embeddings,
+                          max_num_batched_tokens=max_num_batched_tokens or tokens,
                           kv_cache_memory=most if kv_cache_memory is None else kv_cache_memory, **options)
     token_bytes = kernels.token_bytes(model, config.kv_cache_dtype)
     config = _fit(config, token_bytes) if max_model_len is None else config
@@ -185,6 +193,8 @@ def load_engine(path: str | Path, *, backend: str | Backend = "auto", device: st
                         "memory; lower kv_cache_memory", "kv_cache_memory") from None
     if free is not None:
         _warm_up(engine)
+        for step in _sizes(config):
+            engine.executor.step(step, reuse=True)
     return engine
 
 
@@ -203,6 +213,32 @@ def _warm_up(engine: Engine[Any]) -> None:
         engine.add_request("warm-up", token_ids, params)
         while engine.has_unfinished_requests:
             engine.step()
+
+
+def _sizes(config: EngineConfig) -> Iterator[StepInput]:
+    """Steps that write nothing, for a GPU's graphs are captured when their size is first met: of each power of two of a
+    context, the longest first, whose memory serves the others, each batch that decodes, and one sequence that does
+    beside a chunk of a prompt."""
+    most = min(config.max_num_seqs, config.max_num_batched_tokens)
+    bits = (max(config.max_model_len, SMALLEST_CONTEXT) - 1).bit_length()
+    for size in [1 << i for i in range(bits, SMALLEST_CONTEXT.bit_length() - 2, -1)]:
+        context = min(size, config.max_model_len)
+        for seqs in sorted({1, 2, 4, *range(8, most, 8), most}, reverse=True):
+            if seqs <= most:
+                yield _unwritten([1] * seqs, context, config.block_size)
+        if most > 1:
+            for chunk in {min(length, config.max_num_batched_tokens - 1) for length in (min(64, context), context)}:
+                yield _unwritten([1, chunk], context, config.block_size)
+
+
+def _unwritten(rows: list[int], context: int, block_size: int) -> StepInput:
+    """The last rows of sequences with so many tokens, in no slot."""
+    ends = np.cumsum([0, *rows], dtype=np.int32)
+    positions = np.concatenate([np.arange(context - count, context, dtype=np.int32) for count in rows])
+    return StepInput(
+        token_ids=np.zeros(ends[-1], np.int32), positions=positions, slot_mapping=np.full(ends[-1], -1, np.int32),
+        query_start_loc=ends, seq_lens=np.full(len(rows), context, np.int32),
+        block_tables=np.zeros((len(rows), -(-context // block_size)), np.int32), logits_rows=ends[1:] - 1)
 
 
 def _release_freed_memory() -> None:

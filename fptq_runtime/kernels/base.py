@@ -199,7 +199,7 @@ class StepInput:
     """One step: M tokens of S sequences, packed one sequence after the other. A field's annotation is its shape.
 
     Rows query_start_loc[s] to query_start_loc[s + 1] belong to sequence s, at consecutive positions that end with
-    seq_lens[s] - 1. slot = block · block_size + offset within the block.
+    seq_lens[s] - 1. slot = block · block_size + offset within the block; -1, on a device: the row is kept nowhere.
     """
 
     token_ids: Annotated[Int32Array, "M"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fptq_runtime
+from fptq_runtime.config import EngineConfig
 from fptq_runtime.engine.engine import RequestError
-from fptq_runtime.engine.llm import LLM, _warm_up, load_engine
+from fptq_runtime.engine.llm import LLM, _sizes, _warm_up, load_engine
 from fptq_runtime.engine.request import FinishReason, SamplingParams
 from fptq_runtime.engine.sizing import device_cache_memory
 from fptq_runtime.kernels.reference import ReferenceBackend
@@ -146,9 +148,11 @@ def test_on_a_gpu_the_cache_takes_what_is_free(monkeypatch: pytest.MonkeyPatch) 
     free = [1 << 30, (1 << 30) - (100 << 20)]
     monkeypatch.setattr(ReferenceBackend, "free_memory", lambda self: left.pop(0))
     monkeypatch.setattr(ReferenceBackend, "step_bytes", lambda self, model, limits: 800 << 20)
+    monkeypatch.setattr("fptq_runtime.engine.llm._warm_up", lambda engine: None)
     left = [*free]
     engine = load_engine(DEMO, backend="reference", gpu_memory_utilization=0.98)
     assert engine.config.kv_cache_memory == device_cache_memory(*free, 0.98, 800 << 20)
+    assert engine.config.max_num_batched_tokens == 8192
     left = [*free]
     engine = load_engine(DEMO, backend="reference", kv_cache_memory=4 << 20)
     assert engine.config.kv_cache_memory == 4 << 20
@@ -163,9 +167,24 @@ def test_a_warm_up_meets_steps_of_every_size() -> None:
     engine = make_engine(max_model_len=64, max_num_batched_tokens=48, max_num_seqs=9)
     _warm_up(engine)
     batches = engine.backend.executor.batches  # type: ignore[attr-defined]
-    assert {len(batch.token_ids) for batch in batches} == {1, 2, 4, 8, 16, 32, 48}
-    assert {len(batch.seq_lens) for batch in batches} == {1, 2, 4, 8}
+    assert {len(batch.token_ids) for batch in batches if batch.slot_mapping.max() >= 0} == {1, 2, 4, 8, 16, 32, 48}
+    assert {len(batch.seq_lens) for batch in batches if batch.slot_mapping.max() >= 0} == {1, 2, 4, 8}
     engine.check_integrity()
+
+
+def test_every_size_of_a_decoding_step_is_met_before_a_request() -> None:
+    """Batches that steps are padded to, at each power of two of the context, and a chunk beside one that decodes."""
+    config = EngineConfig(max_model_len=3000, max_num_seqs=20, max_num_batched_tokens=128)
+    steps = [(step.query_start_loc.tolist(), int(step.seq_lens.max())) for step in _sizes(config)]
+    decoding = {(len(starts) - 1, context) for starts, context in steps if len(starts) == starts[-1] + 1}
+    assert decoding == {(seqs, context) for seqs in (1, 2, 4, 8, 16, 20) for context in (1024, 2048, 3000)}
+    assert {(starts[-1], context) for starts, context in steps if len(starts) <= starts[-1]} == {
+        (rows, context) for rows in (65, 128) for context in (1024, 2048, 3000)}
+    assert [context for _, context in steps] == sorted((context for _, context in steps), reverse=True)
+    for step in _sizes(replace(config, max_model_len=40)):
+        assert step.seq_lens.max() == 40
+        assert step.slot_mapping.max() == -1
+        assert step.positions.max() < 40 <= step.block_tables.shape[1] * config.block_size
 
 
 def test_the_end_of_sequence_is_generation_configs(tmp_path: Path) -> None:

@@ -104,7 +104,7 @@ def parts_bytes(device: torch.device) -> int:
 
 def part_bytes(rows: int, heads: int, head_dim: int, kv_dtype: KVCacheDtype, max_seq_len: int) -> int:
     """Of so many rows, all of a context's segments."""
-    return 4 * rows * heads * triton.cdiv(max_seq_len, SEGMENT * chunk_keys(kv_dtype, head_dim)) * (head_dim + 2)
+    return 4 * rows * heads * -(-max_seq_len // (SEGMENT * chunk_keys(kv_dtype, head_dim))) * (head_dim + 2)
 
 
 def cache_bytes_per_token(kv_dtype: KVCacheDtype, num_layers: int, num_kv_heads: int, head_dim: int) -> int:

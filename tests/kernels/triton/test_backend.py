@@ -14,6 +14,7 @@ import torch
 from fptq_runtime.artifact.io import GOLDEN
 from fptq_runtime.config import EngineConfig, KVCacheDtype
 from fptq_runtime.engine.engine import Engine
+from fptq_runtime.engine.llm import _unwritten
 from fptq_runtime.engine.request import SamplingParams
 from fptq_runtime.kernels.base import Activation, Routing, StepLimits, Work, logits_array
 from fptq_runtime.kernels.reference import ReferenceBackend
@@ -194,6 +195,15 @@ def test_sequences_with_few_rows_come_first() -> None:
     assert sorted_step.slot_mapping[sorted_step.logits_rows].tolist() == step.slot_mapping[step.logits_rows].tolist()
     assert sorted_step.block_tables.tolist() == step.block_tables[[2, 0, 1]].tolist()
     assert _shorter_first(sorted_step) is sorted_step
+
+
+def test_steps_that_a_start_captures_write_nothing(backend: TritonBackend) -> None:
+    made = small_limits(SMALL)
+    executor = backend.compile(make_decoder(SMALL, backend), made)
+    for step in (_unwritten([1, 1], 40, 16), _unwritten([1, 5], 40, 16)):
+        assert executor.step(step).isfinite().all()
+    assert not executor._cache.keys.any()
+    assert not executor._cache.values.any()
 
 
 def test_what_it_says_of_itself(backend: TritonBackend) -> None:
