@@ -26,7 +26,8 @@ import numpy as np
 
 from fptq_runtime import quantize
 from fptq_runtime._native import available_isas
-from fptq_runtime.artifact.io import GOLDEN, MANIFEST, FileRecord, hash_file, is_artifact, read_manifest, verify
+from fptq_runtime.artifact.files import MANIFEST
+from fptq_runtime.artifact.io import GOLDEN, FileRecord, hash_file, is_artifact, read_manifest, verify
 from fptq_runtime.kernels.base import Array, AttentionSpec, Backend, StepInput
 from fptq_runtime.kernels.cpu import CaptureOps, CpuBackend, CpuExecutor
 from fptq_runtime.kernels.reference import ReferenceBackend

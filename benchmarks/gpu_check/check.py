@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +25,7 @@ class Check:
 
     tiny: bool
     threads: int
-    roofs: Roofs | None = None  # None without a GPU
+    roofs: Roofs | None = None  # once they were measured
     models: dict[str, Any] = field(default_factory=dict)  # large ones, by profile
 
     @property
@@ -46,6 +48,18 @@ class Check:
         with ThreadPoolExecutor(self.threads) as pool:
             list(pool.map(one, calls))
         torch.cuda.synchronize()
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """Memory that nothing has written holds NaN, or the largest integer, so that whoever reads it is wrong."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*deterministic")
+            yield
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def graphed(calls: Sequence[Callable[[], Any]], repeats: int = 5) -> float:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from benchmarks.gpu_check.check import Check, Row
-from benchmarks.gpu_check.networks import KINDS, Batcher, limits, network, random_tokens
+from benchmarks.gpu_check.networks import KINDS, Batcher, Tokens, limits, network, random_tokens
 from fptq_runtime.artifact.numerics import dequantize, pack_codes, quantize_weight
 from fptq_runtime.config import EngineConfig, KVCacheDtype
 from fptq_runtime.engine.engine import Engine
@@ -37,6 +37,7 @@ from fptq_runtime.kernels.reference import ReferenceBackend, ReferenceOps, to_nu
 from fptq_runtime.kernels.sampling import sample_reference
 from fptq_runtime.kernels.select import select_backend
 from fptq_runtime.kernels.triton import fused
+from fptq_runtime.kernels.triton.backend import TritonBackend
 from fptq_runtime.kernels.triton.linear import DeviceLinear, pack_linear, run_linear
 from fptq_runtime.kernels.triton.values import Quantized
 from fptq_runtime.locate import DEMO_MODEL
@@ -192,18 +193,15 @@ def models(check: Check) -> Iterator[Row]:
         ("olmo 2", "int8"), ("stablelm", "bf16"), ("opt", "int8")]
     if check.tiny:
         combinations = [("llama", "int8"), ("gpt-oss", "bf16")]
+    check.warm([partial(_once, check.backend, name, kv, layers, lengths) for name, kv in combinations])
     for name, kv in combinations:
         backend, reference, made = check.backend, ReferenceBackend(), limits(KINDS[name], layers, kv, 40)
         forward = network(KINDS[name], layers, backend)
         executors: list[Executor] = [backend.compile(forward, made),
                                      reference.compile(network(KINDS[name], layers, reference), made)]
         batcher = Batcher(made, np.random.default_rng(1))
-        a, b, c = (batcher.sequence(random_tokens(batcher.rng, length)) for length in lengths)
-        first = (lengths[0] - 8, lengths[1] - 8, lengths[2] - 8)
-        plan = [[(a, first[0])], [(a, 1)], [(b, first[1]), (a, 1)], [(c, first[2] - 2), (b, 1)],
-                [(c, 2), (b, 1), (a, 1)], *([[(b, 1), (c, 1), (a, 1)]] * 2)]
         errors = []
-        for parts in plan:
+        for parts in _plan(batcher, lengths):
             step = batcher.step(parts)
             got, expected = (logits_array(executor.step(step)) for executor in executors)
             errors += (np.abs(got - expected).max(1) / np.abs(expected).max()).tolist()
@@ -215,6 +213,24 @@ def models(check: Check) -> Iterator[Row]:
         error, median = max(errors), float(np.median(errors))
         yield {"model": name, "kv": kv, "max error": error, "median error": median, "invariant": same,
                "ok": bool(error < (1e-1 if kv == "int8" else 4e-2) and median < 2e-2 and same)}
+
+
+def _plan(batcher: Batcher, lengths: tuple[int, int, int]) -> list[list[tuple[Tokens, int]]]:
+    """Prompts, decoding, and both together."""
+    a, b, c = (batcher.sequence(random_tokens(batcher.rng, length)) for length in lengths)
+    first = (lengths[0] - 8, lengths[1] - 8, lengths[2] - 8)
+    return [[(a, first[0])], [(a, 1)], [(b, first[1]), (a, 1)], [(c, first[2] - 2), (b, 1)],
+            [(c, 2), (b, 1), (a, 1)], *([[(b, 1), (c, 1), (a, 1)]] * 2)]
+
+
+def _once(backend: TritonBackend, name: str, kv: KVCacheDtype, layers: int, lengths: tuple[int, int, int]) -> None:
+    """The kernels of these steps, launched one by one: a capture is no place to compile them, nor for threads."""
+    made = limits(KINDS[name], layers, kv, 40)
+    executor = backend.compile(network(KINDS[name], layers, backend), made)
+    batcher = Batcher(made, np.random.default_rng(1))
+    for parts in _plan(batcher, lengths):
+        step = batcher.step(parts)
+        executor._run(executor._inputs.load(step, executor._shape(step)))
 
 
 def _alone(backend: Any, decoder: Any, made: Any, token_ids: list[int], chunks: Sequence[int], neighbours: int) -> Any:

@@ -43,14 +43,20 @@ from fptq_runtime.kernels.triton.choice import linear_cases
 from fptq_runtime.kernels.triton.device import capability, fastest
 from fptq_runtime.kernels.triton.linear import kind, random_case, run_choice, run_linear
 from fptq_runtime.kernels.triton.values import DeviceBatch
-from fptq_runtime.measure.bench import NoText
-from fptq_runtime.measure.shapes import SHAPES, random_decoder
+from fptq_runtime.measure.shapes import SHAPES, NoText, random_decoder
 
 SHAPE = "llama-3-8b"
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
 CONTEXT = 1024  # tokens in the cache of each decoding sequence
 PREFILL = 8192
 LONG = 32768
+
+
+def roofs(check: Check) -> Iterator[Row]:
+    """cuBLAS's int8 product, and all the bytes that a copy moves."""
+    check.roofs = check.backend.roofs()
+    assert check.roofs is not None
+    yield {"int8 TOPS": check.roofs.gops / 1000, "GB/s": check.roofs.read_gb_per_s}
 
 
 def kernels(check: Check) -> Iterator[Row]:
@@ -79,10 +85,11 @@ def _warm_linears(check: Check, rows: Sequence[int]) -> None:
 
 
 def _roofline(check: Check, moved: int, multiply_adds: int, took: float) -> Row:
-    assert check.roofs is not None
+    rates: Row = {"GB/s": 1e-9 * moved / took, "TOPS": 2e-12 * multiply_adds / took}
+    if check.roofs is None:
+        return rates
     memory, compute = 1e-9 * moved / check.roofs.read_gb_per_s, 2e-9 * multiply_adds / check.roofs.gops
-    return {"GB/s": 1e-9 * moved / took, "TOPS": 2e-12 * multiply_adds / took,
-            "of the roof": max(memory, compute) / took, "bound": "memory" if memory > compute else "compute"}
+    return {**rates, "of the roof": max(memory, compute) / took, "bound": "memory" if memory > compute else "compute"}
 
 
 def others(check: Check) -> Iterator[Row]:
@@ -312,10 +319,11 @@ def overhead(check: Check) -> Iterator[Row]:
 
 
 def sweep(check: Check) -> Iterator[Row]:
-    """The fastest tiles of each linear beside those of the table; what wins clearly belongs into choice.RULES."""
+    """The fastest tiles of each linear beside those of the table, prompts' first, which are least certain; what wins
+    clearly belongs into choice.RULES."""
 
     device = check.backend.device
-    for case in sorted(choice.linear_cases(rows=(1, 32, 128, 2048)), key=lambda case: (case.m, case.name)):
+    for case in sorted(choice.linear_cases(rows=(1, 32, 128, 2048)), key=lambda case: (-case.m, case.name)):
         layer, x = random_case(case, device)
         choices = list(choice.sweep(kind(layer, x), case.m, case.n, case.k, capability(device)))
         check.warm([partial(run_choice, x, layer, None, each) for each in choices])

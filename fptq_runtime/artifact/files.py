@@ -10,6 +10,7 @@ from typing import BinaryIO
 
 from fptq_runtime.errors import FptqError
 
+MANIFEST = "fptq.json"  # an artifact has it
 _KINDS = {stat.S_IFDIR: "a directory", stat.S_IFIFO: "a pipe", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
 
 

@@ -27,13 +27,12 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from fptq_runtime import __version__
-from fptq_runtime.artifact.files import FileError, is_there, open_file, read_file
+from fptq_runtime.artifact.files import MANIFEST, FileError, is_there, open_file, read_file
 from fptq_runtime.artifact.scheme import NumberType
 from fptq_runtime.errors import FptqError
 
 logger = logging.getLogger(__name__)
 
-MANIFEST = "fptq.json"
 GOLDEN = "fptq.golden"  # what models/gate.py compares with; no *.safetensors, which loaders take for weights
 FORMAT_VERSION: Literal[2] = 2
 EXPORT = "fptq-export.json"  # in place of it, in a directory for another runtime

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from fptq_runtime import __version__
-from fptq_runtime.artifact.io import GOLDEN, MANIFEST, check_files, hash_file, is_artifact
+from fptq_runtime.artifact.files import MANIFEST
+from fptq_runtime.artifact.io import GOLDEN, check_files, hash_file, is_artifact
 from fptq_runtime.config import Activations, EngineConfig
 from fptq_runtime.engine.block_store import KVDisk
 from fptq_runtime.engine.engine import Engine, QueueFullError

@@ -6,7 +6,7 @@ import platform
 import random
 import statistics
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +19,7 @@ from fptq_runtime.engine.request import SamplingParams
 from fptq_runtime.errors import FptqError
 from fptq_runtime.kernels.base import Backend, Roofs
 from fptq_runtime.kernels.select import select_backend
-from fptq_runtime.measure.shapes import SHAPES, random_decoder
+from fptq_runtime.measure.shapes import SHAPES, NoText, random_decoder
 from fptq_runtime.models.loader import Checkpoint
 from fptq_runtime.progress import progress_bar
 
@@ -211,23 +211,6 @@ def machine() -> str:
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return f"{len(names)} × {names[0]}" if names else platform.processor() or platform.machine()
-
-
-class NoText:
-    """What the engine asks of a tokenizer, for a model without a vocabulary."""
-
-    def stream(self, skip_special_tokens: bool = True, prompt_token_ids: Sequence[int] = (),
-               shown: Collection[int] = ()) -> NoText:
-        return self
-
-    def to_json(self) -> str:
-        raise FptqError("a model without a vocabulary has no grammars")
-
-    def step(self, token_id: int) -> str | None:
-        return ""
-
-    def flush(self) -> str:
-        return ""
 
 
 def _run(engine: Engine[Any], row: Row, steps: int, seed: int) -> dict[Phase, Steps]:

@@ -22,6 +22,7 @@ from fptq_runtime.errors import FptqError
 from fptq_runtime.kernels.base import Backend
 from fptq_runtime.kernels.select import select_backend
 from fptq_runtime.measure import bench, tasks
+from fptq_runtime.measure.shapes import NoText
 from fptq_runtime.models.decoder import Decoder
 from fptq_runtime.models.loader import Checkpoint, load_model
 from fptq_runtime.models.tensors import weight_files
@@ -222,7 +223,7 @@ def _speed(decoder: Decoder, backend: Backend, kv_dtype: KVCacheDtype) -> tuple[
     wanted = [bench.Row(batch, context) for batch in BATCHES]
     rows = [row for row in wanted if context + row.output_tokens(STEPS, PROMPT) <= model.max_position_embeddings]
     config = bench.bench_config(model, rows or wanted[:1], STEPS, backend, kv_cache_dtype=kv_dtype)
-    engine = Engine(decoder, backend, config, bench.NoText())
+    engine = Engine(decoder, backend, config, NoText())
     bench.measure(engine, rows[0], steps=1, seconds=0)  # warms up
     measured = [part.against(None) for row in rows
                 for part in bench.measure(engine, row, steps=STEPS, seconds=SECONDS)]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from ml_dtypes import bfloat16
 
+from fptq_runtime.errors import FptqError
 from fptq_runtime.kernels.base import ActivationQuant, AttentionSpec, Backend, Embedding, Linear, Norm, QuantizedWeight
 from fptq_runtime.models.block import (
     Block,
@@ -101,3 +103,20 @@ def random_parameters(model: Model, head_bits: int) -> tuple[Stem, Block, Block]
     for row in embedding:
         row[:] = generator.standard_normal(config.hidden_size, np.float32)
     return Stem(model.stem, Embedding(embedding)), block, head
+
+
+class NoText:
+    """What the engine asks of a tokenizer, for a model without a vocabulary."""
+
+    def stream(self, skip_special_tokens: bool = True, prompt_token_ids: Sequence[int] = (),
+               shown: Collection[int] = ()) -> NoText:
+        return self
+
+    def to_json(self) -> str:
+        raise FptqError("a model without a vocabulary has no grammars")
+
+    def step(self, token_id: int) -> str | None:
+        return ""
+
+    def flush(self) -> str:
+        return ""

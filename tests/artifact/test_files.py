@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from fptq_runtime.artifact.files import FileError, open_file, read_file
-from fptq_runtime.artifact.io import MANIFEST, check_files, read_manifest, verify
+from fptq_runtime.artifact.files import MANIFEST, FileError, open_file, read_file
+from fptq_runtime.artifact.io import check_files, read_manifest, verify
 from fptq_runtime.engine.llm import load_engine
 from fptq_runtime.errors import FptqError
 from fptq_runtime.locate import find_artifact

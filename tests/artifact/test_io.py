@@ -20,8 +20,8 @@ from safetensors.numpy import load_file
 
 from fptq_runtime import __version__
 from fptq_runtime.artifact import io
+from fptq_runtime.artifact.files import MANIFEST
 from fptq_runtime.artifact.io import (
-    MANIFEST,
     ArtifactError,
     ArtifactWriter,
     Manifest,

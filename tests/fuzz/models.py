@@ -22,7 +22,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fptq_runtime.artifact.io import MANIFEST, FileRecord, Manifest, hash_file, read_manifest
+from fptq_runtime.artifact.files import MANIFEST
+from fptq_runtime.artifact.io import FileRecord, Manifest, hash_file, read_manifest
 from fptq_runtime.engine.llm import load_engine
 from fptq_runtime.errors import FptqError
 from fptq_runtime.kernels.select import select_backend

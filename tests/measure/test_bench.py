@@ -15,8 +15,8 @@ from fptq_runtime.engine.stats import StepStats
 from fptq_runtime.kernels.base import Roofs
 from fptq_runtime.kernels.select import select_backend
 from fptq_runtime.measure import bench
-from fptq_runtime.measure.bench import NoText, Row, bench_config, measure, shape_engine
-from fptq_runtime.measure.shapes import CONFIGS, SHAPES
+from fptq_runtime.measure.bench import Row, bench_config, measure, shape_engine
+from fptq_runtime.measure.shapes import CONFIGS, SHAPES, NoText
 from fptq_runtime.models.families import parse_config
 
 

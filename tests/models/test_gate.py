@@ -21,7 +21,8 @@ from click.testing import CliRunner
 
 from benchmarks.gate import RUNTIME, STORED, plant_all
 from fptq_runtime import cli
-from fptq_runtime.artifact.io import GOLDEN, MANIFEST, ArtifactError, read_manifest, verify
+from fptq_runtime.artifact.files import MANIFEST
+from fptq_runtime.artifact.io import GOLDEN, ArtifactError, read_manifest, verify
 from fptq_runtime.engine.llm import load_engine
 from fptq_runtime.kernels.base import ActivationQuant, Backend, QuantizedWeight
 from fptq_runtime.kernels.reference import ReferenceBackend, quantize_activations

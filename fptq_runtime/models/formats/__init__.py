@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from fptq_runtime.artifact.files import is_there
-from fptq_runtime.artifact.io import MANIFEST
+from fptq_runtime.artifact.files import MANIFEST, is_there
 from fptq_runtime.artifact.scheme import LayerScheme, SchemeError
 from fptq_runtime.kernels.base import Array, QuantizedWeight
 from fptq_runtime.models.formats.awq import Awq
