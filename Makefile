@@ -1,4 +1,4 @@
-# make serve | test | fuzz | lint | format | stubs | docs | bench | compat | gpu-check | image | clean      PYTHON, VENV, CXX and TORCH_INDEX may be set on the command line.
+# make serve | test | fuzz | lint | format | stubs | docs | bench | compat | gpu-check | image | wheels | clean      PYTHON, VENV, CXX and TORCH_INDEX may be set on the command line.
 PYTHON ?= python3
 VENV ?= .venv
 ifeq ($(origin CXX),default)
@@ -14,7 +14,7 @@ NATIVE := CMakeLists.txt $(filter fptq_runtime/%,$(CSRC))
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --quiet --quiet
 PIP_INSTALL := $(PIP) install --constraint constraints.txt
 
-.PHONY: install serve test fuzz lint format stubs docs bench compat gpu-check image clean
+.PHONY: install serve test fuzz lint format stubs docs bench compat gpu-check image wheels clean
 
 install: $(INSTALLED)
 
@@ -77,6 +77,12 @@ gpu-check: $(INSTALLED)
 
 image:
 	docker build --build-arg TORCH_INDEX=$(TORCH_INDEX) --tag fptq-serve .
+
+# Into dist/, for x86-64 and aarch64, of this Python; a release has those of all (.github/workflows/release.yml).
+wheels: $(INSTALLED)
+	@echo "Installing a compiler for other machines, 100 MB."
+	@$(PIP_INSTALL) --group wheels
+	.ci/wheels $(VENV)/bin/python dist
 
 clean:
 	rm -rf $(VENV) build dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache

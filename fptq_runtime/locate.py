@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 DEMO = "demo"
 DEMO_MODEL = Path(__file__).parent / "demo"
+DEMO_ARTIFACT = Path(__file__).parent / "demo-w4a8"  # in the wheels that `make wheels` and a release build
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
 
 
@@ -47,9 +48,12 @@ def find_model(name: str, revision: str | None = None) -> str:
 
 
 def find_artifact(name: str) -> Path:
-    """The directory of a model that is ready to run. `demo` is quantized into the user's cache when first asked for, a
-    hub id fetched into huggingface_hub's. Raises FptqError (NotFoundError, CheckpointError)."""
+    """The directory of a model that is ready to run. `demo` comes quantized with a wheel, and is quantized into the
+    user's cache when first asked for where it does not; a hub id is fetched into huggingface_hub's. Raises FptqError
+    (NotFoundError, CheckpointError)."""
     if name == DEMO:
+        if DEMO_ARTIFACT.is_dir():
+            return DEMO_ARTIFACT
         return quantized(DEMO_MODEL, "fptq", DEMO)  # a third of the default's time, on first use
     model = find_model(name)
     if Path(model).is_dir():

@@ -15,24 +15,28 @@ from pathlib import Path
 import pytest
 import yaml
 
+import fptq
 import fptq_runtime
+from fptq_runtime.locate import DEMO, find_artifact
+from fptq_server.config import ServerConfig
+from fptq_server.main import CLOSE_TIMEOUT
 
 ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from a copy, so that nothing but what git would ship is there."""
+    """With the demo quantized, as a release; from a copy, so that nothing but what git would ship is there."""
     if shutil.which("c++") is None:
         pytest.skip("no C++ compiler")
     source = tmp_path_factory.mktemp("source")
     for name in ("pyproject.toml", "CMakeLists.txt", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
-    for name in ("fptq_runtime", "server"):
+    for name in ("fptq", "fptq_runtime", "server"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
     out = tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir",
-               str(out), str(source)]
+               str(out), "--config-settings", f"cmake.define.FPTQ_DEMO={find_artifact(DEMO)}", str(source)]
     subprocess.run(command, check=True)
     [path] = out.glob("*.whl")
     return path
@@ -44,9 +48,11 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
         names = archive.namelist()
         [metadata] = [archive.read(name).decode() for name in names if name.endswith("METADATA")]
     assert f"\nVersion: {fptq_runtime.__version__}\n" in metadata
-    assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"fptq_runtime", "fptq_server"}
+    folders = {name.split("/")[0] for name in names if ".dist-info/" not in name}
+    assert folders == {"fptq", "fptq_runtime", "fptq_server"}
     assert any(re.fullmatch(r"fptq_runtime/_native\..*", name) for name in names)
-    assert {"fptq_runtime/py.typed", "fptq_server/py.typed", "fptq_runtime/demo/model.safetensors"} <= set(names)
+    assert {"fptq/py.typed", "fptq_runtime/py.typed", "fptq_server/py.typed"} <= set(names)
+    assert {"fptq_runtime/demo/model.safetensors", "fptq_runtime/demo-w4a8/fptq.json"} <= set(names)
     for folder in ("demo", "quantizer/data"):
         shipped = {f"fptq_runtime/{folder}/{file.name}" for file in (ROOT / "fptq_runtime" / folder).iterdir()
                    if file.is_file()}
@@ -74,18 +80,21 @@ def run_outside(command: list[str], folder: Path) -> subprocess.CompletedProcess
 
 
 @pytest.mark.slow
-def test_wheel_runs_outside_the_clone(installed: Path, tmp_path: Path) -> None:
+def test_wheel_runs_outside_the_clone_without_torch(installed: Path, tmp_path: Path) -> None:
     def fptq(*arguments: str) -> str:
-        program = "import sys; sys.argv[0] = 'fptq'; from fptq_runtime.cli import main; main()"
+        program = ("import sys; sys.argv[0] = 'fptq'; sys.modules.update(torch=None, transformers=None)\n"
+                   "from fptq_runtime.cli import main; main()")
         done = run_outside([str(installed), "-c", program, *arguments], tmp_path)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
     assert fptq("--version") == f"fptq {fptq_runtime.__version__}\n"
-    [model] = installed.parents[1].rglob("fptq_runtime/demo")
-    answer = json.loads(fptq("generate", str(model), "Once upon a time", "--max-tokens", "8", "--backend", "native",
+    answer = json.loads(fptq("generate", "demo", "Once upon a time", "--max-tokens", "8", "--backend", "native",
                              "--json"))
     assert len(answer["token_ids"]) == 8
+    assert "golden values agree" in fptq("verify", "demo")
+    program = "import fptq; fptq.load('demo').generate(['Once upon a time'], fptq.SamplingParams(max_tokens=8))"
+    assert run_outside([str(installed), "-c", program], tmp_path).stderr == ""
 
 
 @pytest.mark.slow
@@ -100,6 +109,25 @@ def test_serves_beside_files_that_have_our_words_for_names(installed: Path, tmp_
     refused = run_outside([*serve, "demo", "--host", "192.0.2.1"], tmp_path)
     assert (refused.returncode, refused.stdout) == (1, "")
     assert refused.stderr == "fptq: 192.0.2.1 is not an address of this machine; use --host 127.0.0.1 or 0.0.0.0\n"
+
+
+def test_fptq_is_fptq_runtime_by_another_name() -> None:
+    assert fptq.__all__ == fptq_runtime.__all__
+    for name in fptq.__all__:
+        assert getattr(fptq, name) is getattr(fptq_runtime, name)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        fptq.nothing  # noqa: B018
+
+
+@pytest.mark.parametrize("system", ["darwin", "win32"])
+def test_where_it_does_not_run_pip_says_so_before_it_resolves_or_compiles(system: str) -> None:
+    pytest.importorskip("scikit_build_core")
+    program = (f"import sys, scikit_build_core.build as backend; sys.platform = {system!r}\n"
+               "backend.prepare_metadata_for_build_wheel('nowhere')")
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 7
+    [sentence] = (done.stdout + done.stderr).strip().splitlines()
+    assert sentence.startswith("FPTQ Serve runs on Linux. On macOS run its container image; on Windows")
 
 
 def test_dashboard_shows_metrics_that_exist() -> None:
@@ -129,6 +157,18 @@ def test_compose_starts_one_server_and_scrapes_it() -> None:
     assert (services["fptq"]["profiles"], services["fptq-gpu"]["profiles"]) == (["cpu"], ["gpu"])
     assert services["fptq-gpu"]["networks"]["default"]["aliases"] == ["fptq"]
     assert "COMPOSE_PROFILES=cpu\n" in (ROOT / "docker/.env").read_text()
+
+
+def test_systemd_takes_the_unit_and_leaves_time_to_drain(tmp_path: Path) -> None:
+    unit = (ROOT / "docker/fptq.service").read_text()
+    [timeout] = re.findall(r"^TimeoutStopSec=(\d+)$", unit, re.MULTILINE)
+    assert int(timeout) > ServerConfig().drain_timeout + CLOSE_TIMEOUT
+    if (systemd := shutil.which("systemd-analyze")) is None:
+        pytest.skip("systemd is not installed")
+    there = tmp_path / "fptq.service"
+    there.write_text(unit.replace("/opt/fptq/bin/fptq", sys.executable))
+    verified = subprocess.run([systemd, "verify", "--man=no", there], capture_output=True, text=True, check=False)
+    assert (verified.returncode, verified.stderr) == (0, "")
 
 
 def test_one_dockerfile_makes_both_images() -> None:
