@@ -21,7 +21,9 @@ MAX_THREADS = os.cpu_count() or 1  # beyond the machine's logical CPUs each step
 @dataclass(frozen=True)
 class ModelConfig:
     """What an engine and a server need to know of a model, whichever family it comes from; models/block.py has the
-    rest. rope: how queries and keys are turned, for people, with what was chosen by the longest sequence."""
+    rest, and counts the last two. rope: how queries and keys are turned, for people, with what was chosen by the
+    longest sequence. attention_layers: those that cache keys and values, all of them unless given. state_bytes: what
+    recurrent layers keep of each running sequence."""
 
     architecture: str
     vocab_size: int
@@ -36,6 +38,12 @@ class ModelConfig:
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     rope: str = "none"
+    attention_layers: int | None = None
+    state_bytes: int = 0
+
+    @property
+    def cached_layers(self) -> int:
+        return self.num_layers if self.attention_layers is None else self.attention_layers
 
 
 @dataclass(frozen=True)

@@ -173,7 +173,7 @@ class Batcher:
             lengths.append(sequence.computed)
             tables[index, : len(sequence.table)] = sequence.table
         return StepInput(_int32(token_ids), _int32(positions), _int32(slots), _int32(starts), _int32(lengths), tables,
-                         np.arange(len(token_ids), dtype=np.int32))
+                         np.arange(len(token_ids), dtype=np.int32), np.arange(len(parts), dtype=np.int32))
 
 
 def _int32(values: list[int]) -> Int32Array:

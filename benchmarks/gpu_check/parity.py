@@ -60,7 +60,7 @@ def ops(check: Check) -> Iterator[Row]:
     rows, width = (3, 96) if check.tiny else (70, 4096)
     ids = np.arange(rows, dtype=np.int32)
     none = np.zeros(0, np.int32)
-    oracle = ReferenceOps(StepInput(ids, ids, none, none, none, none[None], none), None)
+    oracle = ReferenceOps(StepInput(ids, ids, none, none, none, none[None], none, none), None)
     acts = {"float": None, "static int8": ActivationQuant(0.03), "dynamic int8": ActivationQuant(),
             "static fp8": ActivationQuant(0.03, "float"), "dynamic fp8": ActivationQuant(None, "float")}
 

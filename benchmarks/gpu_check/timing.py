@@ -177,7 +177,7 @@ def _decode_step(seqs: int, context: int, block: int) -> Any:
     tables = np.arange(seqs * per, dtype=np.int32).reshape(seqs, per)
     last = np.full(seqs, context - 1, np.int32)
     return StepInput(ids, last, (tables[:, -1] * block + (context - 1) % block).astype(np.int32),
-                     np.arange(seqs + 1, dtype=np.int32), last + 1, tables, ids)
+                     np.arange(seqs + 1, dtype=np.int32), last + 1, tables, ids, ids)
 
 
 def _greedy(count: int) -> Any:
@@ -282,7 +282,7 @@ def _prefill(check: Check, profile: str) -> Iterator[Row]:
     _, executor = _executor(check, profile)
     rows = np.arange(PREFILL, dtype=np.int32)
     step = StepInput(rows % 1000, rows, rows, np.array([0, PREFILL], np.int32), np.array([PREFILL], np.int32),
-                     np.arange(PREFILL // 32, dtype=np.int32)[None], rows[-1:])
+                     np.arange(PREFILL // 32, dtype=np.int32)[None], rows[-1:], rows[:1])
     took = fastest(partial(executor.step, step), 3)
     yield {"profile": profile, "tokens": PREFILL, "ms": 1e3 * took, "tokens/s": PREFILL / took,
            "TOPS": 2e-12 * executor.work(PREFILL, 1).multiply_adds / took}

@@ -38,6 +38,7 @@ def build_step_input(items: Sequence[ScheduledSequence], block_size: int) -> Ste
         seq_lens=_int32(seq_lens),
         block_tables=block_tables,
         logits_rows=_int32(logits_rows),
+        state_slots=np.array([item.sequence.state_slot for item in items], np.int32),
     )
 
 

@@ -26,7 +26,7 @@ from fptq_runtime.engine.request import ANYONE, FinishReason, Origin, SamplingPa
 from fptq_runtime.engine.sampler import NO_MASKS, SampleBatch, SampleResult, Sampling
 from fptq_runtime.engine.scheduler import ScheduledSequence, Scheduler, SchedulerOutput
 from fptq_runtime.engine.sequence import Sequence, SequenceStatus
-from fptq_runtime.engine.sizing import step_limits
+from fptq_runtime.engine.sizing import format_bytes, step_limits
 from fptq_runtime.engine.speculation import Draft, Speculator
 from fptq_runtime.engine.stats import FinishedStats, StepStats
 from fptq_runtime.errors import FptqError
@@ -132,6 +132,10 @@ class Engine(Generic[T]):
     def __init__(self, decoder: Decoder, backend: Backend, config: EngineConfig, tokenizer: T,
                  eos_token_ids: abc.Sequence[int] | None = None,
                  probes: abc.Callable[[], abc.Iterator[float]] | None = None, kv_disk: KVDisk | None = None) -> None:
+        if decoder.config.state_bytes:
+            logger.info("recurrent layers keep %s of each running sequence, as of its last token alone: no prefix is "
+                        "cached, and no token guessed", format_bytes(decoder.config.state_bytes))
+            config = replace(config, enable_prefix_caching=False, speculation=False)
         self.config = config
         self.probes = probes
         self.model_config = decoder.config
@@ -311,6 +315,9 @@ class Engine(Generic[T]):
     def _open(self, disk: KVDisk | None) -> DiskStore | None:
         if disk is None:
             return None
+        if self.model_config.state_bytes:
+            raise FptqError(f"kv_cache_disk keeps cached prefixes, which {self.model_config.architecture} cannot have: "
+                            "its recurrent layers would need their states as well", "kv_cache_disk")
         if not self.config.enable_prefix_caching:
             raise FptqError("kv_cache_disk keeps cached prefixes, and no_prefix_cache says that there are none",
                             "kv_cache_disk")
@@ -350,6 +357,11 @@ class Engine(Generic[T]):
                          item.sequence.request_id, item.sequence.index)
         rest = replace(plan, scheduled=[item for item in plan.scheduled if item not in failed])
         sequences = tuple(item.sequence for item in failed)
+        if failed and self.model_config.state_bytes:  # states of some have moved on while that was found out
+            preempted = [item.sequence for item in reversed(rest.scheduled)]
+            for sequence in preempted:
+                self._scheduler.preempt(sequence)
+            return _Batch(replace(rest, scheduled=[], preempted=[*rest.preempted, *preempted]), None, None, sequences)
         try:
             computed = self._compute(rest) if failed and rest.scheduled else _Batch(rest, None)
             return replace(computed, failed=sequences)

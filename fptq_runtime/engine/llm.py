@@ -239,7 +239,8 @@ def _unwritten(rows: list[int], context: int, block_size: int) -> StepInput:
     return StepInput(
         token_ids=np.zeros(ends[-1], np.int32), positions=positions, slot_mapping=np.full(ends[-1], -1, np.int32),
         query_start_loc=ends, seq_lens=np.full(len(rows), context, np.int32),
-        block_tables=np.zeros((len(rows), -(-context // block_size)), np.int32), logits_rows=ends[1:] - 1)
+        block_tables=np.zeros((len(rows), -(-context // block_size)), np.int32), logits_rows=ends[1:] - 1,
+        state_slots=np.arange(len(rows), dtype=np.int32))
 
 
 def _release_freed_memory() -> None:

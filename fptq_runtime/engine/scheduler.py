@@ -69,6 +69,7 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.lacks_blocks = False  # or more would have run in the last step
+        self._state_slots = list(range(self.max_num_seqs - 1, -1, -1))  # that no running sequence has; a stack
         self._now = 0.0  # the turn that was admitted last
         self._ends: dict[str, float] = {}  # of the last turn of each tenant, where that is to come
 
@@ -90,6 +91,7 @@ class Scheduler:
         """Take a sequence out, whatever its state, and free its blocks."""
         if sequence.status is SequenceStatus.RUNNING:
             self.running.remove(sequence)
+            self._state_slots.append(sequence.state_slot)
         elif sequence.status is SequenceStatus.WAITING:
             self.waiting.remove(sequence)
         self.blocks.free(sequence)
@@ -105,8 +107,8 @@ class Scheduler:
             behind = len(self.running) - position - 1  # each of those keeps a token of the budget
             item = _chunk(sequence, tokens - behind, prompt_logits)
             while item and not self.blocks.allocate(sequence, item.start + item.num_tokens):
-                victim = self.running.pop()
-                self._preempt(victim)
+                victim = self.running[-1]
+                self.preempt(victim)
                 self.lacks_blocks = True
                 output.preempted.append(victim)
                 if victim is sequence:
@@ -174,6 +176,8 @@ class Scheduler:
             assert sequence.num_computed_tokens == 0
         sequences = [*self.running, *self.waiting]
         assert len({sequence.key for sequence in sequences}) == len(sequences), "a sequence is queued twice"
+        slots = [*self._state_slots, *(sequence.state_slot for sequence in self.running)]
+        assert sorted(slots) == list(range(self.max_num_seqs)), "a state's slot is lost, or has two owners"
         for sequence in self.running:
             assert 0 <= sequence.num_computed_tokens <= sequence.num_tokens
             assert len(sequence.block_table) >= self.blocks.blocks_for(sequence.num_computed_tokens)
@@ -200,6 +204,7 @@ class Scheduler:
         self.blocks.share(sequence, prefix)
         self.blocks.allocate(sequence, item.start + item.num_tokens)
         sequence.status = SequenceStatus.RUNNING
+        sequence.state_slot = self._state_slots.pop()
         return item
 
     def _sibling_is_behind(self, sequence: Sequence) -> bool:
@@ -209,8 +214,10 @@ class Scheduler:
         shareable = (sequence.num_prompt_tokens - 1) // self.blocks.block_size * self.blocks.block_size
         return any(r.request_id == sequence.request_id and r.num_computed_tokens < shareable for r in self.running)
 
-    def _preempt(self, sequence: Sequence) -> None:
-        """Its tokens stay; their keys and values are computed again."""
+    def preempt(self, sequence: Sequence) -> None:
+        """Take out what runs. Its tokens stay; their keys, values and states are computed again."""
+        self.running.remove(sequence)
+        self._state_slots.append(sequence.state_slot)
         self.blocks.free(sequence)
         sequence.num_computed_tokens = 0
         sequence.num_preemptions += 1

@@ -183,6 +183,64 @@ class Routing:
     group_best: int = 1
 
 
+@dataclass
+class ShortConv:
+    """Causal convolution of a row's first columns, each by itself: y[t] = Σ_j weight[:, j] · x[t + j + 1 - taps] +
+    bias, x being zero before its sequence begins, then silu where `silu`; the columns behind pass as they are. `gated`:
+    a row is B | x | C, of `channels` each, and becomes C · y of B · x. State: what is convolved of the last taps - 1
+    tokens.
+    """
+
+    name: str
+    channels: int
+    taps: int
+    silu: bool = False
+    gated: bool = False
+    weight: Array = None  # [channels, taps]
+    bias: Array | None = None  # [channels]
+
+    @property
+    def state_floats(self) -> int:
+        return self.channels * (self.taps - 1)
+
+
+@dataclass
+class GatedDelta:
+    """The gated delta rule (arXiv 2412.06464). A row is q | k | v | z, of `key_heads` heads of key_dim and
+    `value_heads` of value_dim; value head h reads key head h // (value_heads / key_heads). b and a are a number for
+    each value head.
+
+    q and k are divided by their lengths, q by sqrt(key_dim) too. With decay = exp(-exp(a_log) · softplus(a + dt_bias))
+    and beta = sigmoid(b), a head's state S [key_dim, value_dim], zeros before a sequence begins, becomes
+    S' = decay · S + k (v - k · decay · S) beta, and its output is RMSNorm(q · S') · silu(z), with norm_weight and eps.
+    """
+
+    name: str
+    key_heads: int
+    value_heads: int
+    key_dim: int
+    value_dim: int
+    eps: float
+    a_log: Array = None  # float32 [value_heads]
+    dt_bias: Array = None  # float32 [value_heads]
+    norm_weight: Array = None  # [value_dim]
+
+    @property
+    def key_size(self) -> int:
+        return self.key_heads * self.key_dim
+
+    @property
+    def value_size(self) -> int:
+        return self.value_heads * self.value_dim
+
+    @property
+    def state_floats(self) -> int:
+        return self.key_dim * self.value_size
+
+
+Recurrent = ShortConv | GatedDelta
+
+
 def arrays_of(contract: type) -> list[tuple[str, str, str]]:
     """(name, dtype, shape) of each array of a dataclass, in order: what the backends lay them out and check them by."""
     def dtype(hint: Any) -> str:
@@ -200,6 +258,8 @@ class StepInput:
 
     Rows query_start_loc[s] to query_start_loc[s + 1] belong to sequence s, at consecutive positions that end with
     seq_lens[s] - 1. slot = block · block_size + offset within the block; -1, on a device: the row is kept nowhere.
+    state_slots: where recurrent layers keep each sequence's state, below StepLimits.max_seqs and no two alike; the one
+    that a sequence had in its last step, or any where it begins at position 0.
     """
 
     token_ids: Annotated[Int32Array, "M"]
@@ -209,6 +269,7 @@ class StepInput:
     seq_lens: Annotated[Int32Array, "S"]  # tokens in the cache after this step
     block_tables: Annotated[Int32Array, "S, blocks"]  # rows padded with 0
     logits_rows: Annotated[Int32Array, "R"]  # which of the M rows need logits; R may be 0
+    state_slots: Annotated[Int32Array, "S"]
 
     @classmethod
     def whole(cls, windows: Sequence[Sequence[int]], block_size: int = 16) -> StepInput:
@@ -229,12 +290,13 @@ class StepInput:
             seq_lens=np.asarray(lengths, np.int32),
             block_tables=tables,
             logits_rows=np.arange(sum(lengths), dtype=np.int32),
+            state_slots=np.arange(len(windows), dtype=np.int32),
         )
 
 
 @dataclass(frozen=True)
 class StepLimits:
-    """The largest step an executor must take, and its KV cache."""
+    """The largest step an executor must take, and its KV cache, of so many layers that attend."""
 
     max_tokens: int
     max_seqs: int
@@ -252,7 +314,7 @@ class StepLimits:
            max_logits_rows: int | None = None, block_size: int = 16, kv_dtype: KVCacheDtype = "float32") -> StepLimits:
         """For a model. max_logits_rows: as many as tokens unless given."""
         return cls(max_tokens, max_seqs, max_tokens if max_logits_rows is None else max_logits_rows, max_model_len,
-                   num_blocks, block_size, kv_dtype, model.num_layers, model.num_kv_heads, model.head_dim)
+                   num_blocks, block_size, kv_dtype, model.cached_layers, model.num_kv_heads, model.head_dim)
 
 
 PARAMETERS = np.dtype([
@@ -370,12 +432,21 @@ class Ops(Protocol[V]):
         ...
 
     def rope_and_cache(self, qkv: V, attention: Any) -> V:
-        """Split q | k | v rows, q/k norm, rope, write k and v to the cache. Returns q. [M, heads · head_dim]"""
+        """Split rows that end with q | k | v, q/k norm, rope, write k and v to the cache. Returns q.
+        [M, heads · head_dim]"""
         ...
 
     def attention(self, q: V, attention: Any, act: ActivationQuant | None, selected: bool = False) -> V:
         """Paged causal attention that reads every key and value from the cache, then quantize. [M, heads · dim], or
         where `selected` only the step's logits_rows of it, [R, heads · dim]."""
+        ...
+
+    def short_conv(self, x: V, conv: Any) -> V:
+        """What a `ShortConv` makes of all rows, whose sequences' states it moves on. [M, channels], or as wide as x."""
+        ...
+
+    def gated_delta(self, x: V, ba: V, delta: Any) -> V:
+        """What a `GatedDelta` makes of all rows, whose sequences' states it moves on. ba: b | a. [M, value_size]"""
         ...
 
     def select_rows(self, x: V) -> V:
@@ -399,7 +470,7 @@ class Ops(Protocol[V]):
         ...
 
     def gate(self, x: V, logit: V) -> V:
-        """x [rows, width] · sigmoid(logit [rows, 1])."""
+        """x [rows, width] · sigmoid of the logit [rows, 1], or of its first columns [rows, width or more]."""
         ...
 
 
@@ -437,8 +508,8 @@ class Backend(Protocol):
     asynchronous: bool
 
     def prepare(self, parameter: Any) -> Any:
-        """Take a Linear, Norm, Embedding, AttentionSpec or Routing into the backend's own form. The caller drops its
-        arrays afterwards, so that a model loads with little more memory than its packed weights."""
+        """Take a Linear, Norm, Embedding, AttentionSpec, Routing or Recurrent into the backend's own form. The caller
+        drops its arrays afterwards, so that a model loads with little more memory than its packed weights."""
         ...
 
     def compile(self, forward: Callable[[Ops[Any]], Any], limits: StepLimits, sharing: Any = None) -> Executor:
@@ -451,7 +522,7 @@ class Backend(Protocol):
         ...
 
     def token_bytes(self, model: ModelConfig, dtype: KVCacheDtype) -> int:
-        """What its KV cache takes for one token, in all layers."""
+        """What its KV cache takes for one token, in all layers that have one."""
         ...
 
     def step_bytes(self, model: ModelConfig, limits: StepLimits) -> int:

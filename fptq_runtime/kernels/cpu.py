@@ -25,14 +25,17 @@ from fptq_runtime.kernels.base import (
     AttentionSpec,
     Embedding,
     Float32Array,
+    GatedDelta,
     Linear,
     Norm,
     Ops,
     QuantizedWeight,
+    Recurrent,
     Roofs,
     Routing,
     SampleInput,
     SampleOutput,
+    ShortConv,
     StepInput,
     StepLimits,
     UInt8Array,
@@ -105,6 +108,9 @@ class CpuBackend:
         if isinstance(parameter, Routing):
             with _refusals():
                 return Prepared(_native.Routing(**{**vars(parameter), "bias": _floats(parameter.bias)}))
+        if isinstance(parameter, ShortConv | GatedDelta):
+            with _refusals():
+                return Prepared(_prepare_recurrent(parameter))
         raise TypeError(f"cannot prepare a {type(parameter).__name__}")
 
     def _prepare_linear(self, linear: Linear) -> Any:
@@ -156,7 +162,7 @@ class CpuBackend:
         return out
 
     def token_bytes(self, model: ModelConfig, dtype: KVCacheDtype) -> int:
-        return model.num_layers * _native.kv_token_bytes(dtype, model.num_kv_heads, model.head_dim)
+        return model.cached_layers * _native.kv_token_bytes(dtype, model.num_kv_heads, model.head_dim)
 
     def step_bytes(self, model: ModelConfig, limits: StepLimits) -> int:
         return 0
@@ -223,6 +229,12 @@ class CaptureOps:
 
     def attention(self, q: int, attention: Prepared, act: ActivationQuant | None, selected: bool = False) -> int:
         return self._program.attention(q, attention.native, _act(act), selected)
+
+    def short_conv(self, x: int, conv: Prepared) -> int:
+        return self._program.short_conv(x, conv.native)
+
+    def gated_delta(self, x: int, ba: int, delta: Prepared) -> int:
+        return self._program.gated_delta(x, ba, delta.native)
 
     def select_rows(self, x: int) -> int:
         return self._program.select_rows(x)
@@ -378,6 +390,13 @@ def _prepare_embedding(embedding: Embedding) -> Prepared:
 
 def _prepare_norm(norm: Norm) -> Any:
     return _native.Norm(_floats(norm.weight), _floats(norm.bias), norm.eps, norm.kind == "layer")
+
+
+def _prepare_recurrent(op: Recurrent) -> Any:
+    if isinstance(op, ShortConv):
+        return _native.ShortConv(**{**vars(op), "weight": _floats(op.weight.T), "bias": _floats(op.bias)})
+    return _native.GatedDelta(**{**vars(op), "a_log": _floats(op.a_log), "dt_bias": _floats(op.dt_bias),
+                                 "norm_weight": _floats(op.norm_weight)})
 
 
 def _prepare_attention(spec: AttentionSpec) -> Prepared:

@@ -6,7 +6,7 @@ Quantized inputs are fake-quantized floats, so autograd passes through. Weights 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,14 +25,17 @@ from fptq_runtime.kernels.base import (
     Curve,
     Embedding,
     Float32Array,
+    GatedDelta,
     Int32Array,
     Linear,
     Norm,
     Ops,
     QuantizedWeight,
+    Recurrent,
     Routing,
     SampleInput,
     SampleOutput,
+    ShortConv,
     StepInput,
     StepLimits,
     Work,
@@ -73,6 +76,11 @@ class ReferenceBackend:
                            rope=rope, alibi_slopes=_floats(parameter.alibi_slopes), sinks=_floats(parameter.sinks))
         if isinstance(parameter, Routing):
             return replace(parameter, bias=_floats(parameter.bias))
+        if isinstance(parameter, ShortConv):
+            return replace(parameter, weight=_floats(parameter.weight), bias=_floats(parameter.bias))
+        if isinstance(parameter, GatedDelta):
+            return replace(parameter, a_log=_floats(parameter.a_log), dt_bias=_floats(parameter.dt_bias),
+                           norm_weight=_floats(parameter.norm_weight))
         raise TypeError(f"cannot prepare a {type(parameter).__name__}")
 
     def compile(self, forward: Callable[[Ops[Any]], Any], limits: StepLimits,
@@ -84,7 +92,7 @@ class ReferenceBackend:
 
     def token_bytes(self, model: ModelConfig, dtype: KVCacheDtype) -> int:
         """Of floats, whichever dtype they are rounded to."""
-        return 2 * 4 * model.num_layers * model.num_kv_heads * model.head_dim
+        return 2 * 4 * model.cached_layers * model.num_kv_heads * model.head_dim
 
     def step_bytes(self, model: ModelConfig, limits: StepLimits) -> int:
         return 0
@@ -104,7 +112,8 @@ class ReferenceBackend:
 
 
 class ReferenceCache:
-    """Paged keys and values, stored as the floats that a dtype's codes stand for. Each [layers, slots, heads, dim]."""
+    """Paged keys and values, stored as the floats that a dtype's codes stand for, each [layers, slots, heads, dim]; and
+    the states of recurrent layers, by their names."""
 
     def __init__(self, limits: StepLimits) -> None:
         shape = (limits.num_layers, limits.num_blocks * limits.block_size, limits.num_kv_heads, limits.head_dim)
@@ -112,10 +121,18 @@ class ReferenceCache:
         self.dtype: KVCacheDtype = limits.kv_dtype
         self.keys = torch.zeros(shape)
         self.values = torch.zeros(shape)
+        self._max_seqs = limits.max_seqs
+        self._states: dict[str, torch.Tensor] = {}
 
     def write(self, layer: int, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
         self.keys[layer, slots] = round_kv(keys, self.dtype)
         self.values[layer, slots] = round_kv(values, self.dtype)
+
+    def state(self, recurrent: Recurrent, slot: int) -> torch.Tensor:
+        """Of one sequence, to be written in place. [state_floats]"""
+        if recurrent.name not in self._states:
+            self._states[recurrent.name] = torch.zeros(self._max_seqs, recurrent.state_floats)
+        return self._states[recurrent.name][slot]
 
     def read(self, layer: int, block_table: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of positions 0 to length - 1. Each [length, heads, dim]"""
@@ -199,7 +216,8 @@ class ReferenceOps:
 
     def rope_and_cache(self, qkv: torch.Tensor, attention: AttentionSpec) -> torch.Tensor:
         heads, kv_heads, dim = attention.num_heads, attention.num_kv_heads, attention.head_dim
-        rows = qkv.reshape(-1, heads + 2 * kv_heads, dim)
+        width = heads + 2 * kv_heads
+        rows = qkv[:, qkv.shape[1] - width * dim :].reshape(-1, width, dim)
         q, k, v = torch.split(rows, [heads, kv_heads, kv_heads], dim=1)  # each [M, its heads, D]
         if not attention.norm_after_rope:
             q, k = _normalise_heads(q, attention.q_norm), _normalise_heads(k, attention.k_norm)
@@ -232,6 +250,51 @@ class ReferenceOps:
         out = torch.cat(attended).reshape(q.shape)
         return quantize_activations(self.select_rows(out) if selected else out, act)
 
+    def short_conv(self, x: torch.Tensor, conv: ShortConv) -> torch.Tensor:
+        size = conv.channels
+        convolved = x[:, :size] * x[:, size : 2 * size] if conv.gated else x[:, :size]
+        made = []
+        for rows, state in self._states(conv):
+            window = torch.cat((state.view(conv.taps - 1, size), convolved[rows.start : rows.stop]))
+            y = F.conv1d(window.T[None], conv.weight[:, None], conv.bias, groups=size)[0].T  # [rows, channels]
+            state.copy_(window[len(window) - conv.taps + 1 :].flatten())
+            made.append(F.silu(y) if conv.silu else y)
+        y = torch.cat(made)
+        return y * x[:, 2 * size :] if conv.gated else torch.cat((y, x[:, size:]), -1)
+
+    def gated_delta(self, x: torch.Tensor, ba: torch.Tensor, delta: GatedDelta) -> torch.Tensor:
+        keys, values, heads = delta.key_size, delta.value_size, delta.value_heads
+        v, z = (x[:, start : start + values].reshape(len(x), heads, -1) for start in (2 * keys, 2 * keys + values))
+        q, k = (_unit(x[:, start : start + keys].reshape(len(x), delta.key_heads, -1))
+                .repeat_interleave(heads // delta.key_heads, 1) for start in (0, keys))  # [M, value heads, key_dim]
+        q = q * delta.key_dim**-0.5
+        beta = ba[:, :heads].sigmoid()
+        a: torch.Tensor = ba[:, heads:] + delta.dt_bias
+        decay = (-delta.a_log.exp() * F.softplus(a)).exp()
+        made = []
+        for rows, state in self._states(delta):
+            s = state.view(heads, delta.key_dim, delta.value_dim).clone()
+            for t in rows:
+                s = s * decay[t, :, None, None]
+                change = (v[t] - (s * k[t, :, :, None]).sum(1)) * beta[t, :, None]
+                s = s + k[t, :, :, None] * change[:, None]
+                made.append((s * q[t, :, :, None]).sum(1))
+            state.copy_(s.flatten())
+        normed = _normalise(torch.stack(made), Norm("rms", delta.norm_weight, None, delta.eps))
+        return (normed * F.silu(z)).flatten(1)
+
+    def _states(self, recurrent: Recurrent) -> Iterator[tuple[range, torch.Tensor]]:
+        """Each sequence's rows, and its state before them, to be written in place: zeros where it begins."""
+        batch = self.batch
+        for s, (length, slot) in enumerate(zip(batch.seq_lens.tolist(), batch.state_slots.tolist(), strict=True)):
+            first, last = batch.query_start_loc[s : s + 2].tolist()
+            state = torch.zeros(recurrent.state_floats, device=self._device) if self._cache is None \
+                else self._cache.state(recurrent, slot)
+            if length == last - first:
+                state.zero_()
+            if first < last:
+                yield range(first, last), state
+
     def select_rows(self, x: torch.Tensor) -> torch.Tensor:
         return x.index_select(0, self._indices(self.batch.logits_rows))
 
@@ -259,7 +322,7 @@ class ReferenceOps:
         return y if residual is None else y + residual
 
     def gate(self, x: torch.Tensor, logit: torch.Tensor) -> torch.Tensor:
-        return x * logit.sigmoid()
+        return x * logit[:, : x.shape[1]].sigmoid()
 
     def _indices(self, array: Int32Array) -> torch.Tensor:
         return torch.from_numpy(array).long().to(self._device)
@@ -382,6 +445,11 @@ def _normalise(x: torch.Tensor, norm: Norm) -> torch.Tensor:
         return F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps)
     weight: torch.Tensor = norm.weight
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.eps) * weight
+
+
+def _unit(x: torch.Tensor) -> torch.Tensor:
+    """Divided by its length along the last dimension, as transformers has it."""
+    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)
 
 
 def _normalise_heads(x: torch.Tensor, norm: Norm | None) -> torch.Tensor:

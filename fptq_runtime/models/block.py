@@ -6,7 +6,7 @@ iterates its linears and norms and asks its edges; nobody else knows how a famil
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -16,6 +16,7 @@ from fptq_runtime.kernels.base import (
     Array,
     Backend,
     Ops,
+    Recurrent,
     Routing,
 )
 from fptq_runtime.models.readout import Readout
@@ -86,19 +87,21 @@ class Edge:
 
     through: None: the writer is a norm, and input i is its channel i. "attention": the last rows of the writer are the
     heads' values, and query heads that share one read the same rows. "gate": input i is the writer's i-th last row
-    times a gate. "relu": input i is relu of the writer's row i, and only what is positive passes through that.
+    times a gate. "conv": likewise, times what a convolution made of the other rows. "relu": input i is relu of the
+    writer's row i, and only what is positive passes through that.
     A linear without an edge reads what cannot be divided: a curve's output, or the residual stream itself.
     """
 
     writer: str
     readers: tuple[str, ...]
-    through: Literal["attention", "gate", "relu"] | None = None
+    through: Literal["attention", "gate", "conv", "relu"] | None = None
 
 
 @dataclass(frozen=True)
 class Attention:
     """A layer's attention before its arrays are loaded; `AttentionSpec` has the meaning of each field. alibi: with
-    ALiBi's slopes. sinks: the checkpoint's tensor."""
+    ALiBi's slopes. sinks: the checkpoint's tensor. gated: each number that it makes is multiplied by a gate of its own
+    before `o` reads it."""
 
     num_heads: int
     num_kv_heads: int
@@ -112,6 +115,7 @@ class Attention:
     norm_after_rope: bool = False
     softcap: float | None = None
     sinks: str | None = None
+    gated: bool = False
 
     @property
     def q_size(self) -> int:
@@ -120,6 +124,15 @@ class Attention:
     @property
     def kv_size(self) -> int:
         return self.num_kv_heads * self.head_dim
+
+
+@dataclass(frozen=True, eq=False)
+class RecurrentSpec:
+    """One recurrent op of a block. kernel: its arrays are not loaded yet. arrays: the checkpoint's tensor behind each
+    of its fields, and its shape there; of three dimensions the middle one is 1."""
+
+    kernel: Recurrent
+    arrays: Mapping[str, tuple[str, tuple[int, ...]]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,6 +154,7 @@ class BlockSpec:
     activation: Activation | None = None
     routing: Routing | None = None
     routing_bias: str | None = None
+    recurrent: tuple[RecurrentSpec, ...] = ()
 
     @property
     def quantizable(self) -> tuple[str, ...]:
@@ -165,9 +179,9 @@ class BlockSpec:
 
 @dataclass
 class Block:
-    """A block's parameters by the names of its spec: `Linear`, `Norm`, `AttentionSpec` (with its own norms) and
-    `Routing`, or what a backend made of them. last: only rows that need logits leave it. readout: of a head whose norm
-    makes other rows than its model's does."""
+    """A block's parameters by the names of its spec: `Linear`, `Norm`, `AttentionSpec` (with its own norms), `Routing`
+    and `Recurrent`, or what a backend made of them. last: only rows that need logits leave it. readout: of a head whose
+    norm makes other rows than its model's does."""
 
     spec: BlockSpec
     linears: dict[str, Any]
@@ -176,6 +190,7 @@ class Block:
     last: bool = False
     routing: Any = None
     readout: Readout | None = None
+    recurrent: tuple[Any, ...] = ()
 
     def forward(self, ops: Ops[Any], x: Any) -> Any:
         """The residual stream after it. [rows, H]; the head: logits [rows, V]."""
@@ -229,7 +244,7 @@ class Model:
     """A family's answer to one config.json.
 
     bare_prefix: what some checkpoints of the family leave out of every name. width_field: the config's name for the
-    MLP's width where it has one of its own.
+    MLP's width where it has one of its own. What config counts of blocks, it has from them.
     """
 
     config: ModelConfig
@@ -244,6 +259,9 @@ class Model:
         found = dict.fromkeys(block.attention.rope for block in self.blocks
                               if block.attention is not None and block.attention.rope is not None)
         object.__setattr__(self, "ropes", tuple(found))
+        object.__setattr__(self, "config", replace(
+            self.config, attention_layers=sum(block.attention is not None for block in self.blocks),
+            state_bytes=sum(4 * op.kernel.state_floats for block in self.blocks for op in block.recurrent)))
 
     @property
     def has_experts(self) -> bool:
@@ -278,6 +296,7 @@ def prepare_block(block: Block, backend: Backend) -> Block:
         norms={name: backend.prepare(norm) for name, norm in block.norms.items()},
         attention=None if block.attention is None else backend.prepare(block.attention),
         routing=None if block.routing is None else backend.prepare(block.routing),
+        recurrent=tuple(map(backend.prepare, block.recurrent)),
     )
 
 

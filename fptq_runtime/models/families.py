@@ -31,6 +31,7 @@ from fptq_runtime.models.helium import helium
 from fptq_runtime.models.hunyuan import hunyuan
 from fptq_runtime.models.internlm3 import internlm3
 from fptq_runtime.models.jais2 import jais2
+from fptq_runtime.models.lfm2 import lfm2
 from fptq_runtime.models.llama import llama
 from fptq_runtime.models.ministral import ministral
 from fptq_runtime.models.ministral3 import ministral3
@@ -49,6 +50,7 @@ from fptq_runtime.models.phi3 import phi3
 from fptq_runtime.models.qwen2 import qwen2
 from fptq_runtime.models.qwen2_moe import qwen2_moe
 from fptq_runtime.models.qwen3 import qwen3
+from fptq_runtime.models.qwen3_5 import qwen3_5
 from fptq_runtime.models.qwen3_moe import qwen3_moe
 from fptq_runtime.models.renamed import exaone, internlm2, minicpm
 from fptq_runtime.models.seed_oss import seed_oss
@@ -92,6 +94,7 @@ FAMILIES: Mapping[str, Callable[[Fields], Model]] = {
     "InternLM2ForCausalLM": internlm2,
     "InternLM3ForCausalLM": internlm3,
     "Jais2ForCausalLM": jais2,
+    "Lfm2ForCausalLM": lfm2,
     "MiniCPMForCausalLM": minicpm,
     "MinistralForCausalLM": ministral,
     "Ministral3ForCausalLM": ministral3,
@@ -102,6 +105,7 @@ FAMILIES: Mapping[str, Callable[[Fields], Model]] = {
     "OlmoForCausalLM": olmo,
     "PersimmonForCausalLM": persimmon,
     "PhiForCausalLM": phi,
+    "Qwen3_5ForCausalLM": qwen3_5,
     "SeedOssForCausalLM": seed_oss,
     "Starcoder2ForCausalLM": starcoder2,
     "MixtralForCausalLM": mixtral,

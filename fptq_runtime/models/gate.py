@@ -463,6 +463,7 @@ def rotate(executor: Executor, positions: Sequence[int]) -> Float32Array:
         token_ids=rows, positions=lengths - 1,
         slot_mapping=(rows * BLOCK + (lengths - 1) % BLOCK).astype(np.int32),
         query_start_loc=np.arange(count + 1, dtype=np.int32), seq_lens=lengths, block_tables=tables, logits_rows=rows,
+        state_slots=rows,
     )))
 
 
@@ -506,7 +507,7 @@ def _feed(executor: Executor, table: npt.NDArray[np.int64], start: int, token_id
         token_ids=token_ids.astype(np.int32), positions=positions.astype(np.int32),
         slot_mapping=(table[positions // BLOCK] * BLOCK + positions % BLOCK).astype(np.int32),
         query_start_loc=np.array([0, len(rows)], np.int32), seq_lens=np.array([positions[-1] + 1], np.int32),
-        block_tables=table[None].astype(np.int32), logits_rows=rows,
+        block_tables=table[None].astype(np.int32), logits_rows=rows, state_slots=np.zeros(1, np.int32),
     )))
 
 

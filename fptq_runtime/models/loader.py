@@ -22,6 +22,7 @@ from fptq_runtime.kernels.base import (
     Linear,
     Norm,
     QuantizedWeight,
+    Recurrent,
     Routing,
 )
 from fptq_runtime.models.block import (
@@ -29,6 +30,7 @@ from fptq_runtime.models.block import (
     BlockSpec,
     LinearSpec,
     NormSpec,
+    RecurrentSpec,
     Stacked,
     Stem,
     prepare_block,
@@ -261,9 +263,10 @@ def load_block(checkpoint: Checkpoint, index: int) -> Block:
         spec,
         {linear.name: _load_linear(checkpoint, spec, linear) for linear in spec.linears},
         {norm.name: checkpoint.norm(norm, spec.prefix) for norm in spec.norms},
-        _load_attention(checkpoint, spec, index),
+        _load_attention(checkpoint, spec, sum(each.attention is not None for each in checkpoint.model.blocks[:index])),
         last=index == len(checkpoint.model.blocks) - 1,
         routing=_load_routing(checkpoint, spec),
+        recurrent=tuple(_load_recurrent(checkpoint, spec, op) for op in spec.recurrent),
     )
 
 
@@ -303,7 +306,8 @@ def _load_linear(checkpoint: Checkpoint, spec: BlockSpec, linear: LinearSpec) ->
     return fuse(spec.full_name(linear.name), parts, linear.order, linear.experts)
 
 
-def _load_attention(checkpoint: Checkpoint, spec: BlockSpec, index: int) -> AttentionSpec | None:
+def _load_attention(checkpoint: Checkpoint, spec: BlockSpec, layer: int) -> AttentionSpec | None:
+    """layer: of the cache."""
     attention = spec.attention
     if attention is None:
         return None
@@ -312,7 +316,7 @@ def _load_attention(checkpoint: Checkpoint, spec: BlockSpec, index: int) -> Atte
         return None if own is None else checkpoint.norm(own, spec.prefix)
 
     return AttentionSpec(
-        layer=index,
+        layer=layer,
         num_heads=attention.num_heads,
         num_kv_heads=attention.num_kv_heads,
         head_dim=attention.head_dim,
@@ -334,6 +338,14 @@ def _load_routing(checkpoint: Checkpoint, spec: BlockSpec) -> Routing | None:
         return spec.routing
     bias = checkpoint.tensor(spec.prefix + spec.routing_bias, (spec.routing.num_experts,))
     return replace(spec.routing, bias=bias.astype(np.float32))
+
+
+def _load_recurrent(checkpoint: Checkpoint, spec: BlockSpec, op: RecurrentSpec) -> Recurrent:
+    arrays = {field: checkpoint.tensor(spec.prefix + tensor, shape).astype(np.float32)
+              for field, (tensor, shape) in op.arrays.items()}
+    return replace(op.kernel, name=f"{spec.name}.{op.kernel.name}",
+                   **{field: array.reshape(len(array), -1) if array.ndim > 1 else array
+                      for field, array in arrays.items()})
 
 
 def load_model(checkpoint: Checkpoint, backend: Backend) -> Decoder:

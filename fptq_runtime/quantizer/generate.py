@@ -40,7 +40,7 @@ def generate_windows(decoder: Decoder, backend: Backend, tokenizer: Tokenizer, l
     seeds = [int(g.integers(1 << 63)) for g in generators]
 
     blocks = -(-longest // BLOCK_SIZE)
-    bytes_each = 4 * blocks * BLOCK_SIZE * config.num_layers * config.num_kv_heads * config.head_dim  # bf16, K and V
+    bytes_each = 4 * blocks * BLOCK_SIZE * config.cached_layers * config.num_kv_heads * config.head_dim  # bf16, K and V
     batch = max(1, min(BATCH, len(lengths), CACHE_BYTES // bytes_each))
     prompt = len(bos) + 1
     executor = backend.compile(decoder, StepLimits.of(
@@ -78,6 +78,7 @@ def _step(executor: Executor, windows: Sequence[Sequence[int]], computed: int, b
         seq_lens=np.full(count, length, dtype=np.int32),
         block_tables=tables,
         logits_rows=np.arange(1, count + 1, dtype=np.int32) * len(positions) - 1,
+        state_slots=np.arange(count, dtype=np.int32)[::-1].copy(),
     ))
 
 

@@ -193,7 +193,7 @@ def model_card(names: Sequence[str], engine: Engine[Any], sampling: Mapping[str,
             "sampling": sampling or {},
             "chat_template": engine.tokenizer.chat_template() is not None,
         },
-        engine={**asdict(engine.config), "num_blocks": engine.num_blocks},
+        engine={**asdict(engine.config), "num_blocks": engine.num_blocks, "state_bytes": config.state_bytes},
         kernels={"backend": engine.backend.name, **kernels},
         layers=[_layer(record, kernels) for record in layers],
     )

@@ -147,6 +147,7 @@ def int32(values: Any) -> np.ndarray[Any, np.dtype[np.int32]]:
 class Tokens:
     token_ids: Sequence[int]
     table: list[int]
+    state_slot: int
     computed: int = 0
 
 
@@ -157,16 +158,19 @@ class Batcher:
     limits: StepLimits
     rng: np.random.Generator
     free: list[int] = field(default_factory=list)
+    free_slots: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.free = self.rng.permutation(self.limits.num_blocks).tolist()
+        self.free_slots = list(range(self.limits.max_seqs, -1, -1))  # one more than a step may have
 
     def sequence(self, token_ids: Sequence[int]) -> Tokens:
         count = -(-len(token_ids) // self.limits.block_size)
-        return Tokens(token_ids, [self.free.pop() for _ in range(count)])
+        return Tokens(token_ids, [self.free.pop() for _ in range(count)], self.free_slots.pop())
 
     def release(self, sequence: Tokens) -> None:
         self.free.extend(sequence.table)
+        self.free_slots.append(sequence.state_slot)
 
     def step(self, parts: Sequence[tuple[Tokens, int]]) -> StepInput:
         """The next `count` tokens of each sequence, logits for all of them."""
@@ -186,7 +190,7 @@ class Batcher:
             lens.append(sequence.computed)
             tables[i, : len(sequence.table)] = sequence.table
         return StepInput(int32(token_ids), int32(positions), int32(slots), int32(starts), int32(lens), tables,
-                         int32(range(len(token_ids))))
+                         int32(range(len(token_ids))), int32([sequence.state_slot for sequence, _ in parts]))
 
 
 def random_tokens(rng: np.random.Generator, length: int) -> list[int]:

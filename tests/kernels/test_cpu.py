@@ -326,7 +326,9 @@ BAD_STEPS = {
     "logits_rows": {"logits_rows": [3]},
     "logits_rows ": {"logits_rows": [-1]},
     "tokens": {"token_ids": [], "positions": [], "slot_mapping": [], "query_start_loc": [0, 0], "logits_rows": []},
-    "sequences": {"seq_lens": [], "query_start_loc": [0], "block_tables": np.zeros((0, 1))},
+    "sequences": {"seq_lens": [], "query_start_loc": [0], "block_tables": np.zeros((0, 1)), "state_slots": []},
+    "state_slots": {"state_slots": [8]},
+    "state_slots ": {"state_slots": [-1]},
 }
 
 
@@ -347,7 +349,8 @@ def test_bad_steps_are_refused_before_anything_is_written(case: str) -> None:
     np.testing.assert_array_equal(executor.step(good), expected)
 
 
-@pytest.mark.parametrize("field", ["token_ids", "positions", "slot_mapping", "seq_lens", "block_tables", "logits_rows"])
+@pytest.mark.parametrize("field", ["token_ids", "positions", "slot_mapping", "seq_lens", "block_tables", "logits_rows",
+                                   "state_slots"])
 def test_arrays_of_the_wrong_kind_are_refused(field: str) -> None:
     options = Options()
     backend = CpuBackend(1)

@@ -143,6 +143,15 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
                             "sliding_window": 20, "swiglu_limit": 1.5, "rope_parameters": {
                                 "rope_type": "yarn", "rope_theta": 1e3, "factor": 4.0, "beta_fast": 32.0,
                                 "beta_slow": 1.0, "truncate": False, "original_max_position_embeddings": 32}}),
+    "lfm2": ("lfm2", {**PLAIN, "num_key_value_heads": 2, "num_hidden_layers": 4, "pad_token_id": 0, "conv_bias": True,
+                      "conv_L_cache": 4, "block_multiple_of": 8, "block_ffn_dim_multiplier": 1.3,
+                      "layer_types": ["conv", "full_attention", "full_attention", "conv"]}),
+    "qwen3.5": ("qwen3_5_text", {
+        **LLAMA, "num_hidden_layers": 4, "attention_bias": True, "linear_conv_kernel_dim": 3, "linear_key_head_dim": 24,
+        "linear_value_head_dim": 40, "linear_num_key_heads": 2, "linear_num_value_heads": 6, "rms_norm_eps": 1e-2,
+        "layer_types": ["linear_attention", "full_attention", "full_attention", "linear_attention"],
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5,
+                            "mrope_section": [2, 1, 1]}}),
 }
 STACKED = ("granite-moe", "gpt-oss")  # with all experts in one tensor, which is all that transformers reads
 MIXTURES = ("qwen3-moe", "qwen3-moe-window", "qwen2-moe", "mixtral", "olmoe", "glm4-moe", *STACKED)  # of experts

@@ -36,6 +36,7 @@ def run_chunks(executor: Executor, token_ids: Sequence[int], chunks: Sequence[in
             seq_lens=np.array([start + size], dtype=np.int32),
             block_tables=table[None],
             logits_rows=np.arange(size, dtype=np.int32),
+            state_slots=np.array([2], dtype=np.int32),
         )))
         start += size
     return np.concatenate(logits)

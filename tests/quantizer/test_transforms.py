@@ -29,16 +29,17 @@ from tests.quantizer.walk import float_logits
 ROTATED = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Phi3ForCausalLM",
            "GraniteForCausalLM", "SmolLM3ForCausalLM", "GraniteMoeHybridForCausalLM", "GlmForCausalLM",
            "MinistralForCausalLM", "Ministral3ForCausalLM", "SeedOssForCausalLM", "InternLM3ForCausalLM",
-           "ArceeForCausalLM",
+           "ArceeForCausalLM", "Lfm2ForCausalLM", "Qwen3_5ForCausalLM",
            "HeliumForCausalLM", "Ernie4_5ForCausalLM", "HunYuanDenseV1ForCausalLM", "GemmaForCausalLM"}
 MIXTURES = {"MixtralForCausalLM", "Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM", "OlmoeForCausalLM",
             "Glm4MoeForCausalLM", "GraniteMoeForCausalLM", "GptOssForCausalLM"}
 BEHIND = {"Olmo2ForCausalLM", "Olmo3ForCausalLM", "Exaone4ForCausalLM"}  # norms behind the linears alone
-GATED = ROTATED - {"ArceeForCausalLM"} | BEHIND | {
+GATED = ROTATED - {"ArceeForCausalLM", "Lfm2ForCausalLM"} | BEHIND | {
     "Gemma2ForCausalLM", "Gemma3ForCausalLM", "StableLmForCausalLM", "Glm4ForCausalLM", "CohereForCausalLM",
     "Cohere2ForCausalLM", "OlmoForCausalLM"}
 ALL = GATED | MIXTURES | {
-    "ArceeForCausalLM", "GPTNeoXForCausalLM", "OPTForCausalLM", "GPT2LMHeadModel", "BloomForCausalLM",
+    "ArceeForCausalLM", "Lfm2ForCausalLM",
+    "GPTNeoXForCausalLM", "OPTForCausalLM", "GPT2LMHeadModel", "BloomForCausalLM",
     "Starcoder2ForCausalLM", "NemotronForCausalLM", "Jais2ForCausalLM", "PhiForCausalLM", "PersimmonForCausalLM",
     "GPTJForCausalLM", "CodeGenForCausalLM", "GPTBigCodeForCausalLM", "GPTNeoForCausalLM", "FalconForCausalLM",
     "MptForCausalLM"}

@@ -4,6 +4,7 @@
 #include "arch/generic/gemm.h"
 #include "arch/generic/norm.h"
 #include "arch/generic/panels.h"
+#include "arch/generic/recurrent.h"
 #include "arch/generic/sample.h"
 #include "core/dispatch.h"
 
@@ -33,10 +34,13 @@ const Kernels kernels = {
     .add_row = add_row,
     .scale_row = scale_row,
     .accumulate_row = accumulate_row,
+    .gate_row = gate_row,
     .softcap_row = softcap_row,
     .rope_and_cache_row = rope_and_cache_row,
     .attention_tile = attention_tile,
     .merge_partials = merge_partials,
+    .short_conv = short_conv,
+    .gated_delta = gated_delta,
     .mask_row = mask_row,
     .scan_row = scan_row,
     .weigh_block = weigh_block,

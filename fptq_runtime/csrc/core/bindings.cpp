@@ -75,6 +75,7 @@ const std::vector<Field<StepView>> kStepInput{
     {"seq_lens", &StepView::seq_lens, {kS}},
     {"block_tables", &StepView::block_tables, {kS, StepDim{"blocks", &StepView::table_width}}},
     {"logits_rows", &StepView::logits_rows, {kR}},
+    {"state_slots", &StepView::state_slots, {kS}},
 };
 const Field<StepView> kStepLogits{"logits", &StepView::logits, {kR, StepDim{"V", &StepView::logits_width}}};
 
@@ -275,6 +276,45 @@ std::shared_ptr<RoutingParameter> make_routing(int num_experts, int top_k, const
                                                              std::move(bias), groups, top_groups, group_best});
 }
 
+std::shared_ptr<ShortConvParameter> make_short_conv(std::string name, int channels, int taps, bool silu, bool gated,
+                                                    std::vector<float> weight, std::vector<float> bias) {
+  if (channels < 1 || channels > 1 << 24 || taps < 1 || taps > 64)
+    throw std::invalid_argument(name + ": " + std::to_string(taps) + " taps of " + std::to_string(channels) +
+                                " channels cannot be");
+  if (weight.size() != static_cast<size_t>(channels) * taps)
+    throw std::invalid_argument(name + ": weight must be [taps, channels]");
+  if (!bias.empty() && bias.size() != static_cast<size_t>(channels))
+    throw std::invalid_argument(name + ": bias must be [channels]");
+  return std::make_shared<ShortConvParameter>(
+      ShortConvParameter{std::move(name), channels, taps, silu, gated, std::move(weight), std::move(bias)});
+}
+
+std::shared_ptr<GatedDeltaParameter> make_gated_delta(std::string name, int key_heads, int value_heads, int key_dim,
+                                                      int value_dim, float eps, std::vector<float> a_log,
+                                                      std::vector<float> dt_bias, std::vector<float> norm_weight) {
+  if (value_heads < 1 || value_heads > kMaxHeads || key_heads < 1 || value_heads % key_heads)
+    throw std::invalid_argument(name + ": value_heads must be a multiple of key_heads, not " +
+                                std::to_string(value_heads) + " of " + std::to_string(key_heads));
+  if (key_dim < 1 || key_dim > kMaxHeadDim || value_dim < 1 || value_dim > kMaxHeadDim)
+    throw std::invalid_argument(name + ": a head's dimensions must be within 1.." + std::to_string(kMaxHeadDim));
+  for (const auto* values : {&a_log, &dt_bias})
+    if (values->size() != static_cast<size_t>(value_heads))
+      throw std::invalid_argument(name + ": a_log and dt_bias must be [value_heads]");
+  if (norm_weight.size() != static_cast<size_t>(value_dim))
+    throw std::invalid_argument(name + ": norm_weight must be [value_dim]");
+  auto delta = std::make_shared<GatedDeltaParameter>(
+      GatedDeltaParameter{std::move(name), std::move(a_log), std::move(dt_bias), std::move(norm_weight), {}});
+  delta->view = {key_heads,
+                 value_heads,
+                 key_dim,
+                 value_dim,
+                 eps,
+                 delta->a_log.data(),
+                 delta->dt_bias.data(),
+                 delta->norm_weight.data()};
+  return delta;
+}
+
 }  // namespace
 }  // namespace fptq
 
@@ -343,6 +383,13 @@ NB_MODULE(_native, m) {
            "softmax_scale"_a, "sliding_window"_a, "rope_cos"_a.none(), "rope_sin"_a.none(), "alibi_slopes"_a, "sinks"_a,
            "softcap"_a, "q_norm"_a.none(), "q_norm_own"_a, "k_norm"_a.none(), "k_norm_own"_a, "norm_after_rope"_a);
 
+  nb::class_<ShortConvParameter>(m, "ShortConv")
+      .def(nb::new_(&make_short_conv), "name"_a, "channels"_a, "taps"_a, "silu"_a, "gated"_a, "weight"_a, "bias"_a);
+
+  nb::class_<GatedDeltaParameter>(m, "GatedDelta")
+      .def(nb::new_(&make_gated_delta), "name"_a, "key_heads"_a, "value_heads"_a, "key_dim"_a, "value_dim"_a, "eps"_a,
+           "a_log"_a, "dt_bias"_a, "norm_weight"_a);
+
   nb::class_<Program>(m, "Program")
       .def(
           "__init__",
@@ -373,6 +420,8 @@ NB_MODULE(_native, m) {
       .def("softcap", &Program::softcap, "x"_a, "cap"_a)
       .def("rope_and_cache", &Program::rope_and_cache, "qkv"_a, "attention"_a)
       .def("attention", &Program::attention, "q"_a, "attention"_a, "act"_a.none(), "selected"_a)
+      .def("short_conv", &Program::short_conv, "x"_a, "conv"_a)
+      .def("gated_delta", &Program::gated_delta, "x"_a, "ba"_a, "delta"_a)
       .def("select_rows", &Program::select_rows, "x"_a)
       .def("route", &Program::route, "logits"_a, "routing"_a)
       .def("dispatch", &Program::dispatch, "x"_a, "routed"_a)

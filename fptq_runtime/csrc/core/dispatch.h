@@ -32,13 +32,19 @@ struct Kernels {
   int32_t (*activate_row)(const Activation&, const float* x, const float* up, int n, float* out);
   void (*add_row)(const float* x, const float* y, int n, float* out);  // these three: out may be an operand
   void (*scale_row)(const float* x, float factor, int n, float* out);
-  void (*accumulate_row)(const float* x, float factor, int n, float* out);  // out += x · factor
+  void (*accumulate_row)(const float* x, float factor, int n, float* out);   // out += x · factor
+  void (*gate_row)(const float* x, const float* logits, int n, float* out);  // x · sigmoid; out may be x
   void (*softcap_row)(const float* x, float cap, int n, float* out);
   // `keys`: room for num_kv_heads · head_dim.
   void (*rope_and_cache_row)(const AttentionView&, const KvCache&, int position, int slot, const float* qkv, float* q,
                              float* keys);
   void (*attention_tile)(const AttentionView&, const KvCache&, const AttentionTile&, const AttentionTile* next);
   void (*merge_partials)(const AttentionView&, const AttentionTile&);
+  // Of `rows` tokens of one sequence, whose state they move on: channels begin to end - 1, the state [taps -
+  // 1][channels]; one value head, the state that head's.
+  void (*short_conv)(const ShortConvView&, const float* x, int rows, int begin, int end, float* state, float* out);
+  void (*gated_delta)(const GatedDeltaView&, const float* x, const float* ba, int rows, int head, float* state,
+                      float* out);
   // x where the token's bit (t % 32 of word t / 32) is set, else -inf.
   void (*mask_row)(const float* x, const uint32_t* mask, int n, float* out);
   // Of each block of a row, its largest value and (sums not null) Σ 2^((x - that) · log2_scale). False: one is NaN.

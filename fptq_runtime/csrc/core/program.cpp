@@ -25,6 +25,7 @@ constexpr int kChunkCost = 4;                 // rows that fetching a chunk cost
 constexpr int kRowPanels = 16;                // a tile's activations stay in L2 while its panels stream past
 constexpr int kScratch = 1 << 14;             // floats of gate and up at once, or a panel of each for a tile
 constexpr int kMinSplitChunks = 2;
+constexpr int kConvChannels = 256;  // of a task: a row of them is in L1
 constexpr int kExpertTasks = 4;     // for each thread, where few experts are active
 constexpr int kMaxCount = 1 << 30;  // of tokens, rows, sequences and blocks
 constexpr size_t kMaxPartials = size_t{16} << 20;
@@ -484,7 +485,8 @@ void Program::check(const AttentionParameter& attention) const {
 int Program::rope_and_cache(int qkv, std::shared_ptr<const AttentionParameter> attention) {
   check(*attention);
   const AttentionView& a = attention->view;
-  const int width = (a.num_heads + 2 * a.num_kv_heads) * a.head_dim, q_width = a.num_heads * a.head_dim;
+  const int qkv_width = (a.num_heads + 2 * a.num_kv_heads) * a.head_dim, q_width = a.num_heads * a.head_dim;
+  const int width = std::max(qkv_width, value(qkv, "rope_and_cache").width);
   if (float_value(qkv, width, "rope_and_cache").selected) refuse("rope_and_cache must come before select_rows");
   const int out = define("rope and cache", q_width, false, {}, {qkv});
   record([=, this_ = this](const StepView& step) {
@@ -493,8 +495,8 @@ int Program::rope_and_cache(int qkv, std::shared_ptr<const AttentionParameter> a
     const KvCache& cache = this_->cache_[attention->layer];
     this_->each_row(qkv, step, [&](int row, int thread) {
       this_->kernels_.rope_and_cache_row(attention->view, cache, step.positions[row], step.slot_mapping[row],
-                                         in + static_cast<size_t>(row) * width, q + static_cast<size_t>(row) * q_width,
-                                         this_->scratch_[thread].data());
+                                         in + static_cast<size_t>(row + 1) * width - qkv_width,
+                                         q + static_cast<size_t>(row) * q_width, this_->scratch_[thread].data());
     });
   });
   return out;
@@ -610,6 +612,67 @@ void Program::attend(const AttentionParameter& attention, const float* q, float*
     kernels_.attention_tile(a, cache, parts_[task], task + 1 < count ? &parts_[task + 1] : nullptr);
   });
   pool_->run(static_cast<int>(split_.size()), [&](int task, int) { kernels_.merge_partials(a, split_[task]); });
+}
+
+template <class F>
+void Program::record_states(size_t floats, int parts, double work, F f) {
+  state_lengths_.resize(limits_.max_seqs);
+  float* states = reinterpret_cast<float*>(allocate(floats * limits_.max_seqs * sizeof(float)));
+  record([=, this_ = this](const StepView& step) {
+    const auto state = [&](int s) { return states + floats * step.state_slots[s]; };
+    const auto count = [&](int s) { return step.query_start_loc[s + 1] - step.query_start_loc[s]; };
+    for (int s = 0; s < step.seqs; ++s)
+      if (count(s) == step.seq_lens[s]) std::memset(state(s), 0, floats * sizeof(float));
+    const auto run = [&](int task, int) {
+      const int s = task / parts;
+      if (count(s)) f(step, step.query_start_loc[s], count(s), state(s), task % parts);
+    };
+    if (step.tokens * work >= kMinParallelFloats) return this_->pool_->run(step.seqs * parts, run);
+    for (int task = 0; task < step.seqs * parts; ++task) run(task, 0);
+  });
+}
+
+int Program::short_conv(int x, std::shared_ptr<const ShortConvParameter> conv) {
+  const Value in = value(x, conv->name.c_str());
+  float_value(x, in.width, conv->name.c_str());
+  const int channels = conv->channels;
+  if (in.selected) refuse(conv->name, " must come before select_rows");
+  if (conv->gated ? in.width != 3 * channels : in.width < channels)
+    refuse(conv->name, " reads rows of ", conv->gated ? 3 * channels : channels, ", but its input has ", in.width);
+  const ShortConvView view{channels,    conv->taps,          conv->silu,
+                           conv->gated, conv->weight.data(), conv->bias.empty() ? nullptr : conv->bias.data(),
+                           in.width};
+  const int width = conv->gated ? channels : in.width, parts = ceil_div(channels, kConvChannels);
+  const int out = define("short convolution", width, false, {}, {x});
+  record_states(static_cast<size_t>(channels) * (conv->taps - 1), parts, channels * conv->taps,
+                [=, keep = conv, this_ = this](const StepView& step, int first, int rows, float* state, int part) {
+                  const int begin = part * kConvChannels, end = std::min(channels, begin + kConvChannels);
+                  const float* from = this_->floats(x, step) + static_cast<size_t>(first) * in.width;
+                  float* to = this_->floats(out, step) + static_cast<size_t>(first) * width;
+                  this_->kernels_.short_conv(view, from, rows, begin, end, state, to);
+                  if (part == 0 && width > channels)
+                    for (size_t row = 0, at = channels; row < static_cast<size_t>(rows); ++row, at += width)
+                      std::memcpy(to + at, from + at, (width - channels) * sizeof(float));
+                });
+  return out;
+}
+
+int Program::gated_delta(int x, int ba, std::shared_ptr<const GatedDeltaParameter> delta) {
+  const GatedDeltaView& view = delta->view;
+  const char* name = delta->name.c_str();
+  const int keys = view.key_heads * view.key_dim, values = view.value_heads * view.value_dim;
+  if (float_value(x, 2 * (keys + values), name).selected || float_value(ba, 2 * view.value_heads, name).selected)
+    refuse(name, " must come before select_rows");
+  const int out = define("gated delta", values, false, {}, {x, ba});
+  const size_t head_floats = static_cast<size_t>(view.key_dim) * view.padded_dim();
+  record_states(head_floats * view.value_heads, view.value_heads, view.key_dim * values,
+                [=, this_ = this](const StepView& step, int first, int rows, float* state, int head) {
+                  this_->kernels_.gated_delta(
+                      delta->view, this_->floats(x, step) + static_cast<size_t>(first) * 2 * (keys + values),
+                      this_->floats(ba, step) + static_cast<size_t>(first) * 2 * delta->view.value_heads, rows, head,
+                      state + head * head_floats, this_->floats(out, step) + static_cast<size_t>(first) * values);
+                });
+  return out;
 }
 
 int Program::select_rows(int x) {
@@ -769,15 +832,20 @@ int Program::combine(int x, int routed, std::optional<int> residual) {
 
 int Program::gate(int x, int logit) {
   const Value in = value(x, "gate");
-  if (float_value(x, in.width, "gate").selected != float_value(logit, 1, "gate").selected)
+  const size_t logits_width = value(logit, "gate").width;
+  if (float_value(x, in.width, "gate").selected != float_value(logit, values_[logit].width, "gate").selected)
     refuse("gate: its inputs have different rows");
+  if (logits_width != 1 && logits_width < static_cast<size_t>(in.width))
+    refuse("gate: ", logits_width, " logits a row are not 1, nor enough for ", in.width);
   const int out = define("gate", in.width, in.selected, {}, {x, logit}, {x});
   record([=, this_ = this](const StepView& step) {
     const float *rows = this_->floats(x, step), *logits = this_->floats(logit, step);
     float* y = this_->floats(out, step);
     this_->each_row(out, step, [&](int row, int) {
       const size_t at = static_cast<size_t>(row) * in.width;
-      this_->kernels_.scale_row(rows + at, 1 / (1 + std::exp(-logits[row])), in.width, y + at);
+      const float* logit = logits + row * logits_width;
+      if (logits_width == 1) return this_->kernels_.scale_row(rows + at, 1 / (1 + std::exp(-*logit)), in.width, y + at);
+      this_->kernels_.gate_row(rows + at, logit, in.width, y + at);
     });
   });
   return out;
@@ -876,6 +944,20 @@ void Program::check(const StepView& step) const {
   if (vocab_)
     for (int row = 0; row < step.tokens; ++row) check_range("token_ids", row, step.token_ids[row], vocab_);
   for (int row = 0; row < step.rows; ++row) check_range("logits_rows", row, step.logits_rows[row], step.tokens);
+  for (int s = 0; s < step.seqs; ++s) check_range("state_slots", s, step.state_slots[s], limits_.max_seqs);
+  if (!state_lengths_.empty()) check_states(step);
+}
+
+void Program::check_states(const StepView& step) const {
+  std::vector<bool> taken(limits_.max_seqs);
+  for (int s = 0; s < step.seqs; ++s) {
+    const int slot = step.state_slots[s],
+              start = step.seq_lens[s] - step.query_start_loc[s + 1] + step.query_start_loc[s];
+    if (taken[slot]) refuse("state_slots[", s, "] is ", slot, ", another sequence's too");
+    taken[slot] = true;
+    if (start && state_lengths_[slot] != start)
+      refuse("state_slots[", s, "] is ", slot, ", where ", state_lengths_[slot], " tokens were seen, not ", start);
+  }
 }
 
 void Program::step(const StepView& step) {
@@ -888,6 +970,8 @@ void Program::step(const StepView& step) {
     op.seconds += std::chrono::duration<double>(now - then).count();
     then = now;
   }
+  if (!state_lengths_.empty())
+    for (int s = 0; s < step.seqs; ++s) state_lengths_[step.state_slots[s]] = step.seq_lens[s];
   last_tokens_ = step.tokens;
   last_rows_ = step.rows;
 }

@@ -60,6 +60,19 @@ struct AttentionParameter {
   std::shared_ptr<const NormParameter> q_norm, k_norm;
 };
 
+struct ShortConvParameter {
+  std::string name;
+  int channels, taps;
+  bool silu, gated;
+  std::vector<float> weight, bias;  // [taps][channels]; [channels] or empty
+};
+
+struct GatedDeltaParameter {
+  std::string name;
+  std::vector<float> a_log, dt_bias, norm_weight;
+  GatedDeltaView view;  // its pointers lead to the members above
+};
+
 struct Limits {
   int max_tokens, max_seqs, max_logits_rows, max_model_len, num_blocks, block_size;
   KvType kv_type;
@@ -75,6 +88,7 @@ struct StepView {
   const int32_t* seq_lens;         // [S]
   const int32_t* block_tables;     // [S][table_width]
   const int32_t* logits_rows;      // [R]
+  const int32_t* state_slots;      // [S]
   float* logits;                   // [R][logits_width]
   int tokens = -1, seqs = -1, table_width = -1, rows = -1, logits_width = -1;
 };
@@ -104,6 +118,9 @@ class Program {
   int rope_and_cache(int qkv, std::shared_ptr<const AttentionParameter> attention);
   // `selected`: for the rows that need logits alone.
   int attention(int q, std::shared_ptr<const AttentionParameter> attention, Act act, bool selected);
+  // These two keep a state of each sequence, from step to step.
+  int short_conv(int x, std::shared_ptr<const ShortConvParameter> conv);
+  int gated_delta(int x, int ba, std::shared_ptr<const GatedDeltaParameter> delta);
   int select_rows(int x);
   // These make and read dispatched rows, which no others but `activation` take.
   int route(int logits, std::shared_ptr<const RoutingParameter> routing);
@@ -180,6 +197,11 @@ class Program {
   int route_of(int id, const char* op) const;
   void check(const AttentionParameter& attention) const;
   void check(const StepView& step) const;
+  void check_states(const StepView& step) const;
+  // Records f(first row, rows, state, part) for each part of each sequence: the op's own floats of the sequence's slot,
+  // zeros where it begins.
+  template <class F>
+  void record_states(size_t floats, int parts, double work, F f);
   size_t capacity(const Value& value) const {
     return static_cast<size_t>(value.copies) * (value.selected ? limits_.max_logits_rows : limits_.max_tokens);
   }
@@ -224,6 +246,7 @@ class Program {
   Work token_work_{}, row_work_{};  // of one token, of one logits row; the bytes are a step's
   std::vector<ExpertWork> expert_work_;
   int last_tokens_ = -1, last_rows_ = -1;
+  std::vector<int> state_lengths_;  // tokens that each slot's states have seen; empty without recurrent ops
   std::vector<std::unique_ptr<Route>> routes_;
   std::vector<ExpertTile> expert_tiles_;
   int scratch_needed_ = 0;

@@ -47,6 +47,25 @@ struct AttentionView {
   bool norm_after_rope;
 };
 
+// kernels/base.py's ShortConv; width: of the rows that it reads.
+struct ShortConvView {
+  int channels, taps;
+  bool silu, gated;
+  const float* weight;  // [taps][channels]
+  const float* bias;    // [channels] or null
+  int width;
+};
+
+// kernels/base.py's GatedDelta. A head's state is [key_dim][padded_dim].
+struct GatedDeltaView {
+  int key_heads, value_heads, key_dim, value_dim;
+  float eps;
+  const float* a_log;        // [value_heads]
+  const float* dt_bias;      // [value_heads]
+  const float* norm_weight;  // [value_dim]
+  int padded_dim() const { return (value_dim + 15) / 16 * 16; }
+};
+
 // kernels/base.py's Activation.
 enum class Curve { kSilu, kGeluTanh, kGelu, kRelu, kRelu2, kClampedSwiglu };
 struct Activation {

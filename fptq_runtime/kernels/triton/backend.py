@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,7 @@ from fptq_runtime.kernels.base import (
     AttentionSpec,
     DeviceLostError,
     Embedding,
+    GatedDelta,
     Linear,
     Norm,
     Ops,
@@ -33,6 +34,7 @@ from fptq_runtime.kernels.base import (
     Routing,
     SampleInput,
     SampleOutput,
+    ShortConv,
     StepInput,
     StepLimits,
     Work,
@@ -96,6 +98,8 @@ class TritonBackend:
         except torch.OutOfMemoryError:
             raise FptqError("the model's weights do not fit into the GPU's free memory; free some, choose another GPU "
                             "with CUDA_VISIBLE_DEVICES, or use --device cpu") from None
+        if isinstance(parameter, ShortConv | GatedDelta):
+            raise FptqError(f"{parameter.name}: the GPU has no kernel for recurrent layers; use --device cpu", "device")
         raise TypeError(f"cannot prepare a {type(parameter).__name__}")
 
     def compile(self, forward: Callable[[Ops[Any]], Any], limits: StepLimits, sharing: TritonExecutor | None = None
@@ -112,7 +116,7 @@ class TritonBackend:
             return sample(logits, batch)
 
     def token_bytes(self, model: ModelConfig, dtype: KVCacheDtype) -> int:
-        return cache_bytes_per_token(dtype, model.num_layers, model.num_kv_heads, model.head_dim)
+        return cache_bytes_per_token(dtype, model.cached_layers, model.num_kv_heads, model.head_dim)
 
     def step_bytes(self, model: ModelConfig, limits: StepLimits) -> int:
         widest = 4 * model.hidden_size + (model.num_heads + 2 * model.num_kv_heads) * model.head_dim \
@@ -262,7 +266,8 @@ def _shorter_first(batch: StepInput) -> StepInput:
     places[rows] = np.arange(rows.size, dtype=np.int32)
     starts = np.concatenate([[0], np.cumsum(lengths[order])]).astype(np.int32)
     return StepInput(batch.token_ids[rows], batch.positions[rows], batch.slot_mapping[rows], starts,
-                     batch.seq_lens[order], batch.block_tables[order], places[batch.logits_rows])
+                     batch.seq_lens[order], batch.block_tables[order], places[batch.logits_rows],
+                     batch.state_slots[order])
 
 
 @contextmanager
@@ -327,6 +332,12 @@ class TritonOps:
         attended = attend(q, attention, self._cache, self._batch, act)
         return self.select_rows(attended) if selected else attended
 
+    def short_conv(self, x: Value, conv: Any) -> Value:
+        raise NotImplementedError  # `prepare` refuses what it needs
+
+    def gated_delta(self, x: Value, ba: Value, delta: Any) -> Value:
+        raise NotImplementedError
+
     def select_rows(self, x: Value) -> Value:
         return take_rows(x, self._batch.logits_rows)
 
@@ -343,7 +354,7 @@ class TritonOps:
         return combine(_float(x), routed, None if residual is None else _float(residual))
 
     def gate(self, x: Value, logit: Value) -> Value:
-        return _float(x) * _float(logit).sigmoid()
+        return _float(x) * _float(logit)[:, : _float(x).shape[1]].sigmoid()
 
 
 class _Inputs:
@@ -378,13 +389,14 @@ class _Inputs:
         return DeviceBatch(**arrays, max_query_len=shape.query, max_seq_len=shape.context, query_lens=lengths)
 
     def _layout(self, shape: _Shape) -> dict[str, tuple[slice, tuple[int, ...]]]:
-        """Where each array of a StepInput lies, and its shape."""
+        """Where each array of a StepInput that kernels read lies, and its shape."""
         sizes: dict[str, tuple[int, ...]] = {
             "M": (shape.tokens,), "S": (shape.seqs,), "S + 1": (shape.seqs + 1,), "R": (shape.rows,),
             "S, blocks": (shape.seqs, -(-shape.context // self._block_size)),
         }
         parts, start = {}, 0
-        for name, _, dims in arrays_of(StepInput):
+        read = {field.name for field in fields(DeviceBatch)}
+        for name, dims in ((name, dims) for name, _, dims in arrays_of(StepInput) if name in read):
             part = slice(start, start + math.prod(sizes[dims]))
             parts[name] = part, sizes[dims]
             start = -(-part.stop // ALIGNED) * ALIGNED
@@ -461,6 +473,10 @@ class _Survey:
         for part in (linear, *(linear.low_rank or ())):
             self._multiply_adds[self._at] += part.n * part.k
         self._bytes += linear.nbytes
+
+    def short_conv(self, x: None, conv: Any) -> None: ...
+
+    def gated_delta(self, x: None, ba: None, delta: Any) -> None: ...
 
     def select_rows(self, x: None) -> None:
         self._at = 1

@@ -70,7 +70,7 @@ class Rotation(Step):
         for edge in block.spec.edges:
             if edge.through is None:
                 _rotate_readers(block.norms[edge.writer], [block.linears[name] for name in edge.readers], residual)
-            elif edge.through == "attention" and self.heads:
+            elif edge.through == "attention" and self.heads and not _gated(block):
                 _rotate_values(block, edge, RandomHadamard(model.config.head_dim, self.seed + 1))
         for name in block.spec.residual:
             writer = block.linears[name]
@@ -104,6 +104,11 @@ class RandomHadamard:
         if odd > 1:
             y = y.reshape(-1, odd) @ self.odd
         return y.reshape(x.shape) / math.sqrt(size // odd)
+
+
+def _gated(block: Block) -> bool:
+    """What the heads make of their values is multiplied number by number, which no rotation goes through."""
+    return block.spec.attention is not None and block.spec.attention.gated
 
 
 def _rotate_readers(norm: Norm, readers: Sequence[Linear], residual: RandomHadamard) -> None:

@@ -99,7 +99,7 @@ def part(whole: StepInput, spans: Sequence[tuple[int, int]]) -> StepInput:
     counts = [last - first for first, last in spans]
     return StepInput(whole.token_ids[rows], whole.positions[rows], whole.slot_mapping[rows],
                      np.cumsum([0, *counts], dtype=np.int32), np.array([last for _, last in spans], np.int32),
-                     whole.block_tables, np.arange(len(rows), dtype=np.int32))
+                     whole.block_tables, np.arange(len(rows), dtype=np.int32), whole.state_slots)
 
 
 PARTS = ([(0, 19), (0, 6)], [(19, 20), (6, 7)], [(20, 27), (7, 10)])

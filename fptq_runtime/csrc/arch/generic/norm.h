@@ -152,6 +152,12 @@ static void accumulate_row(const float* x, float factor, int n, float* out) {
   });
 }
 
+static void gate_row(const float* x, const float* logits, int n, float* out) {
+  each_vector(n, [&](int i, int lanes) {
+    store_lanes(out + i, sigmoid_times(load_lanes(x + i, lanes), load_lanes(logits + i, lanes)), lanes);
+  });
+}
+
 static void softcap_row(const float* x, float cap, int n, float* out) {
   each_vector(n, [&](int i, int lanes) {
     store_lanes(out + i, tanh(load_lanes(x + i, lanes) / splat(cap)) * splat(cap), lanes);
