@@ -16,6 +16,7 @@ from ml_dtypes import bfloat16
 
 from benchmarks.gpu_check.check import Check, Row, graphed
 from benchmarks.gpu_check.compiled import launched_kernels
+from benchmarks.gpu_check.roofline import Machine, llama_launches, seconds
 from fptq_runtime.config import EngineConfig
 from fptq_runtime.engine.engine import Engine
 from fptq_runtime.engine.request import SamplingParams
@@ -226,7 +227,13 @@ def _decode(check: Check, profile: str, batches: Sequence[int]) -> Iterator[Row]
         cached = batch * CONTEXT * backend.token_bytes(SHAPES[SHAPE].config, "int8")
         moved = executor.work(batch, batch).weight_bytes + cached
         yield {"profile": profile, "batch": batch, "ms": 1e3 * wall, "device ms": 1e3 * device,
+               "floor ms": _floor(profile, step),
                **_roofline(check, moved, executor.work(batch, batch).multiply_adds, device)}
+
+
+def _floor(profile: str, step: StepInput) -> float:
+    """Milliseconds that an H200 takes at least, by roofline.py's model of each launch."""
+    return 1e3 * sum(seconds(llama_launches(SHAPES[SHAPE].config, step, profile == "two-level"), Machine()).values())
 
 
 def baseline(check: Check) -> Iterator[Row]:
@@ -284,8 +291,8 @@ def _prefill(check: Check, profile: str) -> Iterator[Row]:
     step = StepInput(rows % 1000, rows, rows, np.array([0, PREFILL], np.int32), np.array([PREFILL], np.int32),
                      np.arange(PREFILL // 32, dtype=np.int32)[None], rows[-1:], rows[:1])
     took = fastest(partial(executor.step, step), 3)
-    yield {"profile": profile, "tokens": PREFILL, "ms": 1e3 * took, "tokens/s": PREFILL / took,
-           "TOPS": 2e-12 * executor.work(PREFILL, 1).multiply_adds / took}
+    yield {"profile": profile, "tokens": PREFILL, "ms": 1e3 * took, "floor ms": _floor(profile, step),
+           "tokens/s": PREFILL / took, "TOPS": 2e-12 * executor.work(PREFILL, 1).multiply_adds / took}
 
 
 def overhead(check: Check) -> Iterator[Row]:

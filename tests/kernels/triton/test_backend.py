@@ -202,8 +202,8 @@ def test_steps_that_a_start_captures_write_nothing(backend: TritonBackend) -> No
     executor = backend.compile(make_decoder(SMALL, backend), made)
     for step in (_unwritten([1, 1], 40, 16), _unwritten([1, 5], 40, 16)):
         assert executor.step(step).isfinite().all()
-    assert not executor._cache.keys.any()
-    assert not executor._cache.values.any()
+    assert not executor.cache.keys.any()
+    assert not executor.cache.values.any()
 
 
 def test_what_it_says_of_itself(backend: TritonBackend) -> None:
