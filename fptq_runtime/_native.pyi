@@ -119,6 +119,14 @@ class Norm:
 class Linear:
     def __init__(self, name: str, packed: PackedWeight | None, float_weight: FloatWeight | None, bias: Sequence[float], act: float | None) -> None: ...
 
+class Adapters:
+    def __init__(self, linear: Linear, slots: int) -> None: ...
+
+    def set(self, pool: ThreadPool, slot: int, parts: list[tuple[int, numpy.typing.NDArray[numpy.floating | numpy.int16], numpy.typing.NDArray[numpy.floating | numpy.int16], float]]) -> None:
+        """
+        parts: (first column, down [r, K], up transposed [r, N], scale) each; none: the slot adds nothing. Waits for a step that runs. Raises ValueError.
+        """
+
 class Experts:
     def __init__(self, name: str, packed: PackedWeight | None, float_weight: FloatWeight | None, bias: Sequence[float], act: float | None, count: int, n: int) -> None: ...
 
@@ -146,6 +154,8 @@ class Program:
     def quantize(self, x: int, act: float | None) -> int: ...
 
     def linear(self, x: int, linear: Linear, residual: int | None) -> int: ...
+
+    def adapt(self, x: int, y: int, adapters: Adapters) -> int: ...
 
     def activation(self, x: int, curve: str, gated: bool, limit: float, act: float | None) -> int: ...
 

@@ -21,7 +21,7 @@ import click
 from click.core import ParameterSource
 
 import fptq_runtime
-from fptq_runtime.config import MAX_THREADS
+from fptq_runtime.config import MAX_LORAS, MAX_THREADS
 from fptq_runtime.errors import FptqError
 
 if TYPE_CHECKING:
@@ -124,6 +124,25 @@ class ExistingFile(click.ParamType[Path]):
             words = "".join(f" or {word}" for word in self.words)
             self.fail(f"{value} is no file{words}{did_you_mean(path, *self.words, files='*')}", param, ctx)
         return path
+
+
+class NamedDirectory(click.ParamType[tuple[str, Path]]):
+    """As name=DIR."""
+
+    name = "name=DIR"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, Path]:
+        from fptq_runtime.locate import did_you_mean, expand
+
+        if isinstance(value, tuple):
+            return value
+        given, found, directory = value.partition("=")
+        if not (given and found and directory):
+            self.fail(f"{value!r} is not like name=DIR", param, ctx)
+        path = expand(directory)
+        if not path.is_dir():
+            self.fail(f"{directory} is no directory{did_you_mean(path)}", param, ctx)
+        return given, path
 
 
 class JsonObject(click.ParamType[dict[str, Any]]):
@@ -451,6 +470,12 @@ def _tells_what_is_left(out: Path) -> Iterator[None]:
 @click.option("--responses-db", type=click.Path(dir_okay=False, path_type=Path),
               help="Keeps stored responses of /v1/responses in this file, not in memory.")
 @engine_options
+@click.option("--lora", multiple=True, type=NamedDirectory(), help="A PEFT adapter that requests may name as their "
+              "model; may be given more than once.")
+@click.option("--max-loras", type=click.IntRange(1, MAX_LORAS), default=8, show_default=True, help="Adapters that may "
+              "be loaded at a time, where --lora or --allow-runtime-lora-updating is given.")
+@click.option("--allow-runtime-lora-updating", is_flag=True, help="/v1/load_lora_adapter and /v1/unload_lora_adapter: "
+              "whoever may send requests may have directories of this machine read as adapters.")
 @click.option("--max-waiting-requests", type=click.IntRange(1), default=256, show_default=True,
               help="Past so many in the queue a request is refused with 429.")
 @click.option("--max-waiting-tokens", type=click.IntRange(1), default=1 << 20, show_default=True,
@@ -476,7 +501,7 @@ def _tells_what_is_left(out: Path) -> Iterator[None]:
 @click.option("--scrub-interval", type=click.FloatRange(0), default=3600.0, show_default=True,
               help="Seconds in which the artifact's files are read and hashed once while serving; 0: never.")
 def serve(artifact: str, recipe: str | None, model_names: tuple[str, ...], generation_config: str,
-          chat_template: Path | None, **options: Any) -> None:
+          chat_template: Path | None, lora: tuple[tuple[str, Path], ...], max_loras: int, **options: Any) -> None:
     """Serve ARTIFACT over HTTP.
 
     Each option is a variable, too, as FPTQ_MAX_MODEL_LEN for --max-model-len, and a key of --config's file. Flags go
@@ -492,6 +517,9 @@ def serve(artifact: str, recipe: str | None, model_names: tuple[str, ...], gener
 
     of_server = {field.name for field in fields(ServerConfig)} & options.keys()
     config = ServerConfig(**{name: options.pop(name) for name in of_server})
+    if len(dict(lora)) < len(lora):
+        raise click.UsageError("--lora gives one name twice")
+    options |= {"lora": dict(lora), "max_loras": max_loras if lora or config.allow_runtime_lora_updating else 0}
     with listen(config) as listener:  # before the model is fetched or made, which can take minutes
         path = find_artifact(artifact)
         from fptq_runtime.artifact.io import is_artifact

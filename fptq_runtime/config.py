@@ -15,6 +15,7 @@ KVCacheDtype = Literal["float32", "bf16", "int8"]
 Pooling = Literal["last", "mean", "weightedmean"]
 # What linears with quantized weights read: what the checkpoint says, or int8 per token where it says float.
 Activations = Literal["checkpoint", "int8"]
+MAX_LORAS = 64
 MAX_THREADS = os.cpu_count() or 1  # beyond the machine's logical CPUs each step waits for threads that do not run
 
 
@@ -53,6 +54,7 @@ class EngineConfig:
     block_size: tokens per KV block, 16, 32, 64 or 128 (what the attention kernels accept).
     max_waiting_requests, max_waiting_tokens: bounds of the queue; past them a request is refused.
     speculation: whether a step also checks guesses of the tokens to come, where that pays; answers are the same.
+    max_loras: adapters that may be loaded at a time; 0: the linears take none.
     max_wait: seconds in which a request is to have its first token; one that would wait longer is refused.
     """
 
@@ -64,6 +66,7 @@ class EngineConfig:
     kv_cache_memory: int = 512 << 20
     enable_prefix_caching: bool = True
     speculation: bool = True
+    max_loras: int = 0
     max_waiting_requests: int = 256
     max_waiting_tokens: int = 1 << 20
     max_wait: float = math.inf
@@ -73,6 +76,8 @@ class EngineConfig:
                      "max_waiting_requests", "max_waiting_tokens"):
             if getattr(self, name) < 1:
                 raise FptqError(f"{name} must be at least 1, not {getattr(self, name)}", name)
+        if not 0 <= self.max_loras <= MAX_LORAS:
+            raise FptqError(f"max_loras must be between 0 and {MAX_LORAS}, not {self.max_loras}", "max_loras")
         if not self.max_wait > 0:
             raise FptqError(f"max_wait must be more than 0 seconds, not {self.max_wait}", "max_wait")
         if self.block_size not in (16, 32, 64, 128):

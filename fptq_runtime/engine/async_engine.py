@@ -104,8 +104,8 @@ class AsyncEngine:
         self._thread.start()
 
     def add_request(self, request_id: str, prompt_token_ids: Sequence[int], params: SamplingParams,
-                    origin: Origin = ANYONE) -> RequestStream:
-        """Raises RequestError, QueueFullError, or EngineDeadError."""
+                    origin: Origin = ANYONE, adapter: str = "") -> RequestStream:
+        """Raises RequestError, AdapterError, QueueFullError, or EngineDeadError."""
         if self.draining:
             raise QueueFullError(1.0, "draining")
         with self._work:
@@ -113,7 +113,7 @@ class AsyncEngine:
                 raise EngineDeadError("the engine has stopped")
             if not self.engine.has_unfinished_requests:
                 self._last_progress = time.monotonic()
-            self.engine.add_request(request_id, prompt_token_ids, params, origin)
+            self.engine.add_request(request_id, prompt_token_ids, params, origin, adapter)
             stream = RequestStream(request_id, params.n, self._abort)
             self._loop = asyncio.get_running_loop()
             self._streams[request_id] = stream

@@ -39,6 +39,7 @@ def build_step_input(items: Sequence[ScheduledSequence], block_size: int) -> Ste
         block_tables=block_tables,
         logits_rows=_int32(logits_rows),
         state_slots=np.array([item.sequence.state_slot for item in items], np.int32),
+        adapters=np.array([item.sequence.adapter.slot for item in items], dtype=np.int32),
     )
 
 

@@ -148,13 +148,13 @@ class BlockManager:
         self._hash_of[block] = digest
 
     def _block_hash(self, sequence: Sequence, index: int) -> bytes:
-        """What block `index` holds: a digest of its tokens and, through its parent's digest, of all before them and of
-        its tenant, so that no time taken tells of another's prompts.
+        """What block `index` holds: a digest of its tokens and, through its parent's digest, of all before them, of its
+        adapter and of its tenant, so that no time taken tells of another's prompts.
         128 bits, so that two texts never share a block by chance."""
         hashes, size = sequence.block_hashes, self.block_size
         while len(hashes) <= index:
             start = len(hashes) * size
-            parent = hashes[-1] if hashes else sequence.origin.tenant.encode()
+            parent = hashes[-1] if hashes else sequence.adapter.digest + sequence.origin.tenant.encode()
             tokens = array("i", sequence.token_ids[start : start + size]).tobytes()
             hashes.append(blake2b(parent + tokens, digest_size=16).digest())
         return hashes[index]

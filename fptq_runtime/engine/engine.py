@@ -15,6 +15,7 @@ from typing import Generic, NamedTuple, TypeVar
 import numpy as np
 
 from fptq_runtime.config import EngineConfig
+from fptq_runtime.engine.adapters import Adapters
 from fptq_runtime.engine.admission import Forecast, Work
 from fptq_runtime.engine.batch import build_step_input
 from fptq_runtime.engine.block_manager import BlockManager
@@ -22,7 +23,7 @@ from fptq_runtime.engine.block_store import DiskStore, KVDisk
 from fptq_runtime.engine.grammar import GrammarError, Grammars
 from fptq_runtime.engine.output import Detokenizer, RequestOutput, TextStream, TokenLogprobs
 from fptq_runtime.engine.pooling import Pooler
-from fptq_runtime.engine.request import ANYONE, FinishReason, Origin, SamplingParams
+from fptq_runtime.engine.request import ANYONE, NO_ADAPTER, Adapter, FinishReason, Origin, SamplingParams
 from fptq_runtime.engine.sampler import NO_MASKS, SampleBatch, SampleResult, Sampling
 from fptq_runtime.engine.scheduler import ScheduledSequence, Scheduler, SchedulerOutput
 from fptq_runtime.engine.sequence import Sequence, SequenceStatus
@@ -126,12 +127,13 @@ class Engine(Generic[T]):
     step belongs to one thread. Raises FptqError where the configuration does not fit the model.
     eos_token_ids: those of the model's config unless given. probes: small computations whose results are known; each
     gives its deviation, 1 being what is tolerated. They belong between steps. kv_disk: where cached prefixes outlive
-    their place in the cache, and the engine.
+    their place in the cache, and the engine. adapters: of this decoder.
     """
 
     def __init__(self, decoder: Decoder, backend: Backend, config: EngineConfig, tokenizer: T,
                  eos_token_ids: abc.Sequence[int] | None = None,
-                 probes: abc.Callable[[], abc.Iterator[float]] | None = None, kv_disk: KVDisk | None = None) -> None:
+                 probes: abc.Callable[[], abc.Iterator[float]] | None = None, kv_disk: KVDisk | None = None,
+                 adapters: Adapters | None = None) -> None:
         if decoder.config.state_bytes:
             logger.info("recurrent layers keep %s of each running sequence, as of its last token alone: no prefix is "
                         "cached, and no token guessed", format_bytes(decoder.config.state_bytes))
@@ -147,7 +149,8 @@ class Engine(Generic[T]):
         self._limits = limits
         self.num_blocks = limits.num_blocks
         self._speculator = Speculator(self._eos_token_ids) if config.speculation else None
-        self._executor = backend.compile(decoder, limits)
+        self.adapters = adapters
+        self._executor = backend.compile(decoder if adapters is None else adapters.decoder, limits)
         self._scheduler = Scheduler(
             BlockManager(limits.num_blocks, config.block_size, config.enable_prefix_caching, self._open(kv_disk)),
             limits.max_seqs,
@@ -194,11 +197,32 @@ class Engine(Generic[T]):
         return len(self._scheduler.waiting) + len(self._inbox)
 
     def add_request(self, request_id: str, prompt_token_ids: abc.Sequence[int], params: SamplingParams,
-                    origin: Origin = ANYONE) -> None:
-        """Queue a request. Raises RequestError or GrammarError where it can never run, QueueFullError where it cannot
-        now. Waits for its grammar where `grammars` has not compiled it yet."""
+                    origin: Origin = ANYONE, adapter: str = "") -> None:
+        """Queue a request, for an adapter by its name, if any. Raises RequestError, AdapterError or GrammarError where
+        it can never run, QueueFullError where it cannot now. Waits for its grammar where `grammars` has not compiled it
+        yet."""
         self.validate(prompt_token_ids, params)
-        sequences = Sequence.expand(request_id, prompt_token_ids, params, origin)
+        lent = self._lend(adapter, params.n)
+        try:
+            self._add(request_id, prompt_token_ids, params, origin, lent)
+        except BaseException:
+            self._take_back(lent, params.n)
+            raise
+
+    def _lend(self, adapter: str, users: int) -> Adapter:
+        if not adapter:
+            return NO_ADAPTER
+        if self.adapters is None:
+            raise RequestError(f"there is no adapter {adapter}: max_loras is 0")
+        return self.adapters.acquire(adapter, users)
+
+    def _take_back(self, adapter: Adapter, users: int = 1) -> None:
+        if self.adapters is not None and adapter is not NO_ADAPTER:
+            self.adapters.release(adapter, users)
+
+    def _add(self, request_id: str, prompt_token_ids: abc.Sequence[int], params: SamplingParams, origin: Origin,
+             adapter: Adapter) -> None:
+        sequences = Sequence.expand(request_id, prompt_token_ids, params, origin, adapter)
         matchers = [None] * params.n if params.structured is None else \
             self.grammars.matchers(params.structured, params.n, params.stop_token_ids)
         work = Work(len(prompt_token_ids), 0, self._most_tokens(len(prompt_token_ids), params))
@@ -623,6 +647,7 @@ class Engine(Generic[T]):
         if finish_reason is None:
             return
         self._scheduler.finish(sequence)
+        self._take_back(sequence.adapter)
         del self._live[sequence.key]
         if finish_reason is FinishReason.ABORT:
             step.stats.saved_tokens += self._forecast.output(self._work(sequence))

@@ -6,7 +6,7 @@ import ctypes
 import itertools
 import logging
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -19,16 +19,18 @@ from fptq_runtime import __version__
 from fptq_runtime.artifact.files import MANIFEST
 from fptq_runtime.artifact.io import GOLDEN, check_files, hash_file, is_artifact
 from fptq_runtime.config import Activations, EngineConfig
+from fptq_runtime.engine.adapters import Adapters
 from fptq_runtime.engine.block_store import KVDisk
 from fptq_runtime.engine.engine import Engine, QueueFullError
 from fptq_runtime.engine.output import RequestOutput, TokenLogprobs
-from fptq_runtime.engine.request import MAX_N, FinishReason, SamplingParams
+from fptq_runtime.engine.request import ANYONE, MAX_N, FinishReason, SamplingParams
 from fptq_runtime.engine.sizing import cache_tokens, device_cache_memory, format_bytes, step_limits
 from fptq_runtime.errors import FptqError
 from fptq_runtime.kernels.base import Backend, StepInput
 from fptq_runtime.kernels.select import select_backend
 from fptq_runtime.models.gate import Golden, check_artifact, probe
 from fptq_runtime.models.loader import Checkpoint, load_model
+from fptq_runtime.models.lora import check_base
 from fptq_runtime.models.tokenizer import Tokenizer, eos_token_ids
 
 logger = logging.getLogger(__name__)
@@ -66,11 +68,11 @@ class LLM:
         self.engine = load_engine(path, backend=backend, device=device, activations=activations, **options)
         self._request_ids = map(str, itertools.count())
 
-    def generate(self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
-                 ) -> list[list[Completion]]:
+    def generate(self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None,
+                 adapter: str | Sequence[str] = "") -> list[list[Completion]]:
         """Completions of every prompt (text or token ids), params.n of each, in the prompts' order.
 
-        params: one for all, or one for each. Raises RequestError before anything runs where a prompt cannot.
+        params, adapter: one for all, or one for each. Raises RequestError before anything runs where a prompt cannot.
         """
         if isinstance(prompts, str):
             raise TypeError("prompts must be a list; put the one prompt into a list")
@@ -82,10 +84,15 @@ class LLM:
         token_ids = [self.engine.tokenizer.encode(p) if isinstance(p, str) else list(p) for p in prompts]
         for ids, param in zip(token_ids, each, strict=True):
             self.engine.validate(ids, param)
-        requests = list(zip(itertools.islice(self._request_ids, len(prompts)), token_ids, each, strict=True))
+        adapters = [adapter] * len(prompts) if isinstance(adapter, str) else list(adapter)
+        if len(adapters) != len(prompts):
+            raise FptqError(f"{len(prompts)} prompts but {len(adapters)} adapters; give one for all or one for each",
+                            "adapter")
+        numbers = itertools.islice(self._request_ids, len(prompts))
+        requests = list(zip(numbers, token_ids, each, [ANYONE] * len(prompts), adapters, strict=True))
         pending = deque(requests)
         events: dict[tuple[str, int], list[RequestOutput]] = {
-            (request_id, k): [] for request_id, _, param in requests for k in range(param.n)
+            (request_id, k): [] for request_id, _, param, *_ in requests for k in range(param.n)
         }
         try:
             while pending or self.engine.has_unfinished_requests:
@@ -99,11 +106,11 @@ class LLM:
                     if (key := (output.request_id, output.index)) in events:  # not what an interrupted call left
                         events[key].append(output)
         finally:
-            for request_id, _, _ in requests:
+            for request_id, *_ in requests:
                 self.engine.abort(request_id)
         return [
             [_completion(ids, events[request_id, k]) for k in range(param.n)]
-            for request_id, ids, param in requests
+            for request_id, ids, param, *_ in requests
         ]
 
 
@@ -112,7 +119,7 @@ def load_engine(path: str | Path, *, backend: str | Backend = "auto", device: st
                 kv_cache_memory: int | None = None, gpu_memory_utilization: float = 0.9,
                 chat_template: str | None = None, verify_weights: bool = False, kv_cache_disk: Path | None = None,
                 kv_cache_disk_size: int = KV_CACHE_DISK_SIZE, max_num_batched_tokens: int | None = None,
-                **options: Any) -> Engine[Tokenizer]:
+                lora: Mapping[str, Path] | None = None, **options: Any) -> Engine[Tokenizer]:
     """An engine for a model directory; an artifact's files and golden values are checked first, of these what
     activations that are not its own leave as it was.
 
@@ -121,6 +128,7 @@ def load_engine(path: str | Path, *, backend: str | Backend = "auto", device: st
     KV cache holds where that is less. kv_cache_memory: EngineConfig's default unless given; on a GPU, what the weights
     and a step leave of the gpu_memory_utilization share of its free memory. chat_template: in place of the model's.
     verify_weights: an artifact's hashes are checked also where they were before and nothing seems to have changed.
+    lora: PEFT adapters that requests may name; max_loras is at least as many.
     kv_cache_disk: a directory in which cached prefixes outlive the engine, kv_cache_disk_size bytes at most.
     max_num_batched_tokens: EngineConfig's default unless given; on a GPU 8192.
     options: the other fields of EngineConfig. Raises FptqError (ArtifactError, CheckpointError, GateError, …).
@@ -136,6 +144,7 @@ def load_engine(path: str | Path, *, backend: str | Backend = "auto", device: st
     free = kernels.free_memory()
     most = EngineConfig.kv_cache_memory if free is None else int(free * gpu_memory_utilization)
     tokens = EngineConfig.max_num_batched_tokens if free is None else GPU_BATCHED_TOKENS
+    options["max_loras"] = max(options.get("max_loras", 0), len(lora or {}))
     config = EngineConfig(max_model_len=max_model_len or model.max_position_embeddings,
                           max_num_batched_tokens=max_num_batched_tokens or tokens,
                           kv_cache_memory=most if kv_cache_memory is None else kv_cache_memory, **options)
@@ -185,10 +194,17 @@ def load_engine(path: str | Path, *, backend: str | Backend = "auto", device: st
         facts = (__version__, files, model, checkpoint.max_positions, activations, config.kv_cache_dtype,
                  config.block_size, kernels.fingerprint)
         disk = KVDisk(kv_cache_disk, kv_cache_disk_size, repr(facts).encode())
+    adapters = None
+    if config.max_loras:
+        if manifest is not None:
+            check_base(Path(path), manifest)
+        adapters = Adapters(checkpoint.model, decoder, kernels, config.max_loras)
+        for name, directory in (lora or {}).items():
+            adapters.load(name, directory)
     try:
         engine = Engine(decoder, kernels, config, tokenizer.result(),
                         eos_token_ids(Path(path), model.eos_token_ids, tokenizer.result(), model.vocab_size), probes,
-                        disk)
+                        disk, adapters)
     except MemoryError:
         raise FptqError(f"a KV cache of {format_bytes(config.kv_cache_memory)} does not fit into this machine's "
                         "memory; lower kv_cache_memory", "kv_cache_memory") from None

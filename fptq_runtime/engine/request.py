@@ -6,6 +6,7 @@ import enum
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import NoneType
 from typing import SupportsIndex
 
@@ -37,6 +38,22 @@ class Origin:
 
 
 ANYONE = Origin()
+
+
+@dataclass(eq=False)
+class Adapter:
+    """slot: 0 adds nothing. digest: what keys and values that it had a part in are known by. users: sequences that have
+    not ended; with the last of them a dropped one leaves its slot."""
+
+    name: str
+    slot: int
+    digest: bytes
+    path: Path
+    users: int = 0
+    dropped: bool = False
+
+
+NO_ADAPTER = Adapter("", 0, b"", Path())
 
 
 @dataclass(frozen=True)

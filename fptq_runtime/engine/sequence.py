@@ -9,7 +9,7 @@ from array import array
 from collections import abc
 from typing import TYPE_CHECKING
 
-from fptq_runtime.engine.request import ANYONE, Origin, SamplingParams
+from fptq_runtime.engine.request import ANYONE, NO_ADAPTER, Adapter, Origin, SamplingParams
 
 if TYPE_CHECKING:
     from fptq_runtime.engine.grammar import Matcher
@@ -38,9 +38,10 @@ class Sequence:
     pooler: Pooler | None
 
     def __init__(self, request_id: str, index: int, prompt_token_ids: abc.Sequence[int], params: SamplingParams,
-                 seed: int, arrival_time: float, origin: Origin = ANYONE) -> None:
+                 seed: int, arrival_time: float, origin: Origin = ANYONE, adapter: Adapter = NO_ADAPTER) -> None:
         self.request_id = request_id
         self.origin = origin
+        self.adapter = adapter
         self.cost = 1.0  # of its tenant's share, in tokens
         self.turn = (origin.priority, 0.0)  # its place in the queue; the lowest goes first
         self.index = index
@@ -69,11 +70,11 @@ class Sequence:
 
     @classmethod
     def expand(cls, request_id: str, prompt_token_ids: abc.Sequence[int], params: SamplingParams,
-               origin: Origin = ANYONE) -> list[Sequence]:
+               origin: Origin = ANYONE, adapter: Adapter = NO_ADAPTER) -> list[Sequence]:
         """The n sequences of one request. Sequence i is seeded with seed + i, as if it had been sent alone so."""
         seed = secrets.randbits(63) if params.seed is None else params.seed
         now = time.monotonic()
-        return [cls(request_id, i, prompt_token_ids, params, seed + i, now, origin) for i in range(params.n)]
+        return [cls(request_id, i, prompt_token_ids, params, seed + i, now, origin, adapter) for i in range(params.n)]
 
     @property
     def key(self) -> tuple[str, int]:

@@ -7,7 +7,7 @@ tensors; a backend that compiles hands it ops that record, once, and keeps the p
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Annotated, Any, Literal, Protocol, TypeVar, get_args, get_type_hints
 
 import numpy as np
@@ -93,6 +93,17 @@ class Linear:
         taken = (replace(weight, packed=weight.packed[own], scale=weight.scale[own])
                  if isinstance(weight, QuantizedWeight) else weight[own])
         return Linear(f"{self.name}.{index}", taken, None if self.bias is None else self.bias[own], self.act)
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """What an adapter adds to columns first to first + n of a linear's output: scale · (x · downᵀ) · upᵀ, x as the
+    linear reads it, quantized or not."""
+
+    first: int
+    down: Array  # [r, K]
+    up: Array  # [n, r]
+    scale: float
 
 
 @dataclass
@@ -270,6 +281,11 @@ class StepInput:
     block_tables: Annotated[Int32Array, "S, blocks"]  # rows padded with 0
     logits_rows: Annotated[Int32Array, "R"]  # which of the M rows need logits; R may be 0
     state_slots: Annotated[Int32Array, "S"]
+    adapters: Annotated[Int32Array, "S"] = field(default_factory=lambda: np.zeros(0, np.int32))  # slots; 0: none
+
+    def __post_init__(self) -> None:
+        if self.adapters.size == 0:
+            object.__setattr__(self, "adapters", np.zeros(len(self.seq_lens), np.int32))
 
     @classmethod
     def whole(cls, windows: Sequence[Sequence[int]], block_size: int = 16) -> StepInput:
@@ -412,7 +428,8 @@ class Ops(Protocol[V]):
         ...
 
     def linear(self, x: V, linear: Any, residual: V | None = None) -> V:
-        """x · Wᵀ + bias + residual. [rows, N]"""
+        """x · Wᵀ + bias + residual, and what the adapter of a row's sequence adds to that, where the linear was made
+        `adaptable`. [rows, N]"""
         ...
 
     def activation(self, x: V, activation: Activation, act: ActivationQuant | None) -> V:
@@ -510,6 +527,15 @@ class Backend(Protocol):
     def prepare(self, parameter: Any) -> Any:
         """Take a Linear, Norm, Embedding, AttentionSpec, Routing or Recurrent into the backend's own form. The caller
         drops its arrays afterwards, so that a model loads with little more memory than its packed weights."""
+        ...
+
+    def adaptable(self, linear: Any, slots: int) -> Any:
+        """A prepared linear that shares its memory with this one and takes adapters into slots 1 to `slots`."""
+        ...
+
+    def adapt(self, linear: Any, slot: int, parts: Sequence[LowRank]) -> None:
+        """Put an adapter's parts of an adaptable linear into a slot, or empty it: for the steps that begin after. A
+        row's bits depend on its own adapter alone."""
         ...
 
     def compile(self, forward: Callable[[Ops[Any]], Any], limits: StepLimits, sharing: Any = None) -> Executor:

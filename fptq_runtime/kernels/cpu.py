@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +27,7 @@ from fptq_runtime.kernels.base import (
     Float32Array,
     GatedDelta,
     Linear,
+    LowRank,
     Norm,
     Ops,
     QuantizedWeight,
@@ -65,6 +66,7 @@ class Prepared:
     native: Any
     act: ActivationQuant | None = None  # of a linear
     low_rank: tuple[Any, Any] | None = None  # of a linear: two more
+    adapters: Any = None  # of a linear: what sequences add to it
 
 
 class CpuBackend:
@@ -148,6 +150,15 @@ class CpuBackend:
         return (self._prepare_linear(Linear(name, weight, act=linear.act)),
                 self._prepare_linear(Linear(f"{linear.name}.low_rank_up", up)))
 
+    def adaptable(self, linear: Prepared, slots: int) -> Prepared:
+        return replace(linear, adapters=_native.Adapters(linear.native, slots))
+
+    def adapt(self, linear: Prepared, slot: int, parts: Sequence[LowRank]) -> None:
+        with _refusals():
+            linear.adapters.set(self._pool, slot, [
+                (part.first, _bits(np.ascontiguousarray(part.down)), _bits(np.ascontiguousarray(part.up.T)), part.scale)
+                for part in parts])
+
     def compile(self, forward: Callable[[Ops[Any]], Any], limits: StepLimits, sharing: CpuExecutor | None = None
                 ) -> CpuExecutor:
         program = _native.Program(self._pool, self._isa, **vars(limits),
@@ -207,10 +218,10 @@ class CaptureOps:
 
     def linear(self, x: int, linear: Prepared, residual: int | None = None) -> int:
         y = self._program.linear(x, linear.native, residual)
-        if linear.low_rank is None:
-            return y
-        down, up = linear.low_rank
-        return self._program.linear(self._program.linear(x, down, None), up, y)
+        if linear.low_rank is not None:
+            down, up = linear.low_rank
+            y = self._program.linear(self._program.linear(x, down, None), up, y)
+        return y if linear.adapters is None else self._program.adapt(x, y, linear.adapters)
 
     def activation(self, x: int, activation: Activation, act: ActivationQuant | None) -> int:
         return self._program.activation(x, activation.curve, activation.gated, activation.limit, _act(act))

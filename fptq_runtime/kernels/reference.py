@@ -6,8 +6,8 @@ Quantized inputs are fake-quantized floats, so autograd passes through. Weights 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,7 @@ from fptq_runtime.kernels.base import (
     GatedDelta,
     Int32Array,
     Linear,
+    LowRank,
     Norm,
     Ops,
     QuantizedWeight,
@@ -83,6 +84,12 @@ class ReferenceBackend:
                            norm_weight=_floats(parameter.norm_weight))
         raise TypeError(f"cannot prepare a {type(parameter).__name__}")
 
+    def adaptable(self, linear: Linear, slots: int) -> AdaptableLinear:
+        return AdaptableLinear(**vars(linear), slots=[[] for _ in range(slots + 1)])
+
+    def adapt(self, linear: AdaptableLinear, slot: int, parts: Sequence[LowRank]) -> None:
+        linear.slots[slot] = [replace(part, down=_floats(part.down), up=_floats(part.up)) for part in parts]
+
     def compile(self, forward: Callable[[Ops[Any]], Any], limits: StepLimits,
                 sharing: ReferenceExecutor | None = None) -> ReferenceExecutor:
         return ReferenceExecutor(forward, ReferenceCache(limits) if sharing is None else sharing.cache)
@@ -109,6 +116,13 @@ class ReferenceBackend:
 
     def describe(self) -> dict[str, str]:
         return {"backend": "reference", "kernel": f"torch {torch.__version__}, float32, fake-quantized"}
+
+
+@dataclass
+class AdaptableLinear(Linear):
+    """slots: an adapter's parts in each; of slot 0 none."""
+
+    slots: list[list[LowRank]] = field(default_factory=list)
 
 
 class ReferenceCache:
@@ -200,7 +214,20 @@ class ReferenceOps:
         if linear.low_rank is not None:
             down, up = linear.low_rank
             y = y + F.linear(F.linear(x, down), up)
+        if isinstance(linear, AdaptableLinear):
+            self._adapt(x, y, linear.slots)
         return y if residual is None else y + residual
+
+    def _adapt(self, x: torch.Tensor, y: torch.Tensor, slots: list[list[LowRank]]) -> None:
+        batch = self.batch
+        of_rows = np.repeat(batch.adapters, np.diff(batch.query_start_loc))
+        if len(x) != len(of_rows):
+            of_rows = of_rows[batch.logits_rows]
+        for slot in set(of_rows.tolist()):
+            rows = torch.from_numpy(np.flatnonzero(of_rows == slot))
+            for part in slots[slot]:
+                columns = slice(part.first, part.first + len(part.up))
+                y[rows, columns] += part.scale * F.linear(F.linear(x[rows], part.down), part.up)
 
     def activation(self, x: torch.Tensor, activation: Activation, act: ActivationQuant | None) -> torch.Tensor:
         return quantize_activations(_activate(x, activation), act)

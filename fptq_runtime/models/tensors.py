@@ -49,24 +49,29 @@ class _Stored:
 
 class Tensors:
     """Every tensor of a directory by name, with or without `bare_prefix`, which some checkpoints leave out. rename:
-    which of the stored names count, by those that they have here; all unless given."""
+    which of the stored names count, by those that they have here; all unless given. files: a model's unless given."""
 
     def __init__(self, path: Path, bare_prefix: str,
-                 rename: Callable[[Iterable[str]], Mapping[str, str]] | None = None) -> None:
+                 rename: Callable[[Iterable[str]], Mapping[str, str]] | None = None,
+                 files: Iterable[str] | None = None) -> None:
         self._path = path
         self._bare_prefix = bare_prefix
         self._stored: dict[str, _Stored] = {}
-        files = ExitStack()
-        weakref.finalize(self, files.close)
-        for shard in sorted(_shards(path)):
+        opened = ExitStack()
+        weakref.finalize(self, opened.close)
+        for shard in sorted(_shards(path) if files is None else files):
             try:
-                self._stored |= _read_header(files.enter_context(open_file(path / shard)))
+                self._stored |= _read_header(opened.enter_context(open_file(path / shard)))
             except FileNotFoundError:
                 raise CheckpointError(f"{path} has no {shard}") from None
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(f"{path / shard} is not a readable safetensors file: {error}") from None
         if rename is not None:
             self._stored = {name: self._stored[stored] for name, stored in rename(self._stored).items()}
+
+    @property
+    def names(self) -> Iterable[str]:
+        return self._stored.keys()
 
     @property
     def num_elements(self) -> int:

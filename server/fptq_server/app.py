@@ -26,6 +26,7 @@ from fptq_server.logprobs import TokenTexts
 from fptq_server.metrics import Metrics
 from fptq_server.middleware import RequestContext, RequestLimits, Routing
 from fptq_server.response_store import ResponseStore
+from fptq_server.routes.adapters import adapters_router
 from fptq_server.routes.chat import chat_router
 from fptq_server.routes.completions import completions_router
 from fptq_server.routes.docs import docs_router
@@ -75,6 +76,7 @@ def create_app(engine: AsyncEngine, tokenizer: Tokenizer, config: ServerConfig, 
         generate_router(engine, tokenizer, texts, model, config),
         tokens_router(tokenizer, chat, model, config),
         status_router(engine, model, config, metrics),
+        *([adapters_router(engine.engine.adapters, model)] if config.allow_runtime_lora_updating else []),
     )
     routes = [route for router in routers for route in router.routes if isinstance(route, APIRoute)]
     paths = [route.path for route in routes]

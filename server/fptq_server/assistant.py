@@ -38,8 +38,8 @@ class Assistant:
                                  {**self._variables, **self.chat.variables(tools), **variables}, within)
 
     async def answer(self, record: RequestRecord, kind: str, prompt: list[int], tools: Tools, max_tokens: int | None, *,
-                     structured: Grammar | None = None, structured_param: str = "", include_reasoning: bool = True,
-                     **fields: Any) -> tuple[Generation, Reading]:
+                     adapter: str = "", structured: Grammar | None = None, structured_param: str = "",
+                     include_reasoning: bool = True, **fields: Any) -> tuple[Generation, Reading]:
         """structured: what the answer must be, and the request's field that says so. fields: of SamplingParams; the
         model's own defaults where they are None. Raises APIError."""
         fields = {**self.model.sampling, **{name: value for name, value in fields.items() if value is not None}}
@@ -50,4 +50,4 @@ class Assistant:
         fields["structured"] = await self.chat.grammar(prompt, tools, structured, self.engine)
         params = make_params(shown_special_tokens=self.chat.shown_special_tokens(tools), **fields)
         reading = self.chat.reading(prompt, tools, include_reasoning)
-        return Generation(self.engine, record, kind, [prompt], params), reading
+        return Generation(self.engine, record, kind, [prompt], params, adapter), reading

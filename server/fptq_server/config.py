@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -33,6 +33,7 @@ class ServerConfig:
     scrub_interval: in which the artifact's files are read and hashed once, again and again; 0: never.
     head_timeout: from a connection's or a request's first byte to the end of its headers.
     tool_call_parser, reasoning_parser: ChatFormat's. responses_db: ResponseStore's file.
+    allow_runtime_lora_updating: clients may load adapters from this machine's directories, and drop them.
     write_timeout: in which a client must read some of what waits for it.
     body_timeout: from one byte of a body to the next, and for a short one in all; RequestLimits gives long ones more.
     """
@@ -64,6 +65,7 @@ class ServerConfig:
     tool_call_parser: str = "auto"
     reasoning_parser: str = "auto"
     responses_db: Path | None = None
+    allow_runtime_lora_updating: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
@@ -97,7 +99,8 @@ class ServerConfig:
 class ModelCard:
     """The served model, as clients see it.
 
-    aliases: further names that clients may call it by. created: Unix seconds. description, engine and kernels are
+    aliases: further names that clients may call it by. adapters: of those that are loaded, a name each, as it is at
+    the time. created: Unix seconds. description, engine and kernels are
     reported as they are: what the model is, the engine's limits, and which kernel runs each kind of layer. layers: the
     scheme, the kernel and the error of each, where the artifact says. sampling:
     what a request gets that does not say otherwise, under SamplingParams' names. pooling: of embeddings; no_embeddings:
@@ -116,3 +119,4 @@ class ModelCard:
     aliases: tuple[str, ...] = ()
     pooling: Pooling = "last"
     no_embeddings: str | None = None
+    adapters: Collection[str] = ()

@@ -12,6 +12,7 @@ from typing import Literal, TypeVar
 
 from pydantic import BaseModel
 
+from fptq_runtime.engine.adapters import AdapterError
 from fptq_runtime.engine.async_engine import AsyncEngine, EngineDeadError, RequestStream
 from fptq_runtime.engine.engine import QueueFullError, RequestError
 from fptq_runtime.engine.grammar import GrammarError
@@ -53,8 +54,9 @@ class Generation:
     what has not finished."""
 
     def __init__(self, engine: AsyncEngine, record: RequestRecord, kind: str, prompts: list[list[int]],
-                 params: SamplingParams) -> None:
-        """kind: what the id begins with. Raises APIError where the engine refuses a prompt; then none of them runs."""
+                 params: SamplingParams, adapter: str = "") -> None:
+        """kind: what the id begins with. adapter: by its name, if any. Raises APIError where the engine refuses a
+        prompt; then none of them runs."""
         capacity = engine.engine.config.max_unfinished_seqs
         if len(prompts) * params.n > capacity:  # no later try would do better, as 429 says
             raise APIError(400, f"{len(prompts)} prompts with n {params.n} are {len(prompts) * params.n} sequences; "
@@ -69,7 +71,8 @@ class Generation:
         self._streams: list[RequestStream] = []
         try:
             for prompt in prompts:
-                self._streams.append(engine.add_request(f"{self.id}-{next(SERIAL)}", prompt, params, record.origin))
+                request_id = f"{self.id}-{next(SERIAL)}"
+                self._streams.append(engine.add_request(request_id, prompt, params, record.origin, adapter))
         except Exception as error:
             self.abort()
             raise _refusal(error) from None
@@ -195,6 +198,8 @@ def _refusal(error: Exception) -> Exception:
     match error:
         case RequestError() | GrammarError():
             return bad_parameter(error)
+        case AdapterError():
+            return APIError(404, str(error), param="model", code="model_not_found")
         case QueueFullError(reason="draining"):
             return APIError(503, "the server is shutting down", reason="draining", code="draining",
                             retry_after=error.retry_after)

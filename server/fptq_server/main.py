@@ -103,6 +103,9 @@ class Loaded:
 def load_app(path: Path, config: ServerConfig, names: Sequence[str], tracing: Tracing | None = None, *, backend: str,
              generation_config: bool, chat_template: Path | None, **engine_options: Any) -> Loaded:
     """Arguments and errors are those of `serve`."""
+    for name in engine_options.get("lora", {}):
+        if name in names:
+            raise FptqError(f"{name} is the model's own name; give the adapter another", "lora")
     log.info("loading %s", path)
     sampling = sampling_defaults(path) if generation_config else {}
     template = None if chat_template is None else read_template(chat_template)
@@ -180,6 +183,7 @@ def model_card(names: Sequence[str], engine: Engine[Any], sampling: Mapping[str,
     return ModelCard(
         id=names[0],
         aliases=tuple(names[1:]),
+        adapters=() if engine.adapters is None else engine.adapters.names,
         created=int(time.time()),
         max_model_len=engine.config.max_model_len,
         vocab_size=config.vocab_size,

@@ -501,7 +501,7 @@ class GenerateParameters(Body):
     typical_p: NotOne = None
     watermark: NotTrue = None
     grammar: GenerateGrammar | None = None
-    adapter_id: Unsupported = None
+    adapter_id: Text | None = None
 
 
 class GenerateRequest(Body):
@@ -790,12 +790,25 @@ class GenerateEvent(BaseModel):
     details: StreamDetails | None
 
 
+class LoadAdapterRequest(Body):
+    lora_name: Annotated[Text, Field(min_length=1, max_length=256)]
+    lora_path: Annotated[Text, Field(min_length=1)]
+    load_inplace: NotTrue = None
+    is_3d_lora_weight: NotTrue = None
+
+
+class UnloadAdapterRequest(Body):
+    lora_name: Text
+    lora_int_id: Unused = None
+
+
 class ModelInfo(BaseModel):
     id: str
     object: Literal["model"] = "model"
     created: int
     owned_by: str
     max_model_len: int
+    parent: str | None = None  # of an adapter
 
 
 class ModelList(BaseModel):

@@ -27,10 +27,14 @@ SAME_NAME = ("n", "min_tokens", "temperature", "top_p", "min_p", "presence_penal
              "skip_special_tokens")
 
 
-def check_model(name: str | None, model: ModelCard) -> None:
+def check_model(name: str | None, model: ModelCard) -> str:
+    """The adapter that a request's model names; "" is none."""
+    if name in model.adapters:
+        return name or ""
     if name is not None and name not in (model.id, *model.aliases, *TGI_NAMES):
-        raise APIError(404, f"the model {name} does not exist; this server has {model.id}", param="model",
-                       code="model_not_found")
+        raise APIError(404, f"the model {name} does not exist; this server has "
+                            f"{', '.join((model.id, *model.adapters))}", param="model", code="model_not_found")
+    return ""
 
 
 def check_text(text: str, param: str, model: ModelCard) -> str:

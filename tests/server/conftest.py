@@ -19,6 +19,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from fptq_runtime import __version__
 from fptq_runtime.config import EngineConfig
+from fptq_runtime.engine.adapters import Adapters
 from fptq_runtime.engine.async_engine import AsyncEngine, RequestStream
 from fptq_runtime.engine.engine import Engine
 from fptq_runtime.engine.output import RequestOutput
@@ -77,7 +78,9 @@ def run_server(decoder: tuple[Decoder, Backend], tokenizer: Tokenizer) -> Callab
         config = replace(config or ServerConfig(), port=0)
         model, backend = decoder
         limits = EngineConfig(**{"max_model_len": 1024, "max_num_seqs": 32} | options)
-        engine = Engine(model, backend, limits, tokenizer)
+        adapters = Adapters(Checkpoint(find_artifact("demo")).model, model, backend, limits.max_loras) \
+            if limits.max_loras else None
+        engine = Engine(model, backend, limits, tokenizer, adapters=adapters)
         card = model_card(["demo", *aliases], engine, sampling)
         metrics = Metrics(__version__, card, config.metrics_aliases)
         async_engine = AsyncEngine(engine, metrics.record_step)

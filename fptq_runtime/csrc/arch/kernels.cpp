@@ -2,6 +2,7 @@
 // naming it.
 #include "arch/generic/attention.h"
 #include "arch/generic/gemm.h"
+#include "arch/generic/low_rank.h"
 #include "arch/generic/norm.h"
 #include "arch/generic/panels.h"
 #include "arch/generic/recurrent.h"
@@ -36,6 +37,8 @@ const Kernels kernels = {
     .accumulate_row = accumulate_row,
     .gate_row = gate_row,
     .softcap_row = softcap_row,
+    .widen_codes = widen_codes,
+    .low_rank_rows = low_rank_rows,
     .rope_and_cache_row = rope_and_cache_row,
     .attention_tile = attention_tile,
     .merge_partials = merge_partials,

@@ -10,14 +10,19 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <climits>
 #include <cstddef>
+#include <cstdlib>
+#include <cstring>
+#include <mutex>
 #include <stdexcept>
 #include <tuple>
 #include <utility>
 
 #include "core/arrays.h"
 #include "core/float_matrix.h"
+#include "core/pack.h"
 #include "core/program.h"
 #include "core/sampler.h"
 
@@ -76,6 +81,7 @@ const std::vector<Field<StepView>> kStepInput{
     {"block_tables", &StepView::block_tables, {kS, StepDim{"blocks", &StepView::table_width}}},
     {"logits_rows", &StepView::logits_rows, {kR}},
     {"state_slots", &StepView::state_slots, {kS}},
+    {"adapters", &StepView::adapters, {kS}},
 };
 const Field<StepView> kStepLogits{"logits", &StepView::logits, {kR, StepDim{"V", &StepView::logits_width}}};
 
@@ -221,6 +227,48 @@ std::shared_ptr<LinearParameter> make_linear(std::string name, std::shared_ptr<P
   if (!linear->bias.empty() && linear->bias.size() != static_cast<size_t>(linear->n()))
     throw std::invalid_argument(linear->name + ": bias must be [N]");
   return linear;
+}
+
+using AdapterParts = std::vector<std::tuple<int, FloatMatrix, FloatMatrix, float>>;
+
+// A matrix as [blocks of `width` columns][rows][width], padded with zeros.
+std::shared_ptr<void> column_blocks(const FloatMatrix& matrix, FloatType type, int width) {
+  const size_t rows = matrix.shape(0), columns = matrix.shape(1), size = float_bytes(type);
+  std::shared_ptr<void> made(allocate_lines(rows * round_up(static_cast<int>(columns), width) * size), std::free);
+  char* to = static_cast<char*>(made.get());
+  for (size_t begin = 0; begin < columns; begin += width) {
+    const size_t count = std::min<size_t>(width, columns - begin);
+    for (size_t r = 0; r < rows; ++r, to += width * size) {
+      std::memcpy(to, static_cast<const char*>(matrix.data()) + (r * columns + begin) * size, count * size);
+      std::memset(to + count * size, 0, (width - count) * size);
+    }
+  }
+  return made;
+}
+
+void set_adapter(AdaptersParameter& adapters, ThreadPool& pool, int slot, const AdapterParts& parts) {
+  if (slot < 1 || slot >= static_cast<int>(adapters.slots.size()))
+    throw std::invalid_argument("there is no slot " + std::to_string(slot));
+  if (parts.size() > kMaxAdapterParts)
+    throw std::invalid_argument("an adapter has at most " + std::to_string(kMaxAdapterParts) + " parts of a linear");
+  std::vector<AdaptersParameter::Part> made;
+  for (const auto& [first, down, up, scale] : parts) {
+    const FloatType down_type = float_type(down, "down"), up_type = float_type(up, "up");
+    const int rank = static_cast<int>(down.shape(0)), n = static_cast<int>(up.shape(1));
+    if (rank < 1 || rank > kMaxRank || up.shape(0) != down.shape(0))
+      throw std::invalid_argument("an adapter's rank must be within 1.." + std::to_string(kMaxRank) + ", not " +
+                                  std::to_string(rank));
+    if (down.shape(1) != static_cast<size_t>(adapters.k) || first < 0 || n < 1 || first > adapters.n - n)
+      throw std::invalid_argument("an adapter's down must be [r, K] and its up [r, N] of the linear");
+    const int k = round_up(adapters.k, kLowRankPad);
+    AdaptersParameter::Part part{
+        first, {}, column_blocks(down, down_type, k), column_blocks(up, up_type, kLowRankColumns)};
+    part.view = {rank, k, n, scale, down_type, up_type, part.down.get(), part.up.get()};
+    made.push_back(std::move(part));
+  }
+  nb::gil_scoped_release release;
+  std::lock_guard<std::mutex> lock(pool.mutex());
+  adapters.slots[slot] = std::move(made);
 }
 
 // Expert e's rows are rows e · padded to e · padded + n of the packed weight, padded being n rounded up to whole
@@ -370,6 +418,21 @@ NB_MODULE(_native, m) {
   nb::class_<LinearParameter>(m, "Linear")
       .def(nb::new_(&make_linear), "name"_a, "packed"_a.none(), "float_weight"_a.none(), "bias"_a, "act"_a.none());
 
+  nb::class_<AdaptersParameter>(m, "Adapters")
+      .def(nb::new_([](const LinearParameter& linear, int slots) {
+             if (slots < 1 || slots > 1 << 16) throw std::invalid_argument("there must be a slot");
+             auto adapters = std::make_shared<AdaptersParameter>(AdaptersParameter{linear.n(), linear.k(), {}});
+             adapters->slots.resize(slots + 1);
+             return adapters;
+           }),
+           "linear"_a, "slots"_a)
+      .def("set", &set_adapter, "pool"_a, "slot"_a, "parts"_a,
+           nb::sig("def set(self, pool: ThreadPool, slot: int, parts: list[tuple[int, "
+                   "numpy.typing.NDArray[numpy.floating | numpy.int16], "
+                   "numpy.typing.NDArray[numpy.floating | numpy.int16], float]]) -> None"),
+           "parts: (first column, down [r, K], up transposed [r, N], scale) each; none: the slot adds nothing. Waits "
+           "for a step that runs. Raises ValueError.");
+
   nb::class_<ExpertsParameter>(m, "Experts")
       .def(nb::new_(&make_experts), "name"_a, "packed"_a.none(), "float_weight"_a.none(), "bias"_a, "act"_a.none(),
            "count"_a, "n"_a);
@@ -409,6 +472,7 @@ NB_MODULE(_native, m) {
       .def("norm", &Program::norm, "x"_a, "norm"_a, "act"_a.none())
       .def("quantize", &Program::quantize, "x"_a, "act"_a.none())
       .def("linear", &Program::linear, "x"_a, "linear"_a, "residual"_a.none())
+      .def("adapt", &Program::adapt, "x"_a, "y"_a, "adapters"_a)
       .def(
           "activation",
           [](Program& program, int x, const std::string& name, bool gated, float limit, Act act) {

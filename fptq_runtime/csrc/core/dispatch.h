@@ -35,6 +35,10 @@ struct Kernels {
   void (*accumulate_row)(const float* x, float factor, int n, float* out);   // out += x · factor
   void (*gate_row)(const float* x, const float* logits, int n, float* out);  // x · sigmoid; out may be x
   void (*softcap_row)(const float* x, float cap, int n, float* out);
+  void (*widen_codes)(const int8_t* codes, float scale, int n, float* out);
+  // y[i] += scale · up · (down · x[i]) for `rows` rows, each in one order whatever the others are. x is padded as the
+  // view says; t: room for kLowRankRows · rank.
+  void (*low_rank_rows)(const LowRankView&, const float* const* x, float* const* y, int rows, float* t);
   // `keys`: room for num_kv_heads · head_dim.
   void (*rope_and_cache_row)(const AttentionView&, const KvCache&, int position, int slot, const float* qkv, float* q,
                              float* keys);

@@ -432,6 +432,77 @@ int Program::linear(int x, std::shared_ptr<const LinearParameter> linear, std::o
   return out;
 }
 
+int Program::adapt(int x, int y, std::shared_ptr<const AdaptersParameter> adapters) {
+  const Value in = value(x, "adapt");
+  const int n = adapters->n, k = adapters->k, padded = round_up(k, kLowRankPad);
+  if (in.width != k || in.route >= 0) refuse("adapt reads rows of ", k);
+  if (float_value(y, n, "adapt").selected != in.selected) refuse("adapt: its inputs have different rows");
+  const int slots = static_cast<int>(adapters->slots.size());
+  adapter_slots_ = adapter_slots_ == 1 ? slots : std::min(adapter_slots_, slots);
+  scratch_needed_ = std::max(scratch_needed_, kLowRankRows * (padded + kMaxRank) + padded);
+  const int out = define("adapters", n, in.selected, {}, {x, y}, {y});
+  record([=, this_ = this](const StepView& step) {
+    const float* from = this_->floats(y, step);
+    float* to = this_->floats(out, step);
+    if (from != to) std::memcpy(to, from, static_cast<size_t>(this_->rows(out, step)) * n * sizeof(float));
+    const std::vector<AdapterTile>& tiles = this_->adapter_tiles_[in.selected];
+    if (tiles.empty()) return;
+    const float* floats = in.act ? nullptr : this_->floats(x, step);
+    const Activations codes = in.act ? this_->activations(x, step) : Activations{};
+    const int count = static_cast<int>(tiles.size());
+    const bool by_part = count < 2 * this_->pool_->threads();
+    const auto run = [&](const AdapterTile& tile, size_t begin, size_t end, float* scratch) {
+      const float* rows[kLowRankRows];
+      float* columns[kLowRankRows];
+      float *t = scratch + static_cast<size_t>(kLowRankRows) * padded, *plain = t + kLowRankRows * kMaxRank;
+      for (int i = 0; i < tile.count; ++i) {
+        float* row = scratch + static_cast<size_t>(i) * padded;
+        rows[i] = row;
+        if (floats) {
+          std::memcpy(row, floats + static_cast<size_t>(tile.rows[i]) * k, k * sizeof(float));
+        } else {  // the sums, of which there are fewer than half as many, then the codes
+          int8_t* bytes = reinterpret_cast<int8_t*>(plain + padded / 2);
+          this_->layout_.read_row(codes, tile.rows[i], bytes, reinterpret_cast<int32_t*>(plain));
+          this_->kernels_.widen_codes(bytes, codes.scales[tile.rows[i]], k, row);
+        }
+        std::fill(row + k, row + padded, 0.0f);
+      }
+      const std::vector<AdaptersParameter::Part>& parts = adapters->slots[tile.slot];
+      for (size_t p = begin; p < std::min(end, parts.size()); ++p) {
+        for (int i = 0; i < tile.count; ++i) columns[i] = to + static_cast<size_t>(tile.rows[i]) * n + parts[p].first;
+        this_->kernels_.low_rank_rows(parts[p].view, rows, columns, tile.count, t);
+      }
+    };
+    const int splits = by_part ? kMaxAdapterParts : 1;
+    this_->pool_->run(count * splits, [&](int task, int thread) {
+      const AdapterTile& tile = tiles[task / splits];
+      const size_t part = task % splits, parts = adapters->slots[tile.slot].size();
+      if (by_part ? part < parts : parts > 0)
+        run(tile, part, by_part ? part + 1 : parts, this_->scratch_[thread].data());
+    });
+  });
+  return out;
+}
+
+std::vector<Program::AdapterTile> Program::adapter_tiles(const StepView& step, bool selected) const {
+  std::vector<std::vector<int>> rows(adapter_slots_);
+  for (int i = 0, s = 0; i < (selected ? step.rows : step.tokens); ++i) {
+    const int row = selected ? step.logits_rows[i] : i;
+    if (row < step.query_start_loc[s]) s = 0;
+    while (row >= step.query_start_loc[s + 1]) ++s;
+    if (step.adapters[s]) rows[step.adapters[s]].push_back(i);
+  }
+  std::vector<AdapterTile> tiles;
+  for (int slot = 1; slot < adapter_slots_; ++slot) {
+    for (size_t i = 0; i < rows[slot].size(); i += kLowRankRows) {
+      AdapterTile tile{slot, {}, static_cast<int>(std::min<size_t>(kLowRankRows, rows[slot].size() - i))};
+      std::copy_n(&rows[slot][i], tile.count, tile.rows);
+      tiles.push_back(tile);
+    }
+  }
+  return tiles;
+}
+
 void Program::multiply(const LinearParameter& linear, const float* x, const Activations& codes,
                        const Epilogue& epilogue, int m0, int m1, int p0, int p1) const {
   if (linear.float_weight) {
@@ -945,6 +1016,7 @@ void Program::check(const StepView& step) const {
     for (int row = 0; row < step.tokens; ++row) check_range("token_ids", row, step.token_ids[row], vocab_);
   for (int row = 0; row < step.rows; ++row) check_range("logits_rows", row, step.logits_rows[row], step.tokens);
   for (int s = 0; s < step.seqs; ++s) check_range("state_slots", s, step.state_slots[s], limits_.max_seqs);
+  for (int s = 0; s < step.seqs; ++s) check_range("adapters", s, step.adapters[s], adapter_slots_);
   if (!state_lengths_.empty()) check_states(step);
 }
 
@@ -963,6 +1035,8 @@ void Program::check_states(const StepView& step) const {
 void Program::step(const StepView& step) {
   check(step);
   std::lock_guard<std::mutex> lock(pool_->mutex());
+  if (adapter_slots_ > 1)
+    for (bool selected : {false, true}) adapter_tiles_[selected] = adapter_tiles(step, selected);
   auto then = std::chrono::steady_clock::now();
   for (Op& op : ops_) {
     op.run(step);

@@ -15,6 +15,8 @@
 
 namespace fptq {
 
+constexpr int kMaxRank = 512, kMaxAdapterParts = 8;  // of an adapter, and of it for one linear
+
 // How a linear's input is quantized: nothing: float; 0: dynamic per token; else the static scale.
 using Act = std::optional<float>;
 
@@ -34,6 +36,17 @@ struct ExpertsParameter {
   std::string name;
   std::vector<LinearParameter> experts;
   const LinearParameter& first() const { return experts.front(); }
+};
+
+// What adapters add to a linear: of each slot the parts, which write different columns; slot 0 adds nothing.
+struct AdaptersParameter {
+  struct Part {
+    int first;  // column
+    LowRankView view;
+    std::shared_ptr<void> down, up;
+  };
+  int n, k;
+  std::vector<std::vector<Part>> slots;
 };
 
 struct NormParameter {
@@ -89,6 +102,7 @@ struct StepView {
   const int32_t* block_tables;     // [S][table_width]
   const int32_t* logits_rows;      // [R]
   const int32_t* state_slots;      // [S]
+  const int32_t* adapters;         // [S]
   float* logits;                   // [R][logits_width]
   int tokens = -1, seqs = -1, table_width = -1, rows = -1, logits_width = -1;
 };
@@ -111,6 +125,8 @@ class Program {
   int norm(int x, std::shared_ptr<const NormParameter> norm, Act act);
   int quantize(int x, Act act);
   int linear(int x, std::shared_ptr<const LinearParameter> linear, std::optional<int> residual);
+  // y + what the rows' adapters make of x, which a linear made y of.
+  int adapt(int x, int y, std::shared_ptr<const AdaptersParameter> adapters);
   int activation(int x, const Activation& activation, Act act);
   int add(int x, int y);
   int scale(int x, float factor);
@@ -179,6 +195,10 @@ class Program {
     bool selected;
     int reached = 0;
   };
+  // Rows of one adapter.
+  struct AdapterTile {
+    int slot, rows[kLowRankRows], count;
+  };
   struct ExpertTile {
     int expert, m0, m1, p0, p1;
   };
@@ -229,6 +249,8 @@ class Program {
                 int m0, int m1, int p0, int p1) const;
   void multiply(const LinearParameter& linear, int x, const Epilogue& epilogue, const StepView& step, int m0, int m1,
                 int p0, int p1) const;
+  // Of a step's tokens, or of its logits rows.
+  std::vector<AdapterTile> adapter_tiles(const StepView& step, bool selected) const;
   void fuse_gates();
   void fuse(Op& linear, Op& activation);
   void attend(const AttentionParameter& attention, const float* q, float* out, bool selected, const StepView& step);
@@ -249,6 +271,8 @@ class Program {
   std::vector<int> state_lengths_;  // tokens that each slot's states have seen; empty without recurrent ops
   std::vector<std::unique_ptr<Route>> routes_;
   std::vector<ExpertTile> expert_tiles_;
+  std::vector<AdapterTile> adapter_tiles_[2];  // of the step's tokens and of its logits rows
+  int adapter_slots_ = 1;
   int scratch_needed_ = 0;
   std::vector<std::vector<float>> scratch_;  // for each thread
   std::vector<int32_t> max_bits_;            // [rows][groups of a cut], between a gated linear and its quantization

@@ -66,6 +66,17 @@ struct GatedDeltaView {
   int padded_dim() const { return (value_dim + 15) / 16 * 16; }
 };
 
+// kernels/base.py's LowRank, at most kLowRankRows rows at once. `k` is K rounded up to kLowRankPad, with zeros, as is
+// N to kLowRankColumns.
+constexpr int kLowRankRows = 4, kLowRankPad = 64, kLowRankColumns = 32;
+struct LowRankView {
+  int rank, k, n;
+  float scale;
+  FloatType down_type, up_type;
+  const void* down;  // [rank][k]
+  const void* up;    // [N / kLowRankColumns][rank][kLowRankColumns]
+};
+
 // kernels/base.py's Activation.
 enum class Curve { kSilu, kGeluTanh, kGelu, kRelu, kRelu2, kClampedSwiglu };
 struct Activation {

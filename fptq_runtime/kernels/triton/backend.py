@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
@@ -28,6 +28,7 @@ from fptq_runtime.kernels.base import (
     Embedding,
     GatedDelta,
     Linear,
+    LowRank,
     Norm,
     Ops,
     Roofs,
@@ -101,6 +102,12 @@ class TritonBackend:
         if isinstance(parameter, ShortConv | GatedDelta):
             raise FptqError(f"{parameter.name}: the GPU has no kernel for recurrent layers; use --device cpu", "device")
         raise TypeError(f"cannot prepare a {type(parameter).__name__}")
+
+    def adaptable(self, linear: Any, slots: int) -> Any:
+        raise FptqError("the Triton backend takes no adapters; use --device cpu", "max_loras")
+
+    def adapt(self, linear: Any, slot: int, parts: Sequence[LowRank]) -> None:
+        raise NotImplementedError
 
     def compile(self, forward: Callable[[Ops[Any]], Any], limits: StepLimits, sharing: TritonExecutor | None = None
                 ) -> TritonExecutor:

@@ -160,7 +160,7 @@ def chat_router(engine: AsyncEngine, tokenizer: Tokenizer, texts: TokenTexts, ch
     async def create_chat_completion(body: ChatCompletionRequest, request: Request) -> Response:
         """Answer a conversation, rendered with the model's own chat template. With `stream`, server-sent events: the
         role first, then a chunk for every token that says something, the last with the finish_reason."""
-        check_model(body.model, model)
+        adapter = check_model(body.model, model)
         if body.top_logprobs and not body.logprobs:
             raise APIError(400, "top_logprobs needs logprobs to be true", param="top_logprobs")
         if body.add_special_tokens:
@@ -182,10 +182,10 @@ def chat_router(engine: AsyncEngine, tokenizer: Tokenizer, texts: TokenTexts, ch
                                  shown_special_tokens=chat.shown_special_tokens(tools),
                                  logprobs=(body.top_logprobs or 0) if body.logprobs else None)
         include_usage, continuous_usage = stream_usage(body)
-        generation = Generation(engine, record_of(request.scope), "chatcmpl", [prompt], params)
+        generation = Generation(engine, record_of(request.scope), "chatcmpl", [prompt], params, adapter)
         reply = Reply(
             id=generation.id,
-            model=model.id,
+            model=adapter or model.id,
             generation=generation,
             renderer=LogprobsRenderer(texts, bool(body.return_tokens_as_token_ids), params.skip_special_tokens),
             reading=chat.reading(prompt, tools, body.include_reasoning is not False),

@@ -117,7 +117,7 @@ def completions_router(engine: AsyncEngine, tokenizer: Tokenizer, texts: TokenTe
     @router.post("/v1/completions", response_model=CompletionResponse, responses=STREAM_RESPONSE)
     async def create_completion(body: CompletionRequest, request: Request) -> Response:
         """Continue a prompt. With `stream`, chunks of the same shape as server-sent events, one a token."""
-        check_model(body.model, model)
+        adapter = check_model(body.model, model)
         n = body.n or 1
         best_of = n if body.best_of is None else body.best_of
         if body.best_of is not None and not n <= best_of <= MAX_N:
@@ -140,10 +140,10 @@ def completions_router(engine: AsyncEngine, tokenizer: Tokenizer, texts: TokenTe
                                  structured=await openai_grammar(body, engine))
         params = replace(params, n=best_of)
         include_usage, continuous_usage = stream_usage(body)
-        generation = Generation(engine, record_of(request.scope), "cmpl", prompts, params)
+        generation = Generation(engine, record_of(request.scope), "cmpl", prompts, params, adapter)
         reply = Reply(
             id=generation.id,
-            model=model.id,
+            model=adapter or model.id,
             generation=generation,
             renderer=LogprobsRenderer(texts, bool(body.return_tokens_as_token_ids), params.skip_special_tokens),
             n=n,

@@ -107,6 +107,10 @@ def generate_router(engine: AsyncEngine, tokenizer: Tokenizer, texts: TokenTexts
 
     async def start(body: GenerateRequest, request: Request) -> Reply:
         parameters = body.parameters or GenerateParameters()
+        adapter = parameters.adapter_id or ""
+        if adapter and adapter not in model.adapters:
+            raise APIError(404, f"there is no adapter {adapter}", param="parameters.adapter_id",
+                           code="model_not_found")
         text = check_text(body.inputs, "inputs", model)
         prompt = await tokenizing(len(text), lambda: tokenizer.encode(text))
         if parameters.truncate is not None:
@@ -123,7 +127,7 @@ def generate_router(engine: AsyncEngine, tokenizer: Tokenizer, texts: TokenTexts
             structured=await generate_grammar(parameters.grammar, engine),
             **_sampling(parameters),
         )
-        generation = Generation(engine, record_of(request.scope), "gen", [prompt], params)
+        generation = Generation(engine, record_of(request.scope), "gen", [prompt], params, adapter)
         return Reply(generation, texts, body.inputs if parameters.return_full_text else "", parameters)
 
     async def whole(body: GenerateRequest, request: Request) -> GenerateResponse:

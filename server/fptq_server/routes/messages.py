@@ -115,15 +115,15 @@ def messages_router(assistant: Assistant, config: ServerConfig) -> APIRouter:
     async def create_message(body: MessagesRequest, request: Request) -> Response:
         """Answer a conversation. With `stream`, Anthropic's events: each block of the answer begins, grows and ends."""
         tools = _tools(body)
-        prompt = await prompt_of(body, tools)
+        prompt, adapter = await prompt_of(body, tools), check_model(body.model, assistant.model)
         form = None if body.output_config is None else body.output_config.format
         generation, reading = await assistant.answer(
-            record_of(request.scope), "msg", prompt, tools, body.max_tokens,
+            record_of(request.scope), "msg", prompt, tools, body.max_tokens, adapter=adapter,
             structured=None if form is None else Grammar.json_schema(form.schema_),
             structured_param="output_config.format.schema",
             include_reasoning=body.thinking is not None and body.thinking.type != "disabled",
             temperature=body.temperature, top_p=body.top_p, top_k=body.top_k, stop=tuple(body.stop_sequences or ()))
-        reply = Reply(generation.id, assistant.model.id, generation, reading)
+        reply = Reply(generation.id, adapter or assistant.model.id, generation, reading)
         if body.stream:
             return EventStream(reply.events(), generation.abort, config.keep_alive_interval, frame=named_frame,
                                fail=APIError.anthropic_body)

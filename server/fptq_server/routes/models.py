@@ -15,15 +15,20 @@ def models_router(model: ModelCard) -> APIRouter:
     named = {name: ModelInfo(id=name, created=model.created, owned_by="fptq", max_model_len=model.max_model_len)
              for name in (model.id, *model.aliases)}
 
-    @router.get("/v1/models")
-    async def list_models() -> ModelList:
-        """The one model of this server, under each of its names."""
-        return ModelList(data=list(named.values()))
+    def adapted(name: str) -> ModelInfo:
+        return ModelInfo(id=name, created=model.created, owned_by="fptq", max_model_len=model.max_model_len,
+                         parent=model.id)
 
-    @router.get("/v1/models/{model_id:path}")
+    @router.get("/v1/models", response_model_exclude_none=True)
+    async def list_models() -> ModelList:
+        """The one model of this server, under each of its names, and with each adapter that is loaded."""
+        return ModelList(data=[*named.values(), *map(adapted, model.adapters)])
+
+    @router.get("/v1/models/{model_id:path}", response_model_exclude_none=True)
     async def retrieve_model(model_id: str) -> ModelInfo:
         """The model by its id, which may hold slashes."""
-        check_model(model_id, model)
+        if adapter := check_model(model_id, model):
+            return adapted(adapter)
         return named.get(model_id, named[model.id])
 
     return router

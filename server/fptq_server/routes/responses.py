@@ -178,7 +178,7 @@ def responses_router(assistant: Assistant, store: ResponseStore, config: ServerC
     async def create_response(body: ResponsesRequest, request: Request) -> Response:
         """Answer a conversation, which can go on from a stored response. With `stream`, OpenAI's typed events; with
         `background`, the answer is written while the client is away."""
-        check_model(body.model, assistant.model)
+        adapter = check_model(body.model, assistant.model)
         if body.background and (body.stream or body.store is False):
             raise APIError(400, "background needs a response that is stored and not streamed", param="background",
                            code="not_supported")
@@ -190,9 +190,10 @@ def responses_router(assistant: Assistant, store: ResponseStore, config: ServerC
         effort = None if body.reasoning is None else body.reasoning.effort
         prompt = await assistant.prompt(messages, tools, assistant.chat.variables(tools, effort))
         generation, reading = await assistant.answer(
-            record_of(request.scope), "resp", prompt, tools, body.max_output_tokens, structured=_form(body),
-            structured_param="text.format.schema", temperature=body.temperature, top_p=body.top_p)
-        reply = Reply(_blank(body, assistant.model.id), generation, reading)
+            record_of(request.scope), "resp", prompt, tools, body.max_output_tokens, adapter=adapter,
+            structured=_form(body), structured_param="text.format.schema", temperature=body.temperature,
+            top_p=body.top_p)
+        reply = Reply(_blank(body, adapter or assistant.model.id), generation, reading)
         if body.stream:
             async def events() -> AsyncGenerator[str, None]:
                 async for event in reply.events():
