@@ -126,23 +126,21 @@ class ExistingFile(click.ParamType[Path]):
         return path
 
 
-class NamedDirectory(click.ParamType[tuple[str, Path]]):
+class NamedDirectory(click.ParamType[str]):
     """As name=DIR."""
 
     name = "name=DIR"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, Path]:
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         from fptq_runtime.locate import did_you_mean, expand
 
-        if isinstance(value, tuple):
-            return value
-        given, found, directory = value.partition("=")
-        if not (given and found and directory):
+        given, _, directory = value.partition("=")
+        if not (given and directory):
             self.fail(f"{value!r} is not like name=DIR", param, ctx)
         path = expand(directory)
         if not path.is_dir():
             self.fail(f"{directory} is no directory{did_you_mean(path)}", param, ctx)
-        return given, path
+        return f"{given}={path}"
 
 
 class JsonObject(click.ParamType[dict[str, Any]]):
@@ -253,6 +251,8 @@ def engine_options(command: _Function) -> _Function:
                      "cached prefixes outlive their place in memory, and the server."),
         click.option("--kv-cache-disk-size", type=Size(), default="10GiB", show_default=True, help="Most that lies "
                      "there; what was used longest ago goes first."),
+        click.option("--draft", type=click.Path(file_okay=False, exists=True, path_type=Path), help="A smaller model "
+                     "with the same tokenizer, which guesses what comes next; answers stay as they are."),
         click.option("--no-speculation", "speculation", is_flag=True, flag_value=False, default=True,
                      help="Compute one token of each answer in a step, and guess none."),
         activation_option,
@@ -501,7 +501,7 @@ def _tells_what_is_left(out: Path) -> Iterator[None]:
 @click.option("--scrub-interval", type=click.FloatRange(0), default=3600.0, show_default=True,
               help="Seconds in which the artifact's files are read and hashed once while serving; 0: never.")
 def serve(artifact: str, recipe: str | None, model_names: tuple[str, ...], generation_config: str,
-          chat_template: Path | None, lora: tuple[tuple[str, Path], ...], max_loras: int, **options: Any) -> None:
+          chat_template: Path | None, lora: tuple[str, ...], max_loras: int, **options: Any) -> None:
     """Serve ARTIFACT over HTTP.
 
     Each option is a variable, too, as FPTQ_MAX_MODEL_LEN for --max-model-len, and a key of --config's file. Flags go
@@ -517,9 +517,10 @@ def serve(artifact: str, recipe: str | None, model_names: tuple[str, ...], gener
 
     of_server = {field.name for field in fields(ServerConfig)} & options.keys()
     config = ServerConfig(**{name: options.pop(name) for name in of_server})
-    if len(dict(lora)) < len(lora):
+    adapters = {name: Path(directory) for name, _, directory in (each.partition("=") for each in lora)}
+    if len(adapters) < len(lora):
         raise click.UsageError("--lora gives one name twice")
-    options |= {"lora": dict(lora), "max_loras": max_loras if lora or config.allow_runtime_lora_updating else 0}
+    options |= {"lora": adapters, "max_loras": max_loras if lora or config.allow_runtime_lora_updating else 0}
     with listen(config) as listener:  # before the model is fetched or made, which can take minutes
         path = find_artifact(artifact)
         from fptq_runtime.artifact.io import is_artifact

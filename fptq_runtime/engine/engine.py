@@ -20,6 +20,7 @@ from fptq_runtime.engine.admission import Forecast, Work
 from fptq_runtime.engine.batch import build_step_input
 from fptq_runtime.engine.block_manager import BlockManager
 from fptq_runtime.engine.block_store import DiskStore, KVDisk
+from fptq_runtime.engine.draft_model import DraftModel
 from fptq_runtime.engine.grammar import GrammarError, Grammars
 from fptq_runtime.engine.output import Detokenizer, RequestOutput, TextStream, TokenLogprobs
 from fptq_runtime.engine.pooling import Pooler
@@ -28,7 +29,7 @@ from fptq_runtime.engine.sampler import NO_MASKS, SampleBatch, SampleResult, Sam
 from fptq_runtime.engine.scheduler import ScheduledSequence, Scheduler, SchedulerOutput
 from fptq_runtime.engine.sequence import Sequence, SequenceStatus
 from fptq_runtime.engine.sizing import format_bytes, step_limits
-from fptq_runtime.engine.speculation import Draft, Speculator
+from fptq_runtime.engine.speculation import Candidate, Draft, Speculator
 from fptq_runtime.engine.stats import FinishedStats, StepStats
 from fptq_runtime.errors import FptqError
 from fptq_runtime.kernels.base import (
@@ -127,13 +128,14 @@ class Engine(Generic[T]):
     step belongs to one thread. Raises FptqError where the configuration does not fit the model.
     eos_token_ids: those of the model's config unless given. probes: small computations whose results are known; each
     gives its deviation, 1 being what is tolerated. They belong between steps. kv_disk: where cached prefixes outlive
-    their place in the cache, and the engine. adapters: of this decoder.
+    their place in the cache, and the engine. adapters: of this decoder. draft: a smaller
+    model of the same tokens, which guesses.
     """
 
     def __init__(self, decoder: Decoder, backend: Backend, config: EngineConfig, tokenizer: T,
                  eos_token_ids: abc.Sequence[int] | None = None,
                  probes: abc.Callable[[], abc.Iterator[float]] | None = None, kv_disk: KVDisk | None = None,
-                 adapters: Adapters | None = None) -> None:
+                 adapters: Adapters | None = None, draft: Decoder | None = None) -> None:
         if decoder.config.state_bytes:
             logger.info("recurrent layers keep %s of each running sequence, as of its last token alone: no prefix is "
                         "cached, and no token guessed", format_bytes(decoder.config.state_bytes))
@@ -141,16 +143,20 @@ class Engine(Generic[T]):
         self.config = config
         self.probes = probes
         self.model_config = decoder.config
-        self._decoder = decoder
+        self._decoder = decoder if adapters is None else adapters.decoder
         self.backend = backend
         self.tokenizer = tokenizer
         self._eos_token_ids = frozenset(decoder.config.eos_token_ids if eos_token_ids is None else eos_token_ids)
-        limits = step_limits(decoder.config, config, backend.token_bytes(decoder.config, config.kv_cache_dtype))
+        token_bytes = sum(backend.token_bytes(model.config, config.kv_cache_dtype)
+                          for model in (decoder, draft) if model is not None)
+        limits = step_limits(decoder.config, config, token_bytes)
         self._limits = limits
         self.num_blocks = limits.num_blocks
         self._speculator = Speculator(self._eos_token_ids) if config.speculation else None
         self.adapters = adapters
-        self._executor = backend.compile(decoder if adapters is None else adapters.decoder, limits)
+        self._executor = backend.compile(self._decoder, limits)
+        self._draft_model = None if draft is None or not config.speculation else DraftModel(draft, backend, limits)
+        self._drafting = 0.0  # seconds, of steps that were accounted for
         self._scheduler = Scheduler(
             BlockManager(limits.num_blocks, config.block_size, config.enable_prefix_caching, self._open(kv_disk)),
             limits.max_seqs,
@@ -398,20 +404,43 @@ class Engine(Generic[T]):
     def _speculate(self, speculator: Speculator, plan: SchedulerOutput) -> None:
         """Have a step check what its sequences probably go on with, as far as that pays."""
         room = self._scheduler.room_for_drafts(plan)
-        candidates = []
+        candidates: list[Candidate | None] = []
+        limits = []
         for item in plan.scheduled:
             sequence = item.sequence
             most = min(room, sequence.params.max_tokens - sequence.num_output_tokens - 1,
                        self.config.max_model_len - sequence.num_tokens - 1)
+            limits.append(most if item.samples and not sequence.needs_prompt_logits else 0)
             try:
-                candidates.append(speculator.candidate(sequence, most)
-                                  if item.samples and not sequence.needs_prompt_logits else None)
+                candidates.append(speculator.candidate(sequence, most) if limits[-1] > 0 else None)
             except Exception:
                 logger.exception("request %s, sequence %d: nothing is guessed", sequence.request_id, sequence.index)
                 candidates.append(None)
+        if self._draft_model is not None:
+            self._ask(self._draft_model, speculator, plan, candidates, limits)
         if any(candidates):
             drawing = sum(item.samples for item in plan.scheduled)
             self._scheduler.extend(plan, speculator.choose(candidates, plan.num_tokens, drawing, room))
+
+    def _ask(self, model: DraftModel, speculator: Speculator, plan: SchedulerOutput,
+             candidates: list[Candidate | None], limits: abc.Sequence[int]) -> None:
+        """Have a draft model guess for sequences that have begun to answer and nothing better is known of."""
+        asked = [i for i, item in enumerate(plan.scheduled) if limits[i] > 0 and item.sequence.num_output_tokens
+                 and ((known := candidates[i]) is None or known.chances[0] < speculator.draft_chance(item.sequence))]
+        sequences = [plan.scheduled[i].sequence for i in asked]
+        drawing = sum(item.samples for item in plan.scheduled)
+        depth = speculator.depth(sequences, plan.num_tokens, drawing, model.cost, self._scheduler.room_for_drafts(plan))
+        if not depth:
+            return
+        depths = [self._scheduler.reserve(plan.scheduled[i], min(depth, limits[i])) for i in asked]
+        try:
+            guesses = model.guess(sequences, depths, self.model_config.vocab_size)
+            for i, sequence, token_ids in zip(asked, sequences, guesses, strict=True):
+                candidates[i] = speculator.drafted(sequence, token_ids) or candidates[i]
+        except DeviceLostError:
+            raise
+        except Exception:
+            logger.exception("the draft model failed; nothing is guessed")
 
     def _compute(self, plan: SchedulerOutput) -> _Batch:
         structured = [item for item in plan.scheduled if item.samples and item.sequence.matcher is not None]
@@ -527,6 +556,8 @@ class Engine(Generic[T]):
             if item.draft.token_ids:
                 accepted = max(0, len(gain.token_ids) - 1)
                 step.drafts.append((item.draft, accepted))
+                if item.draft.kind == "draft" and self._speculator is not None:
+                    self._speculator.judge(item.sequence, len(item.draft.token_ids), accepted)
                 if item.draft.kind == "prediction":
                     item.sequence.num_accepted_tokens += accepted
                     item.sequence.num_rejected_tokens += len(item.draft.token_ids) - accepted
@@ -656,6 +687,8 @@ class Engine(Generic[T]):
             self._forecast.observe_answer(sequence.num_told_tokens, finish_reason is FinishReason.LENGTH)
         if self._speculator is not None:
             self._speculator.forget(sequence, remember=answered)
+        if self._draft_model is not None:
+            self._draft_model.forget(sequence)
         tenant = sequence.origin.tenant
         with self._lock:
             self._num_unfinished -= 1
@@ -709,8 +742,11 @@ class Engine(Generic[T]):
             seconds = seconds if self._ended is None else now - self._ended
             drawing = sum(item.samples for item in plan.scheduled)
             self._forecast.observe_step(plan.num_tokens, seconds)
+            so_far = 0.0 if self._draft_model is None else self._draft_model.seconds
+            drafting, self._drafting = so_far - self._drafting, so_far
             if self._speculator is not None and drawing:
-                stats.drafts = self._speculator.learn(step.drafts, plan.num_tokens, drawing, seconds)
+                stats.drafts = self._speculator.learn(step.drafts, plan.num_tokens, drawing,
+                                                      max(0.0, seconds - drafting), drafting)
         self._ended = now if self._unfinished else None
         running = [self._work(sequence) for sequence in scheduler.running]
         with self._lock:

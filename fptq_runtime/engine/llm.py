@@ -21,6 +21,7 @@ from fptq_runtime.artifact.io import GOLDEN, check_files, hash_file, is_artifact
 from fptq_runtime.config import Activations, EngineConfig
 from fptq_runtime.engine.adapters import Adapters
 from fptq_runtime.engine.block_store import KVDisk
+from fptq_runtime.engine.draft_model import check_draft
 from fptq_runtime.engine.engine import Engine, QueueFullError
 from fptq_runtime.engine.output import RequestOutput, TokenLogprobs
 from fptq_runtime.engine.request import ANYONE, MAX_N, FinishReason, SamplingParams
@@ -28,6 +29,7 @@ from fptq_runtime.engine.sizing import cache_tokens, device_cache_memory, format
 from fptq_runtime.errors import FptqError
 from fptq_runtime.kernels.base import Backend, StepInput
 from fptq_runtime.kernels.select import select_backend
+from fptq_runtime.models.decoder import Decoder
 from fptq_runtime.models.gate import Golden, check_artifact, probe
 from fptq_runtime.models.loader import Checkpoint, load_model
 from fptq_runtime.models.lora import check_base
@@ -119,7 +121,8 @@ def load_engine(path: str | Path, *, backend: str | Backend = "auto", device: st
                 kv_cache_memory: int | None = None, gpu_memory_utilization: float = 0.9,
                 chat_template: str | None = None, verify_weights: bool = False, kv_cache_disk: Path | None = None,
                 kv_cache_disk_size: int = KV_CACHE_DISK_SIZE, max_num_batched_tokens: int | None = None,
-                lora: Mapping[str, Path] | None = None, **options: Any) -> Engine[Tokenizer]:
+                lora: Mapping[str, Path] | None = None, draft: Path | None = None, **options: Any
+                ) -> Engine[Tokenizer]:
     """An engine for a model directory; an artifact's files and golden values are checked first, of these what
     activations that are not its own leave as it was.
 
@@ -128,6 +131,7 @@ def load_engine(path: str | Path, *, backend: str | Backend = "auto", device: st
     KV cache holds where that is less. kv_cache_memory: EngineConfig's default unless given; on a GPU, what the weights
     and a step leave of the gpu_memory_utilization share of its free memory. chat_template: in place of the model's.
     verify_weights: an artifact's hashes are checked also where they were before and nothing seems to have changed.
+    draft: the directory of a smaller model with the same tokenizer, which guesses what comes next.
     lora: PEFT adapters that requests may name; max_loras is at least as many.
     kv_cache_disk: a directory in which cached prefixes outlive the engine, kv_cache_disk_size bytes at most.
     max_num_batched_tokens: EngineConfig's default unless given; on a GPU 8192.
@@ -148,7 +152,9 @@ def load_engine(path: str | Path, *, backend: str | Backend = "auto", device: st
     config = EngineConfig(max_model_len=max_model_len or model.max_position_embeddings,
                           max_num_batched_tokens=max_num_batched_tokens or tokens,
                           kv_cache_memory=most if kv_cache_memory is None else kv_cache_memory, **options)
-    token_bytes = kernels.token_bytes(model, config.kv_cache_dtype)
+    small = None if draft is None else Checkpoint(draft)
+    token_bytes = sum(kernels.token_bytes(each.model_config, config.kv_cache_dtype)
+                      for each in (checkpoint, small) if each is not None)
     config = _fit(config, token_bytes) if max_model_len is None else config
     limits = step_limits(model, config, token_bytes)  # says what is wrong with it before minutes of loading
     prompt = None if manifest is None or manifest.format_version > 1 else manifest.golden.get("prompt_token_ids")
@@ -171,6 +177,10 @@ def load_engine(path: str | Path, *, backend: str | Backend = "auto", device: st
             if manifest.format_version > 1:
                 check_artifact(Path(path), manifest, decoder, kernels, checkpoint.max_positions, config.kv_cache_dtype,
                                ("stem", "norm", "rope", "attention", "order"))
+    guessing = None
+    if draft is not None and small is not None:
+        check_draft(tokenizer.result(), model, Tokenizer(draft), small.model_config)
+        guessing = _load_draft(draft, small, kernels, config)
     beyond = [token_id for token_id in tokenizer.result().added_tokens if token_id >= model.vocab_size]
     if beyond:
         logger.warning("%s: the tokenizer has tokens up to %d, but the model's vocabulary only %d tokens: prompts that "
@@ -204,7 +214,7 @@ def load_engine(path: str | Path, *, backend: str | Backend = "auto", device: st
     try:
         engine = Engine(decoder, kernels, config, tokenizer.result(),
                         eos_token_ids(Path(path), model.eos_token_ids, tokenizer.result(), model.vocab_size), probes,
-                        disk, adapters)
+                        disk, adapters, guessing)
     except MemoryError:
         raise FptqError(f"a KV cache of {format_bytes(config.kv_cache_memory)} does not fit into this machine's "
                         "memory; lower kv_cache_memory", "kv_cache_memory") from None
@@ -213,6 +223,14 @@ def load_engine(path: str | Path, *, backend: str | Backend = "auto", device: st
         for step in _sizes(config):
             engine.executor.step(step, reuse=True)
     return engine
+
+
+def _load_draft(path: Path, checkpoint: Checkpoint, kernels: Backend, config: EngineConfig) -> Decoder:
+    checkpoint.max_positions = min(checkpoint.model_config.max_position_embeddings, config.max_model_len)
+    decoder = load_model(checkpoint, kernels)
+    if is_artifact(path) and (manifest := check_files(path)).format_version > 1:
+        check_artifact(path, manifest, decoder, kernels, checkpoint.max_positions, config.kv_cache_dtype)
+    return decoder
 
 
 def _warm_up(engine: Engine[Any]) -> None:

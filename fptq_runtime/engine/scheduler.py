@@ -138,19 +138,22 @@ class Scheduler:
         rows = sum(item.num_logits for item in output.scheduled if not item.pooled)
         return min(self.max_num_batched_tokens - output.num_tokens, self.max_num_seqs + self.max_prompt_logits - rows)
 
+    def reserve(self, item: ScheduledSequence, count: int) -> int:
+        """Blocks for so many tokens after an item's, or for as many as find a place, which it returns: not one is taken
+        that a running sequence will need for its next token."""
+        sequence, end = item.sequence, item.start + item.num_tokens
+        if self.blocks.blocks_for(end + count) - len(sequence.block_table) > \
+                self.blocks.num_free_blocks - len(self.running) or not self.blocks.allocate(sequence, end + count):
+            return min(count, len(sequence.block_table) * self.blocks.block_size - end)
+        return count
+
     def extend(self, output: SchedulerOutput, drafts: abc.Sequence[Draft]) -> None:
-        """Give output.scheduled[i] drafts[i], or as much of it as finds a place: not one block is taken that a running
-        sequence will need for its next token."""
+        """Give output.scheduled[i] drafts[i], or as much of it as finds a place."""
         for i, draft in enumerate(drafts):
             if not draft.token_ids:
                 continue
             item = output.scheduled[i]
-            sequence, end = item.sequence, item.start + item.num_tokens
-            fits = len(draft.token_ids)
-            if self.blocks.blocks_for(end + fits) - len(sequence.block_table) > \
-                    self.blocks.num_free_blocks - len(self.running) or not self.blocks.allocate(sequence, end + fits):
-                fits = min(fits, len(sequence.block_table) * self.blocks.block_size - end)
-            if fits:
+            if fits := self.reserve(item, len(draft.token_ids)):
                 output.scheduled[i] = replace(item, num_logits=item.num_logits + fits,
                                               draft=replace(draft, token_ids=draft.token_ids[:fits]))
 

@@ -16,8 +16,8 @@ from itertools import takewhile
 from fptq_runtime.engine.sequence import Sequence
 
 # Where a guess is from: the sequence's own prompt and output, other answers to the same tenant, the request's
-# prediction, or its grammar, which leaves no other text.
-KINDS = ("lookup", "history", "prediction", "forced")
+# prediction, its grammar, which leaves no other text, or a draft model.
+KINDS = ("lookup", "history", "prediction", "forced", "draft")
 MAX_DRAFT = 32  # tokens of a sequence and step
 LEAST_CHANCE = 0.05  # of being right; a token with less is not drafted
 LEAST_GAIN = 1.05  # in tokens per second, of a step with drafts over one without
@@ -28,6 +28,9 @@ HISTORY_PROMPT = 8  # tokens of its prompt before each answer
 HISTORIES = 32  # tenants
 FIRST_CHANCES = (0.3, 0.5, 0.65, 0.75, 0.85, 0.9)  # before any was measured, by length of match:
 _BUCKETS = (0, 0, 0, 1, 2, 2, 3, 3, 3, *(4,) * (LONGEST_MATCH - 9), 5)
+DEEPEST = 8  # guesses of a draft model for a sequence and step
+ASK_AGAIN = 128  # steps after which a draft model that does not pay is asked once more
+DRAFTED = 3  # a draft model's place among FIRST_CHANCES
 FIRST_SLOPE = 0.1  # of a step's seconds for each row more, before it was measured
 
 
@@ -259,6 +262,18 @@ class Candidate:
 
 
 @dataclass
+class Rate:
+    """How often a draft model was right about one sequence, of late."""
+
+    right: float = 0.0
+    all: float = 0.0
+
+    def observe(self, right: bool) -> None:
+        self.right = 0.95 * self.right + right
+        self.all = 0.95 * self.all + 1
+
+
+@dataclass
 class Speculator:
     """Decides what one engine's steps draft. end_token_ids: of the model."""
 
@@ -267,6 +282,8 @@ class Speculator:
     chances: Chances = field(default_factory=Chances)
     _guessers: dict[tuple[str, int], Guesser] = field(default_factory=dict)
     _histories: OrderedDict[str, SuffixIndex] = field(default_factory=OrderedDict)
+    _rates: dict[tuple[str, int], Rate] = field(default_factory=dict)
+    _unasked: int = 0  # steps
 
     def candidate(self, sequence: Sequence, most: int) -> Candidate | None:
         """Of at most so many tokens. What a grammar forces goes first, and a guess that it forbids is none."""
@@ -289,6 +306,50 @@ class Speculator:
                 chances = [each ** (i + 1) for i in range(len(tokens))]
         tokens = list(takewhile(lambda token_id: not self._ends(sequence, token_id), tokens))
         return Candidate(Draft(kind, tuple(tokens)), chances[: len(tokens)]) if tokens else None
+
+    def depth(self, sequences: abc.Sequence[Sequence], tokens: int, drawing: int, cost: StepCost, most: int) -> int:
+        """How many tokens a draft model, whose steps cost `cost`, is to guess for each of the sequences, in a step that
+        has so many tokens without them and gives `drawing` sequences one each. most: rows in all."""
+        if not sequences or not self.cost:
+            return 0
+        count, deepest = len(sequences), min(DEEPEST, most // len(sequences))
+        if not cost:
+            return min(1, deepest)
+        curve, each = self.cost.curve(tokens, count * deepest), cost.curve(count, 0)[0]
+        chances = [self.draft_chance(sequence) for sequence in sequences]
+        best, gained, depth = LEAST_GAIN * drawing / curve[0], float(drawing), 0
+        for length in range(1, deepest + 1):
+            gained += sum(chance**length for chance in chances)
+            rate = gained / (curve[count * length] + length * each)
+            if rate > best:
+                best, depth = rate, length
+        self._unasked += 1
+        if not depth and self._unasked > ASK_AGAIN:
+            depth = min(1, deepest)
+        if depth:
+            self._unasked = 0
+        return depth
+
+    def draft_chance(self, sequence: Sequence) -> float:
+        """Of a draft model's next token for it."""
+        rate = self._rates.get(sequence.key, Rate())
+        return (rate.right + 4 * self.chances.of("draft", DRAFTED)) / (rate.all + 4)
+
+    def drafted(self, sequence: Sequence, token_ids: abc.Sequence[int]) -> Candidate | None:
+        """What a draft model guessed, as far as it may be."""
+        tokens = list(takewhile(lambda token_id: not self._ends(sequence, token_id), token_ids))
+        if sequence.matcher is not None:
+            tokens = tokens[: sequence.matcher.foresee(sequence.output_token_ids, tokens)[1]]
+        chance = self.draft_chance(sequence)
+        return Candidate(Draft("draft", tuple(tokens)), [chance ** (i + 1) for i in range(len(tokens))]) \
+            if tokens else None
+
+    def judge(self, sequence: Sequence, drafted: int, accepted: int) -> None:
+        """So many of a draft model's guesses were right."""
+        rate = self._rates.setdefault(sequence.key, Rate())
+        for place in range(min(accepted + 1, drafted)):
+            rate.observe(place < accepted)
+            self.chances.observe("draft", DRAFTED, place < accepted)
 
     def choose(self, candidates: abc.Sequence[Candidate | None], tokens: int, sequences: int, most: int) -> list[Draft]:
         """Of each candidate the beginning that is worth its rows, in a step that has so many tokens without them and
@@ -314,11 +375,11 @@ class Speculator:
                 drafts[i] = Draft(candidate.draft.kind, candidate.draft.token_ids[:length])
         return drafts
 
-    def learn(self, outcomes: abc.Sequence[tuple[Draft, int]], tokens: int, sequences: int,
-              seconds: float) -> dict[str, DraftStats]:
-        """A step of so many tokens in all, and of so many sequences that drew, took so long. outcomes: its drafts and
-        how many tokens of each were right."""
-        stats: dict[str, DraftStats] = {}
+    def learn(self, outcomes: abc.Sequence[tuple[Draft, int]], tokens: int, sequences: int, seconds: float,
+              drafting: float = 0.0) -> dict[str, DraftStats]:
+        """A step of so many tokens in all, and of so many sequences that drew, took so long, beside what a draft model
+        took. outcomes: its drafts and how many tokens of each were right."""
+        stats = {"draft": DraftStats(seconds_saved=-drafting)} if drafting else {}
         drafted = sum(len(draft.token_ids) for draft, _ in outcomes)
         if drafted:
             alone = self.cost.curve(sequences, 0)[0] / sequences
@@ -337,6 +398,7 @@ class Speculator:
     def forget(self, sequence: Sequence, remember: bool) -> None:
         """A sequence has ended. remember: its answer, for others of its tenant."""
         self._guessers.pop(sequence.key, None)
+        self._rates.pop(sequence.key, None)
         if not remember or sequence.num_output_tokens < 2:
             return
         tenant = sequence.origin.tenant

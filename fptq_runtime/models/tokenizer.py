@@ -154,6 +154,11 @@ class Tokenizer:
         return int(self._backend.get_vocab_size())
 
     @property
+    def vocab(self) -> dict[str, int]:
+        """The id of every token by its spelling."""
+        return dict(self._backend.get_vocab())
+
+    @property
     def bos_token_id(self) -> int | None:
         return self._role("bos_token")
 

@@ -123,7 +123,8 @@ def scripted(served: Served, text: str, reason: FinishReason = FinishReason.STOP
     asked: list[tuple[Sequence[int], SamplingParams]] = []
     pieces = [text[i : i + size] for i in range(0, len(text), size)]
 
-    def add_request(request_id: str, prompt: Sequence[int], params: SamplingParams, origin: Origin) -> RequestStream:
+    def add_request(request_id: str, prompt: Sequence[int], params: SamplingParams, origin: Origin,
+                    adapter: str) -> RequestStream:
         asked.append((prompt, params))
         stream = RequestStream(request_id, params.n, lambda _: None)
         for index in range(params.n):

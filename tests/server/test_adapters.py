@@ -65,6 +65,8 @@ def test_an_adapter_comes_and_goes(served: Served, saved: Path) -> None:
             "inputs": "Once", "parameters": {"max_new_tokens": 8, "adapter_id": "tales"}}).json()
         assert generated != served.http.post("/generate", json={
             "inputs": "Once", "parameters": {"max_new_tokens": 8}}).json()
+        vectors = [client.embeddings.create(model=name, input="Once").data[0].embedding for name in ("demo", "tales")]
+        assert vectors[0] != vectors[1]
         status, text = post(served, "load", lora_name="tales", lora_path=str(saved))
         assert (status, "is loaded already" in text) == (400, True)
         assert post(served, "unload", lora_name="tales")[0] == 200

@@ -274,7 +274,7 @@ def _shorter_first(batch: StepInput) -> StepInput:
     starts = np.concatenate([[0], np.cumsum(lengths[order])]).astype(np.int32)
     return StepInput(batch.token_ids[rows], batch.positions[rows], batch.slot_mapping[rows], starts,
                      batch.seq_lens[order], batch.block_tables[order], places[batch.logits_rows],
-                     batch.state_slots[order])
+                     batch.state_slots[order], batch.adapters[order])
 
 
 @contextmanager

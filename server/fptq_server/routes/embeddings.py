@@ -24,14 +24,14 @@ from fptq_server.validation import check_length, check_model, check_text, tokeni
 MAX_INPUTS = 2048  # OpenAI's
 
 
-async def embed(engine: AsyncEngine, record: RequestRecord, prompts: list[list[int]], model: ModelCard
-                ) -> list[Float32Array]:
+async def embed(engine: AsyncEngine, record: RequestRecord, prompts: list[list[int]], model: ModelCard,
+                adapter: str = "") -> list[Float32Array]:
     """The pooled hidden states of each prompt, [H]; as many prompts at a time as run at once."""
     params = SamplingParams(max_tokens=0, pooling=model.pooling)
     found: list[Float32Array | None] = [None] * len(prompts)
     width = engine.engine.config.max_num_seqs
     for start in range(0, len(prompts), width):
-        with Generation(engine, record, "embd", prompts[start : start + width], params) as generation:
+        with Generation(engine, record, "embd", prompts[start : start + width], params, adapter) as generation:
             async for index, output in generation.outputs():
                 found[start + index] = output.embedding
     record.prompt_tokens = sum(map(len, prompts))
@@ -62,7 +62,7 @@ def embeddings_router(engine: AsyncEngine, tokenizer: Tokenizer, model: ModelCar
     @router.post("/v1/embeddings", response_model=EmbeddingResponse)
     async def create_embeddings(body: EmbeddingRequest, request: Request) -> Response:
         """A vector of length 1 for each input, of the model's hidden states behind its last norm."""
-        check_model(body.model, model)
+        adapter = check_model(body.model, model)
         if model.no_embeddings is not None:
             raise APIError(400, model.no_embeddings, param="model", code="not_supported")
         if body.dimensions is not None and not 1 <= body.dimensions <= size:
@@ -80,10 +80,10 @@ def embeddings_router(engine: AsyncEngine, tokenizer: Tokenizer, model: ModelCar
             check_length(prompt, 0, "input", model)
         record = record_of(request.scope)
         vectors = [normalised(vector, body.dimensions) for vector in await run_while_connected(
-            request.receive, embed(engine, record, prompts, model))]
+            request.receive, embed(engine, record, prompts, model, adapter))]
         tokens = sum(map(len, prompts))
         answer = EmbeddingResponse(
-            model=model.id, usage=EmbeddingUsage(prompt_tokens=tokens, total_tokens=tokens),
+            model=adapter or model.id, usage=EmbeddingUsage(prompt_tokens=tokens, total_tokens=tokens),
             data=[Embedding(index=index, embedding=_encoded(vector, body.encoding_format))
                   for index, vector in enumerate(vectors)])
         return Response(answer.model_dump_json(), media_type="application/json")
