@@ -19,6 +19,8 @@ def build(site: Path) -> None:
         shutil.copytree(ROOT / "docs", work / "docs", ignore=shutil.ignore_patterns("*.py", "*.toml", "__pycache__"))
         shutil.copy(ROOT / "docs" / "zensical.toml", work)
         (work / "docs" / "index.md").write_text((ROOT / "README.md").read_text(encoding="utf-8"), encoding="utf-8")
+        for name in ("CHANGELOG.md", "CONTRIBUTING.md", "NOTICE", "SECURITY.md"):
+            shutil.copy(ROOT / name, work / "docs")
         for path in BESIDE:
             shutil.copytree(ROOT / path, work / "docs" / path, ignore=shutil.ignore_patterns("__pycache__", "*.json"))
         for page in (work / "docs").glob("*.md"):

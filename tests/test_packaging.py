@@ -30,7 +30,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if shutil.which("c++") is None:
         pytest.skip("no C++ compiler")
     source = tmp_path_factory.mktemp("source")
-    for name in ("pyproject.toml", "CMakeLists.txt", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "CMakeLists.txt", "README.md", "LICENSE", "NOTICE"):
         shutil.copy(ROOT / name, source)
     for name in ("fptq", "fptq_runtime", "server"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
@@ -51,6 +51,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     folders = {name.split("/")[0] for name in names if ".dist-info/" not in name}
     assert folders == {"fptq", "fptq_runtime", "fptq_server"}
     assert any(re.fullmatch(r"fptq_runtime/_native\..*", name) for name in names)
+    assert {name.split("/")[-1] for name in names if "/licenses/" in name} == {"LICENSE", "NOTICE"}
     assert {"fptq/py.typed", "fptq_runtime/py.typed", "fptq_server/py.typed"} <= set(names)
     assert {"fptq_runtime/demo/model.safetensors", "fptq_runtime/demo-w4a8/fptq.json"} <= set(names)
     for folder in ("demo", "quantizer/data"):
