@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from benchmarks.gpu_check.check import Check, Row
-from fptq_runtime.kernels.triton import attention, fused, linear_kernels, sampling
+from fptq_runtime.kernels.triton import attention, fused, linear_kernels, sampling, sums
 from fptq_runtime.kernels.triton.device import capability
 
 
@@ -29,6 +29,6 @@ def compiled(check: Check) -> Iterator[Row]:
 def launched_kernels() -> list[tuple[str, Any]]:
     """All that were written for the backend, by name."""
 
-    return [(name, kernel) for module in (linear_kernels, attention, fused, sampling)
+    return [(name, kernel) for module in (linear_kernels, sums, attention, fused, sampling)
             for name, kernel in sorted(vars(module).items())
             if getattr(kernel, "__module__", None) == module.__name__ and hasattr(kernel, "device_caches")]

@@ -144,7 +144,7 @@ def _work(name: str, arguments: dict[str, Any], query_lens: list[int], seq_lens:
     if name == "rope_and_cache":
         heads, kv_heads, dim = arguments["HEADS"], arguments["KV_HEADS"], arguments["DIM"]
         cache = attention.cache_bytes_per_token("int8", 1, kv_heads, dim)
-        return sizes["qkv"] + sizes["q_out"] + arguments["rows"] * (cache + 4 * dim + 4 * heads), 0
+        return sizes["y_sums"] + sizes["q_out"] + arguments["rows"] * (cache + 4 * dim + 4 * heads), 0
     if name in ("attention", "merge"):
         heads, dim, first = arguments["HEADS"], arguments["DIM"], 0
         rows = arguments["positions" if name == "merge" else "q"].shape[0]

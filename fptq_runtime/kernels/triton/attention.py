@@ -46,6 +46,7 @@ from fptq_runtime.kernels.triton.fused import (
     tanh,
     token_scale,
 )
+from fptq_runtime.kernels.triton.sums import Sums, arguments, summed
 from fptq_runtime.kernels.triton.values import DeviceBatch, Quantized, interpreted
 
 SEGMENT = 4  # chunks; with 128 keys each, 32 k tokens are 64 parts to join
@@ -150,15 +151,16 @@ def _span(norm: DeviceNorm | None, head_dim: int) -> Span:
     return "shared" if norm.weight.numel() == head_dim else "row"
 
 
-def rope_and_cache(qkv: torch.Tensor, attention: DeviceAttention, cache: DeviceCache,
+def rope_and_cache(qkv: torch.Tensor | Sums, attention: DeviceAttention, cache: DeviceCache,
                    batch: DeviceBatch) -> torch.Tensor | Quantized:
     """Split q | k | v rows float32 [M, (heads + 2 · kv heads) · dim], q/k norm, rope, write k and v to their slots (-1:
     nothing). Returns q for `attention`: float32 [M, heads · dim], or codes with scales [M, heads] for an int8 cache."""
     spec = attention.spec
+    device = batch.positions.device
     rows, heads, kv_heads, dim = qkv.shape[0], spec.num_heads, spec.num_kv_heads, spec.head_dim
     int8 = cache.dtype == "int8"
-    q = torch.empty((rows, heads * dim), dtype=torch.int8 if int8 else torch.float32, device=qkv.device)
-    q_scale = torch.empty((rows, heads) if int8 else (1,), dtype=torch.float32, device=qkv.device)
+    q = torch.empty((rows, heads * dim), dtype=torch.int8 if int8 else torch.float32, device=device)
+    q_scale = torch.empty((rows, heads) if int8 else (1,), dtype=torch.float32, device=device)
     half = triton.next_power_of_2(dim // 2)
     q_norm, k_norm = attention.q_norm, attention.k_norm
     spans = _span(q_norm, dim), _span(k_norm, dim)
@@ -169,16 +171,16 @@ def rope_and_cache(qkv: torch.Tensor, attention: DeviceAttention, cache: DeviceC
     else:
         tile, warps = 2048 // half if interpreted() else max(512 // half, 1), 4
         programs = triton.cdiv(rows * heads, tile) + 2 * triton.cdiv(rows * kv_heads, tile)
-    cos, sin = attention.rope or (qkv, qkv)
+    cos, sin = attention.rope or (q, q)
     if rows:
         _rope_and_cache_kernel[(programs,)](
-            qkv=qkv, positions=batch.positions, slots=batch.slot_mapping, cos=cos, sin=sin,
-            q_weight=qkv if q_norm is None else q_norm.weight, q_bias=None if q_norm is None else q_norm.bias,
+            **arguments(qkv), positions=batch.positions, slots=batch.slot_mapping, cos=cos, sin=sin,
+            q_weight=q if q_norm is None else q_norm.weight, q_bias=None if q_norm is None else q_norm.bias,
             q_eps=0.0 if q_norm is None else q_norm.eps,
-            k_weight=qkv if k_norm is None else k_norm.weight, k_bias=None if k_norm is None else k_norm.bias,
+            k_weight=q if k_norm is None else k_norm.weight, k_bias=None if k_norm is None else k_norm.bias,
             k_eps=0.0 if k_norm is None else k_norm.eps,
             q_out=q, q_scale=q_scale, keys=cache.keys[spec.layer], key_scales=cache.key_scales[spec.layer],
-            values=cache.values[spec.layer], value_scales=cache.value_scales[spec.layer], rows=rows, HEADS=heads,
+            values=cache.values[spec.layer], value_scales=cache.value_scales[spec.layer], HEADS=heads,
             KV_HEADS=kv_heads, DIM=dim, HALF=half, TILE=tile, BY_ROW=by_row, BLOCK_SIZE=cache.block_size,
             ROPE=attention.rotated, Q_NORM=spans[0], K_NORM=spans[1],
             Q_LAYER=q_norm is not None and q_norm.kind == "layer",
@@ -397,15 +399,20 @@ def _normalised(first, second, weight, bias, eps, head, mask, low, high, DIM: tl
 
 
 @triton.jit
-def _load_halves(qkv, positions, cos, sin, weight, bias, eps, row, head, real, low, high, FIRST: tl.constexpr,
+def _load_halves(y_sums, y_row_scale, y_x_scale, y_bias, y_residual, rows, positions, cos, sin, weight, bias, eps, row,
+                 head, real, low, high, FIRST: tl.constexpr,
                  HEADS: tl.constexpr, ALL: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr, ROPE: tl.constexpr,
-                 SPAN: tl.constexpr, LAYER: tl.constexpr, NORM_LAST: tl.constexpr):
+                 SPAN: tl.constexpr, LAYER: tl.constexpr, NORM_LAST: tl.constexpr, SEGMENTS: tl.constexpr,
+                 UNIT: tl.constexpr, X_SCALE: tl.constexpr):
     """Both of each pair [TILE, HALF] of the rows' heads, counted from FIRST of ALL, after norm and rope."""
     columns = tl.arange(0, HALF)
     mask = real[:, None] & (columns < DIM // 2)[None, :]
-    source = qkv + ((row * ALL + FIRST + head) * DIM)[:, None]
-    first = tl.load(source + low[None, :], mask=mask, other=0.0)
-    second = tl.load(source + high[None, :], mask=mask, other=0.0)
+    column = ((FIRST + head) * DIM)[:, None]
+    m = tl.where(real, row, 0)[:, None]
+    first = summed(m, column + low[None, :], mask, y_sums, y_row_scale, y_x_scale, y_bias, y_residual, rows, ALL * DIM,
+                   SEGMENTS, UNIT, X_SCALE)
+    second = summed(m, column + high[None, :], mask, y_sums, y_row_scale, y_x_scale, y_bias, y_residual, rows,
+                    ALL * DIM, SEGMENTS, UNIT, X_SCALE)
     if not NORM_LAST:
         first, second = _normalised(first, second, weight, bias, eps, head, mask, low, high, DIM, HEADS, SPAN, LAYER)
     if ROPE:
@@ -456,10 +463,12 @@ def _rows_and_heads(tile, TILE: tl.constexpr, HEADS: tl.constexpr, BY_ROW: tl.co
 
 @triton.jit(do_not_specialize=["rows"])
 def _rope_and_cache_kernel(
-    qkv, positions, slots, cos, sin, q_weight, q_bias, q_eps, k_weight, k_bias, k_eps, q_out, q_scale, keys, key_scales,
-    values, value_scales, rows, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr,
-    TILE: tl.constexpr, BY_ROW: tl.constexpr, BLOCK_SIZE: tl.constexpr, ROPE: tl.constexpr, Q_NORM: tl.constexpr,
-    K_NORM: tl.constexpr, Q_LAYER: tl.constexpr, K_LAYER: tl.constexpr, NORM_LAST: tl.constexpr, KV: tl.constexpr,
+    y_sums, y_row_scale, y_x_scale, y_bias, y_residual, rows, positions, slots, cos, sin, q_weight, q_bias, q_eps,
+    k_weight, k_bias, k_eps, q_out, q_scale, keys, key_scales, values, value_scales, SEGMENTS: tl.constexpr,
+    UNIT: tl.constexpr, X_SCALE: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr,
+    HALF: tl.constexpr, TILE: tl.constexpr, BY_ROW: tl.constexpr, BLOCK_SIZE: tl.constexpr, ROPE: tl.constexpr,
+    Q_NORM: tl.constexpr, K_NORM: tl.constexpr, Q_LAYER: tl.constexpr, K_LAYER: tl.constexpr, NORM_LAST: tl.constexpr,
+    KV: tl.constexpr,
 ):
     """A program takes heads of q, or of k, or of v."""
     ALL: tl.constexpr = HEADS + 2 * KV_HEADS
@@ -471,8 +480,10 @@ def _rope_and_cache_kernel(
     if tile < q_tiles:
         row, head = _rows_and_heads(tile, TILE, HEADS, BY_ROW)
         real = (row < rows) & (head < HEADS)
-        first, second = _load_halves(qkv, positions, cos, sin, q_weight, q_bias, q_eps, row, head, real, low, high, 0,
-                                     HEADS, ALL, DIM, HALF, ROPE, Q_NORM, Q_LAYER, NORM_LAST)
+        first, second = _load_halves(
+            y_sums, y_row_scale, y_x_scale, y_bias, y_residual, rows, positions, cos, sin, q_weight, q_bias, q_eps, row,
+            head, real, low, high, FIRST=0, HEADS=HEADS, ALL=ALL, DIM=DIM, HALF=HALF, ROPE=ROPE, SPAN=Q_NORM,
+            LAYER=Q_LAYER, NORM_LAST=NORM_LAST, SEGMENTS=SEGMENTS, UNIT=UNIT, X_SCALE=X_SCALE)
         at = row * HEADS + head
         _store_halves(first, second, q_out + at * DIM, q_scale + at, low, high, real[:, None] & inside, real, 1,
                       "int8" if KV == "int8" else "float32")
@@ -485,12 +496,16 @@ def _rope_and_cache_kernel(
         block = (slot // BLOCK_SIZE).to(tl.int64) * KV_HEADS + head
         token = block * BLOCK_SIZE + slot % BLOCK_SIZE
         if is_key:
-            first, second = _load_halves(qkv, positions, cos, sin, k_weight, k_bias, k_eps, row, head, real, low, high,
-                                         HEADS, KV_HEADS, ALL, DIM, HALF, ROPE, K_NORM, K_LAYER, NORM_LAST)
+            first, second = _load_halves(
+                y_sums, y_row_scale, y_x_scale, y_bias, y_residual, rows, positions, cos, sin, k_weight, k_bias, k_eps,
+                row, head, real, low, high, FIRST=HEADS, HEADS=KV_HEADS, ALL=ALL, DIM=DIM, HALF=HALF, ROPE=ROPE,
+                SPAN=K_NORM, LAYER=K_LAYER, NORM_LAST=NORM_LAST, SEGMENTS=SEGMENTS, UNIT=UNIT, X_SCALE=X_SCALE)
             _store_halves(first, second, keys + token * DIM, key_scales + token, low, high, mask, real, 1, KV)
         else:
-            first, second = _load_halves(qkv, positions, cos, sin, k_weight, k_bias, k_eps, row, head, real, low, high,
-                                         HEADS + KV_HEADS, KV_HEADS, ALL, DIM, HALF, 0, "none", False, False)
+            first, second = _load_halves(
+                y_sums, y_row_scale, y_x_scale, y_bias, y_residual, rows, positions, cos, sin, k_weight, k_bias, k_eps,
+                row, head, real, low, high, FIRST=HEADS + KV_HEADS, HEADS=KV_HEADS, ALL=ALL, DIM=DIM, HALF=HALF, ROPE=0,
+                SPAN="none", LAYER=False, NORM_LAST=False, SEGMENTS=SEGMENTS, UNIT=UNIT, X_SCALE=X_SCALE)
             if KV == "int8":
                 _store_halves(first, second, values + block * (DIM * BLOCK_SIZE) + slot % BLOCK_SIZE,
                               value_scales + token, low, high, mask, real, BLOCK_SIZE, KV)

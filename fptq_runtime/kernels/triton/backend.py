@@ -55,11 +55,12 @@ from fptq_runtime.kernels.triton.attention import attention as attend
 from fptq_runtime.kernels.triton.device import fastest, is_gpu
 from fptq_runtime.kernels.triton.experts import DeviceExperts, Routed, combine, prepare_routing, route, run_experts
 from fptq_runtime.kernels.triton.fused import DeviceNorm
-from fptq_runtime.kernels.triton.linear import DeviceLinear, describe, pack_linear, run_linear
+from fptq_runtime.kernels.triton.linear import DeviceLinear, describe, pack_linear, queue_linear
 from fptq_runtime.kernels.triton.sampling import sample
+from fptq_runtime.kernels.triton.sums import Sums
 from fptq_runtime.kernels.triton.values import DeviceBatch, Quantized, interpreted, take_rows
 
-Value = torch.Tensor | Quantized
+Value = torch.Tensor | Quantized | Sums
 
 SMALLEST_CONTEXT = 1024  # the least of the powers of two that graphs are made for, in tokens
 OVERHEAD_BYTES = 640 << 20  # CUDA's context, graphs
@@ -236,8 +237,7 @@ class TritonExecutor:
         return _Shape(tokens, seqs, rows, context, triton.next_power_of_2(query), False)
 
     def _run(self, inputs: DeviceBatch) -> torch.Tensor:
-        logits: torch.Tensor = self._forward(TritonOps(inputs, self.cache, self._invariant))
-        return logits
+        return _float(self._forward(TritonOps(inputs, self.cache, self._invariant)))
 
     def _replay(self, shape: _Shape, inputs: DeviceBatch) -> torch.Tensor:
         if not is_gpu(self._device):
@@ -311,13 +311,14 @@ class TritonOps:
         return fused.embed(self._batch.positions, table)
 
     def norm(self, x: Value, norm: DeviceNorm, act: ActivationQuant | None) -> Value:
-        return fused.norm(_float(x), norm.weight, norm.bias, norm.eps, norm.kind, act)
+        assert not isinstance(x, Quantized)
+        return fused.norm(x, norm.weight, norm.bias, norm.eps, norm.kind, act)
 
     def quantize(self, x: Value, act: ActivationQuant | None) -> Value:
         return fused.quantize(_float(x), act)
 
     def linear(self, x: Value, linear: DeviceLinear, residual: Value | None = None) -> Value:
-        return run_linear(x, linear, None if residual is None else _float(residual), self._invariant)
+        return queue_linear(_made(x), linear, None if residual is None else _float(residual), self._invariant)
 
     def activation(self, x: Value, activation: Activation, act: ActivationQuant | None) -> Value:
         return fused.activation(_float(x), activation, act)
@@ -332,11 +333,12 @@ class TritonOps:
         return fused.softcap(_float(x), cap)
 
     def rope_and_cache(self, qkv: Value, attention: DeviceAttention) -> Value:
-        return rope_and_cache(_float(qkv), attention, self._cache, self._batch)
+        assert not isinstance(qkv, Quantized)
+        return rope_and_cache(qkv, attention, self._cache, self._batch)
 
     def attention(self, q: Value, attention: DeviceAttention, act: ActivationQuant | None,
                   selected: bool = False) -> Value:
-        attended = attend(q, attention, self._cache, self._batch, act)
+        attended = attend(_made(q), attention, self._cache, self._batch, act)
         return self.select_rows(attended) if selected else attended
 
     def short_conv(self, x: Value, conv: Any) -> Value:
@@ -346,16 +348,16 @@ class TritonOps:
         raise NotImplementedError
 
     def select_rows(self, x: Value) -> Value:
-        return take_rows(x, self._batch.logits_rows)
+        return take_rows(_made(x), self._batch.logits_rows)
 
     def route(self, logits: Value, routing: Routing) -> Routed:
         return route(_float(logits), routing)
 
     def dispatch(self, x: Value, routed: Routed) -> Value:
-        return take_rows(x, routed.rows)
+        return take_rows(_made(x), routed.rows)
 
     def expert_linear(self, x: Value, linear: DeviceExperts, routed: Routed) -> Value:
-        return run_experts(x, linear, routed, self._invariant)
+        return run_experts(_made(x), linear, routed, self._invariant)
 
     def combine(self, x: Value, routed: Routed, residual: Value | None = None) -> Value:
         return combine(_float(x), routed, None if residual is None else _float(residual))
@@ -510,6 +512,12 @@ class _Survey:
     def rope_and_cache(self, qkv: None, attention: Any) -> None: ...
 
 
+def _made(x: Value) -> torch.Tensor | Quantized:
+    """Sums are added up."""
+    return x.value if isinstance(x, Sums) else x
+
+
 def _float(x: Value) -> torch.Tensor:
-    assert isinstance(x, torch.Tensor)
-    return x
+    made = _made(x)
+    assert isinstance(made, torch.Tensor)
+    return made

@@ -16,6 +16,7 @@ import triton.language as tl
 
 from fptq_runtime.kernels.base import Activation, ActivationQuant, Array, Embedding, Norm
 from fptq_runtime.kernels.reference import to_torch
+from fptq_runtime.kernels.triton.sums import Sums, arguments, summed
 from fptq_runtime.kernels.triton.values import Quantized
 
 SMALLEST_SCALE = tl.constexpr(torch.finfo(torch.float32).eps)  # of an all-zero row
@@ -61,16 +62,18 @@ def embed(indices: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     return out
 
 
-def norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float,
+def norm(x: torch.Tensor | Sums, weight: torch.Tensor, bias: torch.Tensor | None, eps: float,
          kind: Literal["rms", "layer"], act: ActivationQuant | None) -> torch.Tensor | Quantized:
-    """RMSNorm or LayerNorm of each row of x float32 [M, H], then quantize."""
+    """RMSNorm or LayerNorm of each row of x float32 [M, H], then quantize; sums are added up on the way."""
     rows, width = x.shape
-    out, scale = result(rows, width, act, x.device)
+    out, scale = result(rows, width, act, weight.device)
     if rows:
+        read = arguments(x)  # before there is a place for y
         _norm_kernel[(rows,)](
-            x, weight, weight if bias is None else bias, octets(out), scale, eps, width, LAYER=kind == "layer",
-            BIAS=bias is not None, MODE=mode_of(act), FP8=is_fp8(act), BLOCK=triton.next_power_of_2(width),
-            num_warps=_warps(width), enable_fp_fusion=False)
+            **read, y=x.written() if isinstance(x, Sums) else None, weight=weight,
+            bias=weight if bias is None else bias, out=octets(out), scale=scale, eps=eps, width=width,
+            LAYER=kind == "layer", BIAS=bias is not None, MODE=mode_of(act), FP8=is_fp8(act),
+            BLOCK=triton.next_power_of_2(width), num_warps=_warps(width), enable_fp_fusion=False)
     return out if act is None else Quantized(out, scale)
 
 
@@ -200,22 +203,26 @@ def _embed_kernel(indices, table, out, width, BLOCK: tl.constexpr):
     tl.store(out + row.to(tl.int64) * width + columns, x.to(tl.float32), mask=columns < width)
 
 
-@triton.jit
-def _norm_kernel(x, weight, bias, out, scale, eps, width, LAYER: tl.constexpr, BIAS: tl.constexpr, MODE: tl.constexpr,
-                 FP8: tl.constexpr, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["rows"])
+def _norm_kernel(y_sums, y_row_scale, y_x_scale, y_bias, y_residual, rows, y, weight, bias, out, scale, eps, width,
+                 SEGMENTS: tl.constexpr, UNIT: tl.constexpr, X_SCALE: tl.constexpr, LAYER: tl.constexpr,
+                 BIAS: tl.constexpr, MODE: tl.constexpr, FP8: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0)
     columns = tl.arange(0, BLOCK)
     inside = columns < width
-    v = tl.load(x + row.to(tl.int64) * width + columns, mask=inside, other=0.0)
+    v = summed(row, columns, inside, y_sums, y_row_scale, y_x_scale, y_bias, y_residual, rows, width, SEGMENTS, UNIT,
+               X_SCALE)
+    if y is not None:
+        tl.store(y + row.to(tl.int64) * width + columns, v, mask=inside)
     w = tl.load(weight + columns, mask=inside, other=0.0)
     count = width.to(tl.float32)
     if LAYER:
         v = tl.where(inside, v - tl.div_rn(tl.sum(v, 0), count), 0.0)
     variance = tl.div_rn(tl.sum(v * v, 0), count)
-    y = v * tl.div_rn(1.0, tl.sqrt_rn(variance + eps)) * w
+    z = v * tl.div_rn(1.0, tl.sqrt_rn(variance + eps)) * w
     if BIAS:
-        y += tl.load(bias + columns, mask=inside, other=0.0)
-    _store_row(y, out, scale, row, width, columns, MODE, FP8)
+        z += tl.load(bias + columns, mask=inside, other=0.0)
+    _store_row(z, out, scale, row, width, columns, MODE, FP8)
 
 
 @triton.jit

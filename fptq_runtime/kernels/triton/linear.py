@@ -22,12 +22,12 @@ from fptq_runtime.kernels.base import ActivationQuant, Array, Linear, QuantizedW
 from fptq_runtime.kernels.reference import to_torch
 from fptq_runtime.kernels.triton.choice import Case, Choice, Dot, Kind, Tile, choose, segments
 from fptq_runtime.kernels.triton.device import capability
-from fptq_runtime.kernels.triton.linear_kernels import expand_kernel, linear_kernel, reduce_kernel
+from fptq_runtime.kernels.triton.linear_kernels import expand_kernel, linear_kernel
 from fptq_runtime.kernels.triton.packing import TILE, Arithmetic, PackedWeight, pack_weight
+from fptq_runtime.kernels.triton.sums import Sums
 from fptq_runtime.kernels.triton.values import Quantized, interpreted
 
 FLOAT_BLOCK = 64  # columns of K a step takes of a float weight
-_REDUCE = 1024  # outputs a program of the reduction
 
 
 @dataclass(frozen=True)
@@ -72,18 +72,32 @@ def pack_linear(linear: Linear, device: torch.device) -> DeviceLinear:
 
 def run_linear(x: torch.Tensor | Quantized, linear: DeviceLinear, residual: torch.Tensor | None,
                invariant: bool) -> torch.Tensor:
-    """x · Wᵀ + bias + residual, float32 [M, N]. x: Quantized where the linear has `act`, else float32 [M, K], which a
-    bfloat16 or quantized weight reads as bfloat16 and a float16 one as float16, its finite range.
+    """`queue_linear`, added up."""
+    y = queue_linear(x, linear, residual, invariant)
+    return y.value if isinstance(y, Sums) else y
+
+
+def queue_linear(x: torch.Tensor | Quantized, linear: DeviceLinear, residual: torch.Tensor | None,
+                 invariant: bool) -> torch.Tensor | Sums:
+    """x · Wᵀ + bias + residual, float32 [M, N], or its sums where it is split over K. x: Quantized where the linear has
+    `act`, else float32 [M, K], which a bfloat16 or quantized weight reads as bfloat16 and a float16 one as float16, its
+    finite range.
 
     invariant: a row has the same bits whatever M and the other rows. Else large M may go through cuBLAS.
     """
     choice = choose(kind(linear, x), _rows(x), linear.n, linear.k, capability(_tensor(x).device), invariant)
-    return run_choice(x, linear, residual, choice, invariant)
+    return _queue(x, linear, residual, choice, invariant)
 
 
 def run_choice(x: torch.Tensor | Quantized, linear: DeviceLinear, residual: torch.Tensor | None, choice: Choice,
                invariant: bool = True) -> torch.Tensor:
     """`run_linear` with the kernel and tiles of one's own choice, for a sweep; low-rank factors choose theirs."""
+    y = _queue(x, linear, residual, choice, invariant)
+    return y.value if isinstance(y, Sums) else y
+
+
+def _queue(x: torch.Tensor | Quantized, linear: DeviceLinear, residual: torch.Tensor | None, choice: Choice,
+           invariant: bool) -> torch.Tensor | Sums:
     if isinstance(x, Quantized) != (linear.act is not None):
         wants = "a float" if linear.act is None else "a quantized"
         raise ValueError(f"{linear.name} wants {wants} input")
@@ -93,7 +107,7 @@ def run_choice(x: torch.Tensor | Quantized, linear: DeviceLinear, residual: torc
     if linear.low_rank is None:
         return y
     down, up = linear.low_rank
-    return run_linear(run_linear(x, down, None, invariant), up, y, invariant)
+    return queue_linear(run_linear(x, down, None, invariant), up, y.value if isinstance(y, Sums) else y, invariant)
 
 
 def describe(linear: DeviceLinear) -> tuple[str, str]:
@@ -203,17 +217,17 @@ def _rounded(x: torch.Tensor, dot: Dot) -> torch.Tensor:
 
 
 def _product(x: torch.Tensor | Quantized, linear: DeviceLinear, residual: torch.Tensor | None,
-             choice: Choice) -> torch.Tensor:
+             choice: Choice) -> torch.Tensor | Sums:
     """Without the low-rank factors."""
     values, x_scale = _operand(x, linear)
     weight = linear.weight
     epilogue = _Epilogue(x_scale, linear.bias, residual)
     if choice.method == "cublas":
         matrix = dequantized(weight) if isinstance(weight, PackedWeight) else weight
-        return _finish(_mm(values, matrix)[None], epilogue, None, 1.0)
+        return _sums(_mm(values, matrix)[None], epilogue, None, 1.0)
     if choice.method == "int_mm":
         assert isinstance(weight, PackedWeight)
-        return _finish(_int_mm(values, expanded(weight))[None], epilogue, weight.scale, 1.0)
+        return _sums(_int_mm(values, expanded(weight))[None], epilogue, weight.scale, 1.0)
     return _launch(values, _operands_of(weight, _dot(linear, values.device)), epilogue, choice)
 
 
@@ -269,7 +283,7 @@ def _operands_of(weight: PackedWeight | torch.Tensor, dot: Dot) -> _Weight:
                    weight.multiplier)
 
 
-def _launch(x: torch.Tensor, weight: _Weight, epilogue: _Epilogue, choice: Choice) -> torch.Tensor:
+def _launch(x: torch.Tensor, weight: _Weight, epilogue: _Epilogue, choice: Choice) -> torch.Tensor | Sums:
     m, n, tile = x.shape[0], weight.n, choice.tile
     block = weight.width * weight.dots
     count, columns = segments(n, weight.k)
@@ -298,21 +312,11 @@ def _launch(x: torch.Tensor, weight: _Weight, epilogue: _Epilogue, choice: Choic
     if not split:
         return out
     row_scale = weight.scale if weight.arithmetic != "grouped" else None
-    return _finish(out, epilogue, row_scale, _unit(weight.codes, weight.arithmetic, integer))
+    return _sums(out, epilogue, row_scale, _unit(weight.codes, weight.arithmetic, integer))
 
 
-def _finish(partial: torch.Tensor, epilogue: _Epilogue, row_scale: torch.Tensor | None, unit: float) -> torch.Tensor:
-    """The sum over [segments, M, N] in ascending order, scaled, with bias and residual."""
-    count, m, n = partial.shape
-    out = torch.empty((m, n), dtype=torch.float32, device=partial.device)
-    _launch_kernel(
-        reduce_kernel, (triton.cdiv(n, _REDUCE), m), Tile(1, _REDUCE),
-        partial_ptr=partial, scale_ptr=row_scale, x_scale_ptr=epilogue.x_scale, bias_ptr=epilogue.bias,
-        residual_ptr=epilogue.residual, out_ptr=out, M=m, N=n,
-        SEGMENTS=count, UNIT=unit, SCALED=row_scale is not None, X_SCALE=epilogue.scaling,
-        BIAS=epilogue.bias is not None, RESIDUAL=epilogue.residual is not None, BLOCK=_REDUCE,
-    )
-    return out
+def _sums(partial: torch.Tensor, epilogue: _Epilogue, row_scale: torch.Tensor | None, unit: float) -> Sums:
+    return Sums(partial, row_scale, epilogue.x_scale, epilogue.bias, epilogue.residual, unit)
 
 
 def _unit(codes: str, arithmetic: str, integer: bool) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fptq_runtime.kernels.triton.sums import epilogue
 from fptq_runtime.kernels.triton.unpack import multiplied, unpacked
 
 
@@ -122,37 +123,6 @@ def _segment(
 
 
 @triton.jit
-def _epilogue(total, row_scale, x_scale, bias, residual, UNIT: tl.constexpr, SCALED: tl.constexpr,
-              X_SCALE: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr):
-    """y of an accumulator, the other tensors broadcast to its shape. A product and a sum are one fma wherever they
-    meet, so that the two kernels which end here cannot be compiled to different roundings."""
-    y = total.to(tl.float32)
-    if UNIT != 1:
-        y = y * UNIT  # a power of two: exact
-    if SCALED and X_SCALE == "none":
-        factor = tl.broadcast_to(row_scale, y.shape)
-    elif SCALED:
-        y = y * row_scale
-    if X_SCALE != "none":
-        factor = tl.broadcast_to(x_scale, y.shape)
-    if SCALED or X_SCALE != "none":
-        if BIAS:
-            y = tl.fma(y, factor, tl.broadcast_to(bias, y.shape))
-            if RESIDUAL:
-                y = y + residual
-        elif RESIDUAL:
-            y = tl.fma(y, factor, residual)
-        else:
-            y = y * factor
-    else:
-        if BIAS:
-            y = y + bias
-        if RESIDUAL:
-            y = y + residual
-    return y
-
-
-@triton.jit
 def _write(total, m_first, n_first, scale_ptr, x_scale_ptr, bias_ptr, residual_ptr, out_ptr, M, N,
            CODES: tl.constexpr, ARITHMETIC: tl.constexpr, SCALED: tl.constexpr, X_SCALE: tl.constexpr,
            BIAS: tl.constexpr, RESIDUAL: tl.constexpr):
@@ -175,7 +145,7 @@ def _write(total, m_first, n_first, scale_ptr, x_scale_ptr, bias_ptr, residual_p
         bias = tl.load(bias_ptr + n, mask=n < N, other=0)[:, None]
     if RESIDUAL:
         residual = tl.load(residual_ptr + at, mask=valid, other=0)
-    y = _epilogue(total, row_scale, x_scale, bias, residual, UNIT, ROW_SCALED, X_SCALE, BIAS, RESIDUAL)
+    y = epilogue(total, row_scale, x_scale, bias, residual, UNIT, ROW_SCALED, X_SCALE, BIAS, RESIDUAL)
     tl.store(out_ptr + at, y, mask=valid)
 
 
@@ -242,36 +212,6 @@ def linear_kernel(
     else:
         _write(total, m_first, n_first, scale_ptr, x_scale_ptr, bias_ptr, residual_ptr, out_ptr, M, N, CODES=CODES,
                ARITHMETIC=ARITHMETIC, SCALED=SCALED, X_SCALE=X_SCALE, BIAS=BIAS, RESIDUAL=RESIDUAL)
-
-
-@triton.jit(do_not_specialize=["M"])
-def reduce_kernel(
-    partial_ptr,  # int32 or float32 [SEGMENTS, M, N]
-    scale_ptr, x_scale_ptr, bias_ptr, residual_ptr, out_ptr, M, N,
-    SEGMENTS: tl.constexpr, UNIT: tl.constexpr, SCALED: tl.constexpr, X_SCALE: tl.constexpr, BIAS: tl.constexpr,
-    RESIDUAL: tl.constexpr, BLOCK: tl.constexpr,
-):
-    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    m = tl.program_id(1)
-    valid = n < N
-    place = m.to(tl.int64) * N
-    stride = M.to(tl.int64) * N
-    total = tl.zeros((BLOCK,), partial_ptr.dtype.element_ty)
-    for segment in tl.static_range(SEGMENTS):
-        total += tl.load(partial_ptr + segment * stride + place + n, mask=valid, other=0)
-    row_scale, x_scale, bias, residual = total, total, total, total
-    if SCALED:
-        row_scale = tl.load(scale_ptr + n, mask=valid, other=0)
-    if X_SCALE == "one":
-        x_scale = tl.load(x_scale_ptr)
-    elif X_SCALE == "row":
-        x_scale = tl.load(x_scale_ptr + m)
-    if BIAS:
-        bias = tl.load(bias_ptr + n, mask=valid, other=0)
-    if RESIDUAL:
-        residual = tl.load(residual_ptr + place + n, mask=valid, other=0)
-    y = _epilogue(total, row_scale, x_scale, bias, residual, UNIT, SCALED, X_SCALE, BIAS, RESIDUAL)
-    tl.store(out_ptr + place + n, y, mask=valid)
 
 
 @triton.jit

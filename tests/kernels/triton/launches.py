@@ -91,7 +91,7 @@ def between(launches: list[Launch]) -> dict[str, Launch]:
 
 def linears(launches: list[Launch], case: str) -> dict[str, Launch]:
     x, layer, residual = _layer(*case.split(":"))
-    linear.run_linear(x, layer, residual, invariant=True)
+    linear.run_linear(x, layer, residual, invariant=True)  # adds up in a kernel of its own
     return {each.kernel.strip("_"): each for each in launches}
 
 

@@ -21,7 +21,8 @@ LINEARS = {
     89: ("int8:int4:128:1:4096:4096:r", "int8:int4:128:512:4096:4096:r", "fp8:fp4:128:1:4096:4096"),
     80: ("int8:int4:128:1:4096:4096:r", "int8:int8:0:512:4096:4096:r", "float:int4:128:512:4096:4096:r"),
 }
-SPILLS = {"llama attention prefill": 8}  # bytes that cost nothing beside a tile's 1800 instructions
+# Bytes, none with Triton 3.6, 8 with 3.7, 128 with 3.9, that cost little beside 1800 instructions: the budget has them.
+SPILLS = {"llama attention prefill": 128}
 
 Report = tuple[int, dict[str, dict[str, Any]]]
 
