@@ -79,6 +79,8 @@ PRESETS = (
     Recipe(name="fptq-best", steps=(
         Rotation(optional=True), Fptq(safety=1.0), Gptq(asymmetric=0.25, refits=2))),
     Recipe(name="fptq", steps=(Rotation(optional=True), Fptq(), Gptq(asymmetric=0.25))),
+    Recipe(name="fptq-gpu", steps=(
+        Rotation(optional=True), Fptq(safety=1.0), Gptq(asymmetric=0.25, scales="two-level"))),
     Recipe(name="rtn", steps=(Activations(scheme="static"), Weights())),
     Recipe(name="rtn-dynamic", steps=(Activations(scheme="dynamic"), Weights())),
     Recipe(name="os+", steps=(
