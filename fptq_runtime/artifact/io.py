@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 
 GOLDEN = "fptq.golden"  # what models/gate.py compares with; no *.safetensors, which loaders take for weights
 FORMAT_VERSION: Literal[2] = 2
+CARD = "README.md"
 EXPORT = "fptq-export.json"  # in place of it, in a directory for another runtime
 _NO_DIGEST = "0" * 64
 _MANIFEST_LIMIT = 256 << 20  # bytes of fptq.json that are read at all
@@ -446,9 +447,14 @@ class ArtifactWriter:
         index = {"metadata": {"total_size": self._total_bytes}, "weight_map": weight_map}
         self.add_file("model.safetensors.index.json", json.dumps(index, indent=1) + "\n")
 
+    @property
+    def tensor_bytes(self) -> int:
+        """Of the shards that are written."""
+        return self._total_bytes
+
     def commit(self, manifest: Manifest) -> Manifest:
-        """Hash every file, write fptq.json and move the directory to where it belongs. Returns the manifest as
-        written."""
+        """Hash every file, but not the card, which people edit; write fptq.json and move the directory to where it
+        belongs. Returns the manifest as written."""
         with self._writing():
             self._commit(manifest)
         return read_manifest(self._out)
@@ -456,7 +462,8 @@ class ArtifactWriter:
     def _commit(self, manifest: Manifest) -> None:
         files = self._sync_files()
         records = {file.relative_to(self.directory).as_posix():
-                   FileRecord(size=file.stat().st_size, sha256=hash_file(file)) for file in files}
+                   FileRecord(size=file.stat().st_size, sha256=hash_file(file)) for file in files
+                   if file.name != CARD}
         unsigned = manifest.model_copy(update={"files": records, "fptq_version": __version__})
         _write_file(self.directory / MANIFEST, unsigned.to_json())
         self._move()

@@ -14,6 +14,7 @@ import torch
 
 from fptq_runtime import __version__
 from fptq_runtime.artifact.io import (
+    CARD,
     ArtifactWriter,
     LayerRecord,
     Manifest,
@@ -33,6 +34,7 @@ from fptq_runtime.models.loader import Checkpoint, load_head, load_stem
 from fptq_runtime.models.tensors import weight_files
 from fptq_runtime.progress import progress_bar
 from fptq_runtime.quantizer.calibrate import ChosenExperts, HiddenStates, packaged_text, read_text
+from fptq_runtime.quantizer.card import model_card
 from fptq_runtime.quantizer.evaluate import MAX_WINDOW, text_windows
 from fptq_runtime.quantizer.export import block_modules, block_tensors, copy_companions, stem_modules, tensors_of
 from fptq_runtime.quantizer.pickled import as_safetensors
@@ -96,7 +98,7 @@ def quantize(
         run.write_config()
         copy_companions(source.path, writer)
         before, after, scored = run.perplexity()
-        manifest = writer.commit(Manifest(
+        manifest = Manifest(
             recipe=recipe.model_dump(mode="json"),
             provenance=_provenance(source, config.architecture, calibration, calibrated),
             layers=tuple(run.records),
@@ -109,7 +111,9 @@ def quantize(
             ),
             golden=write_golden(writer, measured[0]),
             idle_bytes=run.idle_bytes,
-        ))
+        )
+        writer.add_file(CARD, model_card(manifest, source.path, writer.tensor_bytes))
+        manifest = writer.commit(manifest)
     if run.tuned:
         shutil.rmtree(state, ignore_errors=True)
     return manifest

@@ -31,10 +31,10 @@ def summarize(manifest: Manifest, model: str | None = None, recipe: str | None =
     """What quantization did and cost: perplexity before and after, the policy table and the size; where it cost too
     much, that it did and what to do next. model and recipe: as the user named them, where that is known."""
     quality = manifest.quality
-    change = _loss(manifest)
+    change = perplexity_loss(manifest)
     return "\n".join((
         f"perplexity {quality.perplexity_before:.3f} before, {quality.perplexity_after:.3f} after ({change:+.2%}) on "
-        f"{_text(quality.text)}, windows of {quality.window}",
+        f"{text_name(quality.text)}, windows of {quality.window}",
         "",
         *_policy_table(manifest.layers, _scaled(manifest)),
         *_experts(manifest),
@@ -47,13 +47,13 @@ def summarize(manifest: Manifest, model: str | None = None, recipe: str | None =
     ))
 
 
-def _loss(manifest: Manifest) -> float:
+def perplexity_loss(manifest: Manifest) -> float:
     return manifest.quality.perplexity_after / manifest.quality.perplexity_before - 1
 
 
 def _loss_warning(manifest: Manifest, model: str, recipe: str) -> list[str]:
     """Last, where it is read first."""
-    loss = _loss(manifest)
+    loss = perplexity_loss(manifest)
     if loss <= NOTABLE:
         return []
     said = f"note: perplexity rose by {loss:.1%}, which may be noticed"
@@ -122,9 +122,9 @@ def inspect_text(manifest: Manifest) -> str:
     return "\n".join((
         f"model       {made.source}{revision} ({made.architecture})",
         f"made by     fptq {made.fptq_version}, seed {made.seed}",
-        f"calibration {_text(made.calibration)}, {_samples(made)}",
+        f"calibration {calibration_text(made)}",
         f"recipe      {manifest.recipe['name']}",
-        *(f"  {_step(step)}" for step in manifest.recipe["steps"]),
+        *(f"  {step_text(step)}" for step in manifest.recipe["steps"]),
         "",
         summarize(manifest),
         "",
@@ -132,6 +132,10 @@ def inspect_text(manifest: Manifest) -> str:
         "",
         *_layer_table(manifest.layers, _scaled(manifest)),
     ))
+
+
+def calibration_text(made: Provenance) -> str:
+    return f"{text_name(made.calibration)}, {_samples(made)}"
 
 
 def _samples(made: Provenance) -> str:
@@ -169,7 +173,7 @@ def _policy_table(layers: Sequence[LayerRecord], scaled: str) -> list[str]:
     kinds = dict.fromkeys(layer.kind for layer in layers)
     rows = [["inputs", *shown, "weights"]]
     for kind in kinds:
-        weights = dict.fromkeys(_weights(layer) for layer in layers if layer.kind == kind)
+        weights = dict.fromkeys(weights_text(layer) for layer in layers if layer.kind == kind)
         rows.append([kind, *(str(counts[kind, p]) for p in shown), ", ".join(weights)])
     return _align(rows)
 
@@ -182,7 +186,7 @@ def _layer_table(layers: Sequence[LayerRecord], scaled: str) -> list[str]:
         if layer.experts > 1:
             modules.append(f"of {layer.experts} experts")
         rows.append([layer.name, f"{layer.range:.2f}", str(layer.peak_position), policy(layer, scaled), layer.reason,
-                     _weights(layer), f"{layer.activation_error:.5f}", f"{layer.error:.5f}", " ".join(modules)])
+                     weights_text(layer), f"{layer.activation_error:.5f}", f"{layer.error:.5f}", " ".join(modules)])
     return _align(rows)
 
 
@@ -191,7 +195,7 @@ def _align(rows: list[list[str]]) -> list[str]:
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
-def _weights(layer: LayerRecord) -> str:
+def weights_text(layer: LayerRecord) -> str:
     if layer.num_bits == 16:
         return "float"
     number = "int" if layer.type == "int" else "fp"
@@ -199,12 +203,12 @@ def _weights(layer: LayerRecord) -> str:
     return f"{number}{layer.num_bits} {group}" + f" + rank {layer.rank}" * (layer.rank > 0)
 
 
-def _step(step: dict[str, object]) -> str:
+def step_text(step: dict[str, object]) -> str:
     settings = (f"{name}={value}" for name, value in step.items() if name != "type" and value not in ({}, None))
     return f"{step['type']}: {', '.join(settings)}"
 
 
-def _text(text: TextRecord) -> str:
+def text_name(text: TextRecord) -> str:
     return f"{text.name} ({text.tokens} tokens, sha256 {text.sha256[:12]})"
 
 

@@ -32,7 +32,8 @@ SAMPLES = (
     "Once upon a time, 3 \u00e9migr\u00e9s \u6f22\u5b57 \U0001f600:\n\n\tif (x != 42) { return; }  <s>[INST] ",
     "  two spaces   three\nIt's 12345.678, don't \ufb01x e\u0301 \u00bd\r\n\n\n    indented</s> \u2581a",
 )
-DOWNLOADED = ("*.safetensors", "*.json", "tokenizer.model", "merges.txt", "*.jinja", "LICENSE*", "NOTICE*")
+DOWNLOADED = ("*.safetensors", "*.json", "tokenizer.model", "merges.txt", "*.jinja", "LICENSE*", "NOTICE*",
+              "README.md")
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer as Backend
 from tokenizers import processors
@@ -31,6 +32,7 @@ from fptq_runtime.models.loader import Checkpoint, load_model
 from fptq_runtime.models.weights import unfuse
 from fptq_runtime.quantizer import pipeline
 from fptq_runtime.quantizer.calibrate import CalibrationError
+from fptq_runtime.quantizer.card import model_card
 from fptq_runtime.quantizer.export import block_modules
 from fptq_runtime.quantizer.pipeline import artifact_bytes, quantize
 from fptq_runtime.quantizer.recipe import PRESETS, Recipe, load_recipe
@@ -293,6 +295,31 @@ def test_hidden_states_are_turned_back(demo: tuple[Path, Manifest]) -> None:
     turned = np.array([ours.head.readout(row) for row in rows.astype(np.float64)])
     cosines = (turned * exact).sum(1) / np.linalg.norm(turned, axis=1) / np.linalg.norm(exact, axis=1)
     assert cosines.mean() > 0.95
+
+
+def test_the_card_is_the_hubs(demo: tuple[Path, Manifest]) -> None:
+    """Read by the hub's own library. It is its owner's to edit."""
+    out, manifest = demo
+    card = ModelCard.load(out / "README.md")
+    assert card.data.to_dict() == {"pipeline_tag": "text-generation", "tags": ["fptq", "compressed-tensors"]}
+    before, after = manifest.quality.perplexity_before, manifest.quality.perplexity_after
+    for word in (f"{before:.3f} in float, {after:.3f} quantized", "int4", "fptq serve",
+                 "the base model's, which its files here do not state"):
+        assert word in card.text
+    (out / "README.md").write_text("mine")
+    assert verify(out) == manifest
+
+
+def test_the_card_names_base_and_license(demo: tuple[Path, Manifest], tmp_path: Path) -> None:
+    """As the hub would have them of a model that was quantized."""
+    (tmp_path / "README.md").write_text("---\nlicense: other\nlicense_name: llama3\ntags: [x]\n---\n# Llama\n")
+    made = demo[1].provenance.model_copy(update={"source": "meta-llama/Llama", "revision": "abc"})
+    text = model_card(demo[1].model_copy(update={"provenance": made}), tmp_path, 12_340_000)
+    data = ModelCard(text).data.to_dict()
+    assert (data["license"], data["license_name"], data["base_model"]) == ("other", "llama3", "meta-llama/Llama")
+    assert "| license | llama3 |" in text and "12.34 MB" in text
+    (tmp_path / "README.md").write_text("---\nlicense: [\n---\n")
+    assert "license" not in ModelCard(model_card(demo[1], tmp_path, 1)).data.to_dict()
 
 
 @pytest.mark.skipif(not STORIES.is_dir(), reason="../shared is absent")
