@@ -368,8 +368,9 @@ def cli() -> None:
 @click.argument("model")
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--recipe", type=RecipeName(), default="fptq-best", show_default=True, help="A preset, or a YAML file.")
-@click.option("--calibration", type=ExistingFile("random", "self"), help="A text file; `random`: vocabulary "
-              "tokens; `self`: what the model writes (public-domain tales that come with fptq).")
+@click.option("--calibration", type=ExistingFile("self", "tales", "random"), help="A text file; `self`: what the "
+              "model writes; `tales`: text that comes with fptq; `random`: vocabulary tokens (self, where the float "
+              "model fits the memory, else tales).")
 @click.option("--num-samples", type=click.IntRange(1), default=32, show_default=True, help="Calibration samples.")
 @click.option("--sample-length", type=click.IntRange(2), help="Tokens of each (512, or the model's context).")
 @click.option("--lengths", type=ExistingFile(), help="A request trace or a histogram of lengths (CSV or JSON), which "

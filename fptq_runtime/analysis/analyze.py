@@ -32,7 +32,7 @@ from fptq_runtime.quantizer.evaluate import text_windows
 from fptq_runtime.quantizer.pipeline import open_float
 from fptq_runtime.quantizer.ranges import RangeMethod
 from fptq_runtime.quantizer.recipe import Recipe
-from fptq_runtime.quantizer.samples import Calibration
+from fptq_runtime.quantizer.samples import Calibration, CalibrationSet
 from fptq_runtime.quantizer.walk import float_part, float_stem
 
 STUDIES = ("one-only", "linears", "leave-one-out", "cumulative", "activations", "sizes", "ranges")
@@ -95,7 +95,8 @@ def analyze(
     """
     source, checkpoint = open_float(model, "analyze the float model it was made from")
     layers = _linears(checkpoint.model)
-    windows = text_windows(text, Tokenizer(source.path), checkpoint.model_config.max_position_embeddings, max_tokens)
+    tokenizer = Tokenizer(source.path)
+    windows = text_windows(text, tokenizer, checkpoint.model_config.max_position_embeddings, max_tokens)
     subject = {
         "version": __version__, "model": hash_file(source.path / "config.json"),
         "weights": [(file.name, file.stat().st_size, file.stat().st_mtime_ns)
@@ -105,7 +106,7 @@ def analyze(
                                               for name, value in asdict(calibration).items()},
     }
     journal = Journal(out / JOURNAL, json.loads(json.dumps(subject)), overwrite)
-    study = _Study(str(model), checkpoint, recipe, windows, calibration, sizes, journal)
+    study = _Study(str(model), checkpoint, tokenizer, recipe, windows, calibration, sizes, journal, progress)
     missing = [unit for unit in study.plan(studies) if unit.key not in journal.results]
     with progress_bar(total=sum(unit.passes for unit in missing), desc="analyzing", unit="pass",
                       shown=progress and bool(missing), counts=False) as bar:
@@ -133,15 +134,19 @@ def analyze(
 
 
 class _Study:
-    def __init__(self, model: str, checkpoint: Checkpoint, recipe: Recipe, windows: Sequence[Sequence[int]],
-                 calibration: Calibration, sizes: Sequence[int], journal: Journal) -> None:
+    def __init__(self, model: str, checkpoint: Checkpoint, tokenizer: Tokenizer, recipe: Recipe,
+                 windows: Sequence[Sequence[int]], calibration: Calibration, sizes: Sequence[int], journal: Journal,
+                 progress: bool) -> None:
         self._model = model
         self._checkpoint = checkpoint
+        self._tokenizer = tokenizer
         self._recipe = recipe
         self._windows = windows
         self._calibration = calibration
         self._sizes = sizes
         self._journal = journal
+        self._progress = progress
+        self._drawn: dict[Calibration, CalibrationSet] = {}
         self._layers = len(checkpoint.model.blocks)
         self._linears = _linears(checkpoint.model)
         self._source: HiddenStates | None = None
@@ -194,10 +199,11 @@ class _Study:
         nothing that takes less time to point to."""
         if not units and "manifest" in self._journal.results:
             return
+        calibrated = self._draw(self._calibration)
         own = self._walk_passes(self._calibration) + self._layers
         bar.total = own + sum(unit.passes for unit in units)
         bar.set_description("quantizing")
-        model, manifest = capture(self._model, self._recipe, self._windows, self._calibration)
+        model, manifest = capture(self._model, self._recipe, self._windows, calibrated)
         probe = Probe(model, self._windows)
         bar.update(own)
         self._journal.put("manifest", _summary(manifest))
@@ -215,6 +221,13 @@ class _Study:
                 bar.write(f"about {_minutes(seconds)} for {len(units)} measurements; results are kept as they come"
                           + ("" if quick else ", --quick measures fewer"), file=sys.stderr)
 
+    def _draw(self, calibration: Calibration) -> CalibrationSet:
+        """Once for all that is calibrated alike."""
+        if calibration not in self._drawn:
+            self._drawn[calibration] = calibration.draw(self._checkpoint, self._tokenizer, self._recipe.reads_inputs,
+                                                        self._progress)
+        return self._drawn[calibration]
+
     def _walk_passes(self, calibration: Calibration) -> float:
         """The quantizer's walk in passes over the measured text: observing, searching and running on, roughly."""
         tokens = calibration.num_samples * calibration.length(self._checkpoint.model_config.max_position_embeddings)
@@ -225,7 +238,7 @@ class _Study:
         def measure(probe: Probe) -> dict[str, Any]:
             started = time.monotonic()
             try:
-                model, _ = capture(self._model, recipe, self._windows, calibration)
+                model, _ = capture(self._model, recipe, self._windows, self._draw(calibration))
             except FptqError as error:
                 return {"error": " ".join(str(error).split())}
             seconds = time.monotonic() - started

@@ -81,7 +81,7 @@ class _Upgrade:
 
 def quantize_within(
     model: str | Path, out: str | Path, recipe: Recipe, budget: Budget, *, calibration: Calibration = Calibration(),
-    text: str | Path | None = None, text_tokens: int = 16384, overwrite: bool = False, progress: bool = False,
+    text: str | Path | None = None, text_tokens: int = 8192, overwrite: bool = False, progress: bool = False,
 ) -> tuple[Manifest, Spent]:
     """`quantize`, with more bits where they gain most. Each linear's gain is the divergence that it makes when it
     alone is quantized; the most gain per byte is bought first, and the fewest purchases that meet max_loss on the text
@@ -95,11 +95,12 @@ def quantize_within(
     measured_on = packaged_text("heldout") if text is None else read_text(text)
     tokenizer = Tokenizer(source.path)
     windows = text_windows(measured_on, tokenizer, context, text_tokens)
+    calibrated = calibration.draw(checkpoint, tokenizer, recipe.reads_inputs, progress)
     ranked = text_windows(measured_on, tokenizer, context, min(RANKED_TOKENS, text_tokens))
     linears = sum(len(block.quantizable) for block in checkpoint.model.blocks)
     with progress_bar(total=linears + 2 + (2 * linears).bit_length(), desc="quantizing", unit="step",
                       shown=progress) as bar:
-        captured, base = capture(model, recipe, windows, calibration)
+        captured, base = capture(model, recipe, windows, calibrated)
         modules = {record.name: record.modules[0] for record in base.layers}
         bar.set_description("ranking linears")
         upgrades = _plan(captured, ranked, recipe, modules, bar)
@@ -113,7 +114,7 @@ def quantize_within(
     del captured, search
     for attempt in range(ATTEMPTS):
         keep = _keep(upgrades[:count], modules)
-        manifest = quantize(model, out, _with_keep(recipe, keep), calibration=calibration, text=text,
+        manifest = quantize(model, out, _with_keep(recipe, keep), calibration=calibrated, text=text,
                             text_tokens=text_tokens, overwrite=overwrite or attempt > 0, progress=progress)
         quality = manifest.quality
         loss = quality.perplexity_after / quality.perplexity_before - 1

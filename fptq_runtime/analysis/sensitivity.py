@@ -20,7 +20,7 @@ from fptq_runtime.quantizer.calibrate import MINIBATCH_FLOATS, HiddenStates, nex
 from fptq_runtime.quantizer.evaluate import sum_kl
 from fptq_runtime.quantizer.pipeline import Watcher, quantize
 from fptq_runtime.quantizer.recipe import Recipe
-from fptq_runtime.quantizer.samples import Calibration
+from fptq_runtime.quantizer.samples import Calibration, CalibrationSet
 from fptq_runtime.quantizer.steps.base import BlockWork, QuantizationError, Step
 
 OWN_TEXT_TOKENS = 64  # that `quantize` measures perplexity on, which is not asked for here
@@ -71,7 +71,7 @@ class Captured:
 
 
 def capture(model: str | Path, recipe: Recipe, windows: Sequence[Sequence[int]],
-            calibration: Calibration = Calibration()) -> tuple[Captured, Manifest]:
+            calibration: Calibration | CalibrationSet = Calibration()) -> tuple[Captured, Manifest]:
     """Quantize as `fptq quantize` does and keep the model in memory, to run windows of such lengths, with the manifest
     that it would have. Raises FptqError."""
     if any(type(step).tune is not Step.tune or type(step).refine is not Step.refine for step in recipe.steps):

@@ -3,13 +3,18 @@ token, the next three to five greedy, the rest drawn from the model's own distri
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from itertools import chain
+from pathlib import Path
 
 import numpy as np
+import torch
 
 from fptq_runtime.kernels.base import PARAMETERS, Backend, Executor, Logits, SampleInput, StepInput, StepLimits
 from fptq_runtime.models.decoder import Decoder
+from fptq_runtime.models.loader import Checkpoint
 from fptq_runtime.models.tokenizer import Tokenizer
 from fptq_runtime.quantizer.calibrate import CalibrationError, bos_prefix, check_token_ids
 
@@ -20,8 +25,9 @@ BLOCK_SIZE = 32
 
 
 def generate_windows(decoder: Decoder, backend: Backend, tokenizer: Tokenizer, lengths: Sequence[int], seed: int,
-                     ) -> list[list[int]]:
+                     written: Callable[[int], object] = lambda count: None) -> list[list[int]]:
     """One window of each length, BOS included where the model uses one. The end-of-sequence token is never drawn.
+    `written` hears of every few tokens.
 
     A window depends on the seed, its index and its length alone. `decoder` must be loaded for `backend`. Raises
     CalibrationError where a length exceeds the model's context or its logits are not finite.
@@ -60,7 +66,23 @@ def generate_windows(decoder: Decoder, backend: Backend, tokenizer: Tokenizer, l
                 raise CalibrationError("the model's logits are not finite; its weights may be damaged")
             for i, token in zip(active, drawn.tolist(), strict=True):
                 windows[i].append(token)
+            written(len(active))
     return windows
+
+
+def writing_bytes(checkpoint: Checkpoint) -> int:
+    """What loading a float model and its cache take at most: float32, where there is no native backend."""
+    return 4 * checkpoint.num_parameters + CACHE_BYTES
+
+
+def available_memory(device: str = "cpu") -> int | None:
+    """Bytes; None where the system does not say."""
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    with suppress(OSError):
+        if found := re.search(r"MemAvailable: *(\d+) kB", Path("/proc/meminfo").read_text()):
+            return int(found[1]) * 1024
+    return None
 
 
 def _step(executor: Executor, windows: Sequence[Sequence[int]], computed: int, blocks: int) -> Logits:

@@ -62,15 +62,16 @@ def quantize(
     out: str | Path,
     recipe: Recipe | str | Path = "fptq-best",
     *,
-    calibration: Calibration = Calibration(),
+    calibration: Calibration | CalibrationSet = Calibration(),
     text: str | Path | None = None,
-    text_tokens: int = 16384,
+    text_tokens: int = 8192,
     overwrite: bool = False,
     progress: bool = False,
     watcher: Watcher = Watcher(),
 ) -> Manifest:
     """Quantize `model` (a directory, or a hub id as name or name@revision) into the artifact directory `out`.
 
+    calibration: how to draw the windows, or what was drawn for this model.
     text: what perplexity is measured on before and after, its first text_tokens tokens; None is a packaged text that
     calibration never sees. The same arguments on the same machine give the same bytes. Every error is an FptqError of
     one line; nothing is left at `out` then.
@@ -83,13 +84,14 @@ def quantize(
     tokenizer = load_tokenizer(source.path)
     measured_on = packaged_text("heldout") if text is None else read_text(text)
     measured = text_windows(measured_on, tokenizer, config.max_position_embeddings, text_tokens)
-    calibrated = calibration.draw(checkpoint, tokenizer)
+    calibrated = (calibration if isinstance(calibration, CalibrationSet)
+                  else calibration.draw(checkpoint, tokenizer, recipe.reads_inputs, progress))
     checkpoint.max_positions = max(watcher.max_positions, *map(len, (*calibrated.windows, *measured)))
 
     with ArtifactWriter(Path(out), overwrite) as writer:
         run = _Run(checkpoint, recipe, writer, calibrated.windows, measured, watcher)
         state = Path(out).resolve().with_name(f".{Path(out).resolve().name}.state")
-        run.tune(TuneWork(checkpoint, tokenizer, recipe.steps, calibration, calibrated.windows, state, progress))
+        run.tune(TuneWork(checkpoint, tokenizer, recipe.steps, calibrated, state, progress))
         with progress_bar(total=config.num_layers + 1, desc=f"quantizing {source.name}", unit="block",
                           shown=progress) as bar:
             for _ in run.walk():
@@ -100,7 +102,7 @@ def quantize(
         before, after, scored = run.perplexity()
         manifest = Manifest(
             recipe=recipe.model_dump(mode="json"),
-            provenance=_provenance(source, config.architecture, calibration, calibrated),
+            provenance=_provenance(source, config.architecture, calibrated),
             layers=tuple(run.records),
             quality=Quality(
                 text=measured_on.record(scored),
@@ -323,7 +325,7 @@ def _record(target: Target) -> LayerRecord:
     )
 
 
-def _provenance(source: Source, architecture: str, calibration: Calibration, calibrated: CalibrationSet) -> Provenance:
+def _provenance(source: Source, architecture: str, calibrated: CalibrationSet) -> Provenance:
     return Provenance(
         source=source.name,
         revision=source.revision,
@@ -331,9 +333,9 @@ def _provenance(source: Source, architecture: str, calibration: Calibration, cal
         source_files={file.name: hash_file(file)
                       for file in sorted([*source.path.glob("*.json"), *weight_files(source.path)])},
         calibration=calibrated.tokens,
-        num_samples=calibration.num_samples,
+        num_samples=calibrated.settings.num_samples,
         sample_length=calibrated.sample_length,
         lengths=calibrated.lengths,
-        seed=calibration.seed,
+        seed=calibrated.settings.seed,
         fptq_version=__version__,
     )

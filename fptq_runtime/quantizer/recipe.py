@@ -67,6 +67,11 @@ class Recipe(BaseModel):
             raise RecipeError("after 'qat', 'weights' takes no clip (qat has its own), bias_correction or lorc")
 
     @property
+    def reads_inputs(self) -> bool:
+        """Whether it matters what it is calibrated on."""
+        return any(step.reads_inputs for step in self.steps)
+
+    @property
     def weights(self) -> Weights:
         """The step that quantizes them."""
         return next(step for step in self.steps if isinstance(step, Weights))

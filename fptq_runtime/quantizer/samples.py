@@ -6,7 +6,9 @@ import csv
 import hashlib
 import io
 import json
+import logging
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +19,7 @@ from fptq_runtime.artifact.io import LengthsRecord, TextRecord
 from fptq_runtime.kernels.select import select_backend
 from fptq_runtime.models.loader import Checkpoint, load_model
 from fptq_runtime.models.tokenizer import Tokenizer
+from fptq_runtime.progress import progress_bar
 from fptq_runtime.quantizer.calibrate import (
     CalibrationError,
     packaged_text,
@@ -24,7 +27,9 @@ from fptq_runtime.quantizer.calibrate import (
     read_text,
     sample_windows,
 )
-from fptq_runtime.quantizer.generate import generate_windows
+from fptq_runtime.quantizer.generate import available_memory, generate_windows, writing_bytes
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_LENGTH = 512
 TRACE_COLUMNS = ("ContextTokens", "GeneratedTokens")
@@ -34,9 +39,10 @@ GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 
 @dataclass(frozen=True)
 class CalibrationSet:
-    """tokens: where they come from. lengths: what the windows' lengths were drawn from, where not all are
-    sample_length."""
+    """What `settings` drew. tokens: where they come from. lengths: what the windows' lengths were drawn from, where not
+    all are sample_length."""
 
+    settings: Calibration
     tokens: TextRecord
     windows: list[list[int]]
     sample_length: int
@@ -47,7 +53,8 @@ class CalibrationSet:
 class Calibration:
     """What calibration's windows are drawn from, how many, and how long.
 
-    source: a text file, "random" for vocabulary tokens, "self" for what the model writes, None for the packaged text.
+    source: a text file, "random" for vocabulary tokens, "self" for what the model writes, "tales" for the packaged
+    text. None is "self" where that can matter and the float model fits the memory, else "tales".
     num_samples: windows, at least one. sample_length: tokens of each, at least two; None is 512, or the model's context
     where that is less. lengths: a request trace or a histogram, as `read_lengths` takes it; as many windows of its
     lengths as have num_samples · sample_length tokens. seed: of every draw, `qat`'s included.
@@ -63,9 +70,10 @@ class Calibration:
         """sample_length in a model of this context."""
         return min(DEFAULT_LENGTH, context) if self.sample_length is None else self.sample_length
 
-    def draw(self, checkpoint: Checkpoint, tokenizer: Tokenizer) -> CalibrationSet:
-        """For this model. A smaller num_samples gives the first windows of a larger one (with `lengths`, all but the
-        last whole). Raises CalibrationError."""
+    def draw(self, checkpoint: Checkpoint, tokenizer: Tokenizer, matters: bool = True, progress: bool = False
+             ) -> CalibrationSet:
+        """For this model. matters: whether a recipe makes anything of the windows. A smaller num_samples gives the
+        first windows of a larger one (with `lengths`, all but the last whole). Raises CalibrationError."""
         config = checkpoint.model_config
         context = config.max_position_embeddings
         length = self.length(context)
@@ -78,18 +86,39 @@ class Calibration:
             histogram = read_lengths(self.lengths)
             drawn = histogram.draw(self.num_samples * length, context, self.seed)
             recorded = histogram.record(drawn, context)
-        if self.source in ("random", "self"):
-            if self.source == "random":
+        source = self.source or ("self" if matters and _fits(checkpoint) else "tales")
+        if source in ("random", "self"):
+            if source == "random":
                 windows = random_windows(tokenizer, config.vocab_size, drawn, self.seed)
             else:
-                backend = select_backend()
-                windows = generate_windows(load_model(checkpoint, backend), backend, tokenizer, drawn, self.seed)
+                windows = _written(checkpoint, tokenizer, drawn, self.seed, progress)
             digest = hashlib.sha256(np.concatenate(windows).astype(np.int32).tobytes()).hexdigest()
-            tokens = TextRecord(name=self.source, sha256=digest, tokens=sum(drawn))
+            tokens = TextRecord(name=str(source), sha256=digest, tokens=sum(drawn))
         else:
-            text = packaged_text("calibration") if self.source is None else read_text(self.source)
+            text = packaged_text("calibration") if source == "tales" else read_text(source)
             windows, tokens = sample_windows(text, tokenizer, drawn, self.seed), text.record(sum(drawn))
-        return CalibrationSet(tokens, windows, length, recorded)
+        return CalibrationSet(self, tokens, windows, length, recorded)
+
+
+def _fits(checkpoint: Checkpoint) -> bool:
+    """Whether the whole float model can be run here; says so where it cannot."""
+    needed, available = writing_bytes(checkpoint), available_memory()
+    if available is None or needed <= available:
+        return True
+    logger.warning("calibrating on packaged tales: for the model to write its own samples, which suit it better, takes "
+                   "%d MB of memory, and %d MB are available", needed >> 20, available >> 20)
+    return False
+
+
+def _written(checkpoint: Checkpoint, tokenizer: Tokenizer, lengths: Sequence[int], seed: int, progress: bool
+             ) -> list[list[int]]:
+    with progress_bar(total=sum(lengths), desc="writing", unit="token", shown=progress) as bar:
+        if progress:
+            bar.write(f"the model writes {len(lengths)} samples to calibrate on, {sum(lengths)} tokens, in "
+                      f"{writing_bytes(checkpoint) >> 20} MB of memory; --calibration tales does without",
+                      file=sys.stderr)
+        backend = select_backend()
+        return generate_windows(load_model(checkpoint, backend), backend, tokenizer, lengths, seed, bar.update)
 
 
 @dataclass(frozen=True)

@@ -281,7 +281,7 @@ def test_demo(demo: tuple[Path, Manifest]) -> None:
     assert_transformers_agrees(out, manifest.golden["prompt_token_ids"])
     assert {policy(record) for record in manifest.layers} >= {"static", "dynamic"}
     shown = inspect_text(manifest)
-    for word in ("perplexity", "static", "lae", "dynamic", "down_proj", "fptq calibration.txt", "seed 0"):
+    for word in ("perplexity", "static", "lae", "dynamic", "down_proj", "calibration self", "seed 0"):
         assert word in shown
 
 

@@ -38,6 +38,10 @@ class Activations(Step):
             raise ValueError(f"range {self.range!r} goes with grid 'int'; grid 'float' takes 'minmax' alone")
         return self
 
+    @property
+    def reads_inputs(self) -> bool:
+        return "static" in (self.scheme, *self.overrides.values())
+
     def patterns(self) -> tuple[str, ...]:
         return tuple(self.overrides)
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -23,8 +21,9 @@ from fptq_runtime.models.decoder import Decoder
 from fptq_runtime.models.loader import Checkpoint
 from fptq_runtime.models.tokenizer import Tokenizer
 from fptq_runtime.quantizer.calibrate import HiddenStates, InputStats, observe_block
+from fptq_runtime.quantizer.generate import available_memory
 from fptq_runtime.quantizer.ranges import QUANTILE, RangeMethod, choose_range
-from fptq_runtime.quantizer.samples import Calibration
+from fptq_runtime.quantizer.samples import CalibrationSet
 
 GROUP_SIZES = (128, 64, 32)  # what kernels here and elsewhere take
 ERROR_PRODUCTS = 1 << 32  # multiply-adds that one measured output of a linear may cost
@@ -193,15 +192,13 @@ def static_act(amax: torch.Tensor, sample: torch.Tensor | None = None, method: R
 
 @dataclass(frozen=True)
 class TuneWork:
-    """A float model before its blocks are walked. `steps` are the recipe's, `calibrated` the windows that `calibration`
-    drew. `directory` is the step's to keep state in; it outlives an interrupted run and is removed with a finished
-    one."""
+    """A float model before its blocks are walked. `steps` are the recipe's. `directory` is the step's to keep state in;
+    it outlives an interrupted run and is removed with a finished one."""
 
     checkpoint: Checkpoint
     tokenizer: Tokenizer
     steps: tuple[Step, ...]
-    calibration: Calibration
-    calibrated: Sequence[Sequence[int]]
+    calibrated: CalibrationSet
     directory: Path
     progress: bool
 
@@ -283,6 +280,11 @@ class Step(BaseModel):
         """Whether `BlockWork.exact` is needed: more passes over the calibration samples."""
         return False
 
+    @property
+    def reads_inputs(self) -> bool:
+        """Whether what calibration observes decides anything but the reported errors."""
+        return type(self).apply is not Step.apply
+
     def check(self, model: Model) -> None:
         """Raise QuantizationError, naming the family, where this step cannot work on such a model."""
 
@@ -326,17 +328,8 @@ def matches(pattern: str, names: tuple[str, ...]) -> bool:
 
 def refuse_too_large(step: str, checkpoint: Checkpoint, parameter_bytes: int, device: str = "cpu") -> None:
     """Raises QuantizationError where so many bytes a parameter are more than the device has."""
-    needed, available = parameter_bytes * checkpoint.num_parameters, _available_memory(device)
+    needed, available = parameter_bytes * checkpoint.num_parameters, available_memory(device)
     if available is not None and needed > available:
         raise QuantizationError(f"{step} needs {needed >> 20} MB of memory for this model, and {available >> 20} MB "
                                 f"are available on {device}; quantize it without training")
 
-
-def _available_memory(device: str) -> int | None:
-    """Bytes; None where the system does not say."""
-    if device == "cuda":
-        return torch.cuda.mem_get_info()[0]
-    with suppress(OSError):
-        if found := re.search(r"MemAvailable: *(\d+) kB", Path("/proc/meminfo").read_text()):
-            return int(found[1]) * 1024
-    return None

@@ -43,6 +43,10 @@ class Distill(Step):
     batch_size: PositiveInt = 2
     kv_dtype: KVCacheDtype = "int8"
 
+    @property
+    def reads_inputs(self) -> bool:
+        return True
+
     def tune(self, work: TuneWork) -> None:
         refuse_too_large(self.type, work.checkpoint, PARAMETER_BYTES)
 

@@ -56,6 +56,10 @@ class Gptq(Weights):
     def wants_exact(self) -> bool:
         return self.asymmetric > 0
 
+    @property
+    def reads_inputs(self) -> bool:
+        return True
+
     def wants_moments(self, head: bool) -> bool:
         return self.head_bits == 4 if head else not self.sequential
 

@@ -91,7 +91,7 @@ class Qat(Step):
         windows = self._windows(work, state)
         activations, weights = work.steps[1:]
         assert isinstance(activations, Activations) and isinstance(weights, Weights)
-        student = Student(work.checkpoint, activations, weights, work.calibrated, clip=self.clip,
+        student = Student(work.checkpoint, activations, weights, work.calibrated.windows, clip=self.clip,
                           kv_dtype=self.kv_dtype, device=device)
         self._train(work, student, windows, state)
         return student.save(work.directory / "tuned")
@@ -108,8 +108,8 @@ class Qat(Step):
         return json.dumps({
             "steps": [step.model_dump(mode="json") for step in work.steps],
             "source": {file.name: hash_file(file) for file in source},
-            "calibration": hashlib.sha256(json.dumps(work.calibrated).encode()).hexdigest(),
-            "seed": work.calibration.seed,
+            "calibration": hashlib.sha256(json.dumps(work.calibrated.windows).encode()).hexdigest(),
+            "seed": work.calibrated.settings.seed,
             "device": device,
             "versions": [__version__, torch.__version__],
         }, indent=1)
@@ -117,8 +117,9 @@ class Qat(Step):
     def _windows(self, work: TuneWork, state: _State) -> Sequence[Sequence[int]]:
         length = min(self.sequence_length, work.checkpoint.model_config.max_position_embeddings)
         if self.data == "calibration":
-            calibration = replace(work.calibration, num_samples=self.num_sequences, sample_length=length, lengths=None)
-            return calibration.draw(work.checkpoint, work.tokenizer).windows
+            settings = replace(work.calibrated.settings, num_samples=self.num_sequences, sample_length=length,
+                               lengths=None)
+            return settings.draw(work.checkpoint, work.tokenizer, progress=work.progress).windows
         windows: list[list[int]] = state.load("text", [])
         if len(windows) == self.num_sequences:
             return windows
@@ -127,7 +128,7 @@ class Qat(Step):
         with progress_bar(total=self.num_sequences, initial=len(windows), desc="writing text to train on",
                           unit="sequence", shown=work.progress) as bar:
             while missing := self.num_sequences - len(windows):
-                seed = work.calibration.seed << 32 | len(windows)
+                seed = work.calibrated.settings.seed << 32 | len(windows)
                 count = min(GENERATED, missing)
                 windows += generate_windows(decoder, backend, work.tokenizer, [length] * count, seed)
                 state.save("text", windows)

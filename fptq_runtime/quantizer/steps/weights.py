@@ -80,6 +80,10 @@ class Weights(Step):
     def patterns(self) -> tuple[str, ...]:
         return tuple(self.keep)
 
+    @property
+    def reads_inputs(self) -> bool:
+        return self.clip != "none" or self.bias_correction
+
     def wants_moments(self, head: bool) -> bool:
         return False
 
