@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import click
 from click.core import ParameterSource
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 Answer = tuple[dict[str, Any], str]  # for --json, and for people
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
+PROTOCOL_RECIPES = ("smoothquant", "fptq", "fptq-best")  # what papers have figures of
 _ORIGINS = "fptq.origins"  # key of Context.meta: where a parameter's value comes from, where that is no flag
 
 
@@ -285,9 +286,10 @@ def threads_option(command: _Function) -> _Function:
                         "quota allow; at most as many as it has CPUs.")(command)
 
 
-def text_tokens_option(default: int | None) -> Callable[[_Function], _Function]:
-    """Once --max-tokens in some commands, which is the length of an answer in others."""
-    shown = click.option("--text-tokens", type=click.IntRange(2), default=default, show_default=default is not None,
+def text_tokens_option(default: int | None, said: str | bool = True) -> Callable[[_Function], _Function]:
+    """Once --max-tokens in some commands, which is the length of an answer in others. said: the default, where it
+    depends on others."""
+    shown = click.option("--text-tokens", type=click.IntRange(2), default=default, show_default=said,
                          help="Read only the first tokens of the text.")
     old = click.option("--max-tokens", "text_tokens", type=click.IntRange(2), hidden=True)
     return lambda command: old(shown(command))
@@ -623,26 +625,40 @@ def evaluate(model: str, text: Path | None, text_tokens: int | None, choices: Pa
 
 @cli.command()
 @click.argument("model")
-@click.option("--recipes", type=RecipeList(), required=True, help="Presets or YAML files between commas, as rtn,fptq.")
-@click.option("--calibration", type=ExistingFile("random", "self"), help="As for `fptq quantize`.")
+@click.option("--recipes", type=RecipeList(), help="Presets or YAML files between commas, as rtn,fptq; with --protocol "
+              "smoothquant,fptq,fptq-best unless given.")
+@click.option("--protocol", type=click.Choice(["wikitext2"]), help="Measure as papers do, on the whole of --text, "
+              "which is WikiText-2's raw test split, beside what they publish.")
+@click.option("--calibration", type=ExistingFile("self", "tales", "random"), help="As for `fptq quantize`.")
 @click.option("--num-samples", type=click.IntRange(1), default=32, show_default=True, help="Calibration samples.")
 @click.option("--text", type=ExistingFile(), help="What perplexity and KL are measured on (tales that calibration "
               "never sees).")
-@text_tokens_option(16384)
+@text_tokens_option(None, "16384, or with --protocol all")
 @click.option("--choices", type=ExistingFile(), help="Multiple choice, as for `fptq eval`.")
 @click.option("--last-word", type=ExistingFile(), help="Last words, as for `fptq eval`.")
 @click.option("--task", "tasks", multiple=True, help="An lm-eval task, a YAML file or a name; may be given more than "
               "once.")
 @click.option("--limit", type=click.IntRange(1), help="Only the first documents of each --task.")
+@click.option("--chat", is_flag=True, help="Also answer twenty everyday prompts: how many answers loop or are empty, "
+              "and how far they are the float model's.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="Write compare.md, compare.svg and "
               "compare.json into this directory.")
 @backend_options
 @answers
-def compare(model: str, recipes: tuple[str, ...], calibration: str | Path | None, num_samples: int, text: Path | None,
-            text_tokens: int, choices: Path | None, last_word: Path | None, tasks: tuple[str, ...], limit: int | None,
+def compare(model: str, recipes: tuple[str, ...] | None, protocol: Literal["wikitext2"] | None,
+            calibration: str | Path | None, num_samples: int, text: Path | None, text_tokens: int | None,
+            choices: Path | None, last_word: Path | None, tasks: tuple[str, ...], limit: int | None, chat: bool,
             seed: int, out: Path | None, backend: str, device: str, threads: int) -> Answer:
     """Quantize MODEL by several recipes and measure each: quality, size, time and speed in one table."""
+    if protocol is None:
+        text_tokens = text_tokens or 16384
+    elif text is None:
+        raise click.UsageError(f"--protocol {protocol} needs --text FILE, the raw test split of WikiText-2")
+    if recipes is None:
+        if protocol is None:
+            raise click.UsageError("--recipes names what is compared, as rtn,fptq")
+        recipes = PROTOCOL_RECIPES
     from fptq_runtime.locate import find_model
 
     source = find_model(model)
@@ -659,7 +675,8 @@ def compare(model: str, recipes: tuple[str, ...], calibration: str | Path | None
     result = comparing.compare(
         source, [load_recipe(name) for name in recipes], read_text(text) if text else packaged_text("heldout"),
         backend, name=model, calibration=Calibration(calibration, num_samples, seed=seed), max_tokens=text_tokens,
-        accuracy=comparing.Tasks(tasks, limit, choices, last_word), threads=threads, device=device, progress=True,
+        accuracy=comparing.Tasks(tasks, limit, choices, last_word, chat), protocol=protocol, threads=threads,
+        device=device, progress=True,
     )
     data, table = result.to_json(), comparing.markdown(result)
     if out is not None:
@@ -675,7 +692,7 @@ def compare(model: str, recipes: tuple[str, ...], calibration: str | Path | None
 @click.option("--recipe", type=RecipeName(), default="fptq-best", show_default=True, help="A preset, or a YAML file.")
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), default="report", show_default=True,
               help="Where index.html, analysis.json and analysis.jsonl go; an interrupted analysis there goes on.")
-@click.option("--calibration", type=ExistingFile("random", "self"), help="As for `fptq quantize`.")
+@click.option("--calibration", type=ExistingFile("self", "tales", "random"), help="As for `fptq quantize`.")
 @click.option("--num-samples", type=click.IntRange(1), default=32, show_default=True, help="Calibration samples.")
 @click.option("--text", type=ExistingFile(), help="What the loss is measured on (tales that calibration never sees).")
 @text_tokens_option(4096)

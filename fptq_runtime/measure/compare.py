@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 import numpy as np
 import torch
@@ -17,11 +17,12 @@ from fptq_runtime import __version__
 from fptq_runtime.analysis import plots
 from fptq_runtime.config import KVCacheDtype
 from fptq_runtime.engine.engine import Engine
-from fptq_runtime.engine.llm import LLM
+from fptq_runtime.engine.llm import LLM, Completion
 from fptq_runtime.errors import FptqError
 from fptq_runtime.kernels.base import Backend
 from fptq_runtime.kernels.select import select_backend
-from fptq_runtime.measure import bench, tasks
+from fptq_runtime.measure import bench, chat, tasks
+from fptq_runtime.measure.published import ACCURACIES, PUBLISHED, SOURCE, Published, published
 from fptq_runtime.measure.shapes import NoText
 from fptq_runtime.models.decoder import Decoder
 from fptq_runtime.models.loader import Checkpoint, load_model
@@ -29,11 +30,13 @@ from fptq_runtime.models.tensors import weight_files
 from fptq_runtime.models.tokenizer import Tokenizer
 from fptq_runtime.progress import progress_bar
 from fptq_runtime.quantizer.calibrate import Text, sum_nll
-from fptq_runtime.quantizer.evaluate import MAX_WINDOW, sum_kl, text_windows, window_logits
+from fptq_runtime.quantizer.evaluate import MAX_WINDOW, sum_kl, text_windows, wikitext2_windows, window_logits
 from fptq_runtime.quantizer.pipeline import open_float, quantize
 from fptq_runtime.quantizer.recipe import Recipe
 from fptq_runtime.quantizer.samples import Calibration
 from fptq_runtime.quantizer.steps.base import QuantizationError
+
+Protocol = Literal["wikitext2"]
 
 PROMPT = 512  # tokens of the prompts that speed is measured with, where the model's positions allow it
 STEPS = 16
@@ -53,6 +56,7 @@ class Measured:
     decode_tokens_per_s: float  # of one sequence
     decode_batch_8_tokens_per_s: float | None  # None where eight prompts exceed the model's positions
     tasks: dict[str, float] = field(default_factory=dict)
+    chat: chat.Answers | None = None
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,7 @@ class Row:
     kl: float | None = None
     top1: float | None = None
     quantize_seconds: float | None = None
+    quantize_cpu_seconds: float | None = None  # of all threads; writing the calibration text is not in it
     error: str | None = None
 
     def to_json(self) -> dict[str, Any]:
@@ -84,23 +89,31 @@ class Comparison:
     calibration: str
     original: Measured
     rows: tuple[Row, ...]
+    calibration_cpu_seconds: float  # what drawing it took
+    protocol: Protocol | None = None
+    published: Published | None = None
 
     def to_json(self) -> dict[str, Any]:
         return {
             "model": self.model, "version": __version__, "machine": self.machine, "text": self.text,
             "text_sha256": self.text_sha256, "tokens": self.tokens, "window": self.window,
-            "calibration": self.calibration, "float": asdict(self.original), "rows": [r.to_json() for r in self.rows],
+            "calibration": self.calibration,
+            "calibration_cpu_seconds": self.calibration_cpu_seconds, "protocol": self.protocol,
+            "float": asdict(self.original),
+            "rows": [r.to_json() for r in self.rows],
+            "published": None if self.published is None else {**asdict(self.published), "source": SOURCE},
         }
 
 
 @dataclass(frozen=True)
 class Tasks:
-    """What accuracy is measured in besides perplexity."""
+    """What is measured besides perplexity: accuracies, and how the model answers."""
 
     lm_eval: tuple[str, ...] = ()
     limit: int | None = None
     choices: Path | None = None
     last_word: Path | None = None
+    chat: bool = False
 
     def run(self, path: Path, backend: str, threads: int, device: str, kv_dtype: KVCacheDtype) -> dict[str, float]:
         if not (self.lm_eval or self.choices or self.last_word):
@@ -119,17 +132,22 @@ class Tasks:
 def compare(
     model: str | Path, recipes: Sequence[Recipe], text: Text, backend: str = "auto", *, name: str | None = None,
     calibration: Calibration = Calibration(), max_tokens: int | None = None, accuracy: Tasks | None = None,
-    threads: int = 0, device: str = "auto", progress: bool = False,
+    protocol: Protocol | None = None, threads: int = 0, device: str = "auto", progress: bool = False,
 ) -> Comparison:
     """Quantize a float model by every recipe, each into a directory that is gone afterwards, and measure it on the
     kernels and with the int8 KV cache that serve it; the float model runs once, with a float32 cache.
 
     A recipe that this model refuses becomes a row with the reason. Raises FptqError where the float model itself
-    cannot be measured.
+    cannot be measured. protocol: windows as papers have them, with what they publish for this model.
     """
     source, checkpoint = open_float(model, "compare recipes on the float model")
     config = checkpoint.model_config
-    windows = text_windows(text, Tokenizer(source.path), config.max_position_embeddings, max_tokens)
+    tokenizer = Tokenizer(source.path)
+    cut = text_windows if protocol is None else wikitext2_windows
+    windows = cut(text, tokenizer, config.max_position_embeddings, max_tokens)
+    computed = time.process_time()
+    calibrated = calibration.draw(checkpoint, tokenizer, any(recipe.reads_inputs for recipe in recipes), progress)
+    drawing = time.process_time() - computed
     accuracy = accuracy or Tasks()
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="fptq-compare-") as directory, \
@@ -141,20 +159,21 @@ def compare(
         for recipe in recipes:
             bar.set_description(recipe.name)
             out = Path(directory) / "artifact"
-            started = time.monotonic()
+            started, computed = time.monotonic(), time.process_time()
             try:
-                quantize(str(model), out, recipe, calibration=calibration, text_tokens=OWN_TEXT_TOKENS,
+                quantize(str(model), out, recipe, calibration=calibrated, text_tokens=OWN_TEXT_TOKENS,
                          overwrite=True)
-                seconds = time.monotonic() - started
+                seconds, cpu_seconds = time.monotonic() - started, time.process_time() - computed
                 measured, kl, top1 = work.quantized(out)
-                rows.append(Row(recipe.name, measured, kl, top1, seconds))
+                rows.append(Row(recipe.name, measured, kl, top1, seconds, cpu_seconds))
             except FptqError as error:
                 rows.append(Row(recipe.name, error=" ".join(str(error).split())))
             bar.update()
     return Comparison(
         name or source.name, bench.machine(), text.name, text.sha256, sum(len(window) - 1 for window in windows),
         min(config.max_position_embeddings, MAX_WINDOW),
-        "fptq calibration.txt" if calibration.source is None else Path(calibration.source).name, original, tuple(rows),
+        calibrated.tokens.name, original, tuple(rows), drawing, protocol,
+        None if protocol is None else published(config),
     )
 
 
@@ -170,6 +189,7 @@ class _Work:
         self._device = device
         self._accuracy = accuracy
         self._progress = progress
+        self._answers: list[Completion] | None = None  # the float model's
 
     def original(self, path: Path) -> Measured:
         decoder, backend = self._load(path)
@@ -209,7 +229,15 @@ class _Work:
         return Measured(
             perplexity, sum(file.stat().st_size for file in weight_files(path)), backend.name, prefill,
             decode[1], decode.get(8), self._accuracy.run(path, self._backend, self._threads, self._device, kv_dtype),
+            self._chat(path, kv_dtype) if self._accuracy.chat else None,
         )
+
+    def _chat(self, path: Path, kv_dtype: KVCacheDtype) -> chat.Answers:
+        llm = LLM(path, backend=self._backend, threads=self._threads, device=self._device, kv_cache_dtype=kv_dtype)
+        given, exact = chat.answer(llm, chat.PROMPTS), self._answers
+        if exact is None:
+            self._answers = given
+        return chat.describe(given, exact)
 
 
 def _read(file: IO[bytes], like: torch.Tensor) -> torch.Tensor:
@@ -235,29 +263,51 @@ def markdown(comparison: Comparison) -> str:
     """The table, and what was measured on what."""
     original = comparison.original
     names = list(original.tasks)
+    answered = original.chat
+    more = [*names, *(["loops", "empty", "tokens alike"] if answered else [])]
     lines = [
         f"# {comparison.model}: recipes compared", "",
         f"fptq {__version__}, {comparison.machine}. Perplexity, KL to the float model (nats a token) and top-1 "
         f"agreement on {comparison.text}, {comparison.tokens} tokens, windows of {comparison.window}, with the "
-        f"kernels and the int8 KV cache that serve; calibrated on {comparison.calibration}. Speed is "
-        "tokens per second: prefill of one prompt, decode of 1 and of 8 sequences.", "",
-        "| recipe | perplexity | loss | KL | top-1 | " + "".join(f"{name} | " for name in names)
-        + "MB | quantize | prefill | decode | decode × 8 |",
-        "|---" * (10 + len(names)) + "|",
+        f"kernels and the int8 KV cache that serve; calibrated on {comparison.calibration}, "
+        f"which took {comparison.calibration_cpu_seconds:.0f} CPU seconds to draw, once. Speed is tokens per second: "
+        "prefill of one prompt, decode of 1 and of 8 sequences.", "",
+        "| recipe | perplexity | loss | KL | top-1 | " + "".join(f"{name} | " for name in more)
+        + "MB | quantize | CPU | prefill | decode | decode × 8 |",
+        "|---" * (11 + len(more)) + "|",
         _line("float", original, original, None, names),
     ]
     best = min((row.measured.perplexity for row in comparison.rows if row.measured), default=None)
     for row in comparison.rows:
         if row.measured is None:
-            lines.append(f"| {row.recipe} " + "| " * (9 + len(names)) + "|")
+            lines.append(f"| {row.recipe} " + "| " * (10 + len(more)) + "|")
         else:
             lines.append(_line(row.recipe, row.measured, original, row, names, row.measured.perplexity == best))
+    if (known := comparison.published) is not None:
+        said = {"float": known.original, **known.methods}
+        lines += [f"| {method}, published | {value:.2f} | "
+                  f"{'' if method == 'float' else f'{value / known.original - 1:+.2%}'} " + "| " * (8 + len(more)) + "|"
+                  for method, value in said.items()]
+    if answered:
+        lines += ["", f"Of {answered.answers} greedy answers of {chat.MAX_TOKENS} tokens at most, how many loop (some "
+                  f"run of {chat.RUN} tokens or words occurs {chat.TIMES} times) and are empty, and how many tokens "
+                  "are the float model's before they go another way, on average."]
+    if comparison.protocol:
+        lines += ["", *_protocol(comparison)]
     slow = [row.recipe for row in comparison.rows if row.measured and row.measured.backend != original.backend]
     if slow:
         lines += ["", f"The {original.backend} backend has no kernel for {', '.join(slow)}: speeds of the reference "
                   "backend."]
     failed = [f"- {row.recipe}: {row.error}" for row in comparison.rows if row.error]
     return "\n".join([*lines, *(["", "Not measured:", "", *failed] if failed else [])]) + "\n"
+
+
+def _protocol(comparison: Comparison) -> list[str]:
+    known = comparison.published
+    said = f"Published figures are of {known.model}, from {SOURCE}." if known else (
+        f"Nothing is published here for a model of this shape; there is for {', '.join(p.model for p in PUBLISHED)}.")
+    return ["The papers' protocol: the text tokenized whole, windows cut from it without a BOS of their own, the rest "
+            f"left out. {said} {ACCURACIES}"]
 
 
 def _line(name: str, measured: Measured, original: Measured, row: Row | None, tasks: Sequence[str],
@@ -267,11 +317,19 @@ def _line(name: str, measured: Measured, original: Measured, row: Row | None, ta
     cells = [
         name, perplexity, "" if row is None else f"{measured.perplexity / original.perplexity - 1:+.2%}",
         "" if row is None else f"{row.kl:.4f}", "" if row is None else f"{row.top1:.1%}",
-        *(f"{measured.tasks[task]:.1%}" for task in tasks), f"{measured.bytes / 1e6:.2f}",
-        "" if row is None else f"{row.quantize_seconds:.0f} s", f"{measured.prefill_tokens_per_s:.0f}",
+        *(f"{measured.tasks[task]:.1%}" for task in tasks), *_answered(measured.chat), f"{measured.bytes / 1e6:.2f}",
+        *(("", "") if row is None else (f"{row.quantize_seconds:.0f} s", f"{row.quantize_cpu_seconds:.0f} s")),
+        f"{measured.prefill_tokens_per_s:.0f}",
         f"{measured.decode_tokens_per_s:.0f}", "" if eight is None else f"{eight:.0f}",
     ]
     return f"| {' | '.join(cells)} |"
+
+
+def _answered(answers: chat.Answers | None) -> list[str]:
+    if answers is None:
+        return []
+    alike = "" if answers.common_prefix is None else f"{answers.common_prefix:.0f}"
+    return [str(answers.looping), str(answers.empty), alike]
 
 
 def plot(comparison: Comparison) -> str:

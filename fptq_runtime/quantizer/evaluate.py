@@ -60,6 +60,17 @@ def text_windows(text: Text, tokenizer: Tokenizer, context: int, max_tokens: int
     return windows
 
 
+def wikitext2_windows(text: Text, tokenizer: Tokenizer, context: int, max_tokens: int | None) -> list[list[int]]:
+    """The windows that papers measure on: of the text tokenized whole, special tokens at its beginning alone, and
+    without what is left at the end. Raises CalibrationError."""
+    token_ids = tokenizer.encode(text.content)[:max_tokens]
+    window = min(context, MAX_WINDOW)
+    windows = [token_ids[start : start + window] for start in range(0, len(token_ids) - window + 1, window)]
+    if not windows:
+        raise CalibrationError(f"{text.name} has {len(token_ids)} tokens, fewer than one window of {window}")
+    return windows
+
+
 def window_logits(
     decoder: Decoder, backend: Backend, windows: Sequence[Sequence[int]], kv_dtype: KVCacheDtype = "bf16",
     progress: bool = False,

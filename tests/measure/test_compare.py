@@ -13,8 +13,11 @@ from transformers import AutoModelForCausalLM
 
 from fptq_runtime import cli
 from fptq_runtime.kernels.select import select_backend
+from fptq_runtime.measure import chat, published
 from fptq_runtime.measure import compare as module
 from fptq_runtime.measure.compare import Comparison, compare, markdown, plot
+from fptq_runtime.measure.published import Published
+from fptq_runtime.models.loader import Checkpoint
 from fptq_runtime.models.tokenizer import Tokenizer
 from fptq_runtime.quantizer.calibrate import Text
 from fptq_runtime.quantizer.evaluate import evaluate, sum_kl, text_windows
@@ -132,6 +135,49 @@ def test_the_command(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     table = (tmp_path / "out" / "compare.md").read_text()
     assert "| words |" in table and "![compared](compare.svg)" in table
     assert (tmp_path / "out" / "compare.svg").read_text().startswith("<svg")
+
+
+def test_the_papers_protocol(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+                             monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against the loop that GPTQ's and deepcompressor's scripts run, with transformers' float model; the figures that
+    are published of a model of this shape stand beside ours."""
+    shape = Checkpoint(model).model_config
+    known = Published("Tiny", shape.hidden_size, shape.num_layers, shape.vocab_size, 5.0, {"SmoothQuant": 5.5})
+    monkeypatch.setattr(published, "PUBLISHED", (known,))
+    monkeypatch.setattr(chat, "MAX_TOKENS", 8)
+    monkeypatch.setattr(chat, "PROMPTS", ("Hello",))
+    (tmp_path / "text.txt").write_text(TEXT.content)
+    arguments = ["compare", str(model), "--protocol", "wikitext2", "--text", str(tmp_path / "text.txt"), "--recipes",
+                 "rtn-dynamic", "--num-samples", "2", "--threads", "1", "--chat", "--out", str(tmp_path / "out")]
+    with pytest.raises(SystemExit):
+        cli.main([*arguments, "--json"])
+    data = json.loads(capsys.readouterr().out)
+    reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    ids = torch.tensor([Tokenizer(model).encode(TEXT.content)])
+    losses = []
+    with torch.no_grad():
+        for i in range(ids.numel() // 128):
+            window = ids[:, i * 128 : (i + 1) * 128]
+            losses.append(reference(window, labels=window).loss)
+    assert data["float"]["perplexity"] == pytest.approx(float(torch.stack(losses).mean().exp()), rel=1e-3)
+    assert data["tokens"] == len(losses) * 127
+    assert data["published"]["methods"] == {"SmoothQuant": 5.5}
+    assert data["rows"][0]["chat"]["answers"] == data["float"]["chat"]["answers"] == 1
+    table = (tmp_path / "out" / "compare.md").read_text()
+    rows = [line for line in table.splitlines() if line.startswith("|")]
+    assert len({line.count("|") for line in rows}) == 1
+    assert "| SmoothQuant, published | 5.50 | +10.00% |" in table
+    assert published.SOURCE in table
+
+
+@pytest.mark.parametrize(("arguments", "said"), [
+    (["--protocol", "wikitext2"], "needs --text FILE"), ([], "--recipes names what is compared"),
+])
+def test_a_comparison_of_nothing_is_usage(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_code:
+        cli.main(["compare", "demo", *arguments])
+    assert exit_code.value.code == 2
+    assert said in capsys.readouterr().err
 
 
 def test_wrong_recipes_are_usage(capsys: pytest.CaptureFixture[str]) -> None:
