@@ -217,7 +217,9 @@ def test_training_lowers_the_loss(source: Path, tmp_path: Path, scheme: Any) -> 
         return float((expected.exp() * (expected - logits)).sum(-1).mean())
 
     before = divergence()
-    work = TuneWork(Checkpoint(source), Tokenizer(source), (), Calibration(), (), tmp_path / "state", False)
+    checkpoint, tokenizer = Checkpoint(source), Tokenizer(source)
+    calibrated = Calibration("random", 1, 8).draw(checkpoint, tokenizer)
+    work = TuneWork(checkpoint, tokenizer, (), calibrated, tmp_path / "state", False)
     Qat(batch_size=4, learning_rate=1e-3)._train(work, student, batch * 40, _Draft())  # type: ignore[arg-type]
     assert divergence() < 0.2 * before
 
