@@ -379,7 +379,7 @@ def cli() -> None:
               "the samples then have; their tokens stay as many.")
 @click.option("--text", type=ExistingFile(), help="What perplexity is measured on before and after (tales that "
               "calibration never sees).")
-@text_tokens_option(16384)
+@text_tokens_option(8192)
 @click.option("--max-loss", type=Percent(), help="What perplexity may rise by, as 0.5%: the linears that cost most get "
               "8 bits, then 16, until it is met.")
 @click.option("--extra-bytes", type=Percent(), help="What may be spent on that, as 10% of the artifact; alone, all of "
