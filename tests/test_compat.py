@@ -13,7 +13,7 @@ from benchmarks.compat.__main__ import CLIENTS, Client, Report, page, try_client
 
 def test_every_script_is_a_client() -> None:
     scripts = {path.name for path in (compat.HERE / "clients").iterdir() if path.suffix in (".py", ".mjs")}
-    assert scripts == {client.script for client in CLIENTS} | {"trial.py", "trial.mjs"}
+    assert scripts == {client.script for client in CLIENTS} | {"trial.py", "trial.mjs", "command.py", "command.mjs"}
 
 
 def test_page() -> None:

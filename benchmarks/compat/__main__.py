@@ -20,20 +20,25 @@ from typing import Any
 
 import click
 
+import fptq_runtime
 from fptq_runtime import __version__
 
 HERE = Path(__file__).parent
 PAGE = HERE.parent.parent / "docs" / "compatibility.md"
+DEMO = Path(fptq_runtime.__file__).parent / "demo"
+LONG = 65536  # tokens
 MARKS = {"pass": "yes", "refused": "refused", "fail": "**fails**"}
 
 
 @dataclass(frozen=True)
 class Client:
-    """packages: the first is the client itself, whose version is told. venv: clients of one share it."""
+    """packages: the first is the client itself, whose version is told. venv: clients of one share it. long: what it
+    asks with does not fit the demo's context."""
 
     script: str
     packages: tuple[str, ...]
     venv: str = "python"
+    long: bool = False
 
     @property
     def name(self) -> str:
@@ -60,6 +65,12 @@ CLIENTS = (
     Client("text_generation_python.py", ("text-generation",), "tgi"),  # wants an old huggingface_hub
     Client("llm_python.py", ("llm",)),
     Client("lm_eval_python.py", ("lm_eval[api]",), "lm_eval"),
+    Client("litellm_proxy_python.py", ("litellm[proxy]",), "litellm_proxy"),
+    Client("guidellm_python.py", ("guidellm",), "guidellm"),
+    Client("aiperf_python.py", ("aiperf",), "aiperf"),
+    Client("aider_python.py", ("aider-chat",), "aider", long=True),
+    Client("qwen_code_node.mjs", ("@qwen-code/qwen-code",), long=True),
+    Client("opencode_node.mjs", ("opencode-ai",), long=True),
 )
 
 
@@ -81,7 +92,7 @@ def install(client: Client, work: Path) -> tuple[list[Path | str], str]:
         if node is None or npm is None:
             raise RuntimeError("Node is not installed")
         work.mkdir(parents=True, exist_ok=True)
-        for script in (client.script, "trial.mjs"):  # a module is looked for beside the script that asks for it
+        for script in (client.script, "trial.mjs", "command.mjs"):  # a module is looked for beside what asks for it
             shutil.copy(HERE / "clients" / script, work)
         done = run([npm, "install", "--no-audit", "--no-fund", *client.packages], 900, cwd=work)
         manifest = work / "node_modules" / client.packages[0] / "package.json"
@@ -104,8 +115,9 @@ def try_client(client: Client, url: str, model: str, work: Path) -> Report:
     version, output, problem = "", "", ""
     try:
         command, version = install(client, work)
-        done = run(command, 1800, cwd=work, env={**os.environ, "FPTQ_URL": url, "FPTQ_MODEL": model,
-                                                 "OPENAI_API_KEY": "none", "LITELLM_LOCAL_MODEL_COST_MAP": "True"})
+        done = run(command, 1800, cwd=work, env={
+            **os.environ, "FPTQ_URL": url, "FPTQ_MODEL": model, "FPTQ_TOKENIZER": str(DEMO), "OPENAI_API_KEY": "none",
+            "LITELLM_LOCAL_MODEL_COST_MAP": "True"})
         output = done.stdout
         if done.returncode:
             problem = (done.stderr.strip().splitlines() or ["it ended early"])[-1]
@@ -122,6 +134,19 @@ def try_client(client: Client, url: str, model: str, work: Path) -> Report:
     if problem:
         trials.append({"tried": "its script", "result": "fail", "why": problem[:300]})
     return Report(client, version, tuple(trials))
+
+
+def long_demo(work: Path) -> Path:
+    """The demo's weights under a context of LONG tokens, with short answers: agents ask with much and set no limit."""
+    source, artifact = work / "long-source", work / "long"
+    if not artifact.exists():
+        shutil.copytree(DEMO, source, dirs_exist_ok=True)
+        for name, fact in (("config.json", {"max_position_embeddings": LONG}),
+                           ("generation_config.json", {"max_new_tokens": 64})):
+            (source / name).write_text(json.dumps({**json.loads((DEMO / name).read_text()), **fact}))
+        run([sys.executable, "-m", "fptq_runtime.cli", "quantize", source, artifact, "--recipe", "rtn", "--num-samples",
+             "8"], 900, check=True)
+    return artifact
 
 
 @contextmanager
@@ -148,12 +173,14 @@ def serving(artifact: str, work: Path) -> Iterator[str]:
 
 def page(reports: Sequence[Report], artifact: str) -> str:
     tried = [trial for report in reports for trial in report.trials]
+    long = [report.client.packages[0] for report in reports if report.client.long] or ["none"]
     counts = ", ".join(f"{sum(trial['result'] == result for trial in tried)} {word}"
                        for result, word in (("pass", "work"), ("refused", "are refused by name"), ("fail", "fail")))
     lines = ["# Compatibility", "",
              f"What `make compat` found on {date.today().isoformat()}: clients as their registries have them, "
-             f"unmodified, against `fptq serve {artifact}`, version {__version__}. Of {len(tried)} things that were "
-             f"tried {counts}.", ""]
+             f"unmodified, against `fptq serve {artifact}`, version {__version__}; those that ask with more than its "
+             f"context holds ({', '.join(long)}) against the demo under a context of {LONG}. Of {len(tried)} things "
+             f"that were tried {counts}.", ""]
     for report in reports:
         lines += [f"## {report.client.name} {report.version}".rstrip(), "", "| tried | works | |", "|---|---|---|"]
         lines += [f"| {trial['tried']} | {MARKS[trial['result']]} | {_cell(trial['why'])} |" for trial in report.trials]
@@ -178,11 +205,15 @@ def main(artifact: str, only: tuple[str, ...], work: Path) -> None:
     work.mkdir(parents=True, exist_ok=True)
     chosen = [client for client in CLIENTS if not only or any(word in client.script for word in only)]
     reports = []
-    with serving(artifact, work) as url:
-        for client in chosen:
-            reports.append(try_client(client, url, "demo", work))
-            for trial in reports[-1].trials:
-                click.echo(f"{client.name:45} {trial['result']:8} {trial['tried']}  {trial['why']}", err=True)
+    for long in (False, True):
+        clients = [client for client in chosen if client.long is long]
+        if not clients:
+            continue
+        with serving(str(long_demo(work)) if long else artifact, work) as url:
+            for client in clients:
+                reports.append(try_client(client, url, "demo", work))
+                for trial in reports[-1].trials:
+                    click.echo(f"{client.name:45} {trial['result']:8} {trial['tried']}  {trial['why']}", err=True)
     text = page(reports, artifact)
     if only:
         click.echo(text)

@@ -189,6 +189,7 @@ class ResponsesRequest(Body):
     max_output_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: float | None = None
     top_p: float | None = None
+    ignore_eos: bool | None = None  # vLLM's; benchmarks send it
     metadata: dict[Text, Text] | None = None
     stream_options: StreamOptions | None = None
     include: Annotated[Any, unsupported([], ["reasoning.encrypted_content"])] = None

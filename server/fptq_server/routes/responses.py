@@ -192,7 +192,7 @@ def responses_router(assistant: Assistant, store: ResponseStore, config: ServerC
         generation, reading = await assistant.answer(
             record_of(request.scope), "resp", prompt, tools, body.max_output_tokens, adapter=adapter,
             structured=_form(body), structured_param="text.format.schema", temperature=body.temperature,
-            top_p=body.top_p)
+            top_p=body.top_p, ignore_eos=body.ignore_eos)
         reply = Reply(_blank(body, adapter or assistant.model.id), generation, reading)
         if body.stream:
             async def events() -> AsyncGenerator[str, None]:
