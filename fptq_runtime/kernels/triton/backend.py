@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -272,9 +272,9 @@ def _shorter_first(batch: StepInput) -> StepInput:
     places = np.empty(rows.size, np.int32)
     places[rows] = np.arange(rows.size, dtype=np.int32)
     starts = np.concatenate([[0], np.cumsum(lengths[order])]).astype(np.int32)
-    return StepInput(batch.token_ids[rows], batch.positions[rows], batch.slot_mapping[rows], starts,
-                     batch.seq_lens[order], batch.block_tables[order], places[batch.logits_rows],
-                     batch.state_slots[order], batch.adapters[order])
+    taken = {"M": rows, "S": order, "S, blocks": order}
+    arrays = {name: getattr(batch, name)[taken[shape]] for name, _, shape in arrays_of(StepInput) if shape in taken}
+    return replace(batch, **arrays, query_start_loc=starts, logits_rows=places[batch.logits_rows])
 
 
 @contextmanager
