@@ -472,6 +472,10 @@ def _tells_what_is_left(out: Path) -> Iterator[None]:
               help="The format of the model's reasoning; auto: as its chat template tells, none: as text.")
 @click.option("--responses-db", type=click.Path(dir_okay=False, path_type=Path),
               help="Keeps stored responses of /v1/responses in this file, not in memory.")
+@click.option("--batch-dir", type=click.Path(file_okay=False, path_type=Path), help="A directory where files and "
+              "batches of /v1/files and /v1/batches outlive the server.")
+@click.option("--batch-dir-size", type=Size(), default="1GiB", show_default=True, help="Most that files have there, or "
+              "in the temporary directory that is in its place.")
 @engine_options
 @click.option("--lora", multiple=True, type=NamedDirectory(), help="A PEFT adapter that requests may name as their "
               "model; may be given more than once.")

@@ -280,7 +280,8 @@ GIVEN = {  # every option of `fptq serve`: not its default, as a flag's text and
     "served-model-name": ("tales", "tales"), "chat-template": (os.devnull,) * 2,
     "default-chat-template-kwargs": ('{"enable_thinking": false}', {"enable_thinking": False}),
     "generation-config": ("none", "none"), "tool-call-parser": ("none", "none"), "reasoning-parser": ("none", "none"),
-    "responses-db": ("r.db", "r.db"), "max-model-len": ("77", 77), "max-num-seqs": ("7", 7),
+    "responses-db": ("r.db", "r.db"), "batch-dir": ("b", "b"), "batch-dir-size": ("2MiB", 2 << 20),
+    "max-model-len": ("77", 77), "max-num-seqs": ("7", 7),
     "max-num-batched-tokens": ("70", 70), "kv-cache-dtype": ("bf16", "bf16"), "kv-cache-memory": ("3MiB", 3 << 20),
     "gpu-memory-utilization": ("0.5", 0.5), "no-prefix-cache": (None, True), "no-speculation": (None, True),
     "kv-cache-disk": ("kv", "kv"), "kv-cache-disk-size": ("4GiB", 4 << 30),
@@ -317,7 +318,7 @@ def test_flags_variables_and_the_file_say_the_same(served: Served, tmp_path: Pat
     assert all(call == same[0] for call in same)
     config, options = same[0]
     left_alone = {"keep_alive_interval", "head_timeout", "body_timeout", "write_timeout", "max_body_bytes",
-                  "max_header_bytes", "max_prompts"}
+                  "max_file_bytes", "max_header_bytes", "max_prompts"}
     assert {field.name for field in fields(config)
             if getattr(config, field.name) == getattr(default_config, field.name)} == left_alone
     assert [name for name in options if options[name] == default_options[name]] == ["listener"]
@@ -457,7 +458,8 @@ def test_an_option_means_the_same_in_every_command() -> None:
     for option in ("--threads", "--max-tokens", "--text-tokens", "--num-samples"):
         texts = {text.partition(" (")[0] for (_, name), text in shown.items() if name == option and text}
         assert len(texts) <= 1, option
-    computing = {"quantize", "serve", "config", "eval", "compare", "analyze", "generate", "export", "verify", "bench"}
+    computing = {"quantize", "serve", "batch", "config", "eval", "compare", "analyze", "generate", "export", "verify",
+                 "bench"}
     assert {name for name, option in shown if option == "--threads"} == computing
     assert [name for name, option in shown if option == "--max-tokens"] == ["generate"]
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
@@ -18,6 +18,8 @@ from fptq_runtime.models.tokenizer import Tokenizer
 from fptq_server.assistant import Assistant
 from fptq_server.auth import PUBLIC_PATHS, RequireKey
 from fptq_server.batch import BatchRunner
+from fptq_server.batch_jobs import BatchJobs
+from fptq_server.batch_store import BatchStore
 from fptq_server.chat_format import ChatFormat
 from fptq_server.config import ModelCard, ServerConfig
 from fptq_server.errors import APIError, ErrorHandlers
@@ -27,6 +29,7 @@ from fptq_server.metrics import Metrics
 from fptq_server.middleware import RequestContext, RequestLimits, Routing
 from fptq_server.response_store import ResponseStore
 from fptq_server.routes.adapters import adapters_router
+from fptq_server.routes.batches import batches_router
 from fptq_server.routes.chat import chat_router
 from fptq_server.routes.completions import completions_router
 from fptq_server.routes.docs import docs_router
@@ -44,20 +47,29 @@ CORS_METHODS = ("GET", "HEAD", "POST", "DELETE")
 CORS_EXPOSED = ("X-Request-Id", "Retry-After", "Retry-After-Ms")
 
 
+def paths_of(routers: Iterable[APIRouter], method: str | None = None) -> list[str]:
+    return [route.path_format for router in routers for route in router.routes
+            if isinstance(route, APIRoute) and (method is None or route.methods == {method})]
+
+
 def create_app(engine: AsyncEngine, tokenizer: Tokenizer, config: ServerConfig, model: ModelCard,
                metrics: Metrics, tracing: Tracing | None = None) -> FastAPI:
     """An app around an engine that has not been started; the lifespan starts and stops it. `metrics.record_step` is
     what the engine was given as on_stats. app.state.reload() reads the keys again, app.state.batches runs
-    batches."""
+    a batch without a server's other requests, app.state.jobs those of /v1/batches."""
 
     store = ResponseStore(config.responses_db)
+    batch_store = BatchStore(config.batch_dir, config.batch_dir_size)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         engine.start()
+        app.state.jobs.start()
         yield
+        await app.state.jobs.stop()
         await asyncio.to_thread(engine.stop)
         store.close()
+        batch_store.close()
         if tracing is not None:
             await asyncio.to_thread(tracing.stop)
 
@@ -66,23 +78,27 @@ def create_app(engine: AsyncEngine, tokenizer: Tokenizer, config: ServerConfig, 
     texts = TokenTexts(tokenizer)
     chat = ChatFormat(tokenizer, config.tool_call_parser, config.reasoning_parser)
     assistant = Assistant(engine, tokenizer, chat, model, config.chat_template_kwargs)
-    routers = (
+    answering = (
         completions_router(engine, tokenizer, texts, model, config),
         chat_router(engine, tokenizer, texts, chat, model, config),
         messages_router(assistant, config),
         responses_router(assistant, store, config),
-        models_router(model),
         embeddings_router(engine, tokenizer, model),
+    )
+    urls = frozenset(path for path in paths_of(answering, "POST") if "{" not in path)  # that a batch can have
+    slots = engine.engine.config.max_num_seqs
+    app.state.batches = BatchRunner(app, urls, width=2 * slots)  # as many wait as run
+    app.state.jobs = jobs = BatchJobs(batch_store, BatchRunner(app, urls, width=max(1, slots * 3 // 4)))
+    routers = (
+        *answering,
+        batches_router(jobs),
+        models_router(model),
         generate_router(engine, tokenizer, texts, model, config),
         tokens_router(tokenizer, chat, model, config),
         status_router(engine, model, config, metrics),
         *([adapters_router(engine.engine.adapters, model)] if config.allow_runtime_lora_updating else []),
     )
-    routes = [route for router in routers for route in router.routes if isinstance(route, APIRoute)]
-    paths = [route.path for route in routes]
-    urls = frozenset(route.path for route in routes
-                     if route.path.startswith("/v1/") and route.methods == {"POST"} and "{" not in route.path)
-    app.state.batches = BatchRunner(app, urls, width=2 * engine.engine.config.max_num_seqs)  # as many wait as run
+    paths = paths_of(routers)
     for router in (*routers, docs_router(app), *([page_router()] if config.page else [])):
         app.include_router(router)
     metrics.add_routes(paths)
@@ -98,6 +114,7 @@ def create_app(engine: AsyncEngine, tokenizer: Tokenizer, config: ServerConfig, 
     public = PUBLIC_PATHS.union(["/metrics"] * config.public_metrics, ["/"] * config.page)
     # The last one added is the outermost.
     app.add_middleware(RequestLimits, max_header_bytes=config.max_header_bytes, max_body_bytes=config.max_body_bytes,
+                       large_bodies={"/v1/files": config.max_file_bytes},
                        body_timeout=config.body_timeout, errors=handlers)
     app.add_middleware(RequireKey, keys=keys, public_paths=public, errors=handlers)
     app.add_middleware(RequestContext, errors=handlers, metrics=metrics, tracing=tracing)

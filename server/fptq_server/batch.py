@@ -174,24 +174,31 @@ def unanswered(custom_id: str, code: str, message: str) -> dict[str, Any]:
     return answer_line(custom_id, None, {"code": code, "message": message})
 
 
+class StoppedError(FptqError):
+    """The engine answers no more."""
+
+
 class BatchRunner:
-    """Puts requests to an application, `width` at a time. urls: of its routes those that a batch may have."""
+    """Puts requests to an application, `width` at a time, those of all batches together. urls: of its routes those that
+    a batch may have."""
 
     def __init__(self, app: ASGIApp, urls: frozenset[str], width: int) -> None:
         self._app = app
         self.urls = urls
         self._width = width
+        self._slots = asyncio.Semaphore(width)
 
     async def run(self, requests: Iterable[BatchRequest], origin: Origin, write: Callable[[dict[str, Any]], None],
                   gone: asyncio.Event) -> None:
         """Write each answer as soon as it is there, until all are or `gone` is set: what has no answer by then has
-        none. A request that the server is too busy for waits its turn. Raises FptqError where the engine stops, and
-        whatever `write` does."""
+        none. A request that the server is too busy for waits its turn. Raises StoppedError, and whatever `write`
+        does."""
         source = iter(requests)
 
         async def work() -> None:
             for request in source:
-                answer = await self._answer(request, origin, gone)
+                async with self._slots:
+                    answer = await self._answer(request, origin, gone)
                 if answer is None:
                     return
                 write(answer)
@@ -216,7 +223,7 @@ class BatchRunner:
             if call.status == 0:  # `gone` was set meanwhile
                 return None
             if call.status == 503:
-                raise FptqError(f"the engine has stopped: {call.body.decode()}")
+                raise StoppedError("the engine has stopped; the log says why")
             if call.status == 429:
                 await _sleep(call.retry_after, gone)
                 continue

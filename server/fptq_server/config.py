@@ -34,6 +34,7 @@ class ServerConfig:
     head_timeout: from a connection's or a request's first byte to the end of its headers.
     tool_call_parser, reasoning_parser: ChatFormat's. responses_db: ResponseStore's file.
     allow_runtime_lora_updating: clients may load adapters from this machine's directories, and drop them.
+    batch_dir, batch_dir_size: BatchStore's. max_file_bytes: of a file for a batch.
     write_timeout: in which a client must read some of what waits for it.
     body_timeout: from one byte of a body to the next, and for a short one in all; RequestLimits gives long ones more.
     """
@@ -60,12 +61,15 @@ class ServerConfig:
     body_timeout: float = 30.0
     write_timeout: float = 60.0
     max_body_bytes: int = 16 << 20
+    max_file_bytes: int = 200 << 20
     max_header_bytes: int = 64 << 10
     max_prompts: int = 1024
     tool_call_parser: str = "auto"
     reasoning_parser: str = "auto"
     responses_db: Path | None = None
     allow_runtime_lora_updating: bool = False
+    batch_dir: Path | None = None
+    batch_dir_size: int = 1 << 30
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
@@ -84,8 +88,7 @@ class ServerConfig:
             if not 0 <= getattr(self, name) < float("inf"):
                 raise FptqError(f"{name} must be 0 or more seconds, not {getattr(self, name)}", name)
         for name in ("stall_timeout", "keep_alive_interval", "head_timeout", "body_timeout", "write_timeout",
-                     "max_body_bytes",
-                     "max_header_bytes", "max_prompts"):
+                     "max_body_bytes", "max_file_bytes", "max_header_bytes", "max_prompts"):
             if getattr(self, name) <= 0:
                 raise FptqError(f"{name} must be more than 0, not {getattr(self, name)}", name)
         for field_name, formats in (("tool_call_parser", TOOL_PARSERS), ("reasoning_parser", REASONING_FORMATS)):

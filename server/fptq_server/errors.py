@@ -116,7 +116,8 @@ class ErrorHandlers:
                     400, f"the request body is not valid UTF-8: byte 0x{body[start]:02x} at offset {start}",
                     code="invalid_json"))
         messages = {
-            400: "the request body cannot be read as JSON",
+            400: error.detail if "multipart" in request.headers.get("content-type", "")
+            else "the request body cannot be read as JSON",
             404: f"there is no endpoint {request.url.path}",
             405: f"{request.url.path} does not take {request.method}",
         }

@@ -500,5 +500,6 @@ class Server(uvicorn.Server):
         self._drains.append(self._loop.create_task(self._drain(timeout)))
 
     async def _drain(self, timeout: float) -> None:
+        await self.config.app.state.jobs.stop()  # type: ignore[union-attr]
         self._aborted += await self._engine.drain(timeout)
         self.should_exit = True

@@ -7,7 +7,7 @@ import logging
 import re
 import time
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from starlette.datastructures import Headers
@@ -123,14 +123,47 @@ def _seconds(text: str) -> float | None:
     return seconds if seconds > 0 else None
 
 
+def _too_large(most: int) -> APIError:
+    return APIError(413, f"the request body is too large; at most {most} bytes are read", reason="too_large")
+
+
+def _unzipped(receive: Receive, most: int) -> Receive:
+    member = zlib.decompressobj(wbits=GZIP)
+    size = 0
+
+    async def unzipped() -> Message:
+        nonlocal member, size
+        message = await receive()
+        if message["type"] != "http.request":
+            return message
+        packed, body = message.get("body", b""), b""
+        try:
+            while packed:
+                if member.eof:  # gzip files can be put one after the other
+                    member = zlib.decompressobj(wbits=GZIP)
+                part = member.decompress(packed, most + 1 - size)
+                body, packed, size = body + part, member.unused_data, size + len(part)
+                if size > most:
+                    raise _too_large(most)
+        except zlib.error:
+            raise APIError(400, "the request body is not gzip, as its Content-Encoding says") from None
+        if not message.get("more_body", False) and not member.eof:
+            raise APIError(400, "the request body, in gzip, has no end")
+        return {**message, "body": body}
+
+    return unzipped
+
+
 class RequestLimits:
     """Takes X-Max-Wait, how long the client would wait for its first token. Refuses long headers, bodies past the limit
     whether or not they announce their length, bodies that stop for body_timeout, or take longer than it and a second
     for each BODY_RATE bytes that came. gzip is undone, within the same limit."""
 
     def __init__(self, app: ASGIApp, max_header_bytes: int, max_body_bytes: int, body_timeout: float,
-                 errors: ErrorHandlers) -> None:
+                 errors: ErrorHandlers, large_bodies: Mapping[str, int] | None = None) -> None:
+        """large_bodies: the most bytes by path, where they are others than max_body_bytes."""
         self._app = app
+        self._large_bodies = large_bodies or {}
         self._max_header_bytes = max_header_bytes
         self._max_body_bytes = max_body_bytes
         self._body_timeout = body_timeout
@@ -140,6 +173,7 @@ class RequestLimits:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        most = self._large_bodies.get(scope["path"], self._max_body_bytes)
         header_bytes = sum(len(name) + len(value) for name, value in scope["headers"])
         headers = Headers(scope=scope)
         length = headers.get("content-length", "0")
@@ -147,8 +181,8 @@ class RequestLimits:
         if header_bytes > self._max_header_bytes:
             error = APIError(431, f"the headers have {header_bytes} bytes; at most {self._max_header_bytes} are read",
                              reason="too_large")
-        elif length.isdecimal() and int(length) > self._max_body_bytes:
-            error = self._too_large()
+        elif length.isdecimal() and int(length) > most:
+            error = _too_large(most)
         elif encoding.lower() not in ("identity", "gzip"):
             error = APIError(415, f"Content-Encoding {encoding} is not supported; send the body as it is, or with gzip",
                              code="not_supported")
@@ -157,42 +191,12 @@ class RequestLimits:
         else:
             record = record_of(scope)
             record.origin = replace(record.origin, max_wait=max_wait)
-            limited = self._limited(receive)
-            await self._app(scope, limited if encoding.lower() == "identity" else self._unzipped(limited), send)
+            limited = self._limited(receive, most)
+            await self._app(scope, limited if encoding.lower() == "identity" else _unzipped(limited, most), send)
             return
         await self._errors.refuse(scope, error)(scope, receive, send)
 
-    def _too_large(self) -> APIError:
-        return APIError(413, f"the request body is too large; at most {self._max_body_bytes} bytes are read",
-                        reason="too_large")
-
-    def _unzipped(self, receive: Receive) -> Receive:
-        member = zlib.decompressobj(wbits=GZIP)
-        size = 0
-
-        async def unzipped() -> Message:
-            nonlocal member, size
-            message = await receive()
-            if message["type"] != "http.request":
-                return message
-            packed, body = message.get("body", b""), b""
-            try:
-                while packed:
-                    if member.eof:  # gzip files can be put one after the other
-                        member = zlib.decompressobj(wbits=GZIP)
-                    part = member.decompress(packed, self._max_body_bytes + 1 - size)
-                    body, packed, size = body + part, member.unused_data, size + len(part)
-                    if size > self._max_body_bytes:
-                        raise self._too_large()
-            except zlib.error:
-                raise APIError(400, "the request body is not gzip, as its Content-Encoding says") from None
-            if not message.get("more_body", False) and not member.eof:
-                raise APIError(400, "the request body, in gzip, has no end")
-            return {**message, "body": body}
-
-        return unzipped
-
-    def _limited(self, receive: Receive) -> Receive:
+    def _limited(self, receive: Receive, most: int) -> Receive:
         loop = asyncio.get_running_loop()
         start = loop.time()
         received = 0
@@ -210,8 +214,8 @@ class RequestLimits:
                                     "end", reason="timeout", code="timeout") from None
             complete = not message.get("more_body", False)
             received += len(message.get("body", b""))
-            if received > self._max_body_bytes:
-                raise self._too_large()
+            if received > most:
+                raise _too_large(most)
             return message
 
         return limited

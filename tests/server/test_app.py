@@ -41,6 +41,9 @@ from schemathesis.specs.openapi.checks import (  # noqa: E402
 )
 
 STORED = "/v1/responses/{response_id}"
+BATCHES = {"/v1/files": ("GET", "POST"), "/v1/files/{file_id}": ("GET", "DELETE"), "/v1/files/{file_id}/content": (
+    "GET",), "/v1/batches": ("GET", "POST"), "/v1/batches/{batch_id}": ("GET",), "/v1/batches/{batch_id}/cancel": (
+    "POST",)}
 MESSAGE: dict[str, Any] = {"model": "demo", "messages": [{"role": "user", "content": "x"}]}
 MINIMAL: dict[str, tuple[type[BaseModel], dict[str, Any]]] = {
     "/v1/completions": (CompletionRequest, {"prompt": "x", "max_tokens": 1}),
@@ -75,7 +78,8 @@ def tiny(run_server: Callable[..., Any]) -> Iterator[Served]:
 @pytest.mark.parametrize("operation", [("POST", path) for path in MINIMAL] + [
     ("GET", path) for path in ("/v1/models", "/v1/models/{model_id}", "/tokenizer_info", "/livez", "/readyz", "/health",
                                "/version", "/info", "/metrics", STORED, f"{STORED}/input_items")] + [
-    ("DELETE", STORED), ("POST", f"{STORED}/cancel")], ids=" ".join)
+    ("DELETE", STORED), ("POST", f"{STORED}/cancel")] + [
+    (method, path) for path, methods in BATCHES.items() for method in methods], ids=" ".join)
 def test_openapi(tiny: Served, operation: tuple[str, str]) -> None:
     method, path = operation
     schema = schemathesis.openapi.from_url(tiny.url + "/openapi.json")
@@ -91,7 +95,8 @@ def test_openapi(tiny: Served, operation: tuple[str, str]) -> None:
 
 def test_every_operation_is_tested(tiny: Served) -> None:
     paths = tiny.app.openapi()["paths"]
-    assert {path for path, methods in paths.items() if "post" in methods} == {*MINIMAL, f"{STORED}/cancel"}
+    assert {path for path, methods in paths.items() if "post" in methods} == {
+        *MINIMAL, f"{STORED}/cancel", *(path for path, methods in BATCHES.items() if "POST" in methods)}
 
 
 @pytest.mark.parametrize(("path", "within", "field"), FIELDS, ids=str)
