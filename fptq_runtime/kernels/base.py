@@ -419,6 +419,10 @@ class Ops(Protocol[V]):
         """Rows of the table for the step's positions. [M, H]"""
         ...
 
+    def columns(self, xs: Sequence[V], index: Int32Array) -> V:
+        """Columns of xs side by side: column index[j] at j, zeros where that is -1. [rows, len(index)]"""
+        ...
+
     def norm(self, x: V, norm: Any, act: ActivationQuant | None) -> V:
         """Normalise each row, then quantize."""
         ...

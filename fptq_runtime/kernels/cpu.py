@@ -26,6 +26,7 @@ from fptq_runtime.kernels.base import (
     Embedding,
     Float32Array,
     GatedDelta,
+    Int32Array,
     Linear,
     LowRank,
     Norm,
@@ -209,6 +210,9 @@ class CaptureOps:
 
     def embed_positions(self, table: Prepared) -> int:
         return self._program.embed_positions(table.native)
+
+    def columns(self, xs: Sequence[int], index: Int32Array) -> int:
+        return self._program.columns(list(xs), index.tolist())
 
     def norm(self, x: int, norm: Prepared, act: ActivationQuant | None) -> int:
         return self._program.norm(x, norm.native, _act(act))

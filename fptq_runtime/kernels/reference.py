@@ -202,6 +202,10 @@ class ReferenceOps:
     def embed_positions(self, table: Embedding) -> torch.Tensor:
         return F.embedding(self._positions, table.weight).float()
 
+    def columns(self, xs: Sequence[torch.Tensor], index: Int32Array) -> torch.Tensor:
+        picked = torch.cat(tuple(xs), -1).index_select(1, self._indices(np.maximum(index, 0)))
+        return picked.masked_fill(self._indices(index) < 0, 0.0)
+
     def norm(self, x: torch.Tensor, norm: Norm, act: ActivationQuant | None) -> torch.Tensor:
         return quantize_activations(_normalise(x, norm), act)
 

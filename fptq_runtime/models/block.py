@@ -67,7 +67,7 @@ class NormSpec:
 
     shape: of its weight, all modules together. offset: is added to what the checkpoint stores (Gemma's 1 + w). scaled:
     it has a weight at all; a norm without one multiplies by ones. order: order[j] is the checkpoint's channel, of the
-    last dimension, that stands at j here.
+    last dimension, that stands at j here. inner: of what a linear of the block made, not of the residual stream.
     """
 
     name: str
@@ -79,6 +79,7 @@ class NormSpec:
     offset: float = 0.0
     scaled: bool = True
     order: Array | None = None
+    inner: bool = False
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ class Edge:
 class Attention:
     """A layer's attention before its arrays are loaded; `AttentionSpec` has the meaning of each field. alibi: with
     ALiBi's slopes. sinks: the checkpoint's tensor. gated: each number that it makes is multiplied by a gate of its own
-    before `o` reads it."""
+    before `o` reads it. value_dim: how many of head_dim numbers of a value there are where the others are zeros."""
 
     num_heads: int
     num_kv_heads: int
@@ -116,6 +117,12 @@ class Attention:
     softcap: float | None = None
     sinks: str | None = None
     gated: bool = False
+    value_dim: int | None = None
+
+    @property
+    def value_size(self) -> int:
+        """Of all values, without zeros."""
+        return self.num_kv_heads * (self.value_dim or self.head_dim)
 
     @property
     def q_size(self) -> int:

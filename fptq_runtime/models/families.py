@@ -10,6 +10,7 @@ from fptq_runtime.models.arcee import arcee
 from fptq_runtime.models.block import Model
 from fptq_runtime.models.bloom import bloom
 from fptq_runtime.models.cohere import cohere, cohere2
+from fptq_runtime.models.deepseek import deepseek_v2, deepseek_v3, glm4_moe_lite
 from fptq_runtime.models.ernie4_5 import ernie4_5
 from fptq_runtime.models.exaone4 import exaone4
 from fptq_runtime.models.falcon import falcon
@@ -113,16 +114,12 @@ FAMILIES: Mapping[str, Callable[[Fields], Model]] = {
     "Qwen3MoeForCausalLM": qwen3_moe,
     "OlmoeForCausalLM": olmoe,
     "Glm4MoeForCausalLM": glm4_moe,
+    "DeepseekV2ForCausalLM": deepseek_v2,
+    "DeepseekV3ForCausalLM": deepseek_v3,
+    "Glm4MoeLiteForCausalLM": glm4_moe_lite,
     "GraniteMoeForCausalLM": granite_moe,
     "GptOssForCausalLM": gpt_oss,
 }  # by the architecture that config.json names
-
-
-LATENT = ("its attention caches a latent vector in place of keys and values, for which a cache layout, an attention "
-          "kernel and a rope apart from what is cached are missing")
-NOT_YET: Mapping[str, str] = {
-    "DeepseekV2ForCausalLM": LATENT, "DeepseekV3ForCausalLM": LATENT, "Glm4MoeLiteForCausalLM": LATENT,
-}  # what people look for, and what it would need
 
 
 def parse_config(config: Mapping[str, Any]) -> Model:
@@ -132,8 +129,6 @@ def parse_config(config: Mapping[str, Any]) -> Model:
         raise ModelError(f"config.json: architectures must name one architecture, not {names!r}")
     if names[0] in FAMILIES:
         return FAMILIES[names[0]](Fields(config))
-    if names[0] in NOT_YET:
-        raise ModelError(f"architecture {names[0]!r} is not supported: {NOT_YET[names[0]]}")
     close = difflib.get_close_matches(names[0], FAMILIES, 1, 0.8)
     meant = f"; did you mean {close[0]}?" if close else "."
     raise ModelError(f"architecture {names[0]!r} is not supported{meant} Supported: {', '.join(FAMILIES)}")

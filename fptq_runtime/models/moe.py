@@ -24,17 +24,23 @@ def read_routing(fields: Fields, experts: str | Sequence[str], *, normalise: boo
     return Routing(count, chosen, normalise=normalise)
 
 
-def read_grouped_routing(fields: Fields, default_experts: int, default_top_k: int) -> Routing:
-    """DeepSeek V3's: sigmoid scores with a bias, of the best groups. Raises ModelError."""
+def read_grouped_routing(fields: Fields, default_experts: int | None = None, default_top_k: int | None = None
+                         ) -> Routing:
+    """DeepSeek V3's: sigmoid scores with a bias, of the best groups by their two best. Raises ModelError."""
     routing = read_routing(fields, ("n_routed_experts", "num_local_experts"), default_experts=default_experts,
                            default_top_k=default_top_k, normalise=fields.flag("norm_topk_prob", True))
+    return replace(read_groups(fields, routing, 2), scoring="sigmoid",
+                   scale=fields.number("routed_scaling_factor", 1.0, 1e-9))
+
+
+def read_groups(fields: Fields, routing: Routing, best: int = 1) -> Routing:
+    """best: how many of a group's scores count. Raises ModelError."""
     groups, top = fields.integer("n_group", 1), fields.integer("topk_group", 1)
     size, odd = divmod(routing.num_experts, groups)
-    if odd or size < 2 or top > groups or top * size < routing.top_k:
+    if odd or size < best or top > groups or top * size < routing.top_k:
         raise ModelError(f"config.json: {routing.top_k} of {routing.num_experts} experts cannot be chosen from "
                          f"topk_group {top} of n_group {groups}")
-    return replace(routing, scoring="sigmoid", scale=fields.number("routed_scaling_factor", 1.0, 1e-9), groups=groups,
-                   top_groups=top, group_best=2)
+    return replace(routing, groups=groups, top_groups=top, group_best=best)
 
 
 def sparse_layers(fields: Fields, num_layers: int) -> list[bool]:

@@ -156,6 +156,13 @@ def _mscale(factor: float, scale: float = 1.0) -> float:
     return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
 
 
+def read_mscale(fields: Fields, rope: RopeConfig) -> float:
+    """What DeepSeek multiplies queries and keys by where rope is scaled."""
+    given = _mapping(fields.data.get("rope_scaling") or fields.data.get("rope_parameters"), fields.where)
+    scale = Fields(given, f"{fields.where}: rope_parameters").number("mscale_all_dim", 0.0)
+    return _mscale(rope.factor, scale) if scale and rope.rope_type != "default" else 1.0
+
+
 def rope_tables(rope: RopeConfig, max_positions: int) -> tuple[Float32Array, Float32Array]:
     """cos and sin of every position, each float32 [max_positions, dim / 2]. Angles are rounded to float32 as in
     transformers, which large positions feel."""

@@ -59,7 +59,7 @@ def by_heads(block: Block, x: torch.Tensor) -> torch.Tensor:
     """x [heads · D] as [KV heads, query heads that share one, D]."""
     attention = block.spec.attention
     assert isinstance(attention, Attention)
-    return x.reshape(attention.num_kv_heads, -1, attention.head_dim)
+    return x.reshape(attention.num_kv_heads, -1, attention.value_size // attention.num_kv_heads)
 
 
 def per_row(block: Block, edge: Edge, scale: torch.Tensor) -> torch.Tensor:

@@ -120,6 +120,28 @@ def test_softcap_matches_double_precision(cap: float, isa: str) -> None:
     np.testing.assert_allclose(run(program, CpuBackend(1, isa), step), expected, rtol=4e-7, atol=0)
 
 
+@pytest.mark.parametrize("isa", [*ISAS, "reference"])
+@pytest.mark.parametrize("index", [[3], range(9), [8, 8, -1, 0, 1, 2, -1, -1, 5, 6], np.arange(400) % 9])
+def test_columns_come_from_where_the_index_says(index: Any, isa: str) -> None:
+    x = np.random.default_rng(0).standard_normal((30, 9)).astype(np.float32)
+    index = np.asarray(index, np.int32)
+
+    def program(backend: Any) -> Callable[[Any], Any]:
+        left, right = (backend.prepare(Embedding(np.ascontiguousarray(part))) for part in (x[:, :4], x[:, 4:]))
+        return lambda ops: ops.select_rows(ops.columns((ops.embed(left), ops.embed(right)), index))
+
+    backend = ReferenceBackend() if isa == "reference" else CpuBackend(1, isa)
+    got = run(program, backend, StepInput.whole([range(30)]))
+    np.testing.assert_array_equal(got, np.where(index < 0, 0, x[:, index]))
+
+
+@pytest.mark.parametrize("index", [[9], [-2], []])
+def test_columns_that_are_not_there_are_refused(index: list[int]) -> None:
+    program, step = of_rows(np.zeros((2, 9), np.float32), lambda ops, x: ops.columns((x,), np.array(index, np.int32)))
+    with pytest.raises(ValueError, match="columns: there"):
+        run(program, CpuBackend(1), step)
+
+
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("scale", [None, 0.02])
 @pytest.mark.parametrize("bits", [4, 8])

@@ -153,8 +153,30 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5,
                             "mrope_section": [2, 1, 1]}}),
 }
+FAMILIES |= {
+    "deepseek-v2": ("deepseek_v2", {
+        **PLAIN, "q_lora_rank": None, "kv_lora_rank": 40, "qk_rope_head_dim": 8, "qk_nope_head_dim": 12,
+        "v_head_dim": 16, "n_routed_experts": 12, "num_experts_per_tok": 3, "topk_method": "group_limited_greedy",
+        "n_group": 4, "topk_group": 2, "n_shared_experts": 2, "moe_intermediate_size": 32, "routed_scaling_factor": 1.7,
+        "first_k_dense_replace": 1, "rope_parameters": {
+            "rope_type": "yarn", "rope_theta": 1e3, "factor": 4.0, "mscale": 0.7, "mscale_all_dim": 0.9,
+            "original_max_position_embeddings": 32}}),
+    "deepseek-v3": ("deepseek_v3", {
+        **PLAIN, "num_key_value_heads": 6, "q_lora_rank": 48, "kv_lora_rank": 40, "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 12, "v_head_dim": 20, "n_routed_experts": 12, "num_experts_per_tok": 3, "n_group": 4,
+        "topk_group": 2, "n_shared_experts": 1, "moe_intermediate_size": 32, "attention_bias": True,
+        "first_k_dense_replace": 1, "rope_parameters": {
+            "rope_type": "yarn", "rope_theta": 1e3, "factor": 4.0, "mscale": 1.0, "mscale_all_dim": 1.0,
+            "original_max_position_embeddings": 32}}),
+    "glm4-moe-lite": ("glm4_moe_lite", {
+        **PLAIN, "num_key_value_heads": 6, "q_lora_rank": 48, "kv_lora_rank": 40, "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 12, "v_head_dim": 20, "n_routed_experts": 6, "num_experts_per_tok": 2,
+        "n_shared_experts": 1, "moe_intermediate_size": 32, "rope_interleave": False,
+        "mlp_layer_types": ["sparse", "dense", "sparse"]}),
+}
 STACKED = ("granite-moe", "gpt-oss")  # with all experts in one tensor, which is all that transformers reads
-MIXTURES = ("qwen3-moe", "qwen3-moe-window", "qwen2-moe", "mixtral", "olmoe", "glm4-moe", *STACKED)  # of experts
+MIXTURES = ("qwen3-moe", "qwen3-moe-window", "qwen2-moe", "mixtral", "olmoe", "glm4-moe", "deepseek-v2",
+            "deepseek-v3", "glm4-moe-lite", *STACKED)  # of experts
 
 
 def save_random(name: str, path: Path, seed: int = 0, shard: str = "5GB", **changes: Any) -> PreTrainedModel:

@@ -32,7 +32,8 @@ ROTATED = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3F
            "ArceeForCausalLM", "Lfm2ForCausalLM", "Qwen3_5ForCausalLM",
            "HeliumForCausalLM", "Ernie4_5ForCausalLM", "HunYuanDenseV1ForCausalLM", "GemmaForCausalLM"}
 MIXTURES = {"MixtralForCausalLM", "Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM", "OlmoeForCausalLM",
-            "Glm4MoeForCausalLM", "GraniteMoeForCausalLM", "GptOssForCausalLM"}
+            "Glm4MoeForCausalLM", "GraniteMoeForCausalLM", "GptOssForCausalLM", "DeepseekV2ForCausalLM",
+            "DeepseekV3ForCausalLM", "Glm4MoeLiteForCausalLM"}
 BEHIND = {"Olmo2ForCausalLM", "Olmo3ForCausalLM", "Exaone4ForCausalLM"}  # norms behind the linears alone
 GATED = ROTATED - {"ArceeForCausalLM", "Lfm2ForCausalLM"} | BEHIND | {
     "Gemma2ForCausalLM", "Gemma3ForCausalLM", "StableLmForCausalLM", "Glm4ForCausalLM", "CohereForCausalLM",
@@ -67,6 +68,7 @@ SHALLOW: dict[str, dict[str, Any]] = {  # their softmax is sharp: what float32 r
     "phi4-mini": {"num_hidden_layers": 2},  # the logits
     "nemotron": {"num_hidden_layers": 1},
     "gpt-oss": {"num_hidden_layers": 2},
+    "deepseek-v2": {"num_hidden_layers": 2},
     "gpt-bigcode-heads": {"n_layer": 1},
     "gpt-neo": {"num_layers": 2, "attention_types": [[["global", "local"], 1]]},
 }

@@ -469,6 +469,7 @@ NB_MODULE(_native, m) {
           "sharing"_a.none() = nb::none())
       .def("embed", &Program::embed, "table"_a)
       .def("embed_positions", &Program::embed_positions, "table"_a)
+      .def("columns", &Program::columns, "xs"_a, "index"_a)
       .def("norm", &Program::norm, "x"_a, "norm"_a, "act"_a.none())
       .def("quantize", &Program::quantize, "x"_a, "act"_a.none())
       .def("linear", &Program::linear, "x"_a, "linear"_a, "residual"_a.none())

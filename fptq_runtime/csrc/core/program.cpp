@@ -254,6 +254,49 @@ int Program::gather(std::shared_ptr<const EmbeddingParameter> table, const int32
   return out;
 }
 
+// Columns that follow one another are copied together.
+int Program::columns(const std::vector<int>& xs, const std::vector<int32_t>& index) {
+  struct Run {
+    int from;  // of xs; -1: zeros
+    size_t column, to, count;
+  };
+  if (xs.empty() || index.empty() || index.size() > kMaxCount) refuse("columns: there must be some");
+  const bool selected = value(xs.front(), "columns").selected;
+  for (int x : xs)
+    if (float_value(x, value(x, "columns").width, "columns").selected != selected)
+      refuse("columns: its inputs have different rows");
+  std::vector<Run> runs;
+  for (size_t to = 0; to < index.size(); ++to) {
+    int from = -1;
+    long column = index[to];
+    if (column >= 0)
+      for (from = 0; from < static_cast<int>(xs.size()) && column >= values_[xs[from]].width; ++from)
+        column -= values_[xs[from]].width;
+    if (column < -1 || from == static_cast<int>(xs.size())) refuse("columns: there is no column ", index[to]);
+    Run* last = runs.empty() ? nullptr : &runs.back();
+    if (last && last->from == from && (from < 0 || last->column + last->count == static_cast<size_t>(column)))
+      ++last->count;
+    else runs.push_back({from, static_cast<size_t>(std::max(column, 0L)), to, 1});
+  }
+  const int width = static_cast<int>(index.size());
+  const int out = define("columns", width, selected, {}, xs);
+  record([=, this_ = this](const StepView& step) {
+    this_->each_row(out, step, [&](int row, int) {
+      float* y = this_->floats(out, step) + static_cast<size_t>(row) * width;
+      for (const Run& run : runs) {
+        if (run.from < 0) {
+          std::memset(y + run.to, 0, run.count * sizeof(float));
+          continue;
+        }
+        const size_t stride = this_->values_[xs[run.from]].width;
+        std::memcpy(y + run.to, this_->floats(xs[run.from], step) + row * stride + run.column,
+                    run.count * sizeof(float));
+      }
+    });
+  });
+  return out;
+}
+
 int Program::norm(int x, std::shared_ptr<const NormParameter> norm, Act act) {
   const NormView view = norm->view();
   const bool selected = float_value(x, view.n, "norm").selected;

@@ -122,6 +122,7 @@ class Program {
 
   int embed(std::shared_ptr<const EmbeddingParameter> table);
   int embed_positions(std::shared_ptr<const EmbeddingParameter> table);
+  int columns(const std::vector<int>& xs, const std::vector<int32_t>& index);
   int norm(int x, std::shared_ptr<const NormParameter> norm, Act act);
   int quantize(int x, Act act);
   int linear(int x, std::shared_ptr<const LinearParameter> linear, std::optional<int> residual);

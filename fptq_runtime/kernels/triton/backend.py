@@ -27,6 +27,7 @@ from fptq_runtime.kernels.base import (
     DeviceLostError,
     Embedding,
     GatedDelta,
+    Int32Array,
     Linear,
     LowRank,
     Norm,
@@ -310,6 +311,11 @@ class TritonOps:
     def embed_positions(self, table: torch.Tensor) -> Value:
         return fused.embed(self._batch.positions, table)
 
+    def columns(self, xs: Sequence[Value], index: Int32Array) -> Value:
+        where = torch.from_numpy(index).long().to(_float(xs[0]).device)
+        picked = torch.cat([_float(x) for x in xs], -1).index_select(1, where.clamp_min(0))
+        return picked.masked_fill(where < 0, 0.0)
+
     def norm(self, x: Value, norm: DeviceNorm, act: ActivationQuant | None) -> Value:
         assert not isinstance(x, Quantized)
         return fused.norm(x, norm.weight, norm.bias, norm.eps, norm.kind, act)
@@ -496,6 +502,8 @@ class _Survey:
     def embed(self, table: Any) -> None: ...
 
     def embed_positions(self, table: Any) -> None: ...
+
+    def columns(self, xs: Any, index: Int32Array) -> None: ...
 
     def norm(self, x: None, norm: Any, act: Any) -> None: ...
 

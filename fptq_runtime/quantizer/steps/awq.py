@@ -42,7 +42,7 @@ class Awq(Step):
         attention = work.block.spec.attention
         if attention is None or all(edge.writer != target.name or edge.through != "attention" for edge in edges):
             return None
-        return attention.kv_size
+        return attention.value_size
 
     def _scale(self, work: BlockWork, target: Target) -> torch.Tensor:
         """What to divide the input by. [K]"""

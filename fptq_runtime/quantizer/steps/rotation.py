@@ -67,11 +67,12 @@ class Rotation(Step):
         if block.spec is model.head:
             gains = to_numpy(block.norms["norm"].weight.float())
             block.readout = Readout(gains, to_numpy(residual.signs), to_numpy(residual.odd))
+        inner = {norm.name for norm in block.spec.norms if norm.inner}
         for edge in block.spec.edges:
-            if edge.through is None:
+            if edge.through is None and edge.writer not in inner:
                 _rotate_readers(block.norms[edge.writer], [block.linears[name] for name in edge.readers], residual)
             elif edge.through == "attention" and self.heads and not _gated(block):
-                _rotate_values(block, edge, RandomHadamard(model.config.head_dim, self.seed + 1))
+                _rotate_values(block, edge, self.seed + 1)
         for name in block.spec.residual:
             writer = block.linears[name]
             by_expert = writer.weight.unflatten(0, (writer.experts, -1)).transpose(1, 2)
@@ -118,11 +119,12 @@ def _rotate_readers(norm: Norm, readers: Sequence[Linear], residual: RandomHadam
     norm.weight = torch.ones_like(norm.weight)
 
 
-def _rotate_values(block: Block, edge: Edge, rotation: RandomHadamard) -> None:
+def _rotate_values(block: Block, edge: Edge, seed: int) -> None:
     """The v rows end q | k | v; o reads the heads' values side by side."""
     attention = block.spec.attention
     assert attention is not None
-    values, dim = attention.kv_size, attention.head_dim
+    values, dim = attention.value_size, attention.value_size // attention.num_kv_heads
+    rotation = RandomHadamard(dim, seed)
     qkv, o = block.linears[edge.writer], block.linears[edge.readers[0]]
     rows = qkv.weight[-values:].reshape(attention.num_kv_heads, dim, -1)
     rotated = rotation(rows.transpose(1, 2)).transpose(1, 2).reshape(values, -1)
