@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -35,11 +36,14 @@ def test_it_serves(fptq: Fptq, without_torch: Mapping[str, str], demo_artifact: 
 
 @pytest.mark.parametrize("line", [
     "inspect ARTIFACT", "verify ARTIFACT", "config ARTIFACT", "generate ARTIFACT Once --max-tokens 4 --json",
-    "bench ARTIFACT --phase decode --batch 1 --context 32 --steps 2 --seconds 0",
+    "bench ARTIFACT --phase decode --batch 1 --context 32 --steps 2 --seconds 0", "batch ARTIFACT in.jsonl out.jsonl",
 ])
 def test_a_command_that_reads_an_artifact_works(fptq: Fptq, without_torch: Mapping[str, str], demo_artifact: Path,
-                                                line: str) -> None:
-    result = fptq(*line.replace("ARTIFACT", str(demo_artifact)).split(), env=without_torch)
+                                                tmp_path: Path, line: str) -> None:
+    body = {"prompt": "Once", "max_tokens": 4}
+    request = {"custom_id": "1", "method": "POST", "url": "/v1/completions", "body": body}
+    (tmp_path / "in.jsonl").write_text(json.dumps(request))
+    result = fptq(*line.replace("ARTIFACT", str(demo_artifact)).split(), env=without_torch, cwd=tmp_path)
     assert result.code == 0, result.stderr
 
 
