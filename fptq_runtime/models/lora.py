@@ -8,16 +8,18 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fptq_runtime.artifact.files import is_there
-from fptq_runtime.artifact.io import Manifest, hash_file
 from fptq_runtime.errors import FptqError
 from fptq_runtime.kernels.base import Array, LowRank
 from fptq_runtime.models.block import BlockSpec, LinearSpec, Model
 from fptq_runtime.models.tensors import Tensors, read_json
+
+if TYPE_CHECKING:  # pydantic is not where gpu-check runs
+    from fptq_runtime.artifact.io import Manifest
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 MAX_RANK = 512
@@ -82,6 +84,8 @@ def read_lora(path: Path, model: Model) -> LoRA:
                 parts[part.name, linear.name] = made
     if modules:
         raise AdapterError(f"{path}: {min(modules)} is no linear layer that an adapter can be applied to in this model")
+    from fptq_runtime.artifact.io import hash_file
+
     digest = blake2b(f"{hash_file(path / CONFIG)} {hash_file(path / WEIGHTS)}".encode(), digest_size=16).digest()
     return LoRA(digest, parts)
 
