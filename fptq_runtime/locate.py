@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 DEMO = "demo"
 DEMO_MODEL = Path(__file__).parent / "demo"
 DEMO_ARTIFACT = Path(__file__).parent / "demo-w4a8"  # in the wheels that `make wheels` and a release build
+HASHED_WHOLE = 64 << 20  # bytes of a file
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
 
 
@@ -94,14 +95,15 @@ def did_you_mean(path: Path, *others: str, files: str | None = None) -> str:
 
 def quantized(model: Path, recipe: str, name: str) -> Path:
     """The artifact of a float model by a preset or a YAML file, kept in the user's cache under `name`. Keyed by
-    version, model, recipe and the quantizer's own code; one process makes it while others wait. Where there is no home
-    to keep it in, it lives as long as this process."""
+    version, model, recipe and the quantizer's own code; of the model's large files by size, mtime and beginning, so
+    that a start does not read them: weights that change and keep all three are not noticed. One process makes it
+    while others wait. Where there is no home to keep it in, it lives as long as this process."""
     from fptq_runtime.artifact.io import ArtifactError, cache_directory, check_writable, hash_file, is_artifact
 
     key = hashlib.sha256()
     files = [file for file in sorted(model.iterdir()) if file.is_file()]
     for file in (*files, *sorted(Path(__file__).parent.glob("quantizer/**/*.py"))):
-        key.update(hash_file(file).encode())
+        key.update(_identity(file).encode())
     key.update((hash_file(Path(recipe)) if Path(recipe).is_file() else recipe).encode())
     name = f"{name}-{__version__}-{key.hexdigest()[:12]}"
     cache = cache_directory()
@@ -126,3 +128,14 @@ def quantized(model: Path, recipe: str, name: str) -> Path:
             logger.warning("quantizing %s into %s, once", model, out)
             quantize(model, out, recipe, progress=True)
     return out
+
+
+def _identity(file: Path) -> str:
+    """Of its bytes: all of a small file; of a large one the beginning, which in weights names every tensor."""
+    from fptq_runtime.artifact.io import hash_file
+
+    status = file.stat()
+    if status.st_size <= HASHED_WHOLE:
+        return hash_file(file)
+    with file.open("rb") as opened:
+        return f"{status.st_size} {status.st_mtime_ns} {hashlib.sha256(opened.read(1 << 20)).hexdigest()}"

@@ -185,6 +185,24 @@ def test_find_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         locate.find_model("demo", "main")
 
 
+def test_a_models_identity_reads_no_large_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(locate, "HASHED_WHOLE", 1000)
+    small, large = tmp_path / "config.json", tmp_path / "model.safetensors"
+    small.write_bytes(b"a" * 1000)
+    large.write_bytes(b"a" * (3 << 20))
+    before = locate._identity(small), locate._identity(large)
+    for file in (small, large):
+        status = file.stat()
+        with file.open("r+b") as opened:
+            opened.seek(-1, 2)
+            opened.write(b"b")
+        os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert locate._identity(small) != before[0]
+    assert locate._identity(large) == before[1], "as said in the docs"
+    large.touch()
+    assert locate._identity(large) != before[1]
+
+
 Served = list[tuple[Any, dict[str, Any]]]
 
 

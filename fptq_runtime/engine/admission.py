@@ -25,19 +25,23 @@ class Work(NamedTuple):
 
 class Forecast:
     """A step costs some seconds, and more for each token: fitted to the steps of late. Answers end by themselves as
-    they did of late; those that were cut by max_tokens would have gone on."""
+    they did of late; those that were cut by max_tokens would have gone on. In a step each of them gains as many tokens,
+    with as many guesses, as they did of late."""
 
     def __init__(self, max_tokens: int) -> None:
         """max_tokens: of a step."""
         self._max_tokens = max_tokens
-        self._sums = [0.0] * 5  # of 1, x, y, x², xy: tokens and seconds of steps
+        # Of 1, x, y, x², xy: tokens and seconds of steps; of draws, and what they gained and guessed.
+        self._sums = [0.0] * 8
         self._ended: deque[float] = deque(maxlen=MEMORY_ANSWERS)  # tokens; infinity where an answer was cut
         self._lengths: list[float] = []  # the same, in order
         self._totals = [0.0]  # of the lengths before each
 
-    def observe_step(self, tokens: int, seconds: float) -> None:
+    def observe_step(self, tokens: int, seconds: float, draws: int = 0, gained: int = 0, guessed: int = 0) -> None:
+        """tokens: rows of the step. draws: sequences of which it drew a next token; gained: tokens that these got;
+        guessed: rows that tried what follows them."""
         decay = math.exp(-seconds / MEMORY_SECONDS)
-        seen = (1, tokens, seconds, tokens * tokens, tokens * seconds)
+        seen = (1, tokens, seconds, tokens * tokens, tokens * seconds, draws, gained, guessed)
         self._sums = [old * decay + new for old, new in zip(self._sums, seen, strict=True)]
 
     def observe_answer(self, tokens: int, cut: bool) -> None:
@@ -67,19 +71,31 @@ class Forecast:
             tokens += work.prompt
         steps = max(free[0], tokens / max(1, self._max_tokens - slots))
         each_step, each_token = self._cost()
-        begins = steps * each_step + (tokens + steps * min(slots, self._max_tokens)) * each_token
+        begins = steps * each_step + (tokens + steps * min(slots * self._rows, self._max_tokens)) * each_token
         return begins, self._steps(prompt) * each_step + prompt * each_token
 
     def _held(self, work: Work) -> float:
         """Steps that a sequence keeps its slot; the last one of its prompt gives its first token."""
-        return self._steps(work.prompt) + max(self.output(work), 1.0) - 1
+        return self._steps(work.prompt) + max(self.output(work) / self._pace, 1.0) - 1
+
+    @property
+    def _pace(self) -> float:
+        """Tokens that a sequence gains in a step."""
+        draws, gained = self._sums[5:7]
+        return max(1.0, gained / draws) if draws else 1.0
+
+    @property
+    def _rows(self) -> float:
+        """Of a sequence in a step: its last token, and guesses."""
+        draws, _, guessed = self._sums[5:]
+        return 1 + (guessed / draws if draws else 0.0)
 
     def _steps(self, prompt: int) -> int:
         return -(-prompt // self._max_tokens)
 
     def _cost(self) -> tuple[float, float]:
         """Seconds of a step, and of each of its tokens."""
-        n, x, y, xx, xy = self._sums
+        n, x, y, xx, xy = self._sums[:5]
         if n == 0:
             return 0.0, 0.0
         spread = n * xx - x * x

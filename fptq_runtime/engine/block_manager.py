@@ -6,13 +6,29 @@ given out last, least recently used first. Only full blocks are ever shared, so 
 
 from __future__ import annotations
 
+import time
 from array import array
 from collections import OrderedDict
 from collections.abc import Iterable
+from concurrent.futures import Future, wait
+from dataclasses import dataclass
 from hashlib import blake2b
 
 from fptq_runtime.engine.block_store import BlockStore
-from fptq_runtime.engine.sequence import Sequence
+from fptq_runtime.engine.sequence import Sequence, SequenceStatus
+
+LOAD_SECONDS = 2.0  # that a prompt waits for the store; then it is computed
+
+
+@dataclass
+class _Load:
+    """What is being read of a sequence's prefix, into blocks that are neither free nor anyone's."""
+
+    sequence: Sequence
+    digests: list[bytes]
+    blocks: list[int]
+    reads: list[Future[bool]]
+    deadline: float
 
 
 class BlockManager:
@@ -27,6 +43,7 @@ class BlockManager:
         self._ref_counts = [0] * num_blocks
         self._blank = list(range(num_blocks - 1, -1, -1))  # free, nothing worth keeping; a stack
         self._evictable: OrderedDict[int, None] = OrderedDict()  # free but cached, the oldest first
+        self._loads: list[_Load] = []
         self._block_of: dict[bytes, int] = {}
         self._hash_of: dict[int, bytes] = {}
 
@@ -38,6 +55,15 @@ class BlockManager:
     def usage(self) -> float:
         """Share of the blocks that sequences hold."""
         return 1 - self.num_free_blocks / self.num_blocks
+
+    @property
+    def num_loading_blocks(self) -> int:
+        return sum(len(load.blocks) for load in self._loads)
+
+    @property
+    def can_restore(self) -> bool:
+        """There is a store, and it answers."""
+        return self._store is not None and all(time.monotonic() < load.deadline for load in self._loads)
 
     def blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
@@ -87,27 +113,47 @@ class BlockManager:
                 if self._store is not None:
                     self._store.save(digest, block)
 
-    def restore(self, sequence: Sequence) -> int:
-        """Bring into the cache what the store has of a sequence's prefix. Returns how many tokens."""
-        if self._store is None:
-            return 0
+    def restore(self, sequence: Sequence) -> None:
+        """Begin to bring into the cache what the store has of a sequence's prefix; steps go on meanwhile. By the load's
+        end the sequence has its num_restored_tokens."""
+        assert self._store is not None
+        loading = {digest for load in self._loads for digest in load.digests}
         digests: list[bytes] = []
         for index in range((sequence.num_tokens - 1) // self.block_size):
             digest = self._block_hash(sequence, index)
             if (block := self._block_of.get(digest)) is None:
-                if len(digests) == self.num_free_blocks or not self._store.has(digest):
+                if len(digests) == self.num_free_blocks or digest in loading or not self._store.has(digest):
                     break
                 digests.append(digest)
             elif block in self._evictable:
                 self._evictable.move_to_end(block)
         held = sum(block in self._evictable for block in self.find_prefix(sequence))
-        blocks = [self._take() for _ in range(min(len(digests), self.num_free_blocks - held))]
-        loaded = self._store.load(digests[: len(blocks)], blocks) if blocks else 0
-        for digest, block in zip(digests, blocks[:loaded], strict=False):
-            self._cache(digest, block)
-            self._evictable[block] = None
-        self._blank += blocks[loaded:]
-        return loaded * self.block_size
+        del digests[max(0, self.num_free_blocks - held) :]
+        blocks = [self._take() for _ in digests]
+        reads = [self._store.load(digest, block) for digest, block in zip(digests, blocks, strict=True)]
+        self._loads.append(_Load(sequence, digests, blocks, reads, time.monotonic() + LOAD_SECONDS))
+        self.end_loads()
+
+    def is_restoring(self, sequence: Sequence) -> bool:
+        return any(load.sequence is sequence and time.monotonic() < load.deadline for load in self._loads)
+
+    def end_loads(self, timeout: float = 0.0) -> None:
+        """Offer for sharing what has been loaded. timeout: seconds to wait for what the oldest load lacks."""
+        if timeout and self._loads:
+            wait(self._loads[0].reads, timeout)
+        for load in [load for load in self._loads if all(read.done() for read in load.reads)]:
+            self._loads.remove(load)
+            whole = [read.result() for read in load.reads]
+            loaded = whole.index(False) if False in whole else len(whole)
+            if load.sequence.status is SequenceStatus.WAITING:
+                load.sequence.num_restored_tokens = loaded * self.block_size
+            for digest, block in zip(load.digests[:loaded], load.blocks, strict=False):
+                if digest in self._block_of:
+                    self._blank.append(block)
+                else:
+                    self._cache(digest, block)
+                    self._evictable[block] = None
+            self._blank += load.blocks[loaded:]
 
     def free(self, sequence: Sequence) -> None:
         """Give back a sequence's blocks. Its last ones are the first to be evicted: a prefix is shared more often."""
@@ -128,7 +174,8 @@ class BlockManager:
             for block in sequence.block_table:
                 counts[block] += 1
         assert counts == self._ref_counts, "reference counts differ from the block tables"
-        free = [*self._blank, *self._evictable]
+        loading = [block for load in self._loads for block in load.blocks]
+        free = [*self._blank, *self._evictable, *loading]
         assert len(free) == len(set(free)), "a block is free twice"
         assert set(free) == {block for block, count in enumerate(counts) if count == 0}, "free and used blocks overlap"
         assert self._block_of == {digest: block for block, digest in self._hash_of.items()}, "the cache maps differ"

@@ -12,8 +12,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,8 +52,8 @@ class BlockStore(Protocol):
         """Take a copy of a block of the cache."""
         ...
 
-    def load(self, digests: Sequence[bytes], blocks: Sequence[int]) -> int:
-        """Fill blocks of the cache: how many, from the first on, before one cannot be had."""
+    def load(self, digest: bytes, block: int) -> Future[bool]:
+        """Fill a block of the cache: whether it could be had."""
         ...
 
 
@@ -103,9 +102,8 @@ class DiskStore:
             self._pending += self._file_bytes
         self._writer.submit(self._write, path, self._blocks[block].tobytes())
 
-    def load(self, digests: Sequence[bytes], blocks: Sequence[int]) -> int:
-        whole = list(self._readers.map(self._read, digests, blocks))
-        return whole.index(False) if False in whole else len(whole)
+    def load(self, digest: bytes, block: int) -> Future[bool]:
+        return self._readers.submit(self._read, digest, block)
 
     def flush(self) -> None:
         """Wait until what was saved is on disk."""
@@ -145,7 +143,7 @@ class DiskStore:
                 self._pending -= self._file_bytes
 
     def _read(self, digest: bytes, block: int) -> bool:
-        """A block that is not whole is written over, or never read."""
+        """False where a file is not whole; whatever its block then holds is never read."""
         path, target = self._path(digest), self._blocks[block].data
         try:
             with path.open("rb", buffering=0) as file:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections import Counter, abc
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import islice
 from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
@@ -50,7 +50,10 @@ T = TypeVar("T", bound=Detokenizer)
 
 RETRY_AFTER_SECONDS = (1.0, 600.0)
 ANSWERED = (FinishReason.STOP, FinishReason.LENGTH)
-MARGIN = 1.05  # what is accepted at the very limit is to begin in time too
+STORE_SECONDS = 0.05  # that a step waits for blocks which are being read, where nothing else can be done
+SLOTS_STEPS = 20  # over which is averaged how many sequences a cache holds that is full
+MARGIN = 1.05  # what is accepted at the very limit is to begin in time too; more by this, over the root of how many
+SPREAD = 0.5  # answers are waited for: of few the lengths do not even out
 
 
 class RequestError(FptqError):
@@ -104,12 +107,14 @@ class _Draws:
 @dataclass(frozen=True)
 class _Gain:
     """What a step drew for one sequence, if anything: the tokens of its draft that are right, and one more. logprobs:
-    of each, where they are asked for. end: why it ends with the last whatever its text says, and the stop id."""
+    of each, where they are asked for. end: why it ends with the last whatever its text says, and the stop id.
+    predicted: the draft's tokens, where the request's prediction gave them."""
 
     sequence: Sequence
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprobs, ...] = ()
     end: tuple[FinishReason, int | None] | None = None
+    predicted: int = 0
 
 
 @dataclass
@@ -118,6 +123,7 @@ class _Step:
 
     outputs: list[RequestOutput] = field(default_factory=list)
     drafts: list[tuple[Draft, int]] = field(default_factory=list)  # and how many tokens of each were right
+    gained: list[int] = field(default_factory=list)  # tokens of each sequence that drew any
     stats: StepStats = field(default_factory=StepStats)
 
 
@@ -152,7 +158,6 @@ class Engine(Generic[T]):
         limits = step_limits(decoder.config, config, token_bytes)
         self._limits = limits
         self.num_blocks = limits.num_blocks
-        self._speculator = Speculator(self._eos_token_ids) if config.speculation else None
         self.adapters = adapters
         self._executor = backend.compile(self._decoder, limits)
         self._draft_model = None if draft is None or not config.speculation else DraftModel(draft, backend, limits)
@@ -165,10 +170,13 @@ class Engine(Generic[T]):
         )
         self.grammars = Grammars(tokenizer.to_json, decoder.config.vocab_size, self._eos_token_ids)
         self._mask_worker = ThreadPoolExecutor(1, "fptq-masks")
+        self._awaits_store = False  # the last step had nothing to do before blocks are read
         self._launched: _Batch | None = None  # between steps, with an asynchronous backend
         self._live: dict[tuple[str, int], Sequence] = {}
-        self._forecast = Forecast(limits.max_tokens)
+        self._max_tokens = limits.max_tokens
+        self._held_slots = 0.0  # sequences that run at once, of late
         self._ended: float | None = None  # when the last step did, if there was work left
+        self.forget_pace()
         # Shared between threads, under the lock.
         self._lock = threading.Lock()
         self._inbox: list[Sequence] = []
@@ -178,6 +186,12 @@ class Engine(Generic[T]):
         self._tenants: Counter[str] = Counter()  # unfinished sequences of each
         self._running: list[Work] = []  # after the last step, and
         self._waiting: list[_Waiting] = []  # what waits, also since then
+
+    def forget_pace(self) -> None:
+        """Unlearn what steps cost and how answers went, where those before were not like those to come."""
+        self._forecast = Forecast(self._max_tokens)
+        self._speculator = Speculator(self._eos_token_ids) if self.config.speculation else None
+        self._ended = None
 
     @property
     def executor(self) -> Executor:
@@ -257,7 +271,8 @@ class Engine(Generic[T]):
         ahead = [each.work for each in self._waiting if each.turn <= turn]
         begins, first_token = self._forecast.wait(self._running, ahead, self._slots, work.prompt)
         most = min(origin.max_wait, self.config.max_wait)
-        wait = begins * MARGIN + min(first_token, most / 2)
+        margin = MARGIN + SPREAD / math.sqrt(max(1, len(ahead) + len(self._running)))
+        wait = begins * margin + min(first_token, most / 2)
         if (ahead or len(self._running) >= self._slots) and wait > most:
             raise QueueFullError(_bounded(wait - most))
         tokens = sum(each.work.prompt for each in self._waiting)
@@ -273,7 +288,7 @@ class Engine(Generic[T]):
     def _slots(self) -> int:
         """Sequences that run at once: fewer than are allowed where the cache holds no more."""
         scheduler = self._scheduler
-        return max(1, len(self._running)) if scheduler.lacks_blocks else scheduler.max_num_seqs
+        return max(1, int(self._held_slots)) if scheduler.lacks_blocks else scheduler.max_num_seqs
 
     def abort(self, request_id: str) -> None:
         """Finish a request's sequences with FinishReason.ABORT; one that is unknown or finished is left alone."""
@@ -290,6 +305,9 @@ class Engine(Generic[T]):
         text is made and the outputs are delivered. A sequence that its text then ends is dropped from that batch. Masks
         of structured answers are made while the batch is computed.
         """
+        if self._awaits_store:
+            self._scheduler.blocks.end_loads(STORE_SECONDS)
+            self._awaits_store, self._ended = False, None
         started = time.monotonic()
         step = _Step()
         self._receive(step)
@@ -356,15 +374,8 @@ class Engine(Generic[T]):
                             "to be had block by block", "kv_cache_disk")
         return DiskStore(disk, self._executor.blocks)
 
-    def _restore(self) -> None:
-        """Bring back what is on disk of those prompts that this step may begin with."""
-        scheduler = self._scheduler
-        for sequence in islice(scheduler.waiting, max(0, scheduler.max_num_seqs - len(scheduler.running))):
-            if sequence.num_restored_tokens is None and not sequence.needs_all_rows:
-                sequence.num_restored_tokens = scheduler.blocks.restore(sequence)
-
     def _launch(self) -> _Batch:
-        self._restore()
+        self._scheduler.restore()
         plan = self._scheduler.schedule()
         if self._speculator is not None:
             self._speculate(self._speculator, plan)
@@ -372,7 +383,8 @@ class Engine(Generic[T]):
         for sequence in plan.admitted:
             sequence.scheduled_time = now
         if not plan.scheduled:
-            if self._scheduler.running or self._scheduler.waiting:
+            self._awaits_store = self._scheduler.blocks.num_loading_blocks > 0
+            if (self._scheduler.running or self._scheduler.waiting) and not self._awaits_store:
                 raise RuntimeError("sequences are left but none can be scheduled")
             return _Batch(plan, None)
         try:
@@ -553,14 +565,13 @@ class Engine(Generic[T]):
                 except Exception:
                     self._fail(step, item.sequence)
             gains.append(gain)
+            if gain.token_ids:
+                step.gained.append(len(gain.token_ids))
             if item.draft.token_ids:
                 accepted = max(0, len(gain.token_ids) - 1)
                 step.drafts.append((item.draft, accepted))
                 if item.draft.kind == "draft" and self._speculator is not None:
                     self._speculator.judge(item.sequence, len(item.draft.token_ids), accepted)
-                if item.draft.kind == "prediction":
-                    item.sequence.num_accepted_tokens += accepted
-                    item.sequence.num_rejected_tokens += len(item.draft.token_ids) - accepted
         self._scheduler.update(batch.plan, [gain.token_ids for gain in gains])
         gains = [_scored(gain) for gain in gains if gain.sequence.status is not SequenceStatus.FINISHED]
         for gain in gains:
@@ -600,7 +611,8 @@ class Engine(Generic[T]):
             if params.logprobs is not None:
                 logprobs.append(result.logprobs(draw, params.logprobs, params.structured is not None))
             why = self._end(sequence, token_ids[-1], len(token_ids))
-        return _Gain(sequence, tuple(token_ids), tuple(logprobs), why)
+        return _Gain(sequence, tuple(token_ids), tuple(logprobs), why,
+                     len(draft) if item.draft.kind == "prediction" else 0)
 
     def _tell(self, step: _Step, gain: _Gain, now: float) -> None:
         sequence, last = gain.sequence, len(gain.token_ids) - 1
@@ -610,6 +622,10 @@ class Engine(Generic[T]):
             at = now if since is None else since + (now - since) * (place + 1) / len(gain.token_ids)
             self._note_token(step, sequence, at)
             text, reason, stop_reason = self._read(sequence, token_id, gain.end if place == last else None)
+            if gain.predicted and (reason is not None or place == last):
+                accepted = min(place + 1, last)  # what is right beyond a stop string was guessed in vain
+                sequence.num_accepted_tokens += accepted
+                sequence.num_rejected_tokens += gain.predicted - accepted
             self._emit(step, sequence, (token_id,), text, gain.logprobs[place : place + 1], reason, stop_reason)
             if reason is not None:
                 return
@@ -741,13 +757,18 @@ class Engine(Generic[T]):
         if plan.scheduled:  # with what lies between two steps, where there is work
             seconds = seconds if self._ended is None else now - self._ended
             drawing = sum(item.samples for item in plan.scheduled)
-            self._forecast.observe_step(plan.num_tokens, seconds)
+            self._forecast.observe_step(plan.num_tokens, seconds, len(step.gained), sum(step.gained),
+                                        sum(len(draft.token_ids) for draft, _ in step.drafts))
             so_far = 0.0 if self._draft_model is None else self._draft_model.seconds
             drafting, self._drafting = so_far - self._drafting, so_far
             if self._speculator is not None and drawing:
                 stats.drafts = self._speculator.learn(step.drafts, plan.num_tokens, drawing,
                                                       max(0.0, seconds - drafting), drafting)
         self._ended = now if self._unfinished else None
+        if scheduler.lacks_blocks:
+            self._held_slots += (len(scheduler.running) - self._held_slots) / SLOTS_STEPS
+        else:
+            self._held_slots = float(len(scheduler.running))
         running = [self._work(sequence) for sequence in scheduler.running]
         with self._lock:
             self._running = running

@@ -248,6 +248,7 @@ def _warm_up(engine: Engine[Any]) -> None:
         engine.add_request("warm-up", token_ids, params)
         while engine.has_unfinished_requests:
             engine.step()
+    engine.forget_pace()
 
 
 def _sizes(config: EngineConfig) -> Iterator[StepInput]:

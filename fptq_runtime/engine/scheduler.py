@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import abc, deque
 from dataclasses import dataclass, field, replace
+from itertools import islice
 
 from fptq_runtime.engine.block_manager import BlockManager
 from fptq_runtime.engine.request import Origin
@@ -133,6 +134,25 @@ class Scheduler:
             prompt_logits -= item.num_logits if sequence.needs_prompt_logits else 0
         return output
 
+    def restore(self) -> None:
+        """Have read what the store has of those prompts that may be admitted next, as many as the cache has room for:
+        of more, one would be evicted for another."""
+        blocks = self.blocks
+        blocks.end_loads()
+        if not blocks.can_restore or not self.waiting or len(self.running) >= self.max_num_seqs:
+            return
+        room = blocks.num_free_blocks + blocks.num_loading_blocks - self._promised()
+        for sequence in list(islice(self.waiting, self.max_num_seqs - len(self.running))):
+            prefix = blocks.find_prefix(sequence)
+            evictable = blocks.num_free_blocks - blocks.free_blocks_after(prefix)
+            room -= blocks.blocks_for(sequence.num_tokens) - len(prefix) + evictable
+            if room < 0:
+                break
+            room -= 1
+            if sequence.num_restored_tokens is None and not sequence.needs_all_rows \
+                    and not blocks.is_restoring(sequence):
+                blocks.restore(sequence)
+
     def room_for_drafts(self, output: SchedulerOutput) -> int:
         """Rows that the step may have beside those that were scheduled."""
         rows = sum(item.num_logits for item in output.scheduled if not item.pooled)
@@ -189,12 +209,11 @@ class Scheduler:
     def _admit(self, sequence: Sequence, tokens: int, prompt_logits: int) -> ScheduledSequence | None:
         """Give a waiting sequence its first blocks, where the cache has room for all of its tokens and for what every
         running sequence still lacks and one more block: admitted with less it would soon be preempted."""
-        if self._sibling_is_behind(sequence):
+        if self._sibling_is_behind(sequence) or self.blocks.is_restoring(sequence):
             return None
         prefix = [] if sequence.needs_all_rows else self.blocks.find_prefix(sequence)
         missing = self.blocks.blocks_for(sequence.num_tokens) - len(prefix)
-        promised = sum(max(0, self.blocks.blocks_for(r.num_tokens) - len(r.block_table)) + 1 for r in self.running)
-        if missing + promised > self.blocks.free_blocks_after(prefix):
+        if missing + self._promised() > self.blocks.free_blocks_after(prefix):
             self.lacks_blocks = True
             return None
         sequence.num_computed_tokens = len(prefix) * self.blocks.block_size
@@ -209,6 +228,10 @@ class Scheduler:
         sequence.status = SequenceStatus.RUNNING
         sequence.state_slot = self._state_slots.pop()
         return item
+
+    def _promised(self) -> int:
+        """Blocks that running sequences still lack, and one more of each."""
+        return sum(max(0, self.blocks.blocks_for(r.num_tokens) - len(r.block_table)) + 1 for r in self.running)
 
     def _sibling_is_behind(self, sequence: Sequence) -> bool:
         """Another of the same request is computing the very prompt that this one could share."""

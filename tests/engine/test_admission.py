@@ -14,9 +14,14 @@ from hypothesis import strategies as st
 from fptq_runtime.engine.admission import Forecast, Work
 from fptq_runtime.engine.engine import Engine, QueueFullError
 from fptq_runtime.engine.request import Origin, SamplingParams
-from tests.engine.fake import make_engine, solo, tokens
+from tests.engine.fake import logits_after, make_engine, solo, tokens
 
 STEP, TOKEN = 0.02, 0.0005  # seconds of a fake step, and of each token in it
+
+
+def repeating(token_ids: Any) -> Any:
+    """Answers that go round."""
+    return logits_after(token_ids[-1:])
 
 
 @dataclass
@@ -35,8 +40,9 @@ class Clock:
         for module in ("engine", "sequence"):
             monkeypatch.setattr(f"fptq_runtime.engine.{module}.time.monotonic", lambda: self.now)
 
-    def engine(self, **options: Any) -> Engine[Any]:
+    def engine(self, model: Any = logits_after, **options: Any) -> Engine[Any]:
         engine = make_engine(**{"max_num_seqs": 8, "max_num_batched_tokens": 64, "num_blocks": 512} | options)
+        engine.backend.executor.model = model  # type: ignore[attr-defined]
         engine.backend.executor.before = self._tick  # type: ignore[attr-defined]
         return engine
 
@@ -97,6 +103,17 @@ def test_at_overload_what_is_accepted_begins_in_time_and_no_capacity_is_lost(clo
     assert len(late) <= 0.01 * len(load.waits)
     assert load.refused
     assert load.generated >= 0.95 * tokens_per_second * load.seconds
+
+
+@pytest.mark.parametrize("num_blocks", [512, 24])
+def test_guesses_that_are_right_let_more_wait(clock: Clock, num_blocks: int) -> None:
+    """As above, where a step gains several tokens of each answer, also where the cache holds few of them."""
+    engine = clock.engine(repeating, max_wait=4.0, speculation=True, num_blocks=num_blocks)
+    load = clock.send(engine, arrivals(50, 15, 1))
+    late = [wait for wait in load.waits.values() if wait > 4.0]
+    assert len(late) <= 0.02 * len(load.waits)
+    assert load.refused
+    assert sorted(load.waits.values())[len(load.waits) // 2] > 2.0
 
 
 def test_a_burst_that_meets_a_cold_engine(clock: Clock) -> None:

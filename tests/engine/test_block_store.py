@@ -7,6 +7,8 @@ import multiprocessing
 import os
 import random
 import stat
+import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fptq_runtime.engine import block_store
+from fptq_runtime.engine import block_manager, block_store
 from fptq_runtime.engine.block_store import DiskStore, KVDisk
 from fptq_runtime.engine.engine import Engine
 from fptq_runtime.engine.request import Origin, SamplingParams
@@ -136,6 +138,59 @@ def test_company_does_not_matter(tmp_path_factory: pytest.TempPathFactory, seed:
         store_of(engine).flush()
         for name, prompt in sent.items():
             assert gist(events[name, 0]) == gist(solo(prompt, PARAMS, max_model_len=128)[0])
+
+
+def test_others_go_on_while_a_prefix_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, _, answer = ask(engine_on(tmp_path))
+    engine, gate, read = engine_on(tmp_path), threading.Event(), DiskStore._read
+    monkeypatch.setattr(DiskStore, "_read", lambda *args: gate.wait(60) and read(*args))
+    engine.add_request("other", [7] * 9, replace(PARAMS, max_tokens=60))
+    engine.step()
+    engine.add_request("read", PROMPT, PARAMS)
+    during = [output for _ in range(30) for output in engine.step()[0]]
+    engine.check_integrity()
+    assert {output.request_id for output in during} == {"other"}
+    assert len(during) == 30
+    gate.set()
+    got = run(engine)["read", 0]
+    assert (got[0].num_restored_tokens, gist(got)) == (64, answer)
+
+
+@pytest.mark.parametrize("ends", [False, True])
+def test_a_disk_that_does_not_answer_costs_only_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ends: bool
+                                                          ) -> None:
+    _, _, answer = ask(engine_on(tmp_path))
+    engine, gate, read = engine_on(tmp_path), threading.Event(), DiskStore._read
+    monkeypatch.setattr(DiskStore, "_read", lambda *args: gate.wait(60) and read(*args))
+    monkeypatch.setattr(block_manager, "LOAD_SECONDS", 0.2)
+    for name in ("a", "b"):
+        engine.add_request(name, PROMPT, PARAMS)
+    engine.step()
+    if ends:
+        engine.abort("a")
+    while engine.num_running == 0:
+        engine.step()
+        engine.check_integrity()
+    gate.set()
+    events = run(engine)["b", 0]
+    assert gist(events)[1:] == answer[1:]
+    assert not events[-1].num_restored_tokens
+    store_of(engine).flush()
+    engine.step()
+    engine.check_integrity()
+    assert engine._scheduler.blocks.num_loading_blocks == 0
+
+
+def test_no_prefix_is_read_in_the_place_of_another(tmp_path: Path) -> None:
+    """The cache has room for two of the prompts at a time."""
+    prompts = [[first] * 70 for first in range(1, 7)]
+    for prompt in prompts:
+        ask(engine_on(tmp_path), prompt)
+    engine = engine_on(tmp_path, max_model_len=160, num_blocks=15)
+    for i, prompt in enumerate(prompts):
+        engine.add_request(str(i), prompt, PARAMS)
+    events = run(engine)
+    assert [events[str(i), 0][-1].num_restored_tokens for i in range(6)] == [64] * 6
 
 
 def test_the_oldest_make_room(tmp_path: Path) -> None:

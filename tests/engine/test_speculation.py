@@ -26,7 +26,7 @@ from fptq_runtime.engine.speculation import (
     StepCost,
     SuffixIndex,
 )
-from tests.engine.fake import EOS, VOCAB, gist, habitual, logits_after, make_engine, run, spelled, tokens
+from tests.engine.fake import EOS, VOCAB, gist, habitual, logits_after, make_engine, run, spelled, text, tokens
 
 GRAMMARS = [None, None, Grammar.regex("([A-F]{3},){4,9}"), Grammar.regex('(YES, OF COURSE|NO, NEVER|MAYBE){2,6}')]
 
@@ -162,6 +162,25 @@ def test_guesses_of_each_kind_save_steps(kind: str) -> None:
     assert tally.steps < 0.5 * len(tokens(events))
     accepted, drafted = tally.accepted.get("prediction", 0), tally.drafted.get("prediction", 0)
     assert (events[-1].num_accepted_tokens, events[-1].num_rejected_tokens) == (accepted, drafted - accepted)
+
+
+def test_what_is_right_beyond_a_stop_string_was_guessed_in_vain() -> None:
+    engine = engine_of(True, max_model_len=256)
+    params = SamplingParams(max_tokens=100, temperature=0, ignore_eos=True)
+    engine.add_request("first", [1, 2, 3], params)
+    events = run(engine)["first", 0]
+    beyond = 0
+    for at in range(30, 42):
+        stop = text(events)[at : at + 4]
+        tally = Tally(engine)
+        predicted = replace(params, prediction=tuple(tokens(events)), stop=(stop,))
+        engine.add_request(stop, [1, 2, 3], predicted, Origin(stop))
+        last = run(engine)[stop, 0][-1]
+        assert last.stop_reason == stop
+        assert 0 < last.num_accepted_tokens <= last.num_output_tokens
+        assert last.num_accepted_tokens + last.num_rejected_tokens == tally.drafted["prediction"]
+        beyond += tally.accepted["prediction"] - last.num_accepted_tokens
+    assert beyond > 0
 
 
 def test_answers_are_no_guesses_for_other_tenants() -> None:
