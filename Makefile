@@ -1,4 +1,4 @@
-# make serve | test | fuzz | lint | format | stubs | docs | bench | compat | gpu-check | image | wheels | clean      PYTHON, VENV, CXX and TORCH_INDEX may be set on the command line.
+# make serve | test | fuzz | soak | lint | format | stubs | docs | bench | compat | gpu-check | image | wheels | clean      PYTHON, VENV, CXX and TORCH_INDEX may be set on the command line.
 PYTHON ?= python3
 VENV ?= .venv
 ifeq ($(origin CXX),default)
@@ -14,7 +14,7 @@ NATIVE := CMakeLists.txt $(filter fptq_runtime/%,$(CSRC))
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --quiet --quiet
 PIP_INSTALL := $(PIP) install --constraint constraints.txt
 
-.PHONY: install serve test fuzz lint format stubs docs bench compat gpu-check image wheels clean
+.PHONY: install serve test fuzz soak lint format stubs docs bench compat gpu-check image wheels clean
 
 install: $(INSTALLED)
 
@@ -47,6 +47,10 @@ test: $(DEV_INSTALLED)
 fuzz: $(DEV_INSTALLED)
 	FPTQ_FUZZ_SEEDS=$${FPTQ_FUZZ_SEEDS:-8} FPTQ_FUZZ_CASES=$${FPTQ_FUZZ_CASES:-20000} FPTQ_FUZZ_CALLS=$${FPTQ_FUZZ_CALLS:-200000} \
 	FPTQ_FUZZ_FIELDS=$${FPTQ_FUZZ_FIELDS:-1000} $(VENV)/bin/python -m pytest tests/fuzz tests/models/test_config_fields.py
+
+# Half an hour on a machine that does nothing else.
+soak: $(INSTALLED)
+	$(VENV)/bin/python -m benchmarks.soak --write docs/operate.md
 
 lint: $(DEV_INSTALLED)
 	$(VENV)/bin/ruff check .
