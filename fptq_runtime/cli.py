@@ -489,6 +489,8 @@ def _tells_what_is_left(out: Path) -> Iterator[None]:
               help="Past so many prompt tokens in the queue a request is refused with 429.")
 @click.option("--max-wait", type=click.FloatRange(0, min_open=True), default=10.0, show_default=True,
               help="A request that would wait longer for its first token, in seconds, is refused with 429.")
+@click.option("--itl-target", type=click.FloatRange(0, min_open=True), help="Seconds from one token of an answer to "
+              "the next (inter-token latency): a step that would take longer has less of others' prompts.")
 @click.option("--api-key", "api_keys", multiple=True, help="Clients must send it as a bearer token; may be given more "
               "than once.")
 @click.option("--api-keys-file", type=ExistingFile(), help="A key a line, or its hash as NAME=sha256:HEX, with "

@@ -56,6 +56,7 @@ class EngineConfig:
     speculation: whether a step also checks guesses of the tokens to come, where that pays; answers are the same.
     max_loras: adapters that may be loaded at a time; 0: the linears take none.
     max_wait: seconds in which a request is to have its first token; one that would wait longer is refused.
+    itl_target: seconds from one token of an answer to the next: where a step would take longer, it has less of prompts.
     """
 
     max_model_len: int
@@ -70,6 +71,7 @@ class EngineConfig:
     max_waiting_requests: int = 256
     max_waiting_tokens: int = 1 << 20
     max_wait: float = math.inf
+    itl_target: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "kv_cache_memory",
@@ -78,8 +80,9 @@ class EngineConfig:
                 raise FptqError(f"{name} must be at least 1, not {getattr(self, name)}", name)
         if not 0 <= self.max_loras <= MAX_LORAS:
             raise FptqError(f"max_loras must be between 0 and {MAX_LORAS}, not {self.max_loras}", "max_loras")
-        if not self.max_wait > 0:
-            raise FptqError(f"max_wait must be more than 0 seconds, not {self.max_wait}", "max_wait")
+        for name in ("max_wait", "itl_target"):
+            if (seconds := getattr(self, name)) is not None and not seconds > 0:
+                raise FptqError(f"{name} must be more than 0 seconds, not {getattr(self, name)}", name)
         if self.block_size not in (16, 32, 64, 128):
             raise FptqError(f"block_size must be 16, 32, 64 or 128, not {self.block_size}", "block_size")
         if self.kv_cache_dtype not in ("float32", "bf16", "int8"):

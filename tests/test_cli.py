@@ -307,6 +307,7 @@ GIVEN = {  # every option of `fptq serve`: not its default, as a flag's text and
     "backend": ("reference", "reference"), "device": ("cpu", "cpu"), "threads": ("1", 1),
     "max-waiting-requests": ("3", 3), "max-waiting-tokens": ("9", 9), "max-wait": ("2.5", 2.5),
     "draft": ("/", "/"), "lora": ("a=/", "a=/"), "max-loras": ("2", 2), "allow-runtime-lora-updating": (None, True),
+    "itl-target": ("0.05", 0.05),
     "api-key": ("12", "12"), "api-keys-file": (os.devnull,) * 2, "public-metrics": (None, True),
     "no-page": (None, True), "metrics-aliases": ("vllm", "vllm"), "log-format": ("json", "json"),
     "drain-timeout": ("1", 1), "stall-timeout": ("2", 2), "verify-weights": (None, True), "scrub-interval": ("0", 0),

@@ -31,6 +31,7 @@ class Forecast:
     def __init__(self, max_tokens: int) -> None:
         """max_tokens: of a step."""
         self._max_tokens = max_tokens
+        self.budget = max_tokens  # of a step as they are of late
         # Of 1, x, y, x², xy: tokens and seconds of steps; of draws, and what they gained and guessed.
         self._sums = [0.0] * 8
         self._ended: deque[float] = deque(maxlen=MEMORY_ANSWERS)  # tokens; infinity where an answer was cut
@@ -69,10 +70,17 @@ class Forecast:
         for work in ahead:
             heapq.heapreplace(free, free[0] + self._held(work))
             tokens += work.prompt
-        steps = max(free[0], tokens / max(1, self._max_tokens - slots))
+        steps = max(free[0], tokens / max(1, self.budget - slots))
         each_step, each_token = self._cost()
         begins = steps * each_step + (tokens + steps * min(slots * self._rows, self._max_tokens)) * each_token
         return begins, self._steps(prompt) * each_step + prompt * each_token
+
+    def tokens_within(self, seconds: float) -> int:
+        """Of a step that takes so long, as far as is known."""
+        each_step, each_token = self._cost()
+        if not each_token:
+            return self._max_tokens
+        return min(self._max_tokens, max(0, int((seconds - each_step) / each_token)))
 
     def _held(self, work: Work) -> float:
         """Steps that a sequence keeps its slot; the last one of its prompt gives its first token."""
@@ -91,7 +99,7 @@ class Forecast:
         return 1 + (guessed / draws if draws else 0.0)
 
     def _steps(self, prompt: int) -> int:
-        return -(-prompt // self._max_tokens)
+        return -(-prompt // self.budget)
 
     def _cost(self) -> tuple[float, float]:
         """Seconds of a step, and of each of its tokens."""

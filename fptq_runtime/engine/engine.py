@@ -26,7 +26,7 @@ from fptq_runtime.engine.output import Detokenizer, RequestOutput, TextStream, T
 from fptq_runtime.engine.pooling import Pooler
 from fptq_runtime.engine.request import ANYONE, NO_ADAPTER, Adapter, FinishReason, Origin, SamplingParams
 from fptq_runtime.engine.sampler import NO_MASKS, SampleBatch, SampleResult, Sampling
-from fptq_runtime.engine.scheduler import ScheduledSequence, Scheduler, SchedulerOutput
+from fptq_runtime.engine.scheduler import LEAST_PROMPT, ScheduledSequence, Scheduler, SchedulerOutput
 from fptq_runtime.engine.sequence import Sequence, SequenceStatus
 from fptq_runtime.engine.sizing import format_bytes, step_limits
 from fptq_runtime.engine.speculation import Candidate, Draft, Speculator
@@ -52,8 +52,8 @@ RETRY_AFTER_SECONDS = (1.0, 600.0)
 ANSWERED = (FinishReason.STOP, FinishReason.LENGTH)
 STORE_SECONDS = 0.05  # that a step waits for blocks which are being read, where nothing else can be done
 SLOTS_STEPS = 20  # over which is averaged how many sequences a cache holds that is full
-MARGIN = 1.05  # what is accepted at the very limit is to begin in time too; more by this, over the root of how many
-SPREAD = 0.5  # answers are waited for: of few the lengths do not even out
+MARGIN = 1.2  # what is accepted at the very limit is to begin in time on a machine that slows down, too
+SPREAD = 0.5  # more, over the root of how many answers are waited for: of few the lengths do not even out
 
 
 class RequestError(FptqError):
@@ -173,7 +173,6 @@ class Engine(Generic[T]):
         self._awaits_store = False  # the last step had nothing to do before blocks are read
         self._launched: _Batch | None = None  # between steps, with an asynchronous backend
         self._live: dict[tuple[str, int], Sequence] = {}
-        self._max_tokens = limits.max_tokens
         self._held_slots = 0.0  # sequences that run at once, of late
         self._ended: float | None = None  # when the last step did, if there was work left
         self.forget_pace()
@@ -189,7 +188,7 @@ class Engine(Generic[T]):
 
     def forget_pace(self) -> None:
         """Unlearn what steps cost and how answers went, where those before were not like those to come."""
-        self._forecast = Forecast(self._max_tokens)
+        self._forecast = Forecast(self._limits.max_tokens)
         self._speculator = Speculator(self._eos_token_ids) if self.config.speculation else None
         self._ended = None
 
@@ -376,7 +375,7 @@ class Engine(Generic[T]):
 
     def _launch(self) -> _Batch:
         self._scheduler.restore()
-        plan = self._scheduler.schedule()
+        plan = self._scheduler.schedule(self._budget())
         if self._speculator is not None:
             self._speculate(self._speculator, plan)
         now = time.monotonic()
@@ -412,6 +411,14 @@ class Engine(Generic[T]):
         except Exception:
             logger.exception("a step failed; its %d sequences end with an error", len(rest.scheduled))
             return _Batch(rest, None, None, sequences)
+
+    def _budget(self) -> int | None:
+        """Tokens of the next step, where somebody waits for the next of an answer."""
+        if self.config.itl_target is None:
+            return None
+        budget = self._forecast.tokens_within(self.config.itl_target)
+        self._forecast.budget = max(budget, len(self._scheduler.running) + LEAST_PROMPT)
+        return budget if any(sequence.num_output_tokens for sequence in self._scheduler.running) else None
 
     def _speculate(self, speculator: Speculator, plan: SchedulerOutput) -> None:
         """Have a step check what its sequences probably go on with, as far as that pays."""

@@ -25,7 +25,14 @@ from fptq_runtime.engine.draft_model import check_draft
 from fptq_runtime.engine.engine import Engine, QueueFullError
 from fptq_runtime.engine.output import RequestOutput, TokenLogprobs
 from fptq_runtime.engine.request import ANYONE, MAX_N, FinishReason, SamplingParams
-from fptq_runtime.engine.sizing import cache_tokens, device_cache_memory, format_bytes, step_limits
+from fptq_runtime.engine.sizing import (
+    available_memory,
+    cache_tokens,
+    check_memory,
+    device_cache_memory,
+    format_bytes,
+    step_limits,
+)
 from fptq_runtime.errors import FptqError
 from fptq_runtime.kernels.base import Backend, StepInput
 from fptq_runtime.kernels.select import select_backend
@@ -157,6 +164,9 @@ def load_engine(path: str | Path, *, backend: str | Backend = "auto", device: st
                       for each in (checkpoint, small) if each is not None)
     config = _fit(config, token_bytes) if max_model_len is None else config
     limits = step_limits(model, config, token_bytes)  # says what is wrong with it before minutes of loading
+    if free is None:
+        weights = sum(weight_bytes(Path(each)) for each in (path, draft) if each is not None)
+        check_memory(weights, config.kv_cache_memory, available_memory())
     prompt = None if manifest is None or manifest.format_version > 1 else manifest.golden.get("prompt_token_ids")
     checkpoint.max_positions = min(model.max_position_embeddings,
                                    max(config.max_model_len, len(prompt) if isinstance(prompt, list) else 0))
@@ -231,6 +241,11 @@ def _load_draft(path: Path, checkpoint: Checkpoint, kernels: Backend, config: En
     if is_artifact(path) and (manifest := check_files(path)).format_version > 1:
         check_artifact(path, manifest, decoder, kernels, checkpoint.max_positions, config.kv_cache_dtype)
     return decoder
+
+
+def weight_bytes(path: Path) -> int:
+    """Of a model directory's weights, as they are stored."""
+    return sum(file.stat().st_size for file in path.iterdir() if file.suffix in (".safetensors", ".gguf"))
 
 
 def _warm_up(engine: Engine[Any]) -> None:

@@ -15,6 +15,8 @@ from fptq_runtime.engine.request import Origin
 from fptq_runtime.engine.sequence import Sequence, SequenceStatus
 from fptq_runtime.engine.speculation import NO_DRAFT, Draft
 
+LEAST_PROMPT = 16  # tokens of prompts in a step, however small its budget
+
 
 @dataclass(frozen=True)
 class ScheduledSequence:
@@ -67,6 +69,7 @@ class Scheduler:
         self.max_num_seqs = min(max_num_seqs, max_num_batched_tokens)
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_prompt_logits = max_prompt_logits
+        self._budget = max_num_batched_tokens  # of the step that was planned last
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.lacks_blocks = False  # or more would have run in the last step
@@ -98,10 +101,13 @@ class Scheduler:
         self.blocks.free(sequence)
         sequence.status = SequenceStatus.FINISHED
 
-    def schedule(self) -> SchedulerOutput:
+    def schedule(self, budget: int | None = None) -> SchedulerOutput:
+        """budget: tokens, where fewer than max_num_batched_tokens; some of a prompt there always are."""
         output = SchedulerOutput()
         self.lacks_blocks = False
-        tokens, prompt_logits = self.max_num_batched_tokens, self.max_prompt_logits
+        self._budget = self.max_num_batched_tokens if budget is None else \
+            min(self.max_num_batched_tokens, max(budget, len(self.running) + LEAST_PROMPT))
+        tokens, prompt_logits = self._budget, self.max_prompt_logits
         position = 0
         while position < len(self.running):
             sequence = self.running[position]
@@ -156,7 +162,7 @@ class Scheduler:
     def room_for_drafts(self, output: SchedulerOutput) -> int:
         """Rows that the step may have beside those that were scheduled."""
         rows = sum(item.num_logits for item in output.scheduled if not item.pooled)
-        return min(self.max_num_batched_tokens - output.num_tokens, self.max_num_seqs + self.max_prompt_logits - rows)
+        return min(self._budget - output.num_tokens, self.max_num_seqs + self.max_prompt_logits - rows)
 
     def reserve(self, item: ScheduledSequence, count: int) -> int:
         """Blocks for so many tokens after an item's, or for as many as find a place, which it returns: not one is taken

@@ -220,10 +220,14 @@ def describe(model: ModelCard, config: ServerConfig) -> str:
     """What is served and how, on one line of the log."""
     engine, kernels = model.engine, model.kernels
     memory = engine["kv_cache_memory"]
+    blocks, size = engine["num_blocks"], engine["block_size"]
     assert isinstance(memory, int)
+    assert isinstance(blocks, int)
+    assert isinstance(size, int)
     kernel = ", ".join(f"{name} {kernels[name]}" for name in ("backend", "isa", "threads") if name in kernels)
     return (f"fptq {__version__}, model {model.id} ({model.description['architecture']}), {kernel}, context "
-            f"{model.max_model_len} tokens, KV cache {format_bytes(memory)} {engine['kv_cache_dtype']}, "
+            f"{model.max_model_len} tokens, KV cache {format_bytes(memory)} {engine['kv_cache_dtype']} that fits "
+            f"{blocks // -(-model.max_model_len // size)} sequences of that length, "
             f"{'API key required' if config.api_keys or config.api_keys_file else 'no API key'}")
 
 

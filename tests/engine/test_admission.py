@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -206,6 +206,34 @@ def test_the_caps_are_shared_too(clock: Clock) -> None:
             except QueueFullError:
                 pass
     assert taken == {"a": 20, "b": 10}
+
+
+def test_prompts_leave_answers_their_pace(clock: Clock) -> None:
+    """Steps of one answer and of long prompts: as long as wanted and no longer, and prompts get on all the same."""
+    longest: dict[float | None, float] = {}
+    for target in (None, 0.03, 0.001):
+        engine = clock.engine(max_num_batched_tokens=200, max_model_len=1024, itl_target=target)
+        clock.send(engine, arrivals(5, 5, 4))
+        params = SamplingParams(max_tokens=150, temperature=0, ignore_eos=True)
+        engine.add_request("answer", [1] * 9, params)
+        for _ in range(5):
+            engine.step()
+        for i in range(4):
+            engine.add_request(str(i), [i + 2] * 500, replace(params, max_tokens=2))
+        begun, seconds, ended = clock.now, [], set()
+        while engine.has_unfinished_requests:
+            for output in engine.step()[0]:
+                if output.finish_reason is not None:
+                    ended.add(output.request_id)
+            if "answer" not in ended:
+                seconds.append(clock.now - begun)
+            begun = clock.now
+            engine.check_integrity()
+        assert len(ended) == 5
+        longest[target] = max(seconds)
+    assert longest[None] > 0.1
+    assert longest[0.03] <= 0.031
+    assert longest[0.001] <= STEP + TOKEN * 22, "of a prompt a step always has a little"
 
 
 def test_priorities_go_first(clock: Clock) -> None:

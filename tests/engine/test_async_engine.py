@@ -180,7 +180,7 @@ async def test_a_dead_thread_ends_every_stream() -> None:
     async with running() as engine:
         added = threading.Event()
         engine.engine._scheduler.schedule = (  # type: ignore[method-assign]
-            lambda: added.wait(10) and 1 / 0)  # type: ignore[assignment,return-value]
+            lambda _: added.wait(10) and 1 / 0)  # type: ignore[assignment,return-value]
         streams = [engine.add_request(str(i), [1], SamplingParams(n=2)) for i in range(3)]
         added.set()
         for stream in streams:

@@ -104,9 +104,12 @@ def test_limits_that_do_not_fit_are_refused_before_loading(monkeypatch: pytest.M
     monkeypatch.setattr("fptq_runtime.engine.llm.load_model", lambda *_: pytest.fail("the model was loaded"))
     with pytest.raises(ValueError, match="exceeds the model's 1024 positions"):
         load_engine(DEMO, max_model_len=1025)
+    with pytest.raises(ValueError, match=r"the KV cache .*, but only .* are available .*; lower kv_cache_memory"):
+        load_engine(DEMO, kv_cache_memory=1 << 58, threads=1)
 
 
-def test_a_cache_larger_than_memory_is_named() -> None:
+def test_a_cache_larger_than_memory_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fptq_runtime.engine.llm.available_memory", lambda: None)
     with pytest.raises(ValueError, match=r"KV cache of .* does not fit .* kv_cache_memory"):
         load_engine(DEMO, kv_cache_memory=1 << 58, threads=1)
 
@@ -238,9 +241,11 @@ def test_prefixes_on_disk_are_of_one_model(tmp_path: Path, monkeypatch: pytest.M
     def restored(path: Path, **options: Any) -> int:
         engine = load_engine(path, backend="native", threads=1, kv_cache_disk=kv, **options)
         engine.add_request("a", list(range(100, 200)), SamplingParams(max_tokens=1))
-        outputs = [output for output in iter(lambda: engine.step()[0], []) if output]
+        outputs = []
+        while engine.has_unfinished_requests:
+            outputs += engine.step()[0]
         engine._scheduler.blocks._store.flush()  # type: ignore[union-attr]
-        return outputs[0][0].num_restored_tokens
+        return outputs[0].num_restored_tokens
 
     assert restored(DEMO) == 0
     assert restored(copy) == 96

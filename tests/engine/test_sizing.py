@@ -1,11 +1,20 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from fptq_runtime.config import EngineConfig, KVCacheDtype
-from fptq_runtime.engine.sizing import cache_tokens, device_cache_memory, format_bytes, step_limits
+from fptq_runtime.engine.sizing import (
+    available_memory,
+    cache_tokens,
+    check_memory,
+    device_cache_memory,
+    format_bytes,
+    step_limits,
+)
+from fptq_runtime.errors import FptqError
 from fptq_runtime.kernels.base import StepLimits
 from fptq_runtime.kernels.reference import ReferenceBackend, ReferenceCache
 from tests.engine.fake import MODEL
@@ -69,3 +78,34 @@ def test_a_gpus_cache_is_what_weights_and_steps_leave() -> None:
 def test_sizes_are_rounded_up() -> None:
     assert [format_bytes(n) for n in (5, 1024, 1025, 1 << 20, 3 << 29)] == [
         "5 bytes", "1 KiB", "1.1 KiB", "1 MiB", "1.5 GiB"]
+
+
+def test_what_fits_into_memory() -> None:
+    check_memory(3 << 30, 1 << 30, 4 << 30)
+    check_memory(3 << 30, 1 << 30, None)
+    with pytest.raises(FptqError, match=r"weights take 3 GiB and the KV cache 1 GiB, but only 3.5 GiB .* below 512MiB"):
+        check_memory(3 << 30, 1 << 30, 7 << 29)
+    with pytest.raises(FptqError, match="too large for this machine or container"):
+        check_memory(3 << 30, 1, 2 << 30)
+
+
+@pytest.mark.parametrize(("cgroup", "limits", "expected"), [
+    ("", {}, (8 << 30) + (1 << 30)),
+    ("0::/a/b", {"a/b/memory.max": "max", "a/b/memory.current": "5"}, (8 << 30) + (1 << 30)),
+    ("0::/a/b", {"a/memory.max": "2147483648", "a/memory.current": "1073741824"}, 1 << 30),
+    ("0::/", {"memory.max": "1000", "memory.current": "900", "memory.stat": "active_file 9\ninactive_file 50\n"}, 150),
+    ("3:cpu,memory:/d\n2:cpu:/x", {"memory/d/memory.limit_in_bytes": "1000", "memory/d/memory.usage_in_bytes": "900",
+                                   "memory/d/memory.stat": "inactive_file 1\ntotal_inactive_file 20\n"}, 101),
+    ("3:memory:/d", {"memory/memory.limit_in_bytes": "500", "memory/memory.usage_in_bytes": "900"}, 0),
+])
+def test_available_memory(tmp_path: Path, cgroup: str, limits: dict[str, str], expected: int) -> None:
+    files = {"proc/meminfo": f"MemTotal: 99 kB\nMemAvailable:  {8 << 20} kB\nSwapFree: {1 << 20} kB\n",
+             "proc/self/cgroup": cgroup, **{f"sys/fs/cgroup/{name}": text for name, text in limits.items()}}
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert available_memory(tmp_path) == expected
+
+
+def test_nobody_says_what_is_available(tmp_path: Path) -> None:
+    assert available_memory(tmp_path) is None

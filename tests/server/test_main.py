@@ -42,12 +42,12 @@ def test_not_our_address(host: str) -> None:
 
 def test_the_log_says_what_is_served() -> None:
     model = ModelCard("tales", 0, 1024, 4096, {"architecture": "A"},
-                      {"kv_cache_memory": 3 << 29, "kv_cache_dtype": "int8"},
+                      {"kv_cache_memory": 3 << 29, "kv_cache_dtype": "int8", "num_blocks": 100, "block_size": 32},
                       {"backend": "native", "isa": "avx2", "threads": "2", "attention": "paged"})
     for keys, access in (((), "no API key"), (("secret",), "API key required")):
         line = describe(model, ServerConfig(api_keys=keys))
         assert line.endswith("model tales (A), backend native, isa avx2, threads 2, context 1024 tokens, "
-                             f"KV cache 1.5 GiB int8, {access}")
+                             f"KV cache 1.5 GiB int8 that fits 3 sequences of that length, {access}")
         assert "secret" not in line
 
 
