@@ -74,6 +74,12 @@ def test_logits_are_pefts(name: str, backend_name: str, tmp_path: Path) -> None:
     logits = logits_array(backend.compile(adapters.decoder, limits).step(step)).reshape(4, LENGTH, -1)
     for i, adapter in enumerate(names):
         np.testing.assert_allclose(logits[i], expected[adapter][i].numpy(), atol=2e-4)
+    if backend_name == "native":
+        alone = backend.compile(adapters.decoder, limits)
+        for i in range(4):
+            one = StepInput.whole([tokens[i]])
+            alone_step = StepInput(**{**vars(one), "adapters": np.array(slots[i : i + 1], np.int32)})
+            assert np.array_equal(logits_array(alone.step(alone_step)), logits[i])
 
 
 @pytest.mark.parametrize("isa", ISAS)

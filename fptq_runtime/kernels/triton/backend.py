@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -43,6 +44,7 @@ from fptq_runtime.kernels.base import (
     arrays_of,
 )
 from fptq_runtime.kernels.triton import fused
+from fptq_runtime.kernels.triton.adapters import DeviceAdapters, add_adapters, slots_of
 from fptq_runtime.kernels.triton.attention import (
     DeviceAttention,
     DeviceCache,
@@ -105,11 +107,12 @@ class TritonBackend:
             raise FptqError(f"{parameter.name}: the GPU has no kernel for recurrent layers; use --device cpu", "device")
         raise TypeError(f"cannot prepare a {type(parameter).__name__}")
 
-    def adaptable(self, linear: Any, slots: int) -> Any:
-        raise FptqError("the Triton backend takes no adapters; use --device cpu", "max_loras")
+    def adaptable(self, linear: DeviceLinear, slots: int) -> DeviceLinear:
+        return replace(linear, adapters=DeviceAdapters.empty(linear.n, linear.k, slots, self.device))
 
-    def adapt(self, linear: Any, slot: int, parts: Sequence[LowRank]) -> None:
-        raise NotImplementedError
+    def adapt(self, linear: DeviceLinear, slot: int, parts: Sequence[LowRank]) -> None:
+        assert linear.adapters is not None
+        linear.adapters.set(slot, parts)
 
     def compile(self, forward: Callable[[Ops[Any]], Any], limits: StepLimits, sharing: TritonExecutor | None = None
                 ) -> TritonExecutor:
@@ -304,6 +307,12 @@ class TritonOps:
         self._batch = batch
         self._cache = cache
         self._invariant = invariant
+        self._selected = False  # the values from here on are rows of logits
+
+    @cached_property
+    def _slots(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of each row's adapter, before and after the rows of logits are taken."""
+        return slots_of(self._batch, False), slots_of(self._batch, True)
 
     def embed(self, table: torch.Tensor) -> Value:
         return fused.embed(self._batch.token_ids, table)
@@ -324,7 +333,12 @@ class TritonOps:
         return fused.quantize(_float(x), act)
 
     def linear(self, x: Value, linear: DeviceLinear, residual: Value | None = None) -> Value:
-        return queue_linear(_made(x), linear, None if residual is None else _float(residual), self._invariant)
+        made, added = _made(x), None if residual is None else _float(residual)
+        if linear.adapters is None:
+            return queue_linear(made, linear, added, self._invariant)
+        y = run_linear(made, linear, added, self._invariant)
+        add_adapters(made, y, linear.adapters, self._slots[self._selected])
+        return y
 
     def activation(self, x: Value, activation: Activation, act: ActivationQuant | None) -> Value:
         return fused.activation(_float(x), activation, act)
@@ -354,6 +368,7 @@ class TritonOps:
         raise NotImplementedError
 
     def select_rows(self, x: Value) -> Value:
+        self._selected = True
         return take_rows(_made(x), self._batch.logits_rows)
 
     def route(self, logits: Value, routing: Routing) -> Routed:

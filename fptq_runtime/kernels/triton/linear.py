@@ -20,6 +20,7 @@ import triton
 
 from fptq_runtime.kernels.base import ActivationQuant, Array, Linear, QuantizedWeight
 from fptq_runtime.kernels.reference import to_torch
+from fptq_runtime.kernels.triton.adapters import DeviceAdapters
 from fptq_runtime.kernels.triton.choice import Case, Choice, Dot, Kind, Tile, choose, segments
 from fptq_runtime.kernels.triton.device import capability
 from fptq_runtime.kernels.triton.linear_kernels import expand_kernel, linear_kernel
@@ -39,6 +40,7 @@ class DeviceLinear:
     bias: torch.Tensor | None
     act: ActivationQuant | None
     low_rank: tuple[DeviceLinear, DeviceLinear] | None = None  # down, up
+    adapters: DeviceAdapters | None = None
 
     @property
     def n(self) -> int:

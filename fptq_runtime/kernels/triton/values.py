@@ -35,6 +35,7 @@ class DeviceBatch:
     max_query_len: int
     max_seq_len: int
     query_lens: tuple[int, ...] = ()
+    adapters: torch.Tensor | None = None  # [S], of a step
 
 
 def take_rows(x: torch.Tensor | Quantized, rows: torch.Tensor) -> torch.Tensor | Quantized:

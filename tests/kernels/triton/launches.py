@@ -17,6 +17,7 @@ import torch
 from fptq_runtime.config import KVCacheDtype
 from fptq_runtime.kernels.base import Activation, ActivationQuant, AttentionSpec, Norm, StepLimits
 from fptq_runtime.kernels.triton import attention, fused, linear
+from fptq_runtime.kernels.triton.adapters import DeviceAdapters, add_adapters
 from fptq_runtime.kernels.triton.attention import DeviceAttention, DeviceCache
 from fptq_runtime.kernels.triton.linear import DeviceLinear
 from fptq_runtime.kernels.triton.packing import PackedWeight
@@ -86,7 +87,10 @@ def between(launches: list[Launch]) -> dict[str, Launch]:
     for curve in CURVES:
         fused.activation(x if curve.gated else torch.zeros(1, 14336), curve, ActivationQuant())
     fused.softcap(x, 30.0)
-    return dict(zip(("norm", *(curve.curve for curve in CURVES), "softcap"), launches, strict=True))
+    add_adapters(Quantized(torch.zeros(16, 4096, dtype=torch.int8), torch.zeros(16)), torch.zeros(16, 4096),
+                 DeviceAdapters.empty(4096, 4096, 8, META), torch.zeros(16, dtype=torch.int32))
+    names = ("norm", *(curve.curve for curve in CURVES), "softcap", "adapters down", "adapters up")
+    return dict(zip(names, launches, strict=True))
 
 
 def linears(launches: list[Launch], case: str) -> dict[str, Launch]:
