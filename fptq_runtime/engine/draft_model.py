@@ -142,12 +142,12 @@ def check_draft(tokenizer: Tokenizer, model: ModelConfig, draft_tokenizer: Token
     """Raises FptqError where the two do not have the same tokens, or one has layers that no guess can be taken back
     from."""
     if model.state_bytes or draft.state_bytes:
-        raise FptqError(f"the {'model' if model.state_bytes else 'draft model'} has recurrent layers, whose state "
-                        "holds what was guessed wrongly, too; leave the draft out", "draft")
+        raise FptqError(f"draft: {'the model' if model.state_bytes else 'it'} has recurrent layers, whose state holds "
+                        "what was guessed wrongly, too; leave it out", "draft")
     ours, theirs = tokenizer.vocab, draft_tokenizer.vocab
     if ours != theirs:
         different = sorted(token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token))
-        raise FptqError(f"the draft model's vocabulary is another: {len(different)} tokens differ, as "
-                        f"{different[0]!r}; take a draft of the same family", "draft")
+        raise FptqError(f"draft has another vocabulary than the model: {len(different)} tokens differ, as "
+                        f"{different[0]!r}; take a model of the same family", "draft")
     if draft.vocab_size < min(model.vocab_size, 1 + max(ours.values(), default=0)):
-        raise FptqError(f"the draft model has {draft.vocab_size} rows of logits for {len(ours)} tokens", "draft")
+        raise FptqError(f"draft has {draft.vocab_size} rows of logits for {len(ours)} tokens", "draft")

@@ -163,6 +163,8 @@ def load_engine(path: str | Path, *, backend: str | Backend = "auto", device: st
     token_bytes = sum(kernels.token_bytes(each.model_config, config.kv_cache_dtype)
                       for each in (checkpoint, small) if each is not None)
     config = _fit(config, token_bytes) if max_model_len is None else config
+    if config.max_loras and manifest is not None:
+        check_base(Path(path), manifest)
     limits = step_limits(model, config, token_bytes)  # says what is wrong with it before minutes of loading
     if free is None:
         weights = sum(weight_bytes(Path(each)) for each in (path, draft) if each is not None)
@@ -216,8 +218,6 @@ def load_engine(path: str | Path, *, backend: str | Backend = "auto", device: st
         disk = KVDisk(kv_cache_disk, kv_cache_disk_size, repr(facts).encode())
     adapters = None
     if config.max_loras:
-        if manifest is not None:
-            check_base(Path(path), manifest)
         adapters = Adapters(checkpoint.model, decoder, kernels, config.max_loras)
         for name, directory in (lora or {}).items():
             adapters.load(name, directory)

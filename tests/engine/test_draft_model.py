@@ -142,10 +142,10 @@ def test_other_vocabularies_are_refused(tmp_path: Path) -> None:
             vocab = data["model"]["vocab"]
             vocab["the"], vocab["and"] = vocab["and"], vocab["the"]
         (tmp_path / name).write_text(json.dumps(data))
-    with pytest.raises(FptqError, match="the draft model's vocabulary is another: 2 tokens differ, as 'and'"):
+    with pytest.raises(FptqError, match="draft has another vocabulary than the model: 2 tokens differ, as 'and'"):
         check_draft(ours, config, Tokenizer(tmp_path), config)
-    with pytest.raises(FptqError, match="the draft model has 100 rows of logits"):
+    with pytest.raises(FptqError, match="draft has 100 rows of logits"):
         check_draft(ours, config, ours, replace(config, vocab_size=100))
-    with pytest.raises(FptqError, match="the draft model has recurrent layers"):
+    with pytest.raises(FptqError, match="draft: it has recurrent layers"):
         check_draft(ours, config, ours, replace(config, state_bytes=1))
     check_draft(ours, config, ours, replace(config, vocab_size=config.vocab_size + 64))

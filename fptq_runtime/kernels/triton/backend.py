@@ -58,7 +58,7 @@ from fptq_runtime.kernels.triton.attention import attention as attend
 from fptq_runtime.kernels.triton.device import fastest, is_gpu
 from fptq_runtime.kernels.triton.experts import DeviceExperts, Routed, combine, prepare_routing, route, run_experts
 from fptq_runtime.kernels.triton.fused import DeviceNorm
-from fptq_runtime.kernels.triton.linear import DeviceLinear, describe, pack_linear, queue_linear
+from fptq_runtime.kernels.triton.linear import DeviceLinear, describe, pack_linear, queue_linear, run_linear
 from fptq_runtime.kernels.triton.sampling import sample
 from fptq_runtime.kernels.triton.sums import Sums
 from fptq_runtime.kernels.triton.values import DeviceBatch, Quantized, interpreted, take_rows
