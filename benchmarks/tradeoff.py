@@ -18,7 +18,7 @@ from typing import Any
 
 from fptq_runtime.analysis.plots import STYLE, svg
 
-PANEL, HEIGHT, MARGIN = 460, 320, 56
+PANEL, HEIGHT, MARGIN = 460, 300, 60
 LABEL = 12  # between two texts, at least
 
 
@@ -51,11 +51,11 @@ def panel(x: float, title: str, rows: Sequence[tuple[str, float, float]]) -> str
     for power in range(low, high + 1):
         y = place(2.0**power, 0)[1]
         parts.append(f'<line class="grid" x1="{left}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>'
-                     f'<text class="soft end" x="{left - 6}" y="{y + 4:.1f}">{2.0**power:g} %</text>')
-    for quarter in range(5):
-        cost = most * quarter / 4
-        at = place(2.0**low, cost)[0]
-        parts.append(f'<text class="soft middle" x="{at:.1f}" y="{bottom + 18}">{cost:.0f}</text>')
+                     f'<text class="soft end" x="{left - 6}" y="{y + 4:.1f}">{2.0**power:.2g} %</text>')
+    step = round_step(most / 5)
+    for tick in range(int(most / step) + 1):
+        at = place(2.0**low, tick * step)[0]
+        parts.append(f'<text class="soft middle" x="{at:.1f}" y="{bottom + 18}">{tick * step:g}</text>')
     taken: list[tuple[float, float]] = []
     for name, loss, cost in sorted(rows, key=lambda row: -row[1]):
         at, y = place(loss, cost)
@@ -69,6 +69,12 @@ def panel(x: float, title: str, rows: Sequence[tuple[str, float, float]]) -> str
                      f'<circle class="one" cx="{at:.1f}" cy="{y:.1f}" r="4.5"/>'
                      f'<text{side} x="{at + shift:.1f}" y="{text:.1f}">{escape(name)}</text></g>')
     return "".join(parts)
+
+
+def round_step(size: float) -> float:
+    """1, 2 or 5 times a power of ten, at least `size`."""
+    power = 10.0 ** math.floor(math.log10(size))
+    return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= size)
 
 
 def plot(rows: Sequence[tuple[str, float, float, float]]) -> str:
