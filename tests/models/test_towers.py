@@ -38,6 +38,12 @@ TOWERS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "qwen2.5-vl": ("qwen2_5_vl", {**LLAMA, "rope_parameters": MROPE}, {"vision_config": QWEN_VISION}),
     "qwen3-vl": ("qwen3_vl", {**LLAMA, "rope_parameters": {**MROPE, "mrope_interleaved": True}}, {
         "vision_config": {**QWEN_VISION, "deepstack_visual_indexes": [0]}, "tie_word_embeddings": False}),
+    "qwen3.5": ("qwen3_5", {
+        **LLAMA, "num_hidden_layers": 2, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
+        "linear_num_key_heads": 2, "linear_num_value_heads": 4, "rms_norm_eps": 1e-2,
+        "layer_types": ["linear_attention", "full_attention"],
+        "rope_parameters": {**MROPE, "mrope_interleaved": True, "partial_rotary_factor": 0.5}}, {
+            "vision_config": QWEN_VISION, "tie_word_embeddings": False}),
 }
 
 
