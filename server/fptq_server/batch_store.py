@@ -116,6 +116,12 @@ class BatchStore:
         stored = self.files.get(file_id)
         return None if stored is None or stored.owner != owner else stored.object
 
+    def files_of(self, owner: str) -> list[FileObject]:
+        """The oldest first."""
+        self._expire()
+        mine = [stored.object for stored in self.files.values() if stored.owner == owner]
+        return sorted(mine, key=lambda file: file.created_at)
+
     def is_read(self, file_id: str) -> bool:
         """By a batch that has not ended."""
         return any(stored.object.input_file_id == file_id and stored.object.status not in ENDED

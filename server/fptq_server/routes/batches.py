@@ -55,9 +55,7 @@ def batches_router(jobs: BatchJobs) -> APIRouter:
     @router.get("/v1/files")
     async def list_files(request: Request, purpose: str | None = None, limit: int = Query(10000, ge=1, le=10000),
                          order: Literal["asc", "desc"] = "desc", after: str | None = None) -> FileList:
-        mine = [stored.object for stored in store.files.values() if stored.owner == owner(request)
-                and store.find_file(stored.owner, stored.object.id) and purpose in (None, stored.object.purpose)]
-        mine.sort(key=lambda file: file.created_at)
+        mine = [file for file in store.files_of(owner(request)) if purpose in (None, file.purpose)]
         page, more = _page(mine[::-1] if order == "desc" else mine, after, limit)
         return FileList(data=page, first_id=page[0].id if page else None, last_id=page[-1].id if page else None,
                         has_more=more)
