@@ -316,7 +316,9 @@ def settings() -> dict[str, click.Parameter]:
 def _kind(parameter: click.Parameter) -> Kind:
     if getattr(parameter, "is_flag", False):
         return "flag"
-    return "list" if parameter.multiple else "object" if isinstance(parameter.type, JsonObject) else "value"
+    if parameter.multiple or parameter.nargs != 1:
+        return "list"
+    return "object" if isinstance(parameter.type, JsonObject) else "value"
 
 
 def _switched(parameter: click.Parameter, value: Any) -> Any:
@@ -446,7 +448,7 @@ def _tells_what_is_left(out: Path) -> Iterator[None]:
 
 
 @cli.command()
-@click.argument("artifact")
+@click.argument("artifact", nargs=-1, required=True)
 @click.option("--config", type=ExistingFile(), is_eager=True, expose_value=False, callback=configure,
               envvar="FPTQ_CONFIG", help="A YAML file with any of these options, as max-model-len: 4096.")
 @click.option("--quantize", "recipe", type=RecipeName(), help="A preset, or a YAML file, by which a float model is "
@@ -495,6 +497,11 @@ def _tells_what_is_left(out: Path) -> Iterator[None]:
               "than once.")
 @click.option("--api-keys-file", type=ExistingFile(), help="A key a line, or its hash as NAME=sha256:HEX, with "
               "priority=N and max_requests=N after it where wanted; read again on SIGHUP.")
+@click.option("--admin-port", type=click.IntRange(0, 65535), help="A port of its own for POST /admin/reload, sleep and "
+              "wake, which swap and unload models.")
+@click.option("--admin-key", help="What --admin-port asks for.")
+@click.option("--models-memory", type=Size(), help="What several models may take together (what is available); the one "
+              "used longest ago makes room.")
 @click.option("--public-metrics", is_flag=True, help="/metrics asks for no key.")
 @click.option("--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True,
               help="json: an object a line.")
@@ -509,9 +516,9 @@ def _tells_what_is_left(out: Path) -> Iterator[None]:
               "size or time has changed.")
 @click.option("--scrub-interval", type=click.FloatRange(0), default=3600.0, show_default=True,
               help="Seconds in which the artifact's files are read and hashed once while serving; 0: never.")
-def serve(artifact: str, recipe: str | None, model_names: tuple[str, ...], generation_config: str,
-          chat_template: Path | None, lora: tuple[str, ...], max_loras: int, **options: Any) -> None:
-    """Serve ARTIFACT over HTTP.
+def serve(artifact: tuple[str, ...], recipe: str | None, model_names: tuple[str, ...], generation_config: str,
+          lora: tuple[str, ...], max_loras: int, **options: Any) -> None:
+    """Serve ARTIFACT over HTTP, or several, each as NAME=ARTIFACT where it is to have another name than its own.
 
     Each option is a variable, too, as FPTQ_MAX_MODEL_LEN for --max-model-len, and a key of --config's file. Flags go
     before variables, variables before the file, the file before defaults. `fptq config` shows what is in force.
@@ -520,7 +527,13 @@ def serve(artifact: str, recipe: str | None, model_names: tuple[str, ...], gener
         raise click.UsageError("--served-model-name is empty; give clients a name, or leave it out")
     from fptq_runtime.locate import DEMO, find_artifact, find_model, quantized
 
-    find_model(artifact)
+    named = [_named(each) for each in artifact]
+    if len(named) > 1 and model_names:
+        raise click.UsageError("--served-model-name is for one ARTIFACT; name each of several as NAME=ARTIFACT")
+    if len(named) > 1 and (lora or options["allow_runtime_lora_updating"] or options["draft"]):
+        raise click.UsageError("--lora, --allow-runtime-lora-updating and --draft are for one ARTIFACT")
+    for _, each in named:
+        find_model(each)
     from fptq_server.config import ServerConfig
     from fptq_server.main import listen, serve
 
@@ -530,20 +543,36 @@ def serve(artifact: str, recipe: str | None, model_names: tuple[str, ...], gener
     if len(adapters) < len(lora):
         raise click.UsageError("--lora gives one name twice")
     options |= {"lora": adapters, "max_loras": max_loras if lora or config.allow_runtime_lora_updating else 0}
-    with listen(config) as listener:  # before the model is fetched or made, which can take minutes
+    options["generation_config"] = generation_config != "none"
+
+    def ready(artifact: str) -> tuple[str, Path]:
+        """Its own name, and where it is."""
         path = find_artifact(artifact)
         from fptq_runtime.artifact.io import is_artifact
         from fptq_runtime.models.loader import Checkpoint
 
-        names = model_names or ((DEMO,) if artifact == DEMO else ())
-        if not is_artifact(path) and not Checkpoint(path).quantized:
-            if recipe is None:
-                raise FptqError(f"{artifact} is not quantized; make an artifact with `fptq quantize {artifact} OUT` "
-                                "first, or serve it with --quantize fptq-best")
-            name = Path(artifact).name or path.resolve().name
-            names, path = names or (name,), quantized(path, recipe, name)
-        serve(path, config, model_names=names, listener=listener, generation_config=generation_config != "none",
-              chat_template=chat_template, **options)
+        name = DEMO if artifact == DEMO else path.resolve().name
+        if is_artifact(path) or Checkpoint(path).quantized:
+            return name, path
+        if recipe is None:
+            raise FptqError(f"{artifact} is not quantized; make an artifact with `fptq quantize {artifact} OUT` "
+                            "first, or serve it with --quantize fptq-best")
+        name = Path(artifact).name or name
+        return name, quantized(path, recipe, name)
+
+    with listen(config) as listener:  # before the model is fetched or made, which can take minutes
+        models = []
+        for name, each in named:
+            own, path = ready(each)
+            models.append(((name,) if name else model_names or (own,), path))
+        (names, path), *others = models
+        serve(path, config, model_names=names, others=others, listener=listener, **options)
+
+
+def _named(artifact: str) -> tuple[str | None, str]:
+    """NAME=ARTIFACT, unless that is a path itself."""
+    name, equals, rest = artifact.partition("=")
+    return (name, rest) if equals and name and "/" not in name and not Path(artifact).exists() else (None, artifact)
 
 
 @cli.command()
@@ -580,7 +609,19 @@ def batch(artifact: str, requests: Path, out: Path, model_names: tuple[str, ...]
                             + (f"; {result.resumed} were before" if result.resumed else ""))
 
 
-@cli.command("config", params=[click.Argument(["artifact"], required=False), *serve.params[1:]])
+SECRETS = ("api_key", "admin_key")
+
+
+def _shown(name: str, value: Any) -> Any:
+    """As `fptq config` prints it: no secrets, and one artifact as a text."""
+    if name in SECRETS:
+        return ["***" for _ in value] if isinstance(value, (tuple, list)) else value and "***"
+    if name == "artifact":
+        return None if not value else value[0] if len(value) == 1 else value
+    return value
+
+
+@cli.command("config", params=[click.Argument(["artifact"], nargs=-1, required=False), *serve.params[1:]])
 @answers
 def show_config(**options: Any) -> Answer:
     """What `fptq serve` with the same options would be told, and where each value comes from: a --config file."""
@@ -595,9 +636,9 @@ def show_config(**options: Any) -> Answer:
             given = ctx.get_parameter_source(str(parameter.name)) is ParameterSource.COMMANDLINE
             origin = "the command line" if given else "default"
         flag = name.replace("_", "-")
-        plain = json.dumps(["***" for _ in value] if name == "api_key" else value, default=str, ensure_ascii=False)
+        plain = json.dumps(_shown(name, value), default=str, ensure_ascii=False)
         data[flag] = {"value": json.loads(plain), "from": origin}
-        lines.append(f"{'# ' if name == 'api_key' and value else ''}{flag}: {plain}  # {origin}")
+        lines.append(f"{'# ' if name in SECRETS and value else ''}{flag}: {plain}  # {origin}")
     return data, "\n".join(lines)
 
 

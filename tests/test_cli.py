@@ -307,7 +307,8 @@ GIVEN = {  # every option of `fptq serve`: not its default, as a flag's text and
     "backend": ("reference", "reference"), "device": ("cpu", "cpu"), "threads": ("1", 1),
     "max-waiting-requests": ("3", 3), "max-waiting-tokens": ("9", 9), "max-wait": ("2.5", 2.5),
     "draft": ("/", "/"), "lora": ("a=/", "a=/"), "max-loras": ("2", 2), "allow-runtime-lora-updating": (None, True),
-    "itl-target": ("0.05", 0.05),
+    "itl-target": ("0.05", 0.05), "admin-port": ("0", 0), "admin-key": ("secret", "secret"),
+    "models-memory": ("5GiB", 5 << 30),
     "api-key": ("12", "12"), "api-keys-file": (os.devnull,) * 2, "public-metrics": (None, True),
     "no-page": (None, True), "metrics-aliases": ("vllm", "vllm"), "log-format": ("json", "json"),
     "drain-timeout": ("1", 1), "stall-timeout": ("2", 2), "verify-weights": (None, True), "scrub-interval": ("0", 0),
@@ -340,7 +341,7 @@ def test_flags_variables_and_the_file_say_the_same(served: Served, tmp_path: Pat
                   "max_file_bytes", "max_header_bytes", "max_prompts"}
     assert {field.name for field in fields(config)
             if getattr(config, field.name) == getattr(default_config, field.name)} == left_alone
-    assert [name for name in options if options[name] == default_options[name]] == ["listener"]
+    assert [name for name in options if options[name] == default_options[name]] == ["others", "listener"]
 
 
 def test_flags_go_before_variables_before_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
@@ -367,7 +368,8 @@ def test_what_config_prints_is_a_config_file(tmp_path: Path, capsys: pytest.Capt
     (tmp_path / "printed.yaml").write_text(capsys.readouterr().out)
     assert run("config", *flags, "--json") == run("config", "--config", str(tmp_path / "printed.yaml"), "--json") == 0
     first, again = (json.loads(line) for line in capsys.readouterr().out.splitlines())
-    del first["api-key"], again["api-key"]  # which is printed nowhere
+    for name in ("api-key", "admin-key"):  # which are printed nowhere
+        del first[name], again[name]
     assert {name: entry["value"] for name, entry in first.items()} == {
         name: entry["value"] for name, entry in again.items()}
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 from fastapi import APIRouter, FastAPI
 from fastapi.exceptions import RequestValidationError
@@ -27,8 +28,10 @@ from fptq_server.keys import ApiKeys
 from fptq_server.logprobs import TokenTexts
 from fptq_server.metrics import Metrics
 from fptq_server.middleware import RequestContext, RequestLimits, Routing
+from fptq_server.pool import Dispatch, ModelPool
 from fptq_server.response_store import ResponseStore
 from fptq_server.routes.adapters import adapters_router
+from fptq_server.routes.admin import admin_router
 from fptq_server.routes.batches import batches_router
 from fptq_server.routes.chat import chat_router
 from fptq_server.routes.completions import completions_router
@@ -38,6 +41,7 @@ from fptq_server.routes.generate import generate_router
 from fptq_server.routes.messages import messages_router
 from fptq_server.routes.models import models_router
 from fptq_server.routes.page import page_router
+from fptq_server.routes.pool import pool_models_router, pool_router
 from fptq_server.routes.responses import responses_router
 from fptq_server.routes.status import status_router
 from fptq_server.routes.tokens import tokens_router
@@ -57,21 +61,66 @@ def create_app(engine: AsyncEngine, tokenizer: Tokenizer, config: ServerConfig, 
     """An app around an engine that has not been started; the lifespan starts and stops it. `metrics.record_step` is
     what the engine was given as on_stats. app.state.reload() reads the keys again, app.state.batches runs
     a batch without a server's other requests, app.state.jobs those of /v1/batches."""
+    store, batch_store = ResponseStore(config.responses_db), BatchStore(config.batch_dir, config.batch_dir_size)
+    app = model_app(engine, tokenizer, config, model, metrics, store, batch_store, store.close, batch_store.close,
+                    *([] if tracing is None else [tracing.stop]))
+    _guard(app, config, metrics, app.state.paths, tracing)
+    return app
 
-    store = ResponseStore(config.responses_db)
-    batch_store = BatchStore(config.batch_dir, config.batch_dir_size)
+
+def create_pool_app(pool: ModelPool, config: ServerConfig, model: ModelCard, store: ResponseStore,
+                    tracing: Tracing | None = None) -> FastAPI:
+    """An app around several models, each of which is a `model_app` with the same store. model: the first's card. The
+    lifespan ends what is awake."""
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        await pool.stop()
+        store.close()
+        if tracing is not None:
+            await asyncio.to_thread(tracing.stop)
+
+    metrics = Metrics(__version__, model)
+    app = FastAPI(title="FPTQ Serve", version=__version__, lifespan=lifespan, redirect_slashes=False, openapi_url=None)
+    app.state.metrics, app.state.jobs = metrics, None
+    app.include_router(pool_router(pool, config, metrics))
+    if len(pool.models) > 1:
+        app.include_router(pool_models_router(pool))
+    app.router.default = Dispatch(pool)
+    assert pool.default.instance is not None
+    _guard(app, config, metrics, pool.default.instance.loaded.app.state.paths, tracing)
+    return app
+
+
+def create_admin_app(pool: ModelPool, config: ServerConfig) -> FastAPI:
+    """What an operator does with the models of a pool, on a port and with a key of its own."""
+    assert config.admin_key is not None
+    metrics = Metrics(__version__, ModelCard("", 0, 0, 0))  # nobody reads them
+    app = FastAPI(title="FPTQ Serve's models", version=__version__, redirect_slashes=False, openapi_url=None)
+    app.include_router(admin_router(pool))
+    operator = replace(config, api_keys=(config.admin_key,), api_keys_file=None, page=False, public_metrics=False,
+                       cors_origins=(), root_path="")
+    _guard(app, operator, metrics, [], None)
+    return app
+
+
+def model_app(engine: AsyncEngine, tokenizer: Tokenizer, config: ServerConfig, model: ModelCard, metrics: Metrics,
+              store: ResponseStore, batch_store: BatchStore | None, *closes: Callable[[], None]) -> FastAPI:
+    """The endpoints of one model, with nothing around them; /v1/batches where they have a store. closes: what the
+    lifespan calls at its end."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         engine.start()
-        app.state.jobs.start()
+        if jobs is not None:
+            jobs.start()
         yield
-        await app.state.jobs.stop()
+        if jobs is not None:
+            await jobs.stop()
         await asyncio.to_thread(engine.stop)
-        store.close()
-        batch_store.close()
-        if tracing is not None:
-            await asyncio.to_thread(tracing.stop)
+        for close in closes:
+            await asyncio.to_thread(close)
 
     app = FastAPI(title="FPTQ Serve", version=__version__, lifespan=lifespan, redirect_slashes=False,
                   servers=[{"url": config.root_path or "/"}], openapi_url=None)
@@ -88,10 +137,12 @@ def create_app(engine: AsyncEngine, tokenizer: Tokenizer, config: ServerConfig, 
     urls = frozenset(path for path in paths_of(answering, "POST") if "{" not in path)  # that a batch can have
     slots = engine.engine.config.max_num_seqs
     app.state.batches = BatchRunner(app, urls, width=2 * slots)  # as many wait as run
-    app.state.jobs = jobs = BatchJobs(batch_store, BatchRunner(app, urls, width=max(1, slots * 3 // 4)))
+    jobs = None if batch_store is None else \
+        BatchJobs(batch_store, BatchRunner(app, urls, width=max(1, slots * 3 // 4)))
+    app.state.jobs = jobs
     routers = (
         *answering,
-        batches_router(jobs),
+        *([] if jobs is None else [batches_router(jobs)]),
         models_router(model),
         generate_router(engine, tokenizer, texts, model, config),
         tokens_router(tokenizer, chat, model, config),
@@ -101,8 +152,13 @@ def create_app(engine: AsyncEngine, tokenizer: Tokenizer, config: ServerConfig, 
     paths = paths_of(routers)
     for router in (*routers, docs_router(app), *([page_router()] if config.page else [])):
         app.include_router(router)
-    metrics.add_routes(paths)
+    app.state.paths = paths
+    return app
 
+
+def _guard(app: FastAPI, config: ServerConfig, metrics: Metrics, paths: Sequence[str], tracing: Tracing | None) -> None:
+    """What surrounds every request to the app, whose routes have these paths."""
+    metrics.add_routes(paths)
     handlers = ErrorHandlers(metrics)
     app.add_exception_handler(APIError, handlers.api_error)
     app.add_exception_handler(RequestValidationError, handlers.validation_error)
@@ -122,4 +178,3 @@ def create_app(engine: AsyncEngine, tokenizer: Tokenizer, config: ServerConfig, 
         app.add_middleware(CORSMiddleware, allow_origins=config.cors_origins, allow_methods=CORS_METHODS,
                            allow_headers=["*"], expose_headers=CORS_EXPOSED)
     app.add_middleware(Routing, root_path=config.root_path, paths=paths)
-    return app

@@ -24,6 +24,7 @@ class ServerConfig:
 
     api_keys, api_keys_file: any one of them opens every endpoint; with none the server is open. keys.py has their
     form.
+    admin_port: of host, for what an operator does, who has the admin_key.
     uds: a socket file, instead of host and port. ssl_certfile and ssl_keyfile: PEM; with them the server speaks TLS.
     root_path: where a proxy puts the server, as /llm. cors_origins: what pages may call it from, or "*".
     chat_template_kwargs: variables of the chat template, where a request does not give them.
@@ -48,6 +49,8 @@ class ServerConfig:
     cors_origins: tuple[str, ...] = ()
     api_keys: tuple[str, ...] = ()
     api_keys_file: Path | None = None
+    admin_port: int | None = None
+    admin_key: str | None = None
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     public_metrics: bool = False
     page: bool = True
@@ -74,6 +77,8 @@ class ServerConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
             raise FptqError(f"port must be between 0 and 65535, not {self.port}", "port")
+        if self.admin_port is not None and not 0 <= self.admin_port <= 65535:
+            raise FptqError(f"admin_port must be between 0 and 65535, not {self.admin_port}", "admin_port")
         if self.ssl_keyfile is not None and self.ssl_certfile is None:
             raise FptqError("ssl_keyfile needs ssl_certfile", "ssl_keyfile", "ssl_certfile")
         if self.root_path and (not self.root_path.startswith("/") or self.root_path.endswith("/")):
@@ -82,7 +87,7 @@ class ServerConfig:
             if not ORIGIN.fullmatch(origin):
                 raise FptqError(f"cors_origins must be like https://example.com:8080, or *, not {origin!r}",
                                 "cors_origins")
-        for key in self.api_keys:
+        for key in (*self.api_keys, *([] if self.admin_key is None else [self.admin_key])):
             check_key(key)
         for name in ("drain_timeout", "scrub_interval"):
             if not 0 <= getattr(self, name) < float("inf"):

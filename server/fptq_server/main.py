@@ -10,16 +10,17 @@ import resource
 import signal
 import socket
 import ssl
+import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from http import HTTPStatus
 from importlib import import_module
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import httptools
 import uvicorn
@@ -28,11 +29,11 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 from fptq_runtime import __version__
 from fptq_runtime.artifact.io import LayerRecord, Manifest, is_artifact, read_manifest
 from fptq_runtime.artifact.scrub import Scrub
-from fptq_runtime.config import Pooling
+from fptq_runtime.config import EngineConfig, Pooling
 from fptq_runtime.engine.async_engine import AsyncEngine
 from fptq_runtime.engine.engine import Engine
-from fptq_runtime.engine.llm import load_engine
-from fptq_runtime.engine.sizing import format_bytes
+from fptq_runtime.engine.llm import load_engine, weight_bytes
+from fptq_runtime.engine.sizing import available_memory, format_bytes
 from fptq_runtime.errors import FptqError
 from fptq_runtime.models.chat_template import ChatTemplate
 from fptq_runtime.models.loader import Checkpoint, has_hidden_states
@@ -42,6 +43,7 @@ from fptq_server.config import ModelCard, ServerConfig
 from fptq_server.defaults import sampling_defaults
 from fptq_server.keys import ApiKeys
 from fptq_server.logs import start_logging
+from fptq_server.pool import Plan
 from fptq_server.record import peer
 from fptq_server.tracing import tracing_of_environment
 
@@ -49,6 +51,7 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
 
     from fptq_server.metrics import Metrics
+    from fptq_server.response_store import ResponseStore
     from fptq_server.tracing import Tracing
 
 log = logging.getLogger("fptq.server")
@@ -61,25 +64,38 @@ class AddressError(FptqError):
 
 
 def serve(path: Path | str, config: ServerConfig, *, model_names: Sequence[str] = (),
+          others: Sequence[tuple[Sequence[str], Path]] = (), models_memory: int | None = None,
           listener: socket.socket | None = None, backend: str = "auto", generation_config: bool = True,
           chat_template: Path | None = None, **engine_options: Any) -> None:
     """Serve a model directory until SIGTERM or SIGINT: then requests that run get config.drain_timeout seconds, and a
     second signal ends them at once.
 
-    model_names: the names clients use, the directory's unless given. listener: what `listen` gave, where the caller did
-    that itself. generation_config: whether the model's own gives the defaults of sampling. chat_template: a file with
-    one, in place of the model's. backend and engine_options are load_engine's. Raises FptqError where the address, the
-    model or an option cannot be used.
+    model_names: the names clients use, the directory's unless given. others: names and directories of further models.
+    models_memory: bytes that all may take together, what is available unless given. listener: what `listen` gave, where
+    the caller did that itself. generation_config: whether the model's own gives the defaults of sampling.
+    chat_template: a file with one, in place of the model's. backend and engine_options are load_engine's. Raises
+    FptqError where the address, the model or an option cannot be used.
     """
     path = Path(path)
     ApiKeys(config.api_keys, config.api_keys_file)  # says what is wrong with them before the model loads
+    if (config.admin_port is None) != (config.admin_key is None):
+        raise FptqError("admin_port and admin_key go together: whoever has the key swaps models on that port",
+                        "admin_port", "admin_key")
     start_logging(config.log_format)
     with listener or listen(config) as listener:  # before the model loads, which can take minutes
         names = model_names or [path.resolve().name]
-        tracing = tracing_of_environment(names[0])
-        loaded = load_app(path, config, names, tracing, backend=backend, generation_config=generation_config,
-                          chat_template=chat_template, **engine_options)
+        options = {"backend": backend, "generation_config": generation_config, "chat_template": chat_template,
+                   **engine_options}
         raise_open_files()
+        if others or config.admin_port is not None:
+            try:
+                serve_several([(names, path), *others], config, listener, models_memory, **options)
+            finally:
+                if config.uds is not None:
+                    Path(config.uds).unlink(missing_ok=True)
+            return
+        tracing = tracing_of_environment(names[0])
+        loaded = load_app(path, config, names, tracing, **options)
         gc.freeze()  # what is there stays: it need not be walked again between two tokens
         try:
             with scrubbing(path, loaded.manifest, config.scrub_interval, loaded.metrics):
@@ -98,11 +114,61 @@ class Loaded:
     engine: AsyncEngine
     metrics: Metrics
     manifest: Manifest | None
+    card: ModelCard
+
+
+def serve_several(models: Sequence[tuple[Sequence[str], Path]], config: ServerConfig, listener: socket.socket,
+                  memory: int | None, **options: Any) -> None:
+    """`serve` of what a pool holds. memory: bytes for those that are awake, what is available unless given. options:
+    load_app's."""
+    from fptq_server.app import create_admin_app, create_pool_app
+    from fptq_server.pool import ModelPool, ServedModel
+    from fptq_server.response_store import ResponseStore
+
+    store = ResponseStore(config.responses_db)
+
+    def load(model: ServedModel) -> Loaded:
+        return load_app(model.path, config, model.names, store=store, metrics=model.metrics, **options)
+
+    pool = ModelPool(models, lambda path: plan(path, options), load, memory or available_memory() or sys.maxsize)
+    tracing = tracing_of_environment(pool.default.id)
+
+    async def run(admin: socket.socket | None) -> None:
+        await pool.start()
+        assert pool.default.instance is not None
+        app = create_pool_app(pool, config, pool.default.instance.loaded.card, store, tracing)
+        server = Server(app, pool, config, app.state.metrics)
+        if admin is None:
+            await server.serve([listener])
+            return
+        operator = AdminServer(uvicorn.Config(create_admin_app(pool, config), ws="none", log_config=None,
+                                              log_level="warning", access_log=False, server_header=False,
+                                              ssl_certfile=config.ssl_certfile, ssl_keyfile=config.ssl_keyfile))
+        serving = asyncio.create_task(operator.serve([admin]))
+        log.info("models are swapped on %s", peer(admin.getsockname()[:2]))
+        await server.serve([listener])
+        operator.should_exit = True
+        await serving
+
+    with bind(config.host, config.admin_port) if config.admin_port is not None else nullcontext() as admin:
+        asyncio.run(run(admin))
+
+
+def plan(path: Path, options: Mapping[str, Any]) -> Plan:
+    """What a model directory will take with load_app's options. Raises FptqError."""
+    checkpoint = Checkpoint(path)
+    if not is_artifact(path) and not checkpoint.quantized:
+        raise FptqError(f"{path} is not quantized; make an artifact with `fptq quantize {path} OUT` first")
+    model = checkpoint.model_config
+    cache = options.get("kv_cache_memory") or EngineConfig.kv_cache_memory
+    return Plan(weight_bytes(path) + cache, options.get("max_model_len") or model.max_position_embeddings)
 
 
 def load_app(path: Path, config: ServerConfig, names: Sequence[str], tracing: Tracing | None = None, *, backend: str,
-             generation_config: bool, chat_template: Path | None, **engine_options: Any) -> Loaded:
-    """Arguments and errors are those of `serve`."""
+             generation_config: bool, chat_template: Path | None, store: ResponseStore | None = None,
+             metrics: Metrics | None = None, **engine_options: Any) -> Loaded:
+    """Arguments and errors are those of `serve`. store: where the model is one of several, that of all; its application
+    then has nothing around it. metrics: that go on, where it was loaded before."""
     for name in engine_options.get("lora", {}):
         if name in names:
             raise FptqError(f"{name} is the model's own name; give the adapter another", "lora")
@@ -113,21 +179,26 @@ def load_app(path: Path, config: ServerConfig, names: Sequence[str], tracing: Tr
     threading.Thread(target=import_module, args=("fptq_server.app",), daemon=True).start()
     engine = load_engine(path, backend=backend, chat_template=template, **engine_options)
     check_template_variables(config, engine.tokenizer)
-    from fptq_server.app import create_app
+    from fptq_server.app import create_app, model_app
     from fptq_server.metrics import Metrics
 
     manifest = read_manifest(path) if is_artifact(path) else None
     pooling, no_embeddings = embeddings_of(path, manifest)
     model = replace(model_card(names, engine, sampling, () if manifest is None else manifest.layers),
                     pooling=pooling, no_embeddings=no_embeddings)
-    metrics = Metrics(__version__, model, config.metrics_aliases)
+    metrics = metrics or Metrics(__version__, model, config.metrics_aliases)
     async_engine = AsyncEngine(engine, metrics.record_step, metrics.record_deviation)
     log.info("%s", describe(model, config))
     if sampling:
         log.info("requests get, unless they say otherwise, what generation_config.json does: %s",
                  ", ".join(f"{name} {value}" for name, value in sampling.items()))
-    app = create_app(async_engine, engine.tokenizer, config, model, metrics, tracing)
-    return Loaded(app, async_engine, metrics, manifest)
+    if store is None:
+        app = create_app(async_engine, engine.tokenizer, config, model, metrics, tracing)
+    else:
+        meanwhile = ExitStack()
+        meanwhile.enter_context(scrubbing(path, manifest, config.scrub_interval, metrics))
+        app = model_app(async_engine, engine.tokenizer, config, model, metrics, store, None, meanwhile.close)
+    return Loaded(app, async_engine, metrics, manifest, model)
 
 
 @contextmanager
@@ -440,11 +511,27 @@ class BoundedProtocol(HttpToolsProtocol):
         self.transport.close()
 
 
+class AdminServer(uvicorn.Server):
+    """Beside the server, whose signals they are."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class Draining(Protocol):
+    """An AsyncEngine, or a ModelPool."""
+
+    draining: bool
+
+    async def drain(self, timeout: float) -> int: ...
+
+
 class Server(uvicorn.Server):
     """uvicorn, with a drain between the signal and the exit: the port stays open and answers 503, so that a load
     balancer sees /readyz fail while running requests end."""
 
-    def __init__(self, app: Any, engine: AsyncEngine, config: ServerConfig, metrics: Metrics) -> None:
+    def __init__(self, app: Any, engine: Draining, config: ServerConfig, metrics: Metrics) -> None:
         protocol = type("Protocol", (BoundedProtocol,), {"limits": config, "metrics": metrics})
         super().__init__(uvicorn.Config(
             app,
@@ -504,6 +591,7 @@ class Server(uvicorn.Server):
         self._drains.append(self._loop.create_task(self._drain(timeout)))
 
     async def _drain(self, timeout: float) -> None:
-        await self.config.app.state.jobs.stop()  # type: ignore[union-attr]
+        if (jobs := self.config.app.state.jobs) is not None:  # type: ignore[union-attr]
+            await jobs.stop()
         self._aborted += await self._engine.drain(timeout)
         self.should_exit = True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from prometheus_client import (
     CollectorRegistry,
@@ -14,6 +14,8 @@ from prometheus_client import (
     disable_created_metrics,
     generate_latest,
 )
+from prometheus_client.core import Metric
+from prometheus_client.registry import Collector
 
 from fptq_runtime.engine.request import FinishReason
 from fptq_runtime.engine.speculation import KINDS
@@ -30,6 +32,7 @@ REJECTIONS = ("queue_full", "draining", "aborted", "engine_stopped", "invalid", 
               "key_limit", "failed")
 STATUS_CLASSES = ("2xx", "3xx", "4xx", "5xx")
 OTHER_ROUTES = "other"
+OF_NO_MODEL = re.compile("process_|fptq_(http_responses|requests_rejected|key_|build_info)")
 
 
 class Metrics:
@@ -177,6 +180,37 @@ class Metrics:
         route = next((name for name, pattern in self._routes.items() if pattern.fullmatch(path)), OTHER_ROUTES)
         self._responses.labels(route, f"{status // 100}xx").inc()
 
+    def families(self) -> Iterable[Metric]:
+        yield from self.registry.collect()
+        yield from self._aliases.collect()
+
     def exposition(self) -> bytes:
         """The text format, version 0.0.4."""
         return generate_latest(self.registry) + generate_latest(self._aliases)
+
+
+class _ByModel(Collector):
+    """front: of what no model has. models: the rest of each, which gets its name as a label."""
+
+    def __init__(self, front: Metrics, models: Mapping[str, Metrics]) -> None:
+        self._front = front
+        self._models = models
+
+    def collect(self) -> Iterable[Metric]:
+        yield from (family for family in self._front.families() if OF_NO_MODEL.match(family.name))
+        merged: dict[str, Metric] = {}
+        for name, metrics in self._models.items():
+            for family in metrics.families():
+                if OF_NO_MODEL.match(family.name):
+                    continue
+                whole = merged.setdefault(family.name, Metric(family.name, family.documentation, family.type))
+                for sample in family.samples:
+                    whole.add_sample(sample.name, {"model_name": name} | sample.labels, sample.value)
+        yield from merged.values()
+
+
+def exposition_of(front: Metrics, models: Mapping[str, Metrics]) -> bytes:
+    """Of a server of several models."""
+    registry = CollectorRegistry()
+    registry.register(_ByModel(front, models))
+    return generate_latest(registry)

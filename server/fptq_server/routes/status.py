@@ -18,19 +18,22 @@ from fptq_server.protocol import Info, Status, Version
 UNAVAILABLE: dict[int | str, dict[str, Any]] = {"5XX": {"model": Status}}
 
 
+def engine_problem(engine: AsyncEngine, stall_timeout: float) -> str | None:
+    """Why it should be started anew."""
+    if engine.error is not None:
+        return "the engine has died"
+    if engine.seconds_since_progress > stall_timeout:
+        return "the engine makes no progress"
+    return None
+
+
+def wrong_kernels(engine: AsyncEngine) -> str | None:
+    wrong = engine.deviation is not None and engine.deviation > 1
+    return "the kernels do not compute what was recorded" if wrong else None
+
+
 def status_router(engine: AsyncEngine, model: ModelCard, config: ServerConfig, metrics: Metrics) -> APIRouter:
     router = APIRouter(tags=["status"])
-
-    def alive() -> str | None:
-        if engine.error is not None:
-            return "the engine has died"
-        if engine.seconds_since_progress > config.stall_timeout:
-            return "the engine makes no progress"
-        return None
-
-    def fit() -> str | None:
-        wrong = engine.deviation is not None and engine.deviation > 1
-        return "the kernels do not compute what was recorded" if wrong else None
 
     def answer(problem: str | None) -> Response:
         body = Status(status=problem or "ok").model_dump_json()
@@ -39,13 +42,14 @@ def status_router(engine: AsyncEngine, model: ModelCard, config: ServerConfig, m
     @router.get("/livez", response_model=Status, responses=UNAVAILABLE)
     async def livez() -> Response:
         """200 while the engine makes progress, however loaded it is."""
-        return answer(alive())
+        return answer(engine_problem(engine, config.stall_timeout))
 
     @router.get("/readyz", response_model=Status, responses=UNAVAILABLE)
     async def readyz() -> Response:
         """200 while new requests are taken and their answers can be trusted; the port opens once the model is loaded
         and passed the gate, which is repeated while nobody waits."""
-        return answer("draining" if engine.draining else alive() or fit())
+        return answer("draining" if engine.draining else
+                      engine_problem(engine, config.stall_timeout) or wrong_kernels(engine))
 
     @router.get("/health", response_model=Status, responses=UNAVAILABLE)
     async def health() -> Response:
