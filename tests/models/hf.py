@@ -178,6 +178,8 @@ STACKED = ("granite-moe", "gpt-oss")  # with all experts in one tensor, which is
 MIXTURES = ("qwen3-moe", "qwen3-moe-window", "qwen2-moe", "mixtral", "olmoe", "glm4-moe", "deepseek-v2",
             "deepseek-v3", "glm4-moe-lite", *STACKED)  # of experts
 
+HYBRIDS = ("lfm2", "qwen3.5")  # with recurrent layers
+
 
 def save_random(name: str, path: Path, seed: int = 0, shard: str = "5GB", **changes: Any) -> PreTrainedModel:
     """Weights large enough that attention and norms matter; norm gains and biases are random too."""

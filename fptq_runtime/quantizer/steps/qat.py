@@ -83,6 +83,9 @@ class Qat(Step):
         if model.has_experts:
             raise QuantizationError(f"qat does not work on {model.config.architecture}: which experts a token goes to "
                                     "has no gradient; leave the step out")
+        if model.config.state_bytes:
+            raise QuantizationError(f"qat does not work on {model.config.architecture}: what its recurrent layers have "
+                                    "beside linears is not trained; leave the step out")
 
     def tune(self, work: TuneWork) -> Checkpoint:
         device = self._device()

@@ -20,11 +20,11 @@ from fptq_runtime.quantizer.samples import Calibration
 from fptq_runtime.quantizer.steps import base
 from fptq_runtime.quantizer.steps import qat as module
 from fptq_runtime.quantizer.steps.activations import Activations
-from fptq_runtime.quantizer.steps.base import TuneWork
+from fptq_runtime.quantizer.steps.base import QuantizationError, TuneWork
 from fptq_runtime.quantizer.steps.fptq import Fptq
 from fptq_runtime.quantizer.steps.qat import Qat, Student
 from fptq_runtime.quantizer.steps.weights import Weights
-from tests.models.hf import FAMILIES, MIXTURES
+from tests.models.hf import FAMILIES, HYBRIDS, MIXTURES
 from tests.quantizer.models import DEMO, SHARED, STORIES, save_model, through_the_gate
 
 TEXT = "It was a bright cold day in the wood, and the clock was striking thirteen. " * 20
@@ -58,7 +58,14 @@ def student_of(path: Path, scheme: Any = "dynamic", weights: dict[str, Any] | No
     return Student(Checkpoint(path), Activations(scheme=scheme), Weights(**(weights or {})), windows(2, 24), **settings)
 
 
-@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in MIXTURES])
+@pytest.mark.parametrize("family", HYBRIDS)
+def test_recurrent_layers_are_refused(family: str, tmp_path: Path, text: Path) -> None:
+    save_model(family, tmp_path / "float")
+    with pytest.raises(QuantizationError, match="what its recurrent layers have beside linears"):
+        quantize(tmp_path / "float", tmp_path / "out", recipe(), text=text, **SMALL)
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in (*MIXTURES, *HYBRIDS)])
 def test_every_family(family: str, tmp_path: Path, text: Path) -> None:
     """A few steps, and an artifact that is whole; every trained tensor has moved, and the embeddings have not."""
     save_model(family, tmp_path / "float", **({} if family == "gpt-neo" else {"num_hidden_layers": 2}))
