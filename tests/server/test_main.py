@@ -89,7 +89,8 @@ def test_line_ends_between_requests_keep_no_connection(run_server: Callable[...,
         connection.sendall(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n")
         assert connection.recv(4096).startswith(b"HTTP/1.1 200 ")
         connection.sendall(b"\r\n")
-        assert connection.recv(4096) == b""
+        while connection.recv(4096):  # what is left of the answer, then the end; a timeout where it is kept
+            pass
 
 
 def test_an_answer_outlives_the_heads_deadline(run_server: Callable[..., Any]) -> None:
