@@ -11,6 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
+from fptq_runtime.artifact.files import is_there
+from fptq_runtime.artifact.io import READOUT
 from fptq_runtime.artifact.scheme import LayerScheme, QuantizationArgs
 from fptq_runtime.config import Activations, ModelConfig
 from fptq_runtime.kernels.base import (
@@ -290,12 +292,8 @@ def has_hidden_states(checkpoint: Checkpoint) -> bool:
 
 
 def _load_readout(checkpoint: Checkpoint) -> Readout | None:
-    if not checkpoint.has("readout.gains"):
-        return None
-    size = checkpoint.model_config.hidden_size
-    odd = size // (size & -size)
-    return Readout(*(np.array(checkpoint.tensor(f"readout.{name}", shape, ("F32",)))
-                     for name, shape in (("gains", (size,)), ("signs", (size,)), ("odd", (odd, odd)))))
+    file = checkpoint.path / READOUT
+    return Readout.read(file, checkpoint.model_config.hidden_size) if is_there(file) else None
 
 
 def _load_linear(checkpoint: Checkpoint, spec: BlockSpec, linear: LinearSpec) -> Linear:

@@ -55,7 +55,7 @@ def block_modules(block: Block) -> list[tuple[str, Linear | Norm]]:
 
 def block_tensors(block: Block) -> dict[str, Array]:
     """What belongs to a block and is neither a linear nor a norm: attention's sinks, the bias of its routing, the
-    arrays of its recurrent ops, a head's readout."""
+    arrays of its recurrent ops."""
     spec = block.spec
     tensors = {}
     if spec.attention is not None and spec.attention.sinks is not None:
@@ -65,8 +65,6 @@ def block_tensors(block: Block) -> dict[str, Array]:
     for op, recurrent in zip(spec.recurrent, block.recurrent, strict=True):
         tensors |= {spec.prefix + tensor: to_numpy(getattr(recurrent, field)).reshape(shape)
                     for field, (tensor, shape) in op.arrays.items()}
-    if block.readout is not None:
-        tensors |= {f"readout.{name}": array for name, array in vars(block.readout).items()}
     return tensors
 
 

@@ -15,6 +15,7 @@ import torch
 from fptq_runtime import __version__
 from fptq_runtime.artifact.io import (
     CARD,
+    READOUT,
     ArtifactWriter,
     LayerRecord,
     Manifest,
@@ -295,6 +296,8 @@ class _Run:
                 size = sum(tensor.nbytes for tensor in tensors.values())
                 self.idle_bytes += size * (routing.num_experts - routing.top_k) // routing.num_experts
         self._writer.add_tensors(block_tensors(block))
+        if block.readout is not None:
+            self._writer.add_file(READOUT, block.readout.to_bytes())
 
 
 def _record(target: Target) -> LayerRecord:
