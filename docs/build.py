@@ -10,7 +10,8 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-BESIDE = ("benchmarks/results", "docker", "examples", "fptq_runtime/quantizer/steps")  # what pages link to
+BESIDE = ("benchmarks/results", "docker", "examples", "fptq_runtime/quantizer/steps",
+          "CONTRIBUTING.md", "SECURITY.md", "NOTICE")  # what pages link to
 
 
 def build(site: Path) -> None:
@@ -22,7 +23,12 @@ def build(site: Path) -> None:
         for name in ("CHANGELOG.md", "CONTRIBUTING.md", "NOTICE", "SECURITY.md"):
             shutil.copy(ROOT / name, work / "docs")
         for path in BESIDE:
-            shutil.copytree(ROOT / path, work / "docs" / path, ignore=shutil.ignore_patterns("__pycache__", "*.json"))
+            if (ROOT / path).is_dir():
+                shutil.copytree(ROOT / path, work / "docs" / path, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                shutil.copy(ROOT / path, work / "docs")
+        for page in (work / "docs" / "benchmarks" / "results").glob("*.md"):
+            page.write_text(page.read_text(encoding="utf-8").replace("](../../docs/", "](../../"), encoding="utf-8")
         for page in (work / "docs").glob("*.md"):
             text = re.sub(r"\]\((?:docs|\.\.)/", "](", page.read_text(encoding="utf-8"))
             page.write_text(text.replace("](README.md", "](index.md"), encoding="utf-8")

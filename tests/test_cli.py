@@ -6,6 +6,7 @@ import contextlib
 import inspect
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -483,6 +484,14 @@ def test_an_option_means_the_same_in_every_command() -> None:
                  "bench"}
     assert {name for name, option in shown if option == "--threads"} == computing
     assert [name for name, option in shown if option == "--max-tokens"] == ["generate"]
+
+
+def test_every_option_of_serve_is_in_the_docs() -> None:
+    page = Path(__file__).parent.parent / "docs" / "serve.md"
+    options = {option.opts[0] for option in cli.cli.commands["serve"].params
+               if isinstance(option, click.Option) and not option.hidden} - {"--help", "--config"}
+    described = set(re.findall(r"--[a-z][\w-]+", "".join(re.findall(r"^\| (`--.+?) \|", page.read_text(), re.M))))
+    assert options == described
 
 
 @pytest.mark.parametrize("option", ["--text-tokens", "--max-tokens"])

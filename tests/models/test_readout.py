@@ -28,5 +28,5 @@ def test_another_file_is_refused_by_name(tmp_path: Path, content: bytes | str) -
     }
     path = tmp_path / "fptq.readout"
     path.write_bytes(content if isinstance(content, bytes) else made[content].to_bytes())
-    with pytest.raises(FptqError, match="fptq.readout"):
+    with pytest.raises(FptqError, match=r"fptq\.readout"):
         Readout.read(path, 12)
