@@ -24,13 +24,17 @@ CACHE_BYTES = 1 << 30
 BLOCK_SIZE = 32
 
 
+class NotFiniteError(CalibrationError):
+    """A model that cannot say which token comes next."""
+
+
 def generate_windows(decoder: Decoder, backend: Backend, tokenizer: Tokenizer, lengths: Sequence[int], seed: int,
                      written: Callable[[int], object] = lambda count: None) -> list[list[int]]:
     """One window of each length, BOS included where the model uses one. The end-of-sequence token is never drawn.
     `written` hears of every few tokens.
 
     A window depends on the seed, its index and its length alone. `decoder` must be loaded for `backend`. Raises
-    CalibrationError where a length exceeds the model's context or its logits are not finite.
+    CalibrationError where a length exceeds the model's context, and NotFiniteError.
     """
     config = decoder.config
     bos = bos_prefix(tokenizer)
@@ -63,7 +67,7 @@ def generate_windows(decoder: Decoder, backend: Backend, tokenizer: Tokenizer, l
             drawn = backend.sample(logits, _draws([seeds[i] for i in active], temperatures, computed,
                                                   config.eos_token_ids)).token_ids
             if drawn.min() < 0:
-                raise CalibrationError("the model's logits are not finite; its weights may be damaged")
+                raise NotFiniteError("the model's logits are not finite; its weights may be damaged")
             for i, token in zip(active, drawn.tolist(), strict=True):
                 windows[i].append(token)
             written(len(active))

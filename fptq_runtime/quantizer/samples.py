@@ -27,7 +27,7 @@ from fptq_runtime.quantizer.calibrate import (
     read_text,
     sample_windows,
 )
-from fptq_runtime.quantizer.generate import available_memory, generate_windows, writing_bytes
+from fptq_runtime.quantizer.generate import NotFiniteError, available_memory, generate_windows, writing_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -87,11 +87,17 @@ class Calibration:
             drawn = histogram.draw(self.num_samples * length, context, self.seed)
             recorded = histogram.record(drawn, context)
         source = self.source or ("self" if matters and _fits(checkpoint) else "tales")
-        if source in ("random", "self"):
-            if source == "random":
-                windows = random_windows(tokenizer, config.vocab_size, drawn, self.seed)
-            else:
+        windows: list[list[int]] | None = None
+        if source == "random":
+            windows = random_windows(tokenizer, config.vocab_size, drawn, self.seed)
+        elif source == "self":
+            try:
                 windows = _written(checkpoint, tokenizer, drawn, self.seed, progress)
+            except NotFiniteError:
+                if self.source is not None:
+                    raise
+                source = "tales"  # then whoever quantizes names what is damaged
+        if windows is not None:
             digest = hashlib.sha256(np.concatenate(windows).astype(np.int32).tobytes()).hexdigest()
             tokens = TextRecord(name=str(source), sha256=digest, tokens=sum(drawn))
         else:
