@@ -326,7 +326,8 @@ BAD_STEPS = {
     "logits_rows": {"logits_rows": [3]},
     "logits_rows ": {"logits_rows": [-1]},
     "tokens": {"token_ids": [], "positions": [], "slot_mapping": [], "query_start_loc": [0, 0], "logits_rows": []},
-    "sequences": {"seq_lens": [], "query_start_loc": [0], "block_tables": np.zeros((0, 1)), "state_slots": []},
+    "sequences": {"seq_lens": [], "query_start_loc": [0], "block_tables": np.zeros((0, 1)), "state_slots": [],
+                  "adapters": []},
     "state_slots": {"state_slots": [8]},
     "state_slots ": {"state_slots": [-1]},
 }
