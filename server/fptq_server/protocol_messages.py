@@ -138,7 +138,7 @@ class MessagesRequest(Conversation):
     temperature: float | None = None
     top_p: float | None = None
     top_k: Annotated[int, Field(ge=0)] | None = None
-    stop_sequences: list[Text] | None = None
+    stop_sequences: list[Annotated[Text, Field(min_length=1)]] | None = None
     metadata: Unused = None
     service_tier: Annotated[Any, unsupported("auto", "standard_only")] = None
     speed: Annotated[Any, unsupported("standard")] = None

@@ -105,6 +105,36 @@ def test_named_and_hashed_keys_are_read_again(tmp_path: Path) -> None:
         ApiKeys((), tmp_path / "none")
 
 
+@pytest.mark.parametrize(("entry", "message"), [
+    ("alice={} prio=3", "prio is no option"),
+    ("alice={} priority=high", "priority of a hashed key must be a whole number, not 'high'"),
+    ("alice={} max_requests=0", "max_requests of a hashed key must be a whole number from 1"),
+    ("alice={} max_requests=-3", "max_requests"),
+    ("alice={} priority=1 priority=2", "given twice"),
+    ("alice = {}", "without a space"),
+    ("alice: {}", "NAME=sha256:"),
+    ("alice=sha256:zz", "64 hexadecimal digits"),
+    ("al ice={}", "NAME=sha256:"),
+    ("alice={} and more", "and is no option"),
+])
+def test_a_hashed_key_that_is_misspelt_opens_nothing(tmp_path: Path, entry: str, message: str) -> None:
+    """Were it taken for a key, whoever reads the file could come in."""
+    file = tmp_path / "keys"
+    file.write_text(f"bob={hashed('b')}\n")
+    keys = ApiKeys((), file)
+    file.write_text(f"bob={hashed('b')}\n# a comment\n{entry.format(hashed('a'))}\n")
+    with pytest.raises(FptqError, match=f"keys, line 3: .*{message}"):
+        keys.load()
+    assert keys.names == ["bob"] and keys.find("b") is not None
+    with pytest.raises(FptqError, match=message):
+        ApiKeys((entry.format(hashed("a")),))
+
+
+def test_a_hashed_key_may_be_in_capitals_and_have_a_comment(tmp_path: Path) -> None:
+    keys = ApiKeys((f"alice={hashed('a').upper()} max_requests=2 priority=1 # theirs",))
+    assert keys.find("a") == ApiKey("alice", hashlib.sha256(b"a").digest(), 1, 2)
+
+
 def test_keys_have_limits_metrics_and_no_part_in_each_others_prompts(run_server: Callable[..., Any], tmp_path: Path
                                                                       ) -> None:
     file = tmp_path / "keys"

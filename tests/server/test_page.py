@@ -86,14 +86,14 @@ def without_end(page: Any) -> None:
 
 
 def test_a_message_is_sent_and_its_answer_streamed(page: Any, served: Served) -> None:
-    settings(page, temperature="0", max_tokens="40", system="Tell a tale.")
+    settings(page, temperature="0", max_tokens="300", system="Tell a tale.")
     page.evaluate("""() => {
         seen = [];
         const look = () => seen.push(document.querySelector(".assistant .body")?.textContent);
         new MutationObserver(look).observe(document.querySelector("#log"), { childList: true, subtree: true });
     }""")
     answer = ask(page, "Once upon a time")
-    expected = served.http.post("/v1/chat/completions", json={"temperature": 0, "max_tokens": 40, "messages": [
+    expected = served.http.post("/v1/chat/completions", json={"temperature": 0, "max_tokens": 300, "messages": [
         {"role": "system", "content": "Tell a tale."}, {"role": "user", "content": "Once upon a time"}]}).json()
     text = expected["choices"][0]["message"]["content"]
     assert page.evaluate("document.activeElement.id") == "message"
