@@ -40,6 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if threading.current_thread() is threading.main_thread():
         # From the first moment on: as a container's first process, SIGTERM is lost on whoever has no handler for it.
         signal.signal(signal.SIGTERM, _stop)
+        if list(sys.argv[1:] if arguments is None else arguments)[:1] == ["serve"]:
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})  # it waits until the server can do what it asks
     try:
         code = cli.main(arguments, prog_name="fptq", standalone_mode=False)
         sys.stdout.flush()

@@ -558,6 +558,7 @@ class Server(uvicorn.Server):
         self._loop = asyncio.get_running_loop()
         with suppress(ValueError, RuntimeError, NotImplementedError):  # only the main thread gets signals
             self._loop.add_signal_handler(signal.SIGHUP, self._reload)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})  # as `fptq serve` begins with
         await super().serve(sockets)
         if self._signal is not None:
             log.info("stopped (%s, %d aborted)", self._signal.name, self._aborted)

@@ -228,6 +228,32 @@ def test_the_rest_is_aborted(model_path: Path, drain_timeout: float, signals: in
         assert last.endswith(f"INFO stopped ({'SIGTERM' if signals == 1 else 'SIGINT'}, {aborted} aborted)")
 
 
+def test_sighup_waits_for_the_server(model_path: Path) -> None:
+    """Sent before anything was loaded, it is remembered; a manager that reloads early ends nothing."""
+    program = f"""
+import os, signal
+from fptq_runtime import cli, locate
+find_model = locate.find_model
+def hang_up(name):
+    os.kill(os.getpid(), signal.SIGHUP)
+    return find_model(name)
+locate.find_model = hang_up
+cli.main(["serve", {str(model_path)!r}, "--port", "0"])
+"""
+    with subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        log = ""
+        for line in process.stderr:
+            log += line
+            if "TLS files were read again" in line:
+                process.send_signal(signal.SIGHUP)  # the next one comes at once
+                break
+        assert "read again" in next(process.stderr) + next(process.stderr), log
+        process.send_signal(signal.SIGTERM)
+        process.communicate()
+    assert process.returncode == 0
+
+
 BODY = b'{"prompt": "The old king", "max_tokens": 4}'
 POST = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
 JDK = (b"Connection: Upgrade, HTTP2-Settings\r\nHTTP2-Settings: AAEAAEAAAAIAAAABAAMAAABkAAQBAAAAAAUAAEAA\r\n"
