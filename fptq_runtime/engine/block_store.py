@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fptq_runtime.errors import FptqError
+from fptq_runtime.private import private, private_directory
 
 logger = logging.getLogger(__name__)
 
@@ -57,11 +58,6 @@ class BlockStore(Protocol):
         ...
 
 
-def _private(path: str, flags: int) -> int:
-    """Whoever made the directory, what lies in it tells of prompts."""
-    return os.open(path, flags, 0o600)
-
-
 class DiskStore:
     """blocks: the cache, [blocks, bytes]. Raises FptqError where the directory cannot be used."""
 
@@ -73,7 +69,7 @@ class DiskStore:
             raise FptqError(f"kv_cache_disk_size is {self._size} bytes; two blocks of keys and values take "
                             f"{2 * self._file_bytes}", "kv_cache_disk_size")
         try:
-            self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)  # prompts can be told from what lies here
+            private_directory(self._directory)
             (probe := self._temporary()).write_bytes(b"")
             probe.unlink()
         except OSError as error:
@@ -126,7 +122,7 @@ class DiskStore:
             if path.exists():
                 os.utime(path)
                 return
-            with open(temporary, "wb", opener=_private) as file:
+            with open(temporary, "wb", opener=private) as file:
                 file.write(MAGIC + self._checksum(path, data))
                 file.write(data)
             temporary.rename(path)

@@ -99,14 +99,14 @@ class Answers:
     end of its process goes. Nobody else may write meanwhile. Raises FptqError where that is so, or the file holds
     anything else.
 
-    succeeded and failed: the custom_ids, by status.
+    mode: of a new file, less the umask. succeeded and failed: the custom_ids, by status.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, mode: int = 0o666) -> None:
         self.path = path
         self.succeeded: set[str] = set()
         self.failed: set[str] = set()
-        descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, mode)
         self._file = os.fdopen(descriptor, "r+b", buffering=0)
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -122,8 +122,8 @@ class BatchJobs:
                     self._set(stored, "in_progress")
                 elif batch.status == "cancelling":  # before a restart
                     self._end(batch.id, "cancelled")
-                with closing(Answers(self.store.content(stored.output_id))) as succeeded, \
-                        closing(Answers(self.store.content(stored.error_id))) as failed:
+                with closing(Answers(self.store.content(stored.output_id), 0o600)) as succeeded, \
+                        closing(Answers(self.store.content(stored.error_id), 0o600)) as failed:
                     self.store.room(succeeded.size + failed.size)
 
                     def write(answer: dict[str, Any]) -> None:

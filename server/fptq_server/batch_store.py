@@ -15,6 +15,7 @@ from typing import IO, BinaryIO, Generic, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from fptq_runtime.errors import FptqError
+from fptq_runtime.private import private, private_directory
 from fptq_server.protocol_batches import Batch, FileObject
 
 MAX_FILES = 10_000
@@ -47,7 +48,7 @@ class StoredBatch(Stored[Batch]):
 
 def _copy(content: BinaryIO, path: Path) -> None:
     content.seek(0)
-    with path.open("xb") as copy:
+    with open(path, "xb", opener=private) as copy:
         shutil.copyfileobj(content, copy, 1 << 20)
         copy.flush()
         os.fsync(copy.fileno())
@@ -175,7 +176,7 @@ class BatchStore:
         """Whole or not at all."""
         path = self._metadata(name)
         part = path.with_suffix(".part")
-        with part.open("w") as file:
+        with open(part, "w", opener=private) as file:
             file.write(value.model_dump_json())
             file.flush()
             os.fsync(file.fileno())
@@ -183,8 +184,8 @@ class BatchStore:
 
     def _open(self, path: Path) -> None:
         try:
-            path.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._lock = (path / "lock").open("a")
+            private_directory(path)
+            self._lock = (path / "lock").open("a")  # holds nothing
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             for file in path.glob("file-*.json"):
                 stored = Stored[FileObject].model_validate_json(file.read_bytes())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -163,6 +164,7 @@ def test_a_batch_outlives_its_server(run_server: Callable[..., Any], tmp_path: P
     [content] = [path for path in tmp_path.glob("*.jsonl") if b"batch_req_" in path.read_bytes()]
     before = content.read_bytes()
     assert 0 < before.count(b"\n") < 120
+    assert {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.glob("*.*")} == {0o600}
     with run_server(config) as served, openai.OpenAI(base_url=served.url + "/v1", api_key="none") as client:
         batch = ended(client, created.id)
         assert batch.status == "completed"
