@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag
 
+from fptq_runtime.engine.request import MAX_STOP_STRINGS
 from fptq_server.protocol import Body, NotEmpty, Text, Unsupported, Unused, refuse_kind, unsupported, variant
 
 
@@ -14,6 +15,8 @@ class OtherBlock(Body):
 
     model_config = ConfigDict(extra="ignore")
     type: Annotated[str, AfterValidator(refuse_kind)]
+
+StopSequences = Annotated[list[Annotated[Text, Field(min_length=1)]], Field(max_length=MAX_STOP_STRINGS)]
 
 
 class TextBlock(Body):
@@ -138,7 +141,7 @@ class MessagesRequest(Conversation):
     temperature: float | None = None
     top_p: float | None = None
     top_k: Annotated[int, Field(ge=0)] | None = None
-    stop_sequences: list[Annotated[Text, Field(min_length=1)]] | None = None
+    stop_sequences: StopSequences | None = None
     metadata: Unused = None
     service_tier: Annotated[Any, unsupported("auto", "standard_only")] = None
     speed: Annotated[Any, unsupported("standard")] = None
