@@ -28,7 +28,7 @@ $(INSTALLED): pyproject.toml constraints.txt $(NATIVE)
 	@$(PIP_INSTALL) --group build
 	@echo "2 of 3: torch, the largest part"
 	@$(PIP_INSTALL) --no-deps --retries 1 $(addprefix --extra-index-url ,$(TORCH_INDEX)) torch
-	@echo "3 of 3: FPTQ Serve, which is compiled for this machine, and what it needs"
+	@echo "3 of 3: FPTQ Serve, which is compiled for this machine, and what it needs: minutes without a word"
 	@CXX='$(CXX)' $(PIP_INSTALL) --no-build-isolation --editable '.[quantize]'
 	@touch $@
 

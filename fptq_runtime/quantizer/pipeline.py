@@ -80,7 +80,10 @@ def quantize(
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     check_output(Path(out), overwrite, Path(model))  # before a model is fetched
     source, checkpoint = open_float(model, "quantize the float model it was made from")
-    check_room(Path(out).resolve().parent, artifact_bytes(checkpoint, recipe.weights))
+    companions = sum(file.stat().st_size for file in source.path.iterdir()
+                     if file.is_file() and file.suffix not in (".safetensors", ".bin", ".gguf"))
+    needed = artifact_bytes(checkpoint, recipe.weights) + companions
+    check_room(Path(out).resolve().parent, int(1.03 * needed))  # golden values and the manifest, too
     config = checkpoint.model_config
     tokenizer = load_tokenizer(source.path)
     measured_on = packaged_text("heldout") if text is None else read_text(text)

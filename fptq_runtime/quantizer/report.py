@@ -43,8 +43,14 @@ def summarize(manifest: Manifest, model: str | None = None, recipe: str | None =
         "",
         f"size {format_size(manifest.size)} in {len(manifest.files)} files"
         + f", of which a token reads {format_size(manifest.active_size)} at most" * (manifest.idle_bytes > 0),
-        *_loss_warning(manifest, model or manifest.provenance.source, recipe or manifest.recipe["name"]),
+        *_loss_warning(manifest, model or _source(manifest), recipe or manifest.recipe["name"]),
     ))
+
+
+def _source(manifest: Manifest) -> str:
+    """A hub id; where a directory was is not recorded."""
+    source = manifest.provenance.source
+    return source if "/" in source else "MODEL"
 
 
 def perplexity_loss(manifest: Manifest) -> float:
@@ -53,15 +59,18 @@ def perplexity_loss(manifest: Manifest) -> float:
 
 def _loss_warning(manifest: Manifest, model: str, recipe: str) -> list[str]:
     """Last, where it is read first."""
-    loss = perplexity_loss(manifest)
+    loss, made = perplexity_loss(manifest), manifest.provenance
     if loss <= NOTABLE:
         return []
-    said = f"note: perplexity rose by {loss:.1%}, which may be noticed"
+    said = f"note: perplexity rose by {loss:.1%}, which may be noticed" + (
+        f"; {made.num_samples} calibration samples are few" if 0 < made.num_samples < 16 else "")
     if loss > SEVERE:
         said = (f"warning: perplexity rose by {loss:.0%}, more than what a model of half the size loses: this will be "
                 "noticed, do not serve it as it is")
     stronger = stronger_recipe(manifest)
-    steps = [] if stronger is None else [f"{quantize_command(model, stronger, stronger)}  # loses less"]
+    steps = [] if stronger is None else [f"{quantize_command(model, stronger, stronger)}  # may lose less"]
+    if stronger == "fptq-best":
+        steps.append(f"{quantize_command(model, 'w8a8-dynamic', 'w8a8-dynamic')}  # 8 bits: larger, and loses little")
     trained = {step["type"] for step in manifest.recipe["steps"]} & TRAINING
     alike = "fptq-best" if trained else recipe  # training has no parts that a layer could be blamed for
     steps.append(f"fptq analyze {shlex.quote(model)} --recipe {shlex.quote(alike)}  # which layers lose it, and why")

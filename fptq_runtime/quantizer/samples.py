@@ -121,7 +121,7 @@ def _written(checkpoint: Checkpoint, tokenizer: Tokenizer, lengths: Sequence[int
     with progress_bar(total=sum(lengths), desc="writing", unit="token", shown=progress) as bar:
         if progress:
             bar.write(f"the model writes {len(lengths)} samples to calibrate on, {sum(lengths)} tokens, in "
-                      f"{writing_bytes(checkpoint) >> 20} MB of memory; --calibration tales does without",
+                      f"{writing_bytes(checkpoint) >> 20} MB of memory; fptq quantize --calibration tales does without",
                       file=sys.stderr)
         backend = select_backend()
         return generate_windows(load_model(checkpoint, backend), backend, tokenizer, lengths, seed, bar.update)
