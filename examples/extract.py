@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from pathlib import Path
 from typing import Literal
 
-from openai import OpenAI
+from openai import APIConnectionError, OpenAI
 from pydantic import BaseModel, Field
 
 
@@ -44,4 +45,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except APIConnectionError as error:
+        sys.exit(f"no server at {error.request.url}; `fptq serve ARTIFACT` starts one")

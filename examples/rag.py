@@ -11,10 +11,11 @@ import json
 import math
 import os
 import re
+import sys
 from collections import Counter
 from pathlib import Path
 
-from openai import OpenAI
+from openai import APIConnectionError, OpenAI
 
 
 def words(text: str) -> list[str]:
@@ -77,4 +78,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except APIConnectionError as error:
+        sys.exit(f"no server at {error.request.url}; `fptq serve ARTIFACT` starts one")

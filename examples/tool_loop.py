@@ -6,10 +6,11 @@ import argparse
 import datetime
 import json
 import os
+import sys
 from collections.abc import Callable
 from typing import Any
 
-from openai import OpenAI
+from openai import APIConnectionError, OpenAI
 
 MAX_TURNS = 5
 
@@ -66,4 +67,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except APIConnectionError as error:
+        sys.exit(f"no server at {error.request.url}; `fptq serve ARTIFACT` starts one")
