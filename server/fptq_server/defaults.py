@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,3 +29,10 @@ def sampling_defaults(path: Path) -> dict[str, Any]:
         raise FptqError(f"{file} cannot give the defaults of sampling: {error}; --generation-config none leaves them "
                         "out") from None
     return defaults
+
+
+def sampling_in_force(defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """With SamplingParams' own for what the model does not say; max_tokens, which each endpoint has its own for, only
+    where the model says it."""
+    own = {name: getattr(SamplingParams(), name) for name in NAMES.values() if name != "max_tokens"}
+    return {**own, **defaults}

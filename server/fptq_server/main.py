@@ -40,7 +40,7 @@ from fptq_runtime.models.loader import Checkpoint, has_hidden_states
 from fptq_runtime.models.pooling import read_pooling
 from fptq_runtime.models.tokenizer import Tokenizer
 from fptq_server.config import ModelCard, ServerConfig
-from fptq_server.defaults import sampling_defaults
+from fptq_server.defaults import sampling_defaults, sampling_in_force
 from fptq_server.keys import ApiKeys
 from fptq_server.logs import start_logging
 from fptq_server.pool import Plan
@@ -265,7 +265,7 @@ def model_card(names: Sequence[str], engine: Engine[Any], sampling: Mapping[str,
             "hidden_size": config.hidden_size,
             "vocab_size": config.vocab_size,
             "rope": config.rope,
-            "sampling": sampling or {},
+            "sampling": sampling_in_force(sampling or {}),
             "chat_template": engine.tokenizer.chat_template() is not None,
         },
         engine={**asdict(engine.config), "num_blocks": engine.num_blocks, "state_bytes": config.state_bytes},

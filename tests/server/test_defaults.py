@@ -67,6 +67,6 @@ def test_a_request_wins(run_server: Callable[..., Any], path: str, prompt: dict[
         off = {"temperature": 1.0, "repetition_penalty": 1.0, "top_k": 0, "max_tokens": 20, "seed": 3}
         ours = choices(**off)
         assert ours != choices(max_tokens=20)
-        assert served.http.get("/info").json()["model"]["sampling"] == sampling
+        assert served.http.get("/info").json()["model"]["sampling"] == {"top_p": 1.0, "min_p": 0.0, **sampling}
     with run_server() as served:
         assert choices(**off) == ours

@@ -35,8 +35,8 @@ def browser() -> Iterator[Any]:
 
 
 @contextmanager
-def opened(browser: Any, url: str, **options: Any) -> Iterator[Any]:
-    """The page, which asks nobody but the server and has nothing to complain of."""
+def opened(browser: Any, url: str, refusal: int = 401, **options: Any) -> Iterator[Any]:
+    """The page, which asks nobody but the server and has nothing to complain of but answers with this status."""
     with browser.new_context(**options) as context:
         page = context.new_page()
         asked: list[str] = []
@@ -47,13 +47,20 @@ def opened(browser: Any, url: str, **options: Any) -> Iterator[Any]:
         page.goto(url)
         yield page
         assert all(each.startswith(url) for each in asked)
-        assert [text for text in said if "status of 401" not in text] == []
+        assert [text for text in said if f"status of {refusal}" not in text] == []
 
 
 @pytest.fixture
 def page(browser: Any, served: Served) -> Iterator[Any]:
     with opened(browser, served.url) as page:
         playwright.expect(page.locator("#model")).to_have_text("demo")
+        yield page
+
+
+@pytest.fixture
+def refused(browser: Any, served: Served) -> Iterator[Any]:
+    """The page, some of whose requests are bad ones."""
+    with opened(browser, served.url, refusal=400) as page:
         yield page
 
 
@@ -238,6 +245,77 @@ def test_json_is_a_tree(page: Any) -> None:
     playwright.expect(answer.get_by_text('name "Ann"')).to_be_visible()
 
 
+def test_a_conversation_longer_than_the_context_is_told_and_goes_on(refused: Any, served: Served) -> None:
+    with scripted(served, "Yes."):
+        ask(refused, "One?")
+    long = "word " * 2000
+    send(refused, long)
+    told = refused.locator("article.assistant").last
+    playwright.expect(told.get_by_role("alert")).to_have_text(
+        "The conversation is longer than the 1024 tokens this model can read. Start a new chat, or edit an earlier "
+        "message.")
+    assert refused.get_by_label("Message", exact=True).input_value() == long
+    with scripted(served, "Still."), refused.expect_request("**/v1/chat/completions") as sent:
+        send(refused, "Two?")
+        playwright.expect(refused.locator("article.assistant .body").last).to_have_text("Still.")
+    assert [message["content"] for message in json.loads(sent.value.post_data)["messages"]] == ["One?", "Yes.", "Two?"]
+    send(refused, long)
+    told.get_by_role("button", name="New chat").click()
+    assert refused.locator("#log > .user").count() == 0
+    send(refused, refused.get_by_label("Message", exact=True).input_value())
+    playwright.expect(refused.locator("article.assistant").get_by_role("alert")).to_have_text(
+        "The message is longer than the 1024 tokens this model can read. Shorten it.")
+
+
+def test_results_that_are_too_long_can_be_given_again(refused: Any, served: Served) -> None:
+    settings(refused, tools=json.dumps([{"type": "function", "function": {"name": "now"}}]))
+    with scripted(served, '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>'):
+        answer = ask(refused, "What time is it?")
+    answer.get_by_label("Result of now").fill("word " * 2000)
+    answer.get_by_role("button", name="Send result").click()
+    playwright.expect(refused.get_by_role("alert").filter(has_text="The conversation is longer")).to_be_visible()
+    with scripted(served, "Noon."):
+        refused.get_by_label("Result of now").fill("12:00")
+        refused.get_by_role("button", name="Send result").click()
+        playwright.expect(refused.locator("article.assistant .body").last).to_have_text("Noon.")
+    assert refused.evaluate("messages.map(message => message.role)") == ["user", "assistant", "tool", "assistant"]
+
+
+def test_what_cut_an_answer_is_said(page: Any) -> None:
+    settings(page, max_tokens="4")
+    without_end(page)
+    playwright.expect(ask(page, "Once")).to_contain_text("cut by the most tokens")
+    page.get_by_role("button", name="New chat").click()
+    settings(page, max_tokens="")
+    playwright.expect(ask(page, "word " * 900)).to_contain_text("cut: the context is full")
+
+
+def test_the_demo_says_what_it_is_for(page: Any) -> None:
+    playwright.expect(page.locator("#log")).to_have_text(
+        "This small demo only continues tales. Try: Once upon a time")
+
+
+def test_settings_show_what_is_in_force_and_refuse_what_is_out_of_range(page: Any) -> None:
+    shown = {name: page.locator(f"[data-setting={name}]").get_attribute("placeholder")
+             for name in ("temperature", "top_p", "top_k", "repetition_penalty", "max_tokens")}
+    assert shown == {"temperature": "1", "top_p": "1", "top_k": "0", "repetition_penalty": "1",
+                     "max_tokens": "what fits"}
+    page.get_by_role("button", name="Settings").click()
+    error = page.locator("#settings-error")
+    for name, wrong, right in (("temperature", "7", "0.75"), ("temperature", "-1", "0"), ("top_k", "1.5", "2")):
+        field = page.locator(f"[data-setting={name}]")
+        field.fill(wrong)
+        playwright.expect(error).to_contain_text("Temperature: " if name == "temperature" else "Top k: ")
+        playwright.expect(field).to_have_attribute("aria-invalid", "true")
+        send(page, "Once")
+        told = page.locator("article.assistant").last.get_by_role("alert")
+        playwright.expect(told).to_have_text(error.inner_text())
+        field.fill(right)
+        playwright.expect(error).to_be_empty()
+        playwright.expect(field).to_have_attribute("aria-invalid", "false")
+        page.get_by_role("button", name="New chat").click()
+
+
 def test_a_setting_that_is_no_json_is_told(page: Any) -> None:
     settings(page, schema="[1]")
     send(page, "Who?")
@@ -255,6 +333,7 @@ def test_token_probabilities(page: Any, served: Served) -> None:
         "messages": [{"role": "user", "content": "Once"}]}).json()["choices"][0]["logprobs"]["content"]
     tokens = answer.locator(".tokens span")
     assert [token.text_content() for token in tokens.all()] == [entry["token"] for entry in told]
+    playwright.expect(answer).to_contain_text("Red: unlikely. Point at a token for its alternatives.")
     tokens.nth(1).hover()
     rows = page.get_by_role("tooltip").locator("tr")
     assert [json.loads(row.locator("td").first.text_content()[2:]) for row in rows.all()] == [
@@ -275,15 +354,25 @@ def test_the_live_view(page: Any, served: Served) -> None:
     for name in ("First token", "Between tokens"):
         tile = tiles.locator("div", has_text=name).locator("dd")
         playwright.expect(tile).to_have_text(re.compile(r"\d m?s / .*\d m?s"))
+    golden = page.evaluate("""() => {
+        scrapes.push({ time: performance.now(), values: new Map([
+            ...scrapes.at(-1).values, ["fptq_golden_checks_total", 1], ["fptq_golden_deviation_ratio", 0.26]]) });
+        showTiles();
+        return $("tiles").lastChild.textContent;
+    }""")
+    assert golden == "Self-check26 % of the tolerance"
     playwright.expect(page.locator("#kernels")).to_contain_text(served.http.get("/info").json()["kernels"]["backend"])
 
 
 def test_an_api_key_is_asked_for(browser: Any, run_server: Callable[..., Any]) -> None:
     with run_server(ServerConfig(api_keys=("secret",))) as served, opened(browser, served.url) as page:
         assert httpx.post(served.url + "/", json={"inputs": "x"}).status_code == 401
-        for key in ("wrong", "secret"):
+        told = page.get_by_role("dialog").get_by_role("alert")
+        playwright.expect(told).to_be_empty()
+        for key, said in (("wrong", "That key was not accepted."), ("secret", "")):
             page.get_by_label("API key", exact=True).fill(key)
             page.get_by_role("button", name="Use it").click()
+            playwright.expect(page.locator("#key-error")).to_have_text(said)
         playwright.expect(page.locator("#model")).to_have_text("demo")
         settings(page, max_tokens="4")
         ask(page, "Once")
