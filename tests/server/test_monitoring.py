@@ -4,6 +4,7 @@ queries. Skipped where Prometheus is not installed."""
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import socket
 import subprocess
@@ -16,6 +17,7 @@ import pytest
 import yaml
 
 from fptq_server.config import ServerConfig
+from fptq_server.metrics import OF_NO_MODEL
 from tests.server.conftest import Served, metric, wait_until
 
 DOCKER = Path(__file__).parents[2] / "docker"
@@ -47,6 +49,14 @@ def test_each_alert_is_tested_on_both_sides() -> None:
     fires, quiet = yaml.safe_load((DOCKER / "alerts_test.yml").read_text())["tests"]
     assert {test["alertname"] for test in fires["alert_rule_test"] if test["exp_alerts"]} == names
     assert {test["alertname"] for test in quiet["alert_rule_test"] if not test.get("exp_alerts")} == names
+
+
+def test_an_alert_of_a_model_names_it() -> None:
+    rules = yaml.safe_load((DOCKER / "alerts.yml").read_text())["groups"][0]["rules"]
+    for rule in rules:
+        of_a_model = not any(name == "up" or OF_NO_MODEL.match(name) for name in re.findall(r"\w+", rule["expr"]))
+        assert ("{{ with $labels.model_name }}{{ . }} on {{ end }}{{ $labels.instance }}"
+                in rule["annotations"]["summary"]) is of_a_model, rule["alert"]
 
 
 @pytest.fixture(scope="module")
