@@ -164,6 +164,10 @@ def test_systemd_takes_the_unit_and_leaves_time_to_drain(tmp_path: Path) -> None
     unit = (ROOT / "docker/fptq.service").read_text()
     [timeout] = re.findall(r"^TimeoutStopSec=(\d+)$", unit, re.MULTILINE)
     assert int(timeout) > ServerConfig().drain_timeout + CLOSE_TIMEOUT
+    assert "pip install dist/fptq_serve-*x86_64.whl" in unit  # no index has it
+    assert {"RestartSec=5", "StateDirectory=fptq", "CacheDirectory=fptq"} <= set(unit.splitlines())
+    assert set(re.findall(r"/var/\w+/fptq\b", (ROOT / "docs/operate.md").read_text())) == {
+        "/var/cache/fptq", "/var/lib/fptq"}
     if (systemd := shutil.which("systemd-analyze")) is None:
         pytest.skip("systemd is not installed")
     there = tmp_path / "fptq.service"
