@@ -178,7 +178,8 @@ class Generation:
         if output.finish_reason is FinishReason.ERROR:
             raise APIError(500, "the engine failed on this request", reason="failed", code="engine_error")
         if output.finish_reason is FinishReason.ABORT:
-            raise APIError(503, "the server stopped this request before its end", reason="aborted", code="aborted")
+            raise APIError(503, "the server stopped this request before its end", reason="aborted", code="aborted",
+                           retry_after=1)
         if output.prompt_logprobs is not None:
             self.prompt_logprobs[i] = output.prompt_logprobs
         record = self._record

@@ -88,7 +88,8 @@ class RequestContext:
             record.client_gone = True
         except asyncio.CancelledError:  # by uvicorn at exit, where a client stalls; it would log a traceback
             if status == 499:
-                await answer(APIError(503, "the server is shutting down", reason="draining", code="draining"))
+                await answer(APIError(503, "the server is shutting down", reason="draining", code="draining",
+                                      retry_after=1))
         except Exception:
             log.exception("request %s failed", record.id)
             if status != 499:

@@ -90,6 +90,7 @@ def test_failure_on_the_way(served: Served, monkeypatch: pytest.MonkeyPatch, the
         response = served.http.post(path, json=body)
         assert response.status_code == status
         assert response.json()["error"]["code"] == code
+        assert ("Retry-After" in response.headers) is (status == 503)  # another server, or this one again, has it
         assert stream.aborted
         body = body | {"stream": True}
     elif path == "/generate":
