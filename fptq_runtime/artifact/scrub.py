@@ -22,11 +22,12 @@ CHUNK = 1 << 20  # bytes that are read and hashed at once, in about a millisecon
 
 class Scrub:
     """A thread of the lowest priority that takes `interval` seconds to read all files once: a flipped bit is found
-    within twice that. The files are those that were opened here, whatever lies at their paths later. after_pass gets
-    the names of those that are not what the manifest says."""
+    within twice that. The files are those that were opened here, whatever lies at their paths later, which only the log
+    tells. after_pass gets the names of those that are not what the manifest says."""
 
     def __init__(self, path: Path, files: Mapping[str, FileRecord], interval: float,
                  after_pass: Callable[[list[str]], None]) -> None:
+        self._path = path
         self._files = {name: (open_file(path / name), record) for name, record in files.items()}
         self._pace = interval / max(1, sum(record.size for record in files.values()))  # seconds a byte
         self._after_pass = after_pass
@@ -47,15 +48,29 @@ class Scrub:
         if hasattr(os, "setpriority") and hasattr(os, "PRIO_PROCESS"):
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)  # on Linux, of this thread alone
         known: set[str] = set()
+        gone: set[str] = set()
         while not self._stopping.is_set():
-            damaged = [name for name, (file, record) in self._files.items() if not self._matches(file, record)]
+            damaged = {name for name, (file, record) in self._files.items() if not self._matches(file, record)}
             if self._stopping.is_set():
                 return
-            for name in set(damaged) - known:
-                logger.error("%s has changed since it was loaded: what is served from it is wrong; stop this server, "
-                             "check the disk and memory, and restore the artifact", name)
-            known = set(damaged)
-            self._after_pass(damaged)
+            for name in damaged - known:
+                logger.error("%s has changed since it was loaded: what is served from it may be wrong; stop this "
+                             "server, check the disk and memory, and restore the artifact", name)
+            for name in known - damaged:
+                logger.info("%s is what it was again", name)
+            elsewhere = {name for name, (file, _) in self._files.items() if not self._lies_there(name, file)}
+            for name in elsewhere - gone:
+                logger.warning("%s was replaced or removed since it was loaded: this server goes on with what it was, "
+                               "the next start finds other bytes, or none", name)
+            known, gone = damaged, elsewhere
+            self._after_pass(sorted(damaged))
+
+    def _lies_there(self, name: str, file: BinaryIO) -> bool:
+        """Its path leads to the open file."""
+        try:
+            return os.path.samestat((self._path / name).stat(), os.fstat(file.fileno()))
+        except OSError:
+            return False
 
     def _matches(self, file: BinaryIO, record: FileRecord) -> bool:
         """True also where it was told to stop."""

@@ -32,7 +32,8 @@ def artifact(tmp_path: Path) -> Path:
     return Path(shutil.copytree(find_artifact("demo"), tmp_path / "artifact"))
 
 
-def test_a_scrub_finds_a_flipped_bit_and_its_mending(artifact: Path) -> None:
+def test_a_scrub_finds_a_flipped_bit_and_its_mending(artifact: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
     passes: queue.Queue[list[str]] = queue.Queue()
     scrub = Scrub(artifact, read_manifest(artifact).files, 0.05, passes.put)
     whole = (artifact / "model.safetensors").read_bytes()
@@ -47,9 +48,15 @@ def test_a_scrub_finds_a_flipped_bit_and_its_mending(artifact: Path) -> None:
     while damaged := passes.get(timeout=60):
         assert damaged == ["model.safetensors"]
     (artifact / "config.json").unlink()  # what is open stays what it was
-    passes.get(timeout=60)
-    assert passes.get(timeout=60) == []
+    (artifact / "new").write_bytes(b"")
+    (artifact / "new").replace(artifact / "model.safetensors")
+    for _ in range(3):
+        assert passes.get(timeout=60) == []
     scrub.stop()
+    said = [record.getMessage().partition(":")[0] for record in caplog.records]
+    assert said[:2] == ["model.safetensors has changed since it was loaded", "model.safetensors is what it was again"]
+    assert sorted(said[2:]) == [f"{name} was replaced or removed since it was loaded"
+                                for name in ("config.json", "model.safetensors")]
 
 
 def test_a_slow_scrub_stops_at_once(artifact: Path) -> None:
