@@ -90,6 +90,14 @@ def _one_line(text: str) -> str:
     return " ".join(text.split())
 
 
+class Integer(click.IntRange):
+    name = "integer"  # as errors and help have it; click's own is no word
+
+
+class Number(click.FloatRange):
+    name = "number"
+
+
 class Size(click.ParamType[int]):
     """Bytes, as 512MiB or 2GiB."""
 
@@ -179,10 +187,8 @@ class RecipeName(click.ParamType[str]):
         return str(path)
 
 
-class Threads(click.IntRange):
+class Threads(Integer):
     """0, or at most MAX_THREADS."""
-
-    name = "threads"
 
     def __init__(self) -> None:
         super().__init__(min=0)
@@ -237,16 +243,16 @@ def answers(command: _Function) -> Any:
 
 def engine_options(command: _Function) -> _Function:
     for option in reversed([
-        click.option("--max-model-len", type=click.IntRange(1), help="Longest prompt and answer together, in tokens "
+        click.option("--max-model-len", type=Integer(1), help="Longest prompt and answer together, in tokens "
                      "(the model's own limit)."),
-        click.option("--max-num-seqs", type=click.IntRange(1), default=64, show_default=True,
+        click.option("--max-num-seqs", type=Integer(1), default=64, show_default=True,
                      help="Most sequences in one step."),
-        click.option("--max-num-batched-tokens", type=click.IntRange(1), help="Most tokens in one step (512; on a GPU "
+        click.option("--max-num-batched-tokens", type=Integer(1), help="Most tokens in one step (512; on a GPU "
                      "8192)."),
         click.option("--kv-cache-dtype", type=click.Choice(["bf16", "int8"]), default="int8", show_default=True),
         click.option("--kv-cache-memory", type=Size(), help="Memory for keys and values, as 512MiB, which is the "
                      "default on a CPU; on a GPU it is what is free."),
-        click.option("--gpu-memory-utilization", type=click.FloatRange(0, 1, min_open=True), default=0.9,
+        click.option("--gpu-memory-utilization", type=Number(0, 1, min_open=True), default=0.9,
                      show_default=True, help="Share of a GPU's free memory that weights, cache and steps may take."),
         click.option("--no-prefix-cache", "enable_prefix_caching", is_flag=True, flag_value=False, default=True,
                      help="Compute every prompt from its start."),
@@ -291,9 +297,9 @@ def threads_option(command: _Function) -> _Function:
 def text_tokens_option(default: int | None, said: str | bool = True) -> Callable[[_Function], _Function]:
     """Once --max-tokens in some commands, which is the length of an answer in others. said: the default, where it
     depends on others."""
-    shown = click.option("--text-tokens", type=click.IntRange(2), default=default, show_default=said,
+    shown = click.option("--text-tokens", type=Integer(2), default=default, show_default=said,
                          help="Read only the first tokens of the text.")
-    old = click.option("--max-tokens", "text_tokens", type=click.IntRange(2), hidden=True)
+    old = click.option("--max-tokens", "text_tokens", type=Integer(2), hidden=True)
     return lambda command: old(shown(command))
 
 
@@ -377,8 +383,8 @@ def cli() -> None:
 @click.option("--calibration", type=ExistingFile("self", "tales", "random"), help="A text file; `self`: what the "
               "model writes; `tales`: text that comes with fptq; `random`: vocabulary tokens (self, where the float "
               "model fits the memory, else tales).")
-@click.option("--num-samples", type=click.IntRange(1), default=32, show_default=True, help="Calibration samples.")
-@click.option("--sample-length", type=click.IntRange(2), help="Tokens of each (512, or the model's context).")
+@click.option("--num-samples", type=Integer(1), default=32, show_default=True, help="Calibration samples.")
+@click.option("--sample-length", type=Integer(2), help="Tokens of each (512, or the model's context).")
 @click.option("--lengths", type=ExistingFile(), help="A request trace or a histogram of lengths (CSV or JSON), which "
               "the samples then have; their tokens stay as many.")
 @click.option("--text", type=ExistingFile(), help="What perplexity is measured on before and after (tales that "
@@ -388,7 +394,7 @@ def cli() -> None:
               "8 bits, then 16, until it is met.")
 @click.option("--extra-bytes", type=Percent(), help="What may be spent on that, as 10% of the artifact; alone, all of "
               "it is spent.")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--seed", type=Integer(0), default=0, show_default=True)
 @click.option("--revision", help="Branch, tag or commit of a hub model.")
 @click.option("--overwrite", is_flag=True, help="Replace an artifact at OUT.")
 @threads_option
@@ -456,7 +462,7 @@ def _tells_what_is_left(out: Path) -> Iterator[None]:
 @click.option("--quantize", "recipe", type=RecipeName(), help="A preset, or a YAML file, by which a float model is "
               "quantized before it is served, once: the artifact is kept in the user's cache.")
 @click.option("--host", default="127.0.0.1", show_default=True)
-@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True)
+@click.option("--port", type=Integer(0, 65535), default=8000, show_default=True)
 @click.option("--uds", help="Listen on this socket file instead of host and port.", type=click.Path(dir_okay=False))
 @click.option("--ssl-certfile", type=click.Path(dir_okay=False), help="PEM, with its chain; the server speaks TLS.")
 @click.option("--ssl-keyfile", type=click.Path(dir_okay=False), help="PEM, where --ssl-certfile does not hold the key.")
@@ -483,23 +489,23 @@ def _tells_what_is_left(out: Path) -> Iterator[None]:
 @engine_options
 @click.option("--lora", multiple=True, type=NamedDirectory(), help="A PEFT adapter that requests may name as their "
               "model; may be given more than once.")
-@click.option("--max-loras", type=click.IntRange(1, MAX_LORAS), default=8, show_default=True, help="Adapters that may "
+@click.option("--max-loras", type=Integer(1, MAX_LORAS), default=8, show_default=True, help="Adapters that may "
               "be loaded at a time, where --lora or --allow-runtime-lora-updating is given.")
 @click.option("--allow-runtime-lora-updating", is_flag=True, help="/v1/load_lora_adapter and /v1/unload_lora_adapter: "
               "whoever may send requests may have directories of this machine read as adapters.")
-@click.option("--max-waiting-requests", type=click.IntRange(1), default=256, show_default=True,
+@click.option("--max-waiting-requests", type=Integer(1), default=256, show_default=True,
               help="Past so many in the queue a request is refused with 429.")
-@click.option("--max-waiting-tokens", type=click.IntRange(1), default=1 << 20, show_default=True,
+@click.option("--max-waiting-tokens", type=Integer(1), default=1 << 20, show_default=True,
               help="Past so many prompt tokens in the queue a request is refused with 429.")
-@click.option("--max-wait", type=click.FloatRange(0, min_open=True), default=10.0, show_default=True,
+@click.option("--max-wait", type=Number(0, min_open=True), default=10.0, show_default=True,
               help="A request that would wait longer for its first token, in seconds, is refused with 429.")
-@click.option("--itl-target", type=click.FloatRange(0, min_open=True), help="Seconds from one token of an answer to "
+@click.option("--itl-target", type=Number(0, min_open=True), help="Seconds from one token of an answer to "
               "the next (inter-token latency): a step that would take longer has less of others' prompts.")
 @click.option("--api-key", "api_keys", multiple=True, help="Clients must send it as a bearer token; may be given more "
               "than once.")
 @click.option("--api-keys-file", type=ExistingFile(), help="A key a line, or its hash as NAME=sha256:HEX, with "
               "priority=N and max_requests=N after it where wanted; read again on SIGHUP.")
-@click.option("--admin-port", type=click.IntRange(0, 65535), help="A port of its own for POST /admin/reload, sleep and "
+@click.option("--admin-port", type=Integer(0, 65535), help="A port of its own for POST /admin/reload, sleep and "
               "wake, which swap and unload models.")
 @click.option("--admin-key", help="What --admin-port asks for.")
 @click.option("--models-memory", type=Size(), help="What several models may take together (what is available); the one "
@@ -510,13 +516,13 @@ def _tells_what_is_left(out: Path) -> Iterator[None]:
 @click.option("--metrics-aliases", type=click.Choice(["none", "vllm"]), default="none", show_default=True,
               help="vllm: /metrics has vLLM's names, too, for dashboards, autoscalers and gateways that read those.")
 @click.option("--no-page", "page", is_flag=True, flag_value=False, default=True, help="No page to chat on at /.")
-@click.option("--drain-timeout", type=click.FloatRange(0), default=30.0, show_default=True,
+@click.option("--drain-timeout", type=Number(0), default=30.0, show_default=True,
               help="Seconds that running requests get after SIGTERM.")
-@click.option("--stall-timeout", type=click.FloatRange(0, min_open=True), default=60.0, show_default=True,
+@click.option("--stall-timeout", type=Number(0, min_open=True), default=60.0, show_default=True,
               help="/livez fails when requests wait and no step has ended for so many seconds.")
 @click.option("--verify-weights", is_flag=True, help="Check the artifact's hashes, also where they were before and no "
               "size or time has changed.")
-@click.option("--scrub-interval", type=click.FloatRange(0), default=3600.0, show_default=True,
+@click.option("--scrub-interval", type=Number(0), default=3600.0, show_default=True,
               help="Seconds in which the artifact's files are read and hashed once while serving; 0: never.")
 def serve(artifact: tuple[str, ...], recipe: str | None, model_names: tuple[str, ...], generation_config: str,
           lora: tuple[str, ...], max_loras: int, **options: Any) -> None:
@@ -653,7 +659,7 @@ def show_config(**options: Any) -> Answer:
 @click.option("--last-word", type=ExistingFile(), help='The last word as in LAMBADA: {"text": …} a line.')
 @click.option("--task", "tasks", multiple=True, help="An lm-eval task, a YAML file or a name; may be given more than "
               "once.")
-@click.option("--limit", type=click.IntRange(1), help="Only the first documents of each --task.")
+@click.option("--limit", type=Integer(1), help="Only the first documents of each --task.")
 @click.option("--kv-cache-dtype", type=click.Choice(["bf16", "int8"]), default="bf16", show_default=True)
 @activation_option
 @backend_options
@@ -679,7 +685,7 @@ def evaluate(model: str, text: Path | None, text_tokens: int | None, choices: Pa
 @click.option("--protocol", type=click.Choice(["wikitext2"]), help="Measure as papers do, on the whole of --text, "
               "which is WikiText-2's raw test split, beside what they publish.")
 @click.option("--calibration", type=ExistingFile("self", "tales", "random"), help="As for `fptq quantize`.")
-@click.option("--num-samples", type=click.IntRange(1), default=32, show_default=True, help="Calibration samples.")
+@click.option("--num-samples", type=Integer(1), default=32, show_default=True, help="Calibration samples.")
 @click.option("--text", type=ExistingFile(), help="What perplexity and KL are measured on (tales that calibration "
               "never sees).")
 @text_tokens_option(None, "16384, or with --protocol all")
@@ -687,10 +693,10 @@ def evaluate(model: str, text: Path | None, text_tokens: int | None, choices: Pa
 @click.option("--last-word", type=ExistingFile(), help="Last words, as for `fptq eval`.")
 @click.option("--task", "tasks", multiple=True, help="An lm-eval task, a YAML file or a name; may be given more than "
               "once.")
-@click.option("--limit", type=click.IntRange(1), help="Only the first documents of each --task.")
+@click.option("--limit", type=Integer(1), help="Only the first documents of each --task.")
 @click.option("--chat", is_flag=True, help="Also answer twenty everyday prompts: how many answers loop or are empty, "
               "and how far they are the float model's.")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--seed", type=Integer(0), default=0, show_default=True)
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="Write compare.md, compare.svg and "
               "compare.json into this directory.")
 @backend_options
@@ -742,15 +748,15 @@ def compare(model: str, recipes: tuple[str, ...] | None, protocol: Literal["wiki
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), default="report", show_default=True,
               help="Where index.html, analysis.json and analysis.jsonl go; an interrupted analysis there goes on.")
 @click.option("--calibration", type=ExistingFile("self", "tales", "random"), help="As for `fptq quantize`.")
-@click.option("--num-samples", type=click.IntRange(1), default=32, show_default=True, help="Calibration samples.")
+@click.option("--num-samples", type=Integer(1), default=32, show_default=True, help="Calibration samples.")
 @click.option("--text", type=ExistingFile(), help="What the loss is measured on (tales that calibration never sees).")
 @text_tokens_option(4096)
 @click.option("--only", "studies", multiple=True, type=click.Choice(
     ["one-only", "linears", "leave-one-out", "cumulative", "activations", "sizes", "ranges"]),
     help="Do only this study; may be given more than once.")
 @click.option("--quick", is_flag=True, help="Only kinds and layers one by one, and the inputs.")
-@click.option("--sizes", type=click.IntRange(1), multiple=True, help="Numbers of samples to compare (100, 200, 500).")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--sizes", type=Integer(1), multiple=True, help="Numbers of samples to compare (100, 200, 500).")
+@click.option("--seed", type=Integer(0), default=0, show_default=True)
 @click.option("--overwrite", is_flag=True, help="Replace another analysis at --out.")
 @threads_option
 @answers
@@ -791,10 +797,10 @@ def analyze(model: str, recipe: str, out: Path, calibration: str | Path | None, 
 @cli.command()
 @click.argument("artifact")
 @click.argument("prompt")
-@click.option("--max-tokens", type=click.IntRange(1), default=64, show_default=True)
-@click.option("--temperature", type=click.FloatRange(0), default=1.0, show_default=True)
+@click.option("--max-tokens", type=Integer(1), default=64, show_default=True)
+@click.option("--temperature", type=Number(0), default=1.0, show_default=True)
 @click.option("--top-p", type=float, default=1.0, show_default=True)
-@click.option("--top-k", type=click.IntRange(0), default=0, help="0: off.")
+@click.option("--top-k", type=Integer(0), default=0, help="0: off.")
 @click.option("--seed", type=int)
 @click.option("--stop", multiple=True, help="Text to stop before; may be given more than once.")
 @click.option("--chat", is_flag=True, help="Put the prompt into the model's chat template.")
@@ -907,14 +913,14 @@ def verify(artifact: str, renew: bool, backend: str, device: str, threads: int) 
               help="Random weights of this shape, instead of ARTIFACT.")
 @click.option("--head-bits", type=click.Choice(["4", "8"]), default="4", show_default=True, help="Of a --shape.")
 @click.option("--phase", "phases", type=click.Choice(["prefill", "decode"]), multiple=True, help="Measure only this.")
-@click.option("--batch", "batches", type=click.IntRange(1), multiple=True,
+@click.option("--batch", "batches", type=Integer(1), multiple=True,
               help="Concurrent sequences; may be given more than once (1 to 32; 1 and 8 at long contexts).")
-@click.option("--context", "contexts", type=click.IntRange(1), multiple=True,
+@click.option("--context", "contexts", type=Integer(1), multiple=True,
               help="Tokens of each prompt; may be given more than once (512 and 2048).")
-@click.option("--steps", type=click.IntRange(1), default=24, show_default=True, help="Steps of decoding in a run.")
-@click.option("--seconds", type=click.FloatRange(0), default=3.0, show_default=True,
+@click.option("--steps", type=Integer(1), default=24, show_default=True, help="Steps of decoding in a run.")
+@click.option("--seconds", type=Number(0), default=3.0, show_default=True,
               help="Runs of a row are repeated for so long, and the median is shown.")
-@click.option("--max-num-batched-tokens", type=click.IntRange(1), default=512, show_default=True,
+@click.option("--max-num-batched-tokens", type=Integer(1), default=512, show_default=True,
               help="Most tokens in one step.")
 @click.option("--kv-cache-dtype", type=click.Choice(["bf16", "int8"]), default="int8", show_default=True)
 @activation_option

@@ -376,7 +376,10 @@ def test_what_config_prints_is_a_config_file(tmp_path: Path, capsys: pytest.Capt
 
 
 @pytest.mark.parametrize(("variable", "line", "said"), [
-    ("FPTQ_PORT=http://10.0.0.1", "", "Invalid value for 'FPTQ_PORT': 'http://10.0.0.1' is not a valid integer"),
+    ("FPTQ_PORT=http://10.0.0.1", "", "Invalid value for 'FPTQ_PORT': 'http://10.0.0.1' is not a valid integer "
+     "(see"),
+    ("FPTQ_THREADS=two", "", "Invalid value for 'FPTQ_THREADS': 'two' is not a valid integer (see"),
+    ("FPTQ_MAX_WAIT=soon", "", "Invalid value for 'FPTQ_MAX_WAIT': 'soon' is not a valid number (see"),
     ("FPTQ_ROOT_PATH=llm", "", "FPTQ_ROOT_PATH must be a path such as /llm"),
     ("FPTQ_PUBLIC_METRICS=perhaps", "", "FPTQ_PUBLIC_METRICS must be true or false"),
     ("FPTQ_CORS_ORIGINS=[1", "", "FPTQ_CORS_ORIGINS must be a text or a list of texts"),
@@ -385,7 +388,7 @@ def test_what_config_prints_is_a_config_file(tmp_path: Path, capsys: pytest.Capt
     ("", "xyzzy: 1", "xyzzy in FILE is no setting; `fptq config` lists what there is"),
     ("", "port: [1]", "port in FILE must be a text or a number"),
     ("", "port: true", "port in FILE must be a text or a number"),
-    ("", "port: x", "Invalid value for 'port in FILE': 'x' is not a valid integer"),
+    ("", "port: x", "Invalid value for 'port in FILE': 'x' is not a valid integer (see"),
     ("", "drain-timeout: -1", "Invalid value for 'drain-timeout in FILE': -1.0 is not in the range"),
     ("", "root-path: llm", "root-path in FILE must be a path such as /llm"),
     ("", "api-key: 5", "api-key in FILE must be a text or a list of texts"),

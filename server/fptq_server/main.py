@@ -150,7 +150,7 @@ def serve_several(models: Sequence[tuple[Sequence[str], Path]], config: ServerCo
         operator.should_exit = True
         await serving
 
-    with bind(config.host, config.admin_port) if config.admin_port is not None else nullcontext() as admin:
+    with nullcontext() if config.admin_port is None else bind(config.host, config.admin_port, "--admin-port") as admin:
         asyncio.run(run(admin))
 
 
@@ -344,8 +344,8 @@ def bind_unix(path: str) -> socket.socket:
     return listener
 
 
-def bind(host: str, port: int) -> socket.socket:
-    """A socket that owns the address and does not listen yet. Raises AddressError."""
+def bind(host: str, port: int, option: str = "--port") -> socket.socket:
+    """A socket that owns the address and does not listen yet. option: where the port is from. Raises AddressError."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except (OSError, UnicodeError):
@@ -357,8 +357,8 @@ def bind(host: str, port: int) -> socket.socket:
     except OSError as error:
         listener.close()
         reasons = {
-            errno.EADDRINUSE: f"port {port} on {host} is already in use; stop what uses it or choose another --port",
-            errno.EACCES: f"port {port} needs privileges; choose a --port above 1023",
+            errno.EADDRINUSE: f"port {port} on {host} is already in use; stop what uses it or choose another {option}",
+            errno.EACCES: f"port {port} needs privileges; choose a {option} above 1023",
             errno.EADDRNOTAVAIL: f"{host} is not an address of this machine; use --host 127.0.0.1 or 0.0.0.0",
         }
         raise AddressError(reasons.get(error.errno or 0, f"cannot bind {host} port {port}: {error.strerror}")) from None

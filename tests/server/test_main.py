@@ -23,7 +23,7 @@ import pytest
 
 from fptq_runtime.errors import FptqError
 from fptq_server.config import ModelCard, ServerConfig
-from fptq_server.main import AddressError, bind, bind_unix, describe, listen, raise_open_files
+from fptq_server.main import AddressError, bind, bind_unix, describe, listen, raise_open_files, serve_several
 from tests.server.conftest import Served, events, metric, wait_until
 
 
@@ -32,6 +32,13 @@ def test_port_in_use() -> None:
         port = taken.getsockname()[1]
         with pytest.raises(AddressError, match=f"port {port} on 127.0.0.1 is already in use"):
             bind("127.0.0.1", port)
+
+
+def test_an_admin_port_in_use(model_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken, socket.socket() as listener:
+        config = ServerConfig(admin_port=taken.getsockname()[1], admin_key="k")
+        with pytest.raises(AddressError, match="choose another --admin-port"):
+            serve_several([(["demo"], model_path)], config, listener, None)
 
 
 @pytest.mark.parametrize("host", ["203.0.113.1", "no such host", "é" * 100])
