@@ -541,7 +541,7 @@ def serve(artifact: tuple[str, ...], recipe: str | None, model_names: tuple[str,
     if len(named) > 1 and (lora or options["allow_runtime_lora_updating"] or options["draft"]):
         raise click.UsageError("--lora, --allow-runtime-lora-updating and --draft are for one ARTIFACT")
     for _, each in named:
-        find_model(each)
+        find_model(each, otherwise="" if each.endswith(".gguf") else f"; `fptq quantize MODEL {each}` makes one")
     from fptq_server.config import ServerConfig
     from fptq_server.main import listen, serve
 

@@ -31,9 +31,9 @@ class NotFoundError(FptqError):
     """A name that is no directory, no hub id and not `demo`. One line, for the user."""
 
 
-def find_model(name: str, revision: str | None = None) -> str:
+def find_model(name: str, revision: str | None = None, otherwise: str = "") -> str:
     """What `quantize` takes. `demo` is the float model in the package; `./demo` is a directory of that name.
-    Raises NotFoundError where nothing can be meant."""
+    Raises NotFoundError where nothing can be meant, which ends with `otherwise` where nothing there has a like name."""
     if not name:
         raise NotFoundError("the model's name is empty")
     path = expand(name)
@@ -44,7 +44,7 @@ def find_model(name: str, revision: str | None = None) -> str:
     if path.exists():
         raise NotFoundError(f"{name} is a file; a model is a directory, or a .gguf file")
     if not _HUB_ID.fullmatch(name) or path.parent.is_dir():
-        raise NotFoundError(f"no model at {name}{did_you_mean(path, DEMO)}")
+        raise NotFoundError(f"no model at {name}{did_you_mean(path, DEMO) or otherwise}")
     return name if revision is None else f"{name.partition('@')[0]}@{revision}"
 
 

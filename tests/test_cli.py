@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import huggingface_hub.constants
 import pytest
 import yaml
 from hypothesis import given
@@ -24,6 +25,7 @@ import fptq_runtime
 from fptq_runtime import cli, locate
 from fptq_runtime.config import EngineConfig
 from fptq_runtime.errors import FptqError
+from fptq_runtime.models.loader import CheckpointError
 
 
 def run(*arguments: str) -> int:
@@ -184,6 +186,24 @@ def test_find_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             locate.find_model(name)
     with pytest.raises(locate.NotFoundError, match="no revision"):
         locate.find_model("demo", "main")
+
+
+def test_serve_says_how_a_model_that_is_not_there_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                          capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run("serve", "./nowhere") == 1
+    assert capsys.readouterr().err == "fptq: no model at ./nowhere; `fptq quantize MODEL ./nowhere` makes one\n"
+    assert run("serve", "./nowhere.gguf") == 1
+    assert capsys.readouterr().err == "fptq: no model at ./nowhere.gguf\n"
+    (tmp_path / "nowhere2").mkdir()
+    assert run("serve", "./nowhere") == 1
+    assert capsys.readouterr().err == "fptq: no model at ./nowhere; did you mean nowhere2?\n"
+
+
+def test_a_hub_id_offline_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(CheckpointError, match=r"^owner/none .* offline .*; download it elsewhere and name"):
+        locate.find_artifact("owner/none")
 
 
 def test_a_models_identity_reads_no_large_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -103,8 +103,9 @@ def resolve_model(model: str) -> Source:
     try:
         snapshot = Path(snapshot_download(name, revision=revision or None, allow_patterns=list(DOWNLOADED)))
     except (LocalEntryNotFoundError, OfflineModeIsEnabled):
-        raise CheckpointError(f"{model} is not a directory, and as a hub model it is not in the local cache while the "
-                              "hub is offline or cannot be reached") from None
+        raise CheckpointError(
+            f"{model} is not a directory, and as a hub model it is not in the local cache while the hub is offline or "
+            "cannot be reached; download it elsewhere and name its directory") from None
     except GatedRepoError:
         raise CheckpointError(f"{name} is gated: accept its terms on its page at the hub, then give a token of your "
                               "account with `hf auth login` or HF_TOKEN") from None

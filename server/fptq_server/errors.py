@@ -20,6 +20,8 @@ from fptq_server.record import record_of
 
 MAX_MESSAGE = 400  # characters; a message may quote what the client sent
 
+KINDS = {"a valid integer": "an integer", "a valid dictionary or object to extract fields from": "an object",
+         "a valid dictionary": "an object", "a valid ": "a "}  # pydantic's words, and ours
 TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 ANTHROPIC_PATHS = ("/v1/messages", "/messages")
 ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorResponse}, "5XX": {"model": ErrorResponse}}
@@ -147,6 +149,8 @@ def describe_validation_error(error: Mapping[str, Any]) -> APIError:
     if param is None:
         return APIError(400, "the request body must be a JSON object, sent with Content-Type: application/json")
     message = str(error["msg"]).replace("Input should", "must", 1).replace("List should", "must", 1)
+    for theirs, ours in KINDS.items():
+        message = message.replace(f"must be {theirs}", f"must be {ours}")
     return APIError(400, f"{param} {message}" if message.startswith("must") else f"{param}: {message}", param=param)
 
 

@@ -134,6 +134,19 @@ def test_a_misspelt_field_is_named_before_the_missing_one(tiny: Served) -> None:
     assert response.json()["error"]["message"] == "unknown field promt"
 
 
+@pytest.mark.parametrize(("path", "body", "said"), [
+    ("chat/completions", {"messages": "hi"}, "messages must be a list"),
+    ("chat/completions", {"messages": ["hi"]}, "messages.0 must be an object"),
+    ("chat/completions", {"messages": [], "temperature": "hot"}, "temperature must be a number"),
+    ("completions", {"prompt": "x", "max_tokens": "many"}, "max_tokens must be an integer"),
+    ("completions", {"prompt": "x", "user": 5}, "user must be a string"),
+    ("completions", {"prompt": "x", "echo": "perhaps"}, "echo must be a boolean"),
+])
+def test_a_wrong_type_is_told_in_plain_words(tiny: Served, path: str, body: dict[str, Any], said: str) -> None:
+    error = tiny.http.post(f"/v1/{path}", json=body).json()["error"]
+    assert error["message"].partition(",")[0] == said
+
+
 def test_paths_and_methods(tiny: Served) -> None:
     assert tiny.http.get("/v1/nothing").json()["error"]["message"] == "there is no endpoint /v1/nothing"
     response = tiny.http.get("/v1/completions")

@@ -306,6 +306,7 @@ def test_settings_show_what_is_in_force_and_refuse_what_is_out_of_range(page: An
         field = page.locator(f"[data-setting={name}]")
         field.fill(wrong)
         playwright.expect(error).to_contain_text("Temperature: " if name == "temperature" else "Top k: ")
+        playwright.expect(error).to_be_in_viewport(ratio=1)
         playwright.expect(field).to_have_attribute("aria-invalid", "true")
         send(page, "Once")
         told = page.locator("article.assistant").last.get_by_role("alert")
