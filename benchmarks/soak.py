@@ -404,8 +404,9 @@ async def soak(served: Served, options: argparse.Namespace) -> dict[str, Any]:
     wrong = sum([(await client.send(request)).text != request.expected for request in mix.pool])
     await asyncio.sleep(2)
     return {
-        "version": __version__, "command": "python -m benchmarks.soak " + " ".join(sys.argv[1:]),
-        "server": served.command, "cpus": os.cpu_count(), "lengths": source, "max_wait": options.max_wait,
+        "version": __version__, "server": served.command,
+        "command": f"python -m benchmarks.soak --minutes {options.minutes:g} --cancels {options.cancels}",
+        "cpus": os.cpu_count(), "lengths": source, "max_wait": options.max_wait,
         "capacity": capacity.summary(options.max_wait), "soak": soaked.summary(options.max_wait),
         "overload": overloaded.summary(options.max_wait), "cancels": cancelled.summary(options.max_wait),
         "wrong_afterwards": wrong, "held_blocks": held,

@@ -12,7 +12,7 @@ from jinja2 import Environment, StrictUndefined
 
 from fptq_runtime.analysis import plots
 from fptq_runtime.analysis.analyze import EXPONENTS, STUDIES
-from fptq_runtime.quantizer.report import format_size
+from fptq_runtime.artifact.io import format_size
 
 Data = Mapping[str, Any]
 

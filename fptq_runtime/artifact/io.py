@@ -346,9 +346,7 @@ def check_output(out: Path, overwrite: bool = False, source: Path | None = None)
 
 def check_writable(directory: Path) -> None:
     """Raises ArtifactError where files cannot be made in `directory`, which need not exist yet."""
-    above = directory.resolve()
-    while not above.exists():
-        above = above.parent
+    above = _existing(directory)
     if not above.is_dir():
         raise ArtifactError(f"cannot write to {directory}: {above} is a file")
     if not os.access(above, os.W_OK | os.X_OK):
@@ -357,15 +355,21 @@ def check_writable(directory: Path) -> None:
 
 def check_room(directory: Path, needed: int) -> None:
     """Raises ArtifactError where fewer than `needed` bytes are free for `directory`, which need not exist yet."""
-    above = directory.resolve()
+    if (free := shutil.disk_usage(_existing(directory)).free) < needed:
+        raise ArtifactError(f"about {format_size(needed)} would be written to {directory}, and {format_size(free)} are "
+                            "free there")
+
+
+def _existing(path: Path) -> Path:
+    """It, or the nearest above it that is there."""
+    above = path.resolve()
     while not above.exists():
         above = above.parent
-    if (free := shutil.disk_usage(above).free) < needed:
-        raise ArtifactError(f"about {_size(needed)} would be written to {directory}, and {_size(free)} are free there")
+    return above
 
 
-def _size(count: int) -> str:
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
+def format_size(size: int) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.2f} MB"
 
 
 class ArtifactWriter:

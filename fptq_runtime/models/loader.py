@@ -287,8 +287,9 @@ def load_head(checkpoint: Checkpoint) -> Block:
 
 def has_hidden_states(checkpoint: Checkpoint) -> bool:
     """Whether a checkpoint that may have been rotated says what it was before: gains that are all 1 went elsewhere."""
-    head = load_head(checkpoint)
-    return head.readout is not None or not np.all(head.norms["norm"].weight == 1)
+    if _load_readout(checkpoint) is not None:
+        return True
+    return not np.all(load_head(checkpoint).norms["norm"].weight == 1)
 
 
 def _load_readout(checkpoint: Checkpoint) -> Readout | None:

@@ -9,10 +9,9 @@ from typing import Any
 
 import yaml
 
-from fptq_runtime.artifact.io import Manifest
+from fptq_runtime.artifact.io import Manifest, format_size
 from fptq_runtime.quantizer.report import (
     calibration_text,
-    format_size,
     perplexity_loss,
     policy,
     step_text,

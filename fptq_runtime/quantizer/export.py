@@ -23,11 +23,14 @@ COMPANIONS = (
 )
 
 
-def copy_companions(source: Path, writer: ArtifactWriter) -> None:
+def companions(source: Path) -> list[Path]:
     """What lies beside a model's weights and belongs to it."""
-    for pattern in COMPANIONS:
-        for file in sorted(source.glob(pattern)):
-            writer.copy_file(file, file.relative_to(source).as_posix())
+    return [file for pattern in COMPANIONS for file in sorted(source.glob(pattern))]
+
+
+def copy_companions(source: Path, writer: ArtifactWriter) -> None:
+    for file in companions(source):
+        writer.copy_file(file, file.relative_to(source).as_posix())
 
 
 def stem_modules(stem: Stem) -> list[tuple[str, Embedding | Norm]]:

@@ -37,7 +37,14 @@ from fptq_runtime.progress import progress_bar
 from fptq_runtime.quantizer.calibrate import ChosenExperts, HiddenStates, packaged_text, read_text
 from fptq_runtime.quantizer.card import model_card
 from fptq_runtime.quantizer.evaluate import MAX_WINDOW, text_windows
-from fptq_runtime.quantizer.export import block_modules, block_tensors, copy_companions, stem_modules, tensors_of
+from fptq_runtime.quantizer.export import (
+    block_modules,
+    block_tensors,
+    companions,
+    copy_companions,
+    stem_modules,
+    tensors_of,
+)
 from fptq_runtime.quantizer.pickled import as_safetensors
 from fptq_runtime.quantizer.recipe import Recipe, load_recipe
 from fptq_runtime.quantizer.record import write_golden
@@ -80,9 +87,7 @@ def quantize(
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     check_output(Path(out), overwrite, Path(model))  # before a model is fetched
     source, checkpoint = open_float(model, "quantize the float model it was made from")
-    companions = sum(file.stat().st_size for file in source.path.iterdir()
-                     if file.is_file() and file.suffix not in (".safetensors", ".bin", ".gguf"))
-    needed = artifact_bytes(checkpoint, recipe.weights) + companions
+    needed = artifact_bytes(checkpoint, recipe.weights) + sum(file.stat().st_size for file in companions(source.path))
     check_room(Path(out).resolve().parent, int(1.03 * needed))  # golden values and the manifest, too
     config = checkpoint.model_config
     tokenizer = load_tokenizer(source.path)

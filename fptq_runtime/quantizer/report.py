@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from fptq_runtime.artifact.io import LayerRecord, Manifest, Provenance, TextRecord
+from fptq_runtime.artifact.io import LayerRecord, Manifest, Provenance, TextRecord, format_size
 
 NOTABLE = 0.05  # a loss that few uses tolerate unseen, and a better recipe often mends
 TRAINING = {"qat", "distill"}  # steps
@@ -219,7 +219,3 @@ def step_text(step: dict[str, object]) -> str:
 
 def text_name(text: TextRecord) -> str:
     return f"{text.name} ({text.tokens} tokens, sha256 {text.sha256[:12]})"
-
-
-def format_size(size: int) -> str:
-    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.2f} MB"

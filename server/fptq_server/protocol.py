@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -113,6 +113,19 @@ Schema = Annotated[
     variant(dict="<a JSON schema>", str="<the text of one>"),
 ]
 Choices = Annotated[list[Text], Field(min_length=1, fail_fast=True)]
+
+
+Listed = TypeVar("Listed")
+
+
+class ListPage(BaseModel, Generic[Listed]):
+    """Some of a list, as OpenAI pages through one: `after` the last_id come the next."""
+
+    object: Literal["list"] = "list"
+    data: list[Listed]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
 
 
 class Body(BaseModel):

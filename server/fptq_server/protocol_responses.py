@@ -9,6 +9,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field
 from fptq_server.protocol import (
     Body,
     FunctionName,
+    ListPage,
     NotEmpty,
     ReasoningEffort,
     StreamOptions,
@@ -252,12 +253,8 @@ class ResponseObject(BaseModel):
     usage: ResponseUsage | None = None
 
 
-class ItemList(BaseModel):
-    object: Literal["list"] = "list"
-    data: list[dict[str, Any]]
-    first_id: str | None
-    last_id: str | None
-    has_more: bool
+class ItemList(ListPage[dict[str, Any]]):
+    pass
 
 
 class DeletedResponse(BaseModel):

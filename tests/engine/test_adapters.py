@@ -21,7 +21,7 @@ from fptq_runtime.models.loader import Checkpoint
 from fptq_runtime.models.lora import AdapterError
 from fptq_runtime.models.tokenizer import Tokenizer
 from tests.engine.fake import gist, run
-from tests.engine.test_batch_invariance import DEMO, VOCAB, w4a8_decoder
+from tests.engine.test_batch_invariance import DEMO, VOCAB
 from tests.models.peft_files import save_lora
 
 NAMES = ["", "a", "b", "c"]
@@ -36,15 +36,6 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
         model = AutoModelForCausalLM.from_pretrained(DEMO, dtype=torch.float32)
         save_lora(model, path / name, seed, target_modules=targets, r=8 + seed)
     return path
-
-
-@pytest.fixture(scope="module")
-def native() -> tuple[Decoder, Backend]:
-    pytest.importorskip("fptq_runtime._native", reason="the native extension is not built")
-    from fptq_runtime.kernels.cpu import CpuBackend
-
-    backend = CpuBackend(threads=2)
-    return w4a8_decoder(backend), backend
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ from fptq_runtime.models.decoder import Decoder
 from fptq_runtime.models.loader import Checkpoint, load_block, load_head, load_stem
 from fptq_runtime.models.tokenizer import Tokenizer
 from tests.engine.fake import gist, run
-from tests.engine.test_batch_invariance import DEMO, VOCAB, requests, w4a8_decoder
+from tests.engine.test_batch_invariance import DEMO, VOCAB, requests
 
 FORMS = [None, None, Grammar.regex("[a-z ,.]{20,40}")]
 
@@ -35,15 +35,6 @@ class Free(StepCost):
 
     def observe(self, tokens: int, seconds: float) -> None:
         super().observe(tokens, 1e-9)
-
-
-@pytest.fixture(scope="module")
-def native() -> tuple[Decoder, Backend]:
-    pytest.importorskip("fptq_runtime._native", reason="the native extension is not built")
-    from fptq_runtime.kernels.cpu import CpuBackend
-
-    backend = CpuBackend(threads=2)
-    return w4a8_decoder(backend), backend
 
 
 @pytest.fixture(scope="module")
