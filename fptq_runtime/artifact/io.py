@@ -34,7 +34,6 @@ from fptq_runtime.errors import FptqError
 logger = logging.getLogger(__name__)
 
 GOLDEN = "fptq.golden"  # what models/gate.py compares with; no *.safetensors, which loaders take for weights
-READOUT = "fptq.readout"  # models/readout.py's, likewise
 FORMAT_VERSION: Literal[2] = 2
 CARD = "README.md"
 EXPORT = "fptq-export.json"  # in place of it, in a directory for another runtime

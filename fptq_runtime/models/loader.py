@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 
 from fptq_runtime.artifact.files import is_there
-from fptq_runtime.artifact.io import READOUT
 from fptq_runtime.artifact.scheme import LayerScheme, QuantizationArgs
 from fptq_runtime.config import Activations, ModelConfig
 from fptq_runtime.kernels.base import (
@@ -44,7 +43,7 @@ from fptq_runtime.models.formats import WeightFormat, open_format
 from fptq_runtime.models.formats.floats import widen_mxfp4
 from fptq_runtime.models.gguf import GgufIntegers, GgufTensors, gguf_file
 from fptq_runtime.models.layers import alibi_slopes
-from fptq_runtime.models.readout import Readout
+from fptq_runtime.models.readout import READOUT, Readout
 from fptq_runtime.models.rope import RopeConfig, rope_tables
 from fptq_runtime.models.tensors import FLOATS, CheckpointError, Tensors, read_json
 from fptq_runtime.models.towers import decoder_config, text_names

@@ -14,6 +14,7 @@ from fptq_runtime.artifact.files import read_file
 from fptq_runtime.kernels.base import Array, Float64Array
 from fptq_runtime.models.tensors import CheckpointError
 
+READOUT = "fptq.readout"  # a file of an artifact; no *.safetensors, which loaders take for weights
 MOST = 64 << 20  # bytes of the file that are read at all
 
 

@@ -15,7 +15,6 @@ import torch
 from fptq_runtime import __version__
 from fptq_runtime.artifact.io import (
     CARD,
-    READOUT,
     ArtifactWriter,
     LayerRecord,
     Manifest,
@@ -32,6 +31,7 @@ from fptq_runtime.models.block import Block, Model, Stem, prepare_block
 from fptq_runtime.models.decoder import Decoder
 from fptq_runtime.models.formats.compressed_tensors import linear_scheme, quantization_config
 from fptq_runtime.models.loader import Checkpoint, load_head, load_stem
+from fptq_runtime.models.readout import READOUT
 from fptq_runtime.models.tensors import weight_files
 from fptq_runtime.progress import progress_bar
 from fptq_runtime.quantizer.calibrate import ChosenExperts, HiddenStates, packaged_text, read_text

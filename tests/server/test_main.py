@@ -241,9 +241,9 @@ def test_sighup_waits_for_the_server(model_path: Path) -> None:
 import os, signal
 from fptq_runtime import cli, locate
 find_model = locate.find_model
-def hang_up(name):
+def hang_up(name, **words):
     os.kill(os.getpid(), signal.SIGHUP)
-    return find_model(name)
+    return find_model(name, **words)
 locate.find_model = hang_up
 cli.main(["serve", {str(model_path)!r}, "--port", "0"])
 """
