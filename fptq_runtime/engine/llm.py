@@ -25,17 +25,11 @@ from fptq_runtime.engine.draft_model import check_draft
 from fptq_runtime.engine.engine import Engine, QueueFullError
 from fptq_runtime.engine.output import RequestOutput, TokenLogprobs
 from fptq_runtime.engine.request import ANYONE, MAX_N, FinishReason, SamplingParams
-from fptq_runtime.engine.sizing import (
-    available_memory,
-    cache_tokens,
-    check_memory,
-    device_cache_memory,
-    format_bytes,
-    step_limits,
-)
+from fptq_runtime.engine.sizing import cache_tokens, check_memory, device_cache_memory, format_bytes, step_limits
 from fptq_runtime.errors import FptqError
 from fptq_runtime.kernels.base import Backend, StepInput
 from fptq_runtime.kernels.select import select_backend
+from fptq_runtime.memory import available_memory
 from fptq_runtime.models.decoder import Decoder
 from fptq_runtime.models.gate import Golden, check_artifact, probe
 from fptq_runtime.models.loader import Checkpoint, load_model

@@ -3,9 +3,6 @@ a step take is the backend's to say."""
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
-
 from fptq_runtime.config import EngineConfig, ModelConfig
 from fptq_runtime.errors import FptqError
 from fptq_runtime.kernels.base import StepLimits
@@ -72,37 +69,6 @@ def check_memory(weights: int, cache: int, available: int | None) -> None:
         raise FptqError(f"{taken}: the model is too large for this machine or container")
     raise FptqError(f"{taken}; lower kv_cache_memory, below {(available - weights) >> 20}MiB, or free memory",
                     "kv_cache_memory")
-
-
-def available_memory(root: Path = Path("/")) -> int | None:
-    """Bytes that this process may still take, swap and what the page cache would give back included: of the machine,
-    its cgroup (v1 or v2) and that one's parents the least. None where nobody says."""
-    def read(path: Path) -> str:
-        try:
-            return path.read_text()
-        except OSError:
-            return ""
-
-    rest = []
-    machine = dict(re.findall(r"(\w+): +(\d+) kB", read(root / "proc/meminfo")))
-    if "MemAvailable" in machine:
-        rest.append((int(machine["MemAvailable"]) + int(machine.get("SwapFree", 0))) << 10)
-    for line in read(root / "proc/self/cgroup").splitlines():
-        _, controllers, path = line.split(":", 2)
-        if controllers and "memory" not in controllers.split(","):
-            continue
-        base = root / "sys/fs/cgroup" / ("memory" if controllers else "")
-        limit, usage = ("memory.limit_in_bytes", "memory.usage_in_bytes") if controllers else \
-            ("memory.max", "memory.current")
-        group = base / path.lstrip("/")
-        for directory in (group, *group.parents):
-            most, now = read(directory / limit).strip(), read(directory / usage).strip()
-            if most.isdigit() and now.isdigit():
-                reclaimable = re.search(r"^(?:total_)?inactive_file (\d+)", read(directory / "memory.stat"), re.M)
-                rest.append(max(0, int(most) - int(now) + (int(reclaimable[1]) if reclaimable else 0)))
-            if directory == base:
-                break
-    return min(rest, default=None)
 
 
 def format_bytes(size: int) -> str:

@@ -3,14 +3,10 @@ token, the next three to five greedy, the rest drawn from the model's own distri
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from itertools import chain
-from pathlib import Path
 
 import numpy as np
-import torch
 
 from fptq_runtime.kernels.base import PARAMETERS, Backend, Executor, Logits, SampleInput, StepInput, StepLimits
 from fptq_runtime.models.decoder import Decoder
@@ -77,16 +73,6 @@ def generate_windows(decoder: Decoder, backend: Backend, tokenizer: Tokenizer, l
 def writing_bytes(checkpoint: Checkpoint) -> int:
     """What loading a float model and its cache take at most: float32, where there is no native backend."""
     return 4 * checkpoint.num_parameters + CACHE_BYTES
-
-
-def available_memory(device: str = "cpu") -> int | None:
-    """Bytes; None where the system does not say."""
-    if device == "cuda":
-        return torch.cuda.mem_get_info()[0]
-    with suppress(OSError):
-        if found := re.search(r"MemAvailable: *(\d+) kB", Path("/proc/meminfo").read_text()):
-            return int(found[1]) * 1024
-    return None
 
 
 def _step(executor: Executor, windows: Sequence[Sequence[int]], computed: int, blocks: int) -> Logits:

@@ -17,6 +17,7 @@ import numpy as np
 
 from fptq_runtime.artifact.io import LengthsRecord, TextRecord
 from fptq_runtime.kernels.select import select_backend
+from fptq_runtime.memory import available_memory
 from fptq_runtime.models.loader import Checkpoint, load_model
 from fptq_runtime.models.tokenizer import Tokenizer
 from fptq_runtime.progress import progress_bar
@@ -27,7 +28,7 @@ from fptq_runtime.quantizer.calibrate import (
     read_text,
     sample_windows,
 )
-from fptq_runtime.quantizer.generate import NotFiniteError, available_memory, generate_windows, writing_bytes
+from fptq_runtime.quantizer.generate import NotFiniteError, generate_windows, writing_bytes
 
 logger = logging.getLogger(__name__)
 

@@ -33,8 +33,9 @@ from fptq_runtime.config import EngineConfig, Pooling
 from fptq_runtime.engine.async_engine import AsyncEngine
 from fptq_runtime.engine.engine import Engine
 from fptq_runtime.engine.llm import load_engine, weight_bytes
-from fptq_runtime.engine.sizing import available_memory, format_bytes
+from fptq_runtime.engine.sizing import format_bytes
 from fptq_runtime.errors import FptqError
+from fptq_runtime.memory import available_memory
 from fptq_runtime.models.chat_template import ChatTemplate
 from fptq_runtime.models.loader import Checkpoint, has_hidden_states
 from fptq_runtime.models.pooling import read_pooling

@@ -1,19 +1,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
 from fptq_runtime.config import EngineConfig, KVCacheDtype
-from fptq_runtime.engine.sizing import (
-    available_memory,
-    cache_tokens,
-    check_memory,
-    device_cache_memory,
-    format_bytes,
-    step_limits,
-)
+from fptq_runtime.engine.sizing import cache_tokens, check_memory, device_cache_memory, format_bytes, step_limits
 from fptq_runtime.errors import FptqError
 from fptq_runtime.kernels.base import StepLimits
 from fptq_runtime.kernels.reference import ReferenceBackend, ReferenceCache
@@ -87,25 +79,3 @@ def test_what_fits_into_memory() -> None:
         check_memory(3 << 30, 1 << 30, 7 << 29)
     with pytest.raises(FptqError, match="too large for this machine or container"):
         check_memory(3 << 30, 1, 2 << 30)
-
-
-@pytest.mark.parametrize(("cgroup", "limits", "expected"), [
-    ("", {}, (8 << 30) + (1 << 30)),
-    ("0::/a/b", {"a/b/memory.max": "max", "a/b/memory.current": "5"}, (8 << 30) + (1 << 30)),
-    ("0::/a/b", {"a/memory.max": "2147483648", "a/memory.current": "1073741824"}, 1 << 30),
-    ("0::/", {"memory.max": "1000", "memory.current": "900", "memory.stat": "active_file 9\ninactive_file 50\n"}, 150),
-    ("3:cpu,memory:/d\n2:cpu:/x", {"memory/d/memory.limit_in_bytes": "1000", "memory/d/memory.usage_in_bytes": "900",
-                                   "memory/d/memory.stat": "inactive_file 1\ntotal_inactive_file 20\n"}, 101),
-    ("3:memory:/d", {"memory/memory.limit_in_bytes": "500", "memory/memory.usage_in_bytes": "900"}, 0),
-])
-def test_available_memory(tmp_path: Path, cgroup: str, limits: dict[str, str], expected: int) -> None:
-    files = {"proc/meminfo": f"MemTotal: 99 kB\nMemAvailable:  {8 << 20} kB\nSwapFree: {1 << 20} kB\n",
-             "proc/self/cgroup": cgroup, **{f"sys/fs/cgroup/{name}": text for name, text in limits.items()}}
-    for name, text in files.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(text)
-    assert available_memory(tmp_path) == expected
-
-
-def test_nobody_says_what_is_available(tmp_path: Path) -> None:
-    assert available_memory(tmp_path) is None

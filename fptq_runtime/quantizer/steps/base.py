@@ -16,12 +16,12 @@ from fptq_runtime.artifact.scheme import NumberType
 from fptq_runtime.errors import FptqError
 from fptq_runtime.kernels.base import ActivationQuant, Linear, Norm, QuantizedWeight
 from fptq_runtime.kernels.reference import dequantized, quantize_activations
+from fptq_runtime.memory import available_memory
 from fptq_runtime.models.block import Block, Model, Stem
 from fptq_runtime.models.decoder import Decoder
 from fptq_runtime.models.loader import Checkpoint
 from fptq_runtime.models.tokenizer import Tokenizer
 from fptq_runtime.quantizer.calibrate import HiddenStates, InputStats, observe_block
-from fptq_runtime.quantizer.generate import available_memory
 from fptq_runtime.quantizer.ranges import QUANTILE, RangeMethod, choose_range
 from fptq_runtime.quantizer.samples import CalibrationSet
 
@@ -328,7 +328,8 @@ def matches(pattern: str, names: tuple[str, ...]) -> bool:
 
 def refuse_too_large(step: str, checkpoint: Checkpoint, parameter_bytes: int, device: str = "cpu") -> None:
     """Raises QuantizationError where so many bytes a parameter are more than the device has."""
-    needed, available = parameter_bytes * checkpoint.num_parameters, available_memory(device)
+    needed = parameter_bytes * checkpoint.num_parameters
+    available = torch.cuda.mem_get_info()[0] if device == "cuda" else available_memory()
     if available is not None and needed > available:
         raise QuantizationError(f"{step} needs {needed >> 20} MB of memory for this model, and {available >> 20} MB "
                                 f"are available on {device}; quantize it without training")

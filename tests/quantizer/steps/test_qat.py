@@ -261,7 +261,7 @@ def test_another_runs_state_is_refused(source: Path, tmp_path: Path, text: Path,
 def test_clear_errors(source: Path, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments: dict[str, Any] = {"text": text, **SMALL}
     with monkeypatch.context() as patch:
-        patch.setattr(base, "available_memory", lambda device: 10**6)
+        patch.setattr(base, "available_memory", lambda: 10**6)
         with pytest.raises(ValueError, match=r"qat needs \d+ MB of memory"):
             quantize(source, tmp_path / "out", recipe(), **arguments)
     with pytest.raises(ValueError, match="lower qat's learning_rate"):
