@@ -1,9 +1,10 @@
-# make serve | test | fuzz | soak | lint | format | stubs | docs | bench | compat | gpu-check | image | wheels | clean      PYTHON, VENV, CXX and TORCH_INDEX may be set on the command line.
+# make serve | test | fuzz | chaos | soak | audit | lint | format | stubs | docs | bench | compat | gpu-check | image | wheels | clean      PYTHON, VENV, CXX and TORCH_INDEX may be set on the command line.
 PYTHON ?= python3
 VENV ?= .venv
 ifeq ($(origin CXX),default)
 CXX := c++
 endif
+CLANGXX ?= clang++
 # CPU builds of torch; where it cannot be reached, torch comes from pip's own index.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
@@ -14,7 +15,7 @@ NATIVE := CMakeLists.txt $(filter fptq_runtime/%,$(CSRC))
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --quiet --quiet
 PIP_INSTALL := $(PIP) install --constraint constraints.txt
 
-.PHONY: install serve test fuzz soak lint format stubs docs bench compat gpu-check image wheels clean
+.PHONY: install serve test fuzz chaos soak audit lint format stubs docs bench compat gpu-check image wheels clean
 
 install: $(INSTALLED)
 
@@ -44,13 +45,31 @@ serve: $(INSTALLED)
 test: $(DEV_INSTALLED)
 	$(VENV)/bin/python -m pytest
 
+# Two hours: each target of tests/fuzz for FPTQ_FUZZ_SECONDS, then as many random cases as the variables say. With clang++
+# the extension is built with sanitizers, and tells what of it was reached.
 fuzz: $(DEV_INSTALLED)
+	@$(PIP_INSTALL) --group fuzz
+	if command -v $(CLANGXX) >/dev/null; then \
+	  $(VENV)/bin/cmake -S . -B build/fuzz/native -DCMAKE_CXX_COMPILER=$(CLANGXX) -DCMAKE_BUILD_TYPE=Release \
+	    -DPython_EXECUTABLE=$(abspath $(VENV))/bin/python -DFPTQ_SANITIZE=address,undefined,fuzzer-no-link && \
+	  $(VENV)/bin/cmake --build build/fuzz/native --target _native && export FPTQ_FUZZ_NATIVE=build/fuzz/native; fi; \
+	$(VENV)/bin/python -m tests.fuzz.guided --seconds $${FPTQ_FUZZ_SECONDS:-300}
 	FPTQ_FUZZ_SEEDS=$${FPTQ_FUZZ_SEEDS:-8} FPTQ_FUZZ_CASES=$${FPTQ_FUZZ_CASES:-20000} FPTQ_FUZZ_CALLS=$${FPTQ_FUZZ_CALLS:-200000} \
 	FPTQ_FUZZ_FIELDS=$${FPTQ_FUZZ_FIELDS:-1000} $(VENV)/bin/python -m pytest tests/fuzz tests/models/test_config_fields.py
+
+# Requests that are cancelled, connections that drop: what `make test` tries a little of.
+chaos: $(DEV_INSTALLED)
+	FPTQ_CHAOS_CANCELLED=$${FPTQ_CHAOS_CANCELLED:-10000} FPTQ_CHAOS_REQUESTS=$${FPTQ_CHAOS_REQUESTS:-10000} \
+	FPTQ_CHAOS_DROPS=$${FPTQ_CHAOS_DROPS:-1000} $(VENV)/bin/python -m pytest --timeout 7200 tests/chaos
 
 # Half an hour on a machine that does nothing else.
 soak: $(INSTALLED)
 	$(VENV)/bin/python -m benchmarks.soak --write docs/operate.md
+
+# Whether a hole is known in any of the versions that are pinned; asks PyPI.
+audit: $(INSTALLED)
+	@$(PIP_INSTALL) --group audit
+	$(VENV)/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip --strict
 
 lint: $(DEV_INSTALLED)
 	$(VENV)/bin/ruff check .

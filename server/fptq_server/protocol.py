@@ -314,7 +314,8 @@ class TextPart(Body):
 
 
 def refuse_kind(kind: str) -> str:
-    raise PydanticCustomError("not_supported", "{kind} is not supported by this server", {"kind": kind})
+    shown = kind.encode("utf-8", "backslashreplace").decode()  # an error with a lone surrogate has no text
+    raise PydanticCustomError("not_supported", "{kind} is not supported by this server", {"kind": shown})
 
 
 def _function_kind(kind: str) -> str:

@@ -15,6 +15,7 @@ import random
 import resource
 import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +50,10 @@ DTYPES = (np.float32, np.float16, np.float64, np.int8, np.int16, np.int32, np.in
 
 
 class Caller:
-    def __init__(self, seed: int) -> None:
-        self._random = random.Random(seed)
-        self._numbers = np.random.default_rng(seed)
+    def __init__(self, random: random.Random, log: Callable[[str], object] = lambda line: None) -> None:
+        self._random = random
+        self._log = log
+        self._numbers = np.random.default_rng(random.getrandbits(32))
         self._kept: dict[str, list[Any]] = {}
         self.outcomes: Counter[str] = Counter()
         stub = ast.parse((Path(fptq_runtime.__file__).parent / "_native.pyi").read_text())
@@ -71,8 +73,7 @@ class Caller:
         named = {each.arg: self._argument(each) for each in function.args.kwonlyargs}
         if self._random.random() < 0.02:
             arguments = arguments[:-1]
-        faulthandler.dump_traceback_later(SECONDS, exit=True)
-        sys.stderr.write(f"{owner}.{name}{arguments!r:.2000}{named!r}\n")
+        self._log(f"{owner}.{name}{arguments!r:.2000}{named!r}\n")
         try:
             if name == "__init__":
                 result = getattr(_native, owner)(*arguments, **named)
@@ -88,8 +89,6 @@ class Caller:
         else:
             self.outcomes["returned"] += 1
             self._keep(result)
-        finally:
-            faulthandler.cancel_dump_traceback_later()
 
     def _keep(self, result: Any) -> None:
         kept = self._kept.setdefault(type(result).__name__, [])
@@ -220,8 +219,9 @@ def main(seed: int, calls: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     faulthandler.enable()
-    caller = Caller(seed)
+    caller = Caller(random.Random(seed), sys.stderr.write)
     for _ in range(calls):
+        faulthandler.dump_traceback_later(SECONDS, exit=True)
         caller.call()
     print(dict(caller.outcomes))
 
