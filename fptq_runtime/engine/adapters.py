@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Collection
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from fptq_runtime.engine.request import Adapter
@@ -13,13 +14,17 @@ from fptq_runtime.models.block import Block, Model
 from fptq_runtime.models.decoder import Decoder
 from fptq_runtime.models.lora import AdapterError as AdapterError
 from fptq_runtime.models.lora import read_lora
+from fptq_runtime.models.readout import Bases
 
 
 class Adapters:
-    """Loads, lends and drops adapters, on any thread. decoder: with linears that take `slots` adapters."""
+    """Loads, lends and drops adapters, on any thread. decoder: with linears that take `slots` adapters. bases: of the
+    model's linears that read something else than those that adapters were trained beside."""
 
-    def __init__(self, model: Model, decoder: Decoder, backend: Backend, slots: int) -> None:
+    def __init__(self, model: Model, decoder: Decoder, backend: Backend, slots: int,
+                 bases: Bases = MappingProxyType({})) -> None:
         self._model = model
+        self._bases = bases
         self._backend = backend
         self._slots = slots
         self._linears: dict[tuple[str, str], Any] = {}
@@ -68,7 +73,7 @@ class Adapters:
     def _load(self, name: str, path: Path) -> None:
         if name in self._named:
             raise AdapterError(f"an adapter {name} is loaded already; unload it first")
-        lora = read_lora(path, self._model)
+        lora = read_lora(path, self._model, self._bases)
         with self._lock:
             slot = next((slot for slot in range(1, self._slots + 1) if slot not in self._held), 0)
             if not slot:

@@ -677,8 +677,8 @@ class Engine(Generic[T]):
             prompt_logprobs = tuple(sequence.prompt_logprobs)
         embedding = None
         if sequence.pooler is not None and finish_reason in ANSWERED:
-            pooled, readout = sequence.pooler.result(), self._decoder.head.readout
-            embedding = (pooled if readout is None else readout(pooled)).astype(np.float32)
+            pooled, basis = sequence.pooler.result(), self._decoder.head.readout
+            embedding = (pooled if basis is None else basis.back(pooled)).astype(np.float32)
         step.outputs.append(RequestOutput(
             request_id=sequence.request_id,
             index=sequence.index,

@@ -19,7 +19,7 @@ from fptq_runtime.kernels.base import (
     Recurrent,
     Routing,
 )
-from fptq_runtime.models.readout import Readout
+from fptq_runtime.models.readout import Basis
 from fptq_runtime.models.rope import RopeConfig
 
 
@@ -187,8 +187,8 @@ class BlockSpec:
 @dataclass
 class Block:
     """A block's parameters by the names of its spec: `Linear`, `Norm`, `AttentionSpec` (with its own norms), `Routing`
-    and `Recurrent`, or what a backend made of them. last: only rows that need logits leave it. readout: of a head whose
-    norm makes other rows than its model's does."""
+    and `Recurrent`, or what a backend made of them. last: only rows that need logits leave it. bases: of
+    linears that read something else than their model's do, by their names; None: not all have one that would say it."""
 
     spec: BlockSpec
     linears: dict[str, Any]
@@ -196,8 +196,13 @@ class Block:
     attention: Any = None
     last: bool = False
     routing: Any = None
-    readout: Readout | None = None
+    bases: Mapping[str, Basis] | None = field(default_factory=dict)
     recurrent: tuple[Any, ...] = ()
+
+    @property
+    def readout(self) -> Basis | None:
+        """Of a head that reads other rows than its model's does."""
+        return (self.bases or {}).get("head")
 
     def forward(self, ops: Ops[Any], x: Any) -> Any:
         """The residual stream after it. [rows, H]; the head: logits [rows, V]."""

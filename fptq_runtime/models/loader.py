@@ -43,13 +43,15 @@ from fptq_runtime.models.formats import WeightFormat, open_format
 from fptq_runtime.models.formats.floats import widen_mxfp4
 from fptq_runtime.models.gguf import GgufIntegers, GgufTensors, gguf_file
 from fptq_runtime.models.layers import alibi_slopes
-from fptq_runtime.models.readout import READOUT, Readout
+from fptq_runtime.models.readout import READOUT, Bases, read_bases
 from fptq_runtime.models.rope import RopeConfig, rope_tables
 from fptq_runtime.models.tensors import FLOATS, CheckpointError, Tensors, read_json
 from fptq_runtime.models.towers import decoder_config, text_names
 from fptq_runtime.models.weights import fuse
 
-__all__ = ["Checkpoint", "CheckpointError", "load_block", "load_head", "load_model", "load_stem", "read_json"]
+__all__ = [
+    "Checkpoint", "CheckpointError", "load_bases", "load_block", "load_head", "load_model", "load_stem", "read_json",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -281,19 +283,18 @@ def load_head(checkpoint: Checkpoint) -> Block:
     else:
         head = _load_linear(checkpoint, spec, linear)
     return Block(spec, {linear.name: head}, {norm.name: checkpoint.norm(norm, spec.prefix) for norm in spec.norms},
-                 readout=_load_readout(checkpoint))
+                 bases={name: basis for (part, name), basis in load_bases(checkpoint).items() if part == spec.name})
 
 
 def has_hidden_states(checkpoint: Checkpoint) -> bool:
     """Whether a checkpoint that may have been rotated says what it was before: gains that are all 1 went elsewhere."""
-    if _load_readout(checkpoint) is not None:
-        return True
-    return not np.all(load_head(checkpoint).norms["norm"].weight == 1)
+    head = load_head(checkpoint)
+    return bool(head.bases) or not np.all(head.norms["norm"].weight == 1)
 
 
-def _load_readout(checkpoint: Checkpoint) -> Readout | None:
+def load_bases(checkpoint: Checkpoint) -> Bases:
     file = checkpoint.path / READOUT
-    return Readout.read(file, checkpoint.model_config.hidden_size) if is_there(file) else None
+    return read_bases(file, checkpoint.model) if is_there(file) else {}
 
 
 def _load_linear(checkpoint: Checkpoint, spec: BlockSpec, linear: LinearSpec) -> Linear:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from fptq_runtime.artifact.files import is_there
 from fptq_runtime.errors import FptqError
 from fptq_runtime.kernels.base import Array, LowRank
 from fptq_runtime.models.block import BlockSpec, LinearSpec, Model
+from fptq_runtime.models.readout import MOVING, READOUT, Bases, Basis, knows_layers
 from fptq_runtime.models.tensors import Tensors, read_json
 
 if TYPE_CHECKING:  # pydantic is not where gpu-check runs
@@ -30,9 +32,6 @@ HARMLESS = ("auto_mapping", "base_model_name_or_path", "corda_config", "ensure_w
             "loftq_config", "lora_dropout", "megatron_core", "peft_version", "qalora_group_size", "rank_pattern",
             "revision", "runtime_config", "target_modules", "task_type")
 BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")  # of init_lora_weights
-# Steps of a recipe that give linears inputs or outputs of their own, which an adapter of the float model knows nothing
-# of.
-MOVING = ("rotation", "cle", "ocs", "fptq", "smoothquant", "os+", "aweq", "awq")
 _TENSOR = re.compile(r"base_model\.model\.(.+)\.lora_([AB])(?:\.default)?\.weight")
 
 
@@ -51,19 +50,22 @@ class LoRA:
     parts: Mapping[tuple[str, str], tuple[LowRank, ...]]
 
 
-def check_base(path: Path, manifest: Manifest) -> None:
-    """Raises AdapterError where an artifact's linears are not those that an adapter was trained beside."""
+def check_base(path: Path, manifest: Manifest, bases: Bases) -> None:
+    """Raises AdapterError where an artifact's linears are not those that an adapter was trained beside, and its `bases`
+    do not say what became of them."""
     steps = [str(step.get("type")) for step in manifest.recipe.get("steps", ())]
     moving = [step for step in steps if step in MOVING]
-    if moving:
+    if moving and not (is_there(path / READOUT) and knows_layers(bases)):
         raise AdapterError(
-            f"{path} was made with {' and '.join(moving)}, which scale or rotate what its layers read: an adapter of "
-            "the float model would add to something else. Quantize with --recipe rtn-dynamic or w8-dynamic-range, or "
-            "merge the adapter into the float model (merge_and_unload) and quantize that")
+            f"{path} was made with {' and '.join(moving)}, which scale or rotate what its layers read, and has no "
+            f"{READOUT} that says how: an adapter of the float model would add to something else. Quantize again (with "
+            "another recipe where it has ocs, or os+ for norms with biases), or merge the adapter into the float model "
+            "(merge_and_unload) and quantize that")
 
 
-def read_lora(path: Path, model: Model) -> LoRA:
-    """Raises AdapterError for what is no LoRA of this model, or has parts that are not applied."""
+def read_lora(path: Path, model: Model, bases: Bases = MappingProxyType({})) -> LoRA:
+    """Brought to where the model's linears read and write by `bases`. Raises AdapterError for what is no LoRA of this
+    model, or has parts that are not applied."""
     if not path.is_dir() or not is_there(path / CONFIG):
         raise AdapterError(f"{path} is no directory with an {CONFIG}")
     config = read_json(path / CONFIG)
@@ -79,7 +81,8 @@ def read_lora(path: Path, model: Model) -> LoRA:
     parts: dict[tuple[str, str], tuple[LowRank, ...]] = {}
     for part in model.parts:
         for linear in part.linears:
-            made = tuple(_low_ranks(path, config, tensors, modules, part, linear))
+            made = tuple(_moved(low_rank, part, linear, bases)
+                         for low_rank in _low_ranks(path, config, tensors, modules, part, linear))
             if made:
                 parts[part.name, linear.name] = made
     if modules:
@@ -126,6 +129,37 @@ def _low_ranks(path: Path, config: Mapping[str, Any], tensors: Tensors, modules:
         scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
         columns = np.flatnonzero((order >= first) & (order < start))
         yield LowRank(int(columns[0]), down, _placed(up, order[columns] - first, columns - columns[0]), scale)
+
+
+def _moved(low_rank: LowRank, part: BlockSpec, linear: LinearSpec, bases: Bases) -> LowRank:
+    """For a linear that reads, or whose last rows are read, as `bases` say."""
+    if (basis := bases.get((part.name, linear.name))) is not None:
+        low_rank = replace(low_rank, down=basis.reader(low_rank.down.astype(np.float64)).astype(low_rank.down.dtype))
+    for size, basis in _written(part, linear, bases):
+        rows = np.zeros((linear.n, low_rank.up.shape[1]))
+        own = slice(low_rank.first, low_rank.first + len(low_rank.up))
+        rows[own] = low_rank.up
+        rows[-size:] = basis.there(rows[-size:].T).T
+        low_rank = replace(low_rank, up=rows[own].astype(low_rank.up.dtype))
+    return low_rank
+
+
+def _written(part: BlockSpec, linear: LinearSpec, bases: Bases) -> Iterator[tuple[int, Basis]]:
+    """How many of a linear's last rows another basis than the model's reads."""
+    for edge in part.edges:
+        basis = bases.get((part.name, edge.readers[0]))
+        if edge.writer != linear.name or edge.through is None or basis is None:
+            continue
+        size = part.linear(edge.readers[0]).k
+        if edge.through == "attention":  # query heads that share values read them as one does
+            assert part.attention is not None
+            kv_heads, values = part.attention.num_kv_heads, part.attention.value_size
+            basis = basis.at(np.arange(size).reshape(kv_heads, -1, values // kv_heads)[:, 0].flatten())
+            size = values
+        yield size, basis
+    head = bases.get(("", "head"))
+    if linear.name in part.residual and head is not None and head.turn is not None:
+        yield linear.n, Basis(turn=head.turn)
 
 
 def _placed(up: Array, rows: Array, places: Array) -> Array:

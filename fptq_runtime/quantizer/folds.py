@@ -6,7 +6,9 @@ from __future__ import annotations
 import torch
 
 from fptq_runtime.kernels.base import Linear, Norm
+from fptq_runtime.kernels.reference import to_numpy
 from fptq_runtime.models.block import Attention, Block, Edge, Model
+from fptq_runtime.models.readout import Basis
 from fptq_runtime.quantizer.steps.base import BlockWork, QuantizationError, Target, float_weight
 
 
@@ -28,6 +30,9 @@ def fold_block(block: Block, reader: str, scale: torch.Tensor) -> None:
     """
     edge = block.spec.edge(reader)
     assert edge is not None
+    if block.bases is not None:
+        divided = {name: block.bases.get(name, Basis()).divided(to_numpy(scale)) for name in edge.readers}
+        block.bases = {**block.bases, **divided}
     if edge.through is None:
         _divide_norm(block.norms[edge.writer], scale)
     else:
@@ -82,6 +87,7 @@ def shift(work: BlockWork, target: Target, offset: torch.Tensor) -> None:
     norm, edge = work.norm(target), work.block.spec.edge(target.name)
     assert norm is not None and norm.bias is not None and edge is not None
     norm.bias = norm.bias - offset
+    work.block.bases = None
     for name in edge.readers:
         linear = work.block.linears[name]
         linear.bias = linear.bias + float_weight(linear) @ offset

@@ -31,7 +31,7 @@ from fptq_runtime.models.block import Block, Model, Stem, prepare_block
 from fptq_runtime.models.decoder import Decoder
 from fptq_runtime.models.formats.compressed_tensors import linear_scheme, quantization_config
 from fptq_runtime.models.loader import Checkpoint, load_head, load_stem
-from fptq_runtime.models.readout import READOUT
+from fptq_runtime.models.readout import MOVING, READOUT, Basis, bases_to_bytes
 from fptq_runtime.models.tensors import weight_files
 from fptq_runtime.progress import progress_bar
 from fptq_runtime.quantizer.calibrate import ChosenExperts, HiddenStates, packaged_text, read_text
@@ -174,6 +174,8 @@ class _Run:
         self._quantized = HiddenStates(self._walk.model, measured)
         self._schemes: dict[str, LayerScheme] = {}
         self._linears: list[str] = []
+        self._bases: dict[tuple[str, str], Basis] = {}
+        self._layers_known = True
         self._losses: list[float] = []
         self._scored = 0
         self._tied = False
@@ -245,6 +247,9 @@ class _Run:
         else:
             config["dtype"] = {"bf16": "bfloat16", "fp16": "float16"}[self._recipe.weights.dtype]
         self._writer.add_file("config.json", json.dumps(config, indent=2) + "\n")
+        bases = {key: basis for key, basis in self._bases.items() if self._layers_known or key[0] == ""}
+        if bases or (self._layers_known and any(step.type in MOVING for step in self._recipe.steps)):
+            self._writer.add_file(READOUT, bases_to_bytes(bases))
 
     @property
     def tuned(self) -> bool:
@@ -304,8 +309,11 @@ class _Run:
                 size = sum(tensor.nbytes for tensor in tensors.values())
                 self.idle_bytes += size * (routing.num_experts - routing.top_k) // routing.num_experts
         self._writer.add_tensors(block_tensors(block))
-        if block.readout is not None:
-            self._writer.add_file(READOUT, block.readout.to_bytes())
+        if block.bases is None:
+            self._layers_known = False
+        else:
+            self._bases |= {(spec.name, linear.name): block.bases[linear.name] for linear in spec.linears
+                            if linear.name in block.bases and linear.experts == 1}
 
 
 def _record(target: Target) -> LayerRecord:

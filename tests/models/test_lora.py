@@ -28,10 +28,20 @@ from fptq_runtime.kernels.base import (
 )
 from fptq_runtime.kernels.reference import to_numpy
 from fptq_runtime.kernels.select import select_backend
+from fptq_runtime.models.block import prepare_block
+from fptq_runtime.models.decoder import Decoder
 from fptq_runtime.models.loader import Checkpoint, load_model
 from fptq_runtime.models.lora import AdapterError, check_base, read_lora
+from fptq_runtime.models.readout import READOUT, Bases, Basis, Turn
+from fptq_runtime.quantizer.steps.base import Step
+from fptq_runtime.quantizer.steps.equalization import CrossLayer
+from fptq_runtime.quantizer.steps.fptq import Fptq
+from fptq_runtime.quantizer.steps.rotation import Rotation
+from fptq_runtime.quantizer.steps.smoothquant import SmoothQuant
+from fptq_runtime.quantizer.walk import Walk
 from tests.models.hf import FAMILIES, save_random
 from tests.models.peft_files import save_lora
+from tests.quantizer.walk import in_float
 
 _native = pytest.importorskip("fptq_runtime._native", reason="the native extension is not built")
 
@@ -175,14 +185,54 @@ def test_no_adapter_at_all(saved: tuple[Checkpoint, Path], tmp_path: Path) -> No
         read_lora(tmp_path, saved[0].model)
 
 
-@pytest.mark.parametrize(("steps", "moved"), [
-    (["rotation", "fptq", "gptq"], "rotation and fptq"), (["awq", "activations", "weights"], "awq"),
-    (["activations", "weights"], None), (["qat", "activations", "weights"], None),
+LAE = Fptq(overrides={"*": "lae"})
+TARGETS = {"deepseek-v3": ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"]}
+
+
+@pytest.mark.parametrize("steps", [(Rotation(optional=True), CrossLayer(), LAE),
+                                   (CrossLayer(), SmoothQuant(), Rotation(optional=True, seed=3), LAE)])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma", "gemma3", "phi3", "gpt-neox", "lfm2", "deepseek-v3"])
+def test_adapters_follow_what_a_recipe_moves(name: str, steps: tuple[Step, ...], tmp_path: Path) -> None:
+    """The whole model, rotated and scaled but not rounded: logits are PEFT's on the untouched one."""
+    model = save_random(name, tmp_path / "model")
+    tokens = np.random.default_rng(0).integers(3, 211, (2, LENGTH)).tolist()
+    adapted = save_lora(model, tmp_path / "adapter", target_modules=TARGETS.get(name, "all-linear"))
+    with torch.no_grad():
+        expected = adapted(torch.tensor(tokens)).logits
+        with adapted.disable_adapter():
+            plain = adapted(torch.tensor(tokens)).logits
+    assert not torch.allclose(expected, plain, atol=0.1)
+    walk = Walk(Checkpoint(tmp_path / "model"), steps, tokens)
+    stem, parts, bases, backend = walk.stem(), [], dict[tuple[str, str], Basis](), select_backend("reference")
+    for work in walk.blocks():
+        in_float(work)
+        assert work.block.bases is not None
+        bases |= {(work.block.spec.name, linear): basis for linear, basis in work.block.bases.items()}
+        parts.append(prepare_block(work.block, backend))
+    decoder = Decoder(walk.model.config, stem, parts[:-1], parts[-1])
+    limits = StepLimits.of(walk.model.config, max_tokens=2 * LENGTH, max_model_len=LENGTH, num_blocks=8, max_seqs=2)
+    adapters = Adapters(walk.model, decoder, backend, 1, bases)
+    adapters.load("x", tmp_path / "adapter")
+    step = StepInput(**{**vars(StepInput.whole(tokens)), "adapters": np.array([1, 1], np.int32)})
+    logits = logits_array(backend.compile(adapters.decoder, limits).step(step)).reshape(2, LENGTH, -1)
+    np.testing.assert_allclose(logits, expected.numpy(), atol=5e-4)
+
+
+HEAD_ALONE: Bases = {("", "head"): Basis(np.ones(2, np.float32), Turn(np.ones(2, np.float32), np.eye(1)))}
+
+
+@pytest.mark.parametrize(("steps", "bases", "moved"), [
+    (["rotation", "fptq", "gptq"], None, "rotation and fptq"), (["awq", "activations", "weights"], None, "awq"),
+    (["rotation", "fptq", "gptq"], HEAD_ALONE, "rotation and fptq"), (["rotation", "fptq", "gptq"], {}, None),
+    (["activations", "weights"], None, None), (["qat", "activations", "weights"], None, None),
 ])
-def test_an_artifact_whose_inputs_were_moved(steps: list[str], moved: str | None) -> None:
+def test_an_artifact_that_does_not_say_what_was_moved(steps: list[str], bases: Bases | None, moved: str | None,
+                                                      tmp_path: Path) -> None:
     manifest = Manifest.model_construct(recipe={"steps": [{"type": step} for step in steps]})
+    if bases is not None:
+        (tmp_path / READOUT).touch()
     if moved is None:
-        check_base(Path("artifact"), manifest)
+        check_base(tmp_path, manifest, bases or {})
         return
-    with pytest.raises(AdapterError, match=f"made with {moved}, which"):
-        check_base(Path("artifact"), manifest)
+    with pytest.raises(AdapterError, match=f"made with {moved}, which .* Quantize again"):
+        check_base(tmp_path, manifest, bases or {})

@@ -24,11 +24,13 @@ from transformers.models.gpt_bigcode import modeling_gpt_bigcode
 
 from fptq_runtime.artifact.io import ArtifactError, Manifest, read_manifest, verify
 from fptq_runtime.config import ModelConfig
+from fptq_runtime.engine.adapters import Adapters
 from fptq_runtime.kernels.base import StepInput, StepLimits
 from fptq_runtime.kernels.reference import ReferenceBackend, quantize_activations
 from fptq_runtime.models.decoder import Decoder
 from fptq_runtime.models.golden import prompt_logits
-from fptq_runtime.models.loader import Checkpoint, load_model
+from fptq_runtime.models.loader import Checkpoint, load_bases, load_model
+from fptq_runtime.models.lora import check_base
 from fptq_runtime.models.weights import unfuse
 from fptq_runtime.quantizer import pipeline
 from fptq_runtime.quantizer.calibrate import CalibrationError
@@ -39,6 +41,7 @@ from fptq_runtime.quantizer.recipe import PRESETS, Recipe, load_recipe
 from fptq_runtime.quantizer.report import inspect_text, policy, summarize
 from fptq_runtime.quantizer.samples import Calibration
 from fptq_runtime.quantizer.steps.activations import Activations
+from fptq_runtime.quantizer.steps.awq import Awq
 from fptq_runtime.quantizer.steps.base import BlockWork, QuantizationError, Rounding, Target
 from fptq_runtime.quantizer.steps.fptq import Fptq
 from fptq_runtime.quantizer.steps.gptq import Gptq
@@ -46,6 +49,7 @@ from fptq_runtime.quantizer.steps.rotation import Rotation
 from fptq_runtime.quantizer.steps.weights import Weights
 from fptq_runtime.quantizer.walk import float_part
 from tests.models.hf import FAMILIES, STACKED
+from tests.models.peft_files import save_lora
 from tests.quantizer.models import DEMO, STORIES, save_model, through_the_gate, transplant_outliers
 
 SMALL: dict[str, Any] = {"calibration": Calibration("random", 4, 32), "text_tokens": 400}
@@ -292,9 +296,33 @@ def test_hidden_states_are_turned_back(demo: tuple[Path, Manifest]) -> None:
     limits = StepLimits.of(source.config, max_tokens=len(tokens), max_model_len=len(tokens), num_blocks=len(tokens))
     rows, exact = (backend.compile(each.hidden, limits).step(StepInput.whole([tokens])) for each in (ours, source))
     assert ours.head.readout is not None
-    turned = np.array([ours.head.readout(row) for row in rows.astype(np.float64)])
+    turned = ours.head.readout.back(rows.astype(np.float64))
     cosines = (turned * exact).sum(1) / np.linalg.norm(turned, axis=1) / np.linalg.norm(exact, axis=1)
     assert cosines.mean() > 0.95
+
+
+def test_adapters_of_the_source_are_the_artifacts(tmp_path: Path) -> None:
+    """Rotated, scaled and rounded to 8 bits; what an adapter changes is PEFT's change of the source, but for that."""
+    recipe = Recipe(name="moving", steps=(Rotation(), Awq(clip=False), Activations(scheme="dynamic"),
+                                          Weights(num_bits=8, group_size=None)))
+    manifest = quantize(DEMO, tmp_path / "out", recipe, **SMALL)
+    tokens, backend = manifest.golden["prompt_token_ids"], ReferenceBackend()
+    adapted = save_lora(AutoModelForCausalLM.from_pretrained(DEMO, dtype=torch.float32), tmp_path / "adapter")
+    with torch.no_grad():
+        exact = [adapted(torch.tensor([tokens])).logits[0].numpy()]
+        with adapted.disable_adapter():
+            exact.append(adapted(torch.tensor([tokens])).logits[0].numpy())
+    checkpoint = Checkpoint(tmp_path / "out")
+    bases = load_bases(checkpoint)
+    check_base(tmp_path / "out", manifest, bases)
+    adapters = Adapters(checkpoint.model, load_model(checkpoint, backend), backend, 1, bases)
+    adapters.load("x", tmp_path / "adapter")
+    limits = StepLimits.of(adapters.decoder.config, max_tokens=len(tokens), max_model_len=len(tokens),
+                           num_blocks=len(tokens))
+    executor, batch = backend.compile(adapters.decoder, limits), vars(StepInput.whole([tokens]))
+    ours = [executor.step(StepInput(**{**batch, "adapters": np.array([slot], np.int32)})) for slot in (1, 0)]
+    errors = [np.linalg.norm(mine - wanted) for mine, wanted in zip(ours, exact, strict=True)]
+    assert errors[0] < 2 * errors[1] < 0.1 * np.linalg.norm(exact[0] - exact[1])
 
 
 def test_the_card_is_the_hubs(demo: tuple[Path, Manifest]) -> None:

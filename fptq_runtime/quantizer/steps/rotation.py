@@ -8,10 +8,10 @@ from typing import Literal
 
 import torch
 
-from fptq_runtime.kernels.base import Embedding, Linear, Norm
+from fptq_runtime.kernels.base import Embedding
 from fptq_runtime.kernels.reference import to_numpy, to_torch
 from fptq_runtime.models.block import Block, Edge, Model, Stem
-from fptq_runtime.models.readout import Readout
+from fptq_runtime.models.readout import Basis, Turn
 from fptq_runtime.quantizer.steps.base import QuantizationError, Step
 
 
@@ -64,13 +64,10 @@ class Rotation(Step):
         if self._obstacle(model):
             return
         residual = self._residual(model)
-        if block.spec is model.head:
-            gains = to_numpy(block.norms["norm"].weight.float())
-            block.readout = Readout(gains, to_numpy(residual.signs), to_numpy(residual.odd))
         inner = {norm.name for norm in block.spec.norms if norm.inner}
         for edge in block.spec.edges:
             if edge.through is None and edge.writer not in inner:
-                _rotate_readers(block.norms[edge.writer], [block.linears[name] for name in edge.readers], residual)
+                _rotate_readers(block, edge, residual)
             elif edge.through == "attention" and self.heads and not _gated(block):
                 _rotate_values(block, edge, self.seed + 1)
         for name in block.spec.residual:
@@ -112,11 +109,21 @@ def _gated(block: Block) -> bool:
     return block.spec.attention is not None and block.spec.attention.gated
 
 
-def _rotate_readers(norm: Norm, readers: Sequence[Linear], residual: RandomHadamard) -> None:
+def _rotate_readers(block: Block, edge: Edge, residual: RandomHadamard) -> None:
     """y = W · diag(g) · x of a normalised x is W · diag(g) · Q of a normalised x · Q."""
-    for reader in readers:
+    norm = block.norms[edge.writer]
+    for name in edge.readers:
+        reader = block.linears[name]
         reader.weight = residual(reader.weight * norm.weight)
+    _note(block, edge.readers, norm.weight, residual)
     norm.weight = torch.ones_like(norm.weight)
+
+
+def _note(block: Block, readers: Sequence[str], gains: torch.Tensor, rotation: RandomHadamard) -> None:
+    if block.bases is not None:
+        turn = Turn(to_numpy(rotation.signs), to_numpy(rotation.odd))
+        block.bases = {**block.bases, **{name: block.bases.get(name, Basis()).turned(to_numpy(gains.float()), turn)
+                                         for name in readers}}
 
 
 def _rotate_values(block: Block, edge: Edge, seed: int) -> None:
@@ -132,3 +139,4 @@ def _rotate_values(block: Block, edge: Edge, seed: int) -> None:
     if qkv.bias is not None:
         qkv.bias = torch.cat((qkv.bias[:-values], rotation(qkv.bias[-values:].reshape(-1, dim)).flatten()))
     o.weight = rotation(o.weight.reshape(-1, dim)).reshape(o.weight.shape)
+    _note(block, edge.readers, torch.ones(o.weight.shape[1]), rotation)

@@ -38,6 +38,7 @@ class ChannelSplitting(Step):
         return {**config, model.width_field: math.ceil(size / multiple) * multiple}
 
     def transform_block(self, model: Model, block: Block) -> None:
+        block.bases = None
         for edge in _gated(block.spec):
             [reader] = edge.readers
             down, up = block.linears[reader], block.linears[edge.writer]

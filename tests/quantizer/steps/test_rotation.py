@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fptq_runtime.models.readout import Readout
+from fptq_runtime.models.readout import Basis, Turn
 from fptq_runtime.quantizer.steps.base import BlockWork, QuantizationError, Step
 from fptq_runtime.quantizer.steps.rotation import RandomHadamard, Rotation
 from tests.quantizer.models import DEMO, save_model, transplant_outliers
@@ -34,11 +34,16 @@ def test_hadamard_is_sylvesters() -> None:
 
 @settings(max_examples=25)
 @given(size=st.integers(1, 200), seed=st.integers(0, 99))
-def test_the_readout_turns_rows_back(size: int, seed: int) -> None:
-    rotation = RandomHadamard(size, seed)
-    x, gains = torch.randn(size, generator=torch.Generator().manual_seed(seed)), torch.rand(size) + 0.5
-    readout = Readout(gains.numpy(), rotation.signs.numpy(), rotation.odd.numpy())
-    np.testing.assert_allclose(readout(rotation(x).double().numpy()), (x * gains).numpy(), atol=1e-5)
+def test_a_basis_goes_there_and_back(size: int, seed: int) -> None:
+    rotation, generator = RandomHadamard(size, seed), torch.Generator().manual_seed(seed)
+    x, weight = (torch.randn(3, 2 * size, generator=generator) for _ in range(2))
+    gains, scales = (torch.rand(2 * size, generator=generator) + 0.5 for _ in range(2))
+    turn = Turn(rotation.signs.numpy(), rotation.odd.numpy())
+    basis = Basis().divided(np.full(2 * size, 2, np.float32)).turned(gains.numpy() / 2, turn).divided(scales.numpy())
+    y = basis.there(x.double().numpy())
+    np.testing.assert_allclose(y, rotation((x / gains).reshape(-1, size)).reshape(3, -1) / scales, atol=1e-5)
+    np.testing.assert_allclose(basis.back(y), x.numpy(), atol=1e-5)
+    np.testing.assert_allclose(y @ basis.reader(weight.double().numpy()).T, x @ weight.T, atol=1e-4)
 
 
 def test_seeds_differ() -> None:
