@@ -10,6 +10,7 @@ from fptq_runtime.errors import FptqError
 from fptq_runtime.kernels.base import Curve
 
 MAX_POSITIONS = 1 << 21  # a rope table of 1 GiB at head_dim 128
+MAX_LAYERS = 1 << 10
 MAX_HEAD_DIM = 256  # what the attention kernels hold in registers and on their stack
 
 
@@ -123,7 +124,7 @@ def dense_config(
         vocab_size=vocab_size,
         hidden_size=hidden_size,
         intermediate_size=intermediate or fields.integer("intermediate_size", high=1 << 19),
-        num_layers=fields.integer(layers, high=1 << 10),
+        num_layers=fields.integer(layers, high=MAX_LAYERS),
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,

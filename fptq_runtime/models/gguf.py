@@ -17,7 +17,7 @@ import numpy as np
 
 from fptq_runtime.artifact.scheme import LayerScheme, QuantizationArgs
 from fptq_runtime.kernels.base import Array, QuantizedWeight
-from fptq_runtime.models.fields import Fields, ModelError
+from fptq_runtime.models.fields import MAX_LAYERS, Fields, ModelError
 from fptq_runtime.models.layers import halves
 from fptq_runtime.models.tensors import FLOATS, CheckpointError, Tensors
 from fptq_runtime.models.weights import Stored, pack, runnable
@@ -101,16 +101,17 @@ class GgufTensors(Tensors):
             raise CheckpointError(f"{file.name}: tensors of type {', '.join(sorted(others))} are not supported; "
                                   f"{', '.join(TYPES)} are")
         arch = {name: arch for arch, name in MODEL_ARCH_NAMES.items()}[self.kind]
-        self._names = get_tensor_name_map(arch, self.size("block_count"))
+        self._names = get_tensor_name_map(arch, self.size("block_count", MAX_LAYERS))
 
     def meta(self, name: str, default: Any = None) -> Any:
         found = self.metadata.get(name)
         return default if found is None else found.contents()
 
-    def size(self, name: str) -> int:
+    def size(self, name: str, most: int = (1 << 31) - 1) -> int:
         value = self.meta(f"{self.kind}.{name}")
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 1 << 31:
-            raise ModelError(f"{self._path.name}: {self.kind}.{name} must be a positive integer, not {value!r}")
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= most:
+            raise ModelError(f"{self._path.name}: {self.kind}.{name} must be an integer between 1 and {most}, not "
+                             f"{value!r}")
         return value
 
     @property

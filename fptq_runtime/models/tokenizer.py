@@ -32,6 +32,10 @@ MAX_TEMPLATE_BYTES = 4 << 20
 BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")  # SentencePiece's, for what its vocabulary lacks
 
 
+class TokenizerError(CheckpointError):
+    """A tokenizer that cannot do with a text or tokens what it is asked."""
+
+
 def _byte_alphabet() -> dict[str, int]:
     """GPT-2's: printable bytes stand for themselves, the others in order for the code points from 256 on."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
@@ -88,7 +92,7 @@ class TokenStream:
         return self._text
 
     def _decode(self, end: int | None = None) -> str:
-        return str(self._backend.decode(self._window[:end], skip_special_tokens=self._skip_special_tokens))
+        return _decoded(self._backend, self._window[:end], self._skip_special_tokens)
 
 
 class SomeTokens:
@@ -128,12 +132,11 @@ class Tokenizer:
                 "default": ChatTemplate(chat_template)}
             self._chat_template = templates.get("default")
             self._tools_template = templates.get("tool_use")
+            self._backend.decode([])
         except FptqError:
             raise
-        except BaseException as error:  # the library raises bare Exception for a malformed file, or panics
-            if isinstance(error, (KeyboardInterrupt, SystemExit)):
-                raise
-            raise CheckpointError(f"the tokenizer of {path} cannot be loaded: {_first_line(error)}") from None
+        except BaseException as error:
+            raise CheckpointError(f"the tokenizer of {path} cannot be loaded: {_reason(error)}") from None
 
     def _configure(self, config: Mapping[str, Any], special: list[AddedToken]) -> None:
         """What tokenizer_config.json adds to tokenizer.json, whose own post-processor says what is put around a text:
@@ -182,11 +185,14 @@ class Tokenizer:
         return {**self._special_tokens, "chat_template": template, "vocab_size": self.vocab_size}
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Raises FptqError where the text has lone surrogates, which a command line's bytes become where not UTF-8."""
+        """Raises FptqError where the text has lone surrogates, which a command line's bytes become where not UTF-8, and
+        TokenizerError where no token stands for what is in it."""
         try:
             ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
         except TypeError:
             raise FptqError("the text is not valid Unicode") from None
+        except BaseException as error:
+            raise TokenizerError(f"the model's tokenizer cannot read this text: {_reason(error)}") from None
         return ids
 
     def infill(self, prefix: str, suffix: str) -> str | None:
@@ -198,7 +204,8 @@ class Tokenizer:
         return None
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        return str(self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens))
+        """Raises TokenizerError."""
+        return _decoded(self._backend, list(token_ids), skip_special_tokens)
 
     def token(self, token_id: int) -> str:
         """The vocabulary's own spelling of a token."""
@@ -338,5 +345,16 @@ def _chat_templates(path: Path, config: Mapping[str, Any]) -> dict[str, ChatTemp
     return {entry["name"]: ChatTemplate(str(entry["template"])) for entry in template if entry["template"]}
 
 
-def _first_line(error: BaseException) -> str:
+def _decoded(backend: Backend, token_ids: list[int], skip_special_tokens: bool) -> str:
+    try:
+        return str(backend.decode(token_ids, skip_special_tokens=skip_special_tokens))
+    except BaseException as error:
+        raise TokenizerError(f"the model's tokenizer cannot spell these tokens: {_reason(error)}") from None
+
+
+def _reason(error: BaseException) -> str:
+    """In one line. The library raises bare Exception for what is malformed, or panics, which is no Exception; what ends
+    the process is raised again."""
+    if isinstance(error, (KeyboardInterrupt, SystemExit)):
+        raise error
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

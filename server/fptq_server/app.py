@@ -15,7 +15,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from fptq_runtime import __version__
 from fptq_runtime.engine.async_engine import AsyncEngine
-from fptq_runtime.models.tokenizer import Tokenizer
+from fptq_runtime.models.tokenizer import Tokenizer, TokenizerError
 from fptq_server.assistant import Assistant
 from fptq_server.auth import PUBLIC_PATHS, RequireKey
 from fptq_server.batch import BatchRunner
@@ -161,6 +161,7 @@ def _guard(app: FastAPI, config: ServerConfig, metrics: Metrics, paths: Sequence
     metrics.add_routes(paths)
     handlers = ErrorHandlers(metrics)
     app.add_exception_handler(APIError, handlers.api_error)
+    app.add_exception_handler(TokenizerError, handlers.tokenizer_error)
     app.add_exception_handler(RequestValidationError, handlers.validation_error)
     app.add_exception_handler(HTTPException, handlers.http_exception)
 

@@ -13,6 +13,7 @@ from starlette.responses import Response
 from starlette.types import Scope
 
 from fptq_runtime.errors import FptqError
+from fptq_runtime.models.tokenizer import TokenizerError
 from fptq_server.metrics import Metrics
 from fptq_server.protocol import ErrorInfo, ErrorResponse
 from fptq_server.protocol_messages import AnthropicError, AnthropicErrorInfo
@@ -97,6 +98,10 @@ class ErrorHandlers:
     def api_error(self, request: Request, error: Exception) -> Response:
         assert isinstance(error, APIError)
         return self.refuse(request.scope, error)
+
+    def tokenizer_error(self, request: Request, error: Exception) -> Response:
+        assert isinstance(error, TokenizerError)
+        return self.api_error(request, bad_parameter(error))
 
     def validation_error(self, request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)

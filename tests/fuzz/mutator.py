@@ -74,8 +74,8 @@ class Mutator:
         size = int.from_bytes(data[:8], "little")
         header, rest = data[8 : 8 + size], data[8 + size :]
         if self.random.random() < 0.2:
-            return self.random.choice((0, 1, size + 1, 1 << 40, (1 << 64) - 1)).to_bytes(
-                8, "little") + header + rest
+            size = self.random.choice((0, 1, len(header) + 1, 1 << 40, (1 << 64) - 1))
+            return size.to_bytes(8, "little") + header + rest
         changed = self.json(header)
         if rest and self.random.random() < 0.1:
             rest = rest[: self.random.randrange(len(rest))]

@@ -188,7 +188,8 @@ def test_damaged_files_are_refused(keep: float, tmp_path: Path) -> None:
     ("llama.expert_count", 8, "expert_count"), ("llama.attention.scale", 0.5, "attention.scale"),
     ("llama.attention.value_length", 8, "value_length"), ("llama.rope.dimension_count", 8, "dimension_count"),
     ("llama.rope.scaling.type", "longrope", "longrope"), ("llama.rope.freq_base", "many", "freq_base"),
-    ("llama.block_count", 0, "block_count"), ("llama.context_length", "x", "context_length"),
+    ("llama.block_count", 0, "block_count"), ("llama.block_count", 1 << 30, "between 1 and 1024"),
+    ("llama.context_length", "x", "context_length"),
 ])
 def test_metadata_that_is_not_taken_is_named(key: str, value: Any, words: str, tmp_path: Path) -> None:
     save_random("llama", tmp_path / "float", **SIZES)

@@ -18,7 +18,8 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from fptq_runtime.models.chat_template import ChatTemplateError
-from fptq_runtime.models.tokenizer import Tokenizer, eos_token_ids
+from fptq_runtime.models.loader import CheckpointError
+from fptq_runtime.models.tokenizer import Tokenizer, TokenizerError, eos_token_ids
 from fptq_runtime.quantizer.source import load_tokenizer
 
 DEMO = Path(__file__).parents[2] / "fptq_runtime" / "demo"
@@ -327,3 +328,19 @@ def test_special_tokens_map_of_old_checkpoints(tmp_path: Path) -> None:
     theirs = AutoTokenizer.from_pretrained(path, local_files_only=True)
     assert Tokenizer(path).bos_token_id == theirs.bos_token_id
     assert Tokenizer(path).encode("the</s>") == theirs.encode("the</s>")
+
+
+def test_what_makes_the_library_panic_is_refused(tmp_path: Path) -> None:
+    """A panic is no Exception, and would end whatever thread it is raised on."""
+    backend = Backend(models.Unigram([("<unk>", 0.0), ("a", -1.0)], 0, False))
+    backend.decoder = decoders.Sequence([decoders.Fuse(), decoders.Strip(" ", 1, 5)])
+    (tmp_path / "tokenizer.json").write_text(backend.to_str())
+    with pytest.raises(CheckpointError, match=r"cannot be loaded: index out of bounds") as error:
+        Tokenizer(tmp_path)
+    assert "\n" not in str(error.value)
+    backend.decoder = decoders.Fuse()
+    (tmp_path / "tokenizer.json").write_text(backend.to_str())
+    tokenizer = Tokenizer(tmp_path)
+    tokenizer._backend.decoder = decoders.Sequence([decoders.Fuse(), decoders.Strip(" ", 1, 5)])
+    with pytest.raises(TokenizerError, match="cannot spell these tokens"):
+        tokenizer.decode([])

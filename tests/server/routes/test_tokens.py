@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer as Backend
+from tokenizers import models
 
 from fptq_runtime.models.tokenizer import Tokenizer
 from tests.server.conftest import Served
@@ -48,3 +54,15 @@ def test_tokenizer_info(served: Served) -> None:
     info = served.http.get("/tokenizer_info").json()
     assert (info["bos_token"], info["eos_token"]) == ("<s>", "</s>")
     assert "messages" in info["chat_template"]
+
+
+def test_a_text_that_the_tokenizer_cannot_read_is_refused(run_server: Callable[..., Any], tmp_path: Path) -> None:
+    """A unigram model without a token for what it does not know: the library raises a bare Exception."""
+    (tmp_path / "tokenizer.json").write_text(Backend(models.Unigram([("a", -1.0), ("b", -2.0)], None, False)).to_str())
+    with run_server(tokenizer=Tokenizer(tmp_path)) as served:
+        for path, body in (("/tokenize", {"prompt": "abz"}), ("/v1/completions", {"prompt": "abz"}),
+                           ("/v1/embeddings", {"input": "abz"}), ("/generate", {"inputs": "abz"})):
+            response = served.http.post(path, json=body)
+            assert response.status_code == 400
+            assert "cannot read this text" in response.json()["error"]["message"]
+        assert served.http.post("/tokenize", json={"prompt": "ab"}).json()["count"] == 2
