@@ -122,9 +122,9 @@ class Linear:
 class Adapters:
     def __init__(self, linear: Linear, slots: int) -> None: ...
 
-    def set(self, pool: ThreadPool, slot: int, parts: list[tuple[int, numpy.typing.NDArray[numpy.floating | numpy.int16], numpy.typing.NDArray[numpy.floating | numpy.int16], float]]) -> None:
+    def set(self, pool: ThreadPool, slot: int, parts: list[tuple[int, numpy.typing.NDArray[numpy.floating | numpy.int16 | numpy.int8], numpy.typing.NDArray[numpy.floating | numpy.int16 | numpy.int8], list[float]]]) -> None:
         """
-        parts: (first column, down [r, K], up transposed [r, N], scale) each; none: the slot adds nothing. Waits for a step that runs. Raises ValueError.
+        parts: (first column, down [r, K], up transposed [r, N], scales [r]) each; none: the slot adds nothing. Waits for a step that runs. Raises ValueError.
         """
 
 class Experts:

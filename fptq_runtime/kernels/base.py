@@ -539,7 +539,8 @@ class Backend(Protocol):
 
     def adapt(self, linear: Any, slot: int, parts: Sequence[LowRank]) -> None:
         """Put an adapter's parts of an adaptable linear into a slot, or empty it: for the steps that begin after. A
-        row's bits depend on its own adapter alone."""
+        row's bits depend on its own adapter alone. Where the linear reads int8, the parts may be held as int8, too,
+        with a scale for each of the rank."""
         ...
 
     def compile(self, forward: Callable[[Ops[Any]], Any], limits: StepLimits, sharing: Any = None) -> Executor:

@@ -156,9 +156,8 @@ class CpuBackend:
 
     def adapt(self, linear: Prepared, slot: int, parts: Sequence[LowRank]) -> None:
         with _refusals():
-            linear.adapters.set(self._pool, slot, [
-                (part.first, _bits(np.ascontiguousarray(part.down)), _bits(np.ascontiguousarray(part.up.T)), part.scale)
-                for part in parts])
+            linear.adapters.set(self._pool, slot, [(part.first, *_factors(part, linear.act is not None))
+                                                   for part in parts])
 
     def compile(self, forward: Callable[[Ops[Any]], Any], limits: StepLimits, sharing: CpuExecutor | None = None
                 ) -> CpuExecutor:
@@ -387,6 +386,23 @@ def _int8_rows(name: str, weight: Array) -> QuantizedWeight:
                         "reference backend")
     octets = np.pad((codes + 128).astype(np.uint8), ((0, 0), (0, -codes.shape[1] % 4)))
     return QuantizedWeight(octets.view(np.int32), scale, 8, codes.shape[1])
+
+
+def _factors(part: LowRank, codes: bool) -> tuple[Array, Array, list[float]]:
+    """down, up transposed, and a scale for each of the rank. codes: both as int8 with a scale a row."""
+    down, up = part.down, part.up.T
+    if not codes:
+        return _bits(np.ascontiguousarray(down)), _bits(np.ascontiguousarray(up)), [part.scale] * len(down)
+    (down, first), (up, second) = _int8(down), _int8(up)
+    return down, up, (part.scale * first * second).tolist()
+
+
+def _int8(rows: Array) -> tuple[Array, Array]:
+    """Codes and a scale for each row, as activations have them."""
+    values = _float32(rows)
+    scale = np.abs(values).max(1) / np.float32(127.5)
+    codes = np.round(values / np.where(scale > 0, scale, 1)[:, None])
+    return codes.clip(-128, 127).astype(np.int8), scale
 
 
 def _bits(array: Array) -> Array:

@@ -95,7 +95,8 @@ def test_logits_are_pefts(name: str, backend_name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize(("rank", "n", "k"), [(1, 1, 1), (4, 64, 64), (7, 67, 90), (64, 200, 130), (512, 24, 33)])
 def test_every_isa_adds_a_part(isa: str, rank: int, n: int, k: int) -> None:
-    """Of float and of quantized rows, at whatever columns; the rows' neighbours change nothing."""
+    """Of float and of quantized rows, which meet the factors as int8, at whatever columns; the rows' neighbours change
+    nothing."""
     from fptq_runtime.kernels.cpu import CpuBackend
 
     random = np.random.default_rng(rank)
@@ -106,6 +107,7 @@ def test_every_isa_adds_a_part(isa: str, rank: int, n: int, k: int) -> None:
     table = Embedding(random.normal(size=(32, k)).astype(np.float32))
     down, up = (random.normal(size=size).astype(dtype) for size, dtype in (((rank, k), bfloat16),
                                                                            ((n, rank), np.float16)))
+    up[:, 1:2] = 0
     for linear in (Linear("plain", weight), Linear("int8", stored, act=ActivationQuant())):
         embedding, made = backend.prepare(table), backend.adaptable(backend.prepare(linear), 2)
         backend.adapt(made, 2, [LowRank(5, down, up, 0.5)])
@@ -118,9 +120,11 @@ def test_every_isa_adds_a_part(isa: str, rank: int, n: int, k: int) -> None:
         plain = executor.step(batch)
         adapters = np.array([i % 3 for i in range(32)], np.int32)
         adapted = executor.step(StepInput(**{**vars(batch), "adapters": adapters}))
-        x = table.weight if linear.act is None else fake_quantize(
-            torch.from_numpy(table.weight), token_scale(torch.from_numpy(table.weight))).numpy()
-        delta = 0.5 * (x.astype(np.float64) @ down.astype(np.float64).T) @ up.astype(np.float64).T
+        x, first, second = (rows.astype(np.float32) for rows in (table.weight, down, up.T))
+        if linear.act is not None:
+            x, first, second = (fake_quantize(rows, token_scale(rows)).numpy()
+                                for rows in map(torch.from_numpy, (x, first, second)))
+        delta = 0.5 * (x.astype(np.float64) @ first.astype(np.float64).T) @ second.astype(np.float64)
         expected = plain.astype(np.float64)
         expected[adapters == 2, 5 : 5 + n] += delta[adapters == 2]
         np.testing.assert_allclose(adapted, expected, rtol=1e-5, atol=1e-5 * np.abs(delta).max())

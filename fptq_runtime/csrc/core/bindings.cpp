@@ -229,11 +229,16 @@ std::shared_ptr<LinearParameter> make_linear(std::string name, std::shared_ptr<P
   return linear;
 }
 
-using AdapterParts = std::vector<std::tuple<int, FloatMatrix, FloatMatrix, float>>;
+using AdapterParts = std::vector<std::tuple<int, FloatMatrix, FloatMatrix, std::vector<float>>>;
+
+FactorType factor_type(const FloatMatrix& matrix, const char* name) {
+  if (matrix.dtype() == nb::dtype<int8_t>()) return FactorType::kInt8;
+  return static_cast<FactorType>(float_type(matrix, name));
+}
 
 // A matrix as [blocks of `width` columns][rows][width], padded with zeros.
-std::shared_ptr<void> column_blocks(const FloatMatrix& matrix, FloatType type, int width) {
-  const size_t rows = matrix.shape(0), columns = matrix.shape(1), size = float_bytes(type);
+std::shared_ptr<void> column_blocks(const FloatMatrix& matrix, FactorType type, int width) {
+  const size_t rows = matrix.shape(0), columns = matrix.shape(1), size = factor_bytes(type);
   std::shared_ptr<void> made(allocate_lines(rows * round_up(static_cast<int>(columns), width) * size), std::free);
   char* to = static_cast<char*>(made.get());
   for (size_t begin = 0; begin < columns; begin += width) {
@@ -252,19 +257,20 @@ void set_adapter(AdaptersParameter& adapters, ThreadPool& pool, int slot, const 
   if (parts.size() > kMaxAdapterParts)
     throw std::invalid_argument("an adapter has at most " + std::to_string(kMaxAdapterParts) + " parts of a linear");
   std::vector<AdaptersParameter::Part> made;
-  for (const auto& [first, down, up, scale] : parts) {
-    const FloatType down_type = float_type(down, "down"), up_type = float_type(up, "up");
+  for (const auto& [first, down, up, scales] : parts) {
+    const FactorType down_type = factor_type(down, "down"), up_type = factor_type(up, "up");
     const int rank = static_cast<int>(down.shape(0)), n = static_cast<int>(up.shape(1));
     if (rank < 1 || rank > kMaxRank || up.shape(0) != down.shape(0))
       throw std::invalid_argument("an adapter's rank must be within 1.." + std::to_string(kMaxRank) + ", not " +
                                   std::to_string(rank));
     if (down.shape(1) != static_cast<size_t>(adapters.k) || first < 0 || n < 1 || first > adapters.n - n)
       throw std::invalid_argument("an adapter's down must be [r, K] and its up [r, N] of the linear");
+    if (scales.size() != down.shape(0)) throw std::invalid_argument("an adapter has a scale for each of its rank");
     const int k = round_up(adapters.k, kLowRankPad);
     AdaptersParameter::Part part{
-        first, {}, column_blocks(down, down_type, k), column_blocks(up, up_type, kLowRankColumns)};
-    part.view = {rank, k, n, scale, down_type, up_type, part.down.get(), part.up.get()};
-    made.push_back(std::move(part));
+        first, {}, column_blocks(down, down_type, k), column_blocks(up, up_type, kLowRankColumns), scales};
+    part.view = {rank, k, n, down_type, up_type, part.scales.data(), part.down.get(), part.up.get()};
+    made.push_back(std::move(part));  // a moved vector keeps its data
   }
   nb::gil_scoped_release release;
   std::lock_guard<std::mutex> lock(pool.mutex());
@@ -428,9 +434,11 @@ NB_MODULE(_native, m) {
            "linear"_a, "slots"_a)
       .def("set", &set_adapter, "pool"_a, "slot"_a, "parts"_a,
            nb::sig("def set(self, pool: ThreadPool, slot: int, parts: list[tuple[int, "
-                   "numpy.typing.NDArray[numpy.floating | numpy.int16], "
-                   "numpy.typing.NDArray[numpy.floating | numpy.int16], float]]) -> None"),
-           "parts: (first column, down [r, K], up transposed [r, N], scale) each; none: the slot adds nothing. Waits "
+                   "numpy.typing.NDArray[numpy.floating | numpy.int16 | numpy.int8], "
+                   "numpy.typing.NDArray[numpy.floating | numpy.int16 | numpy.int8], "
+                   "list[float]]]) -> None"),
+           "parts: (first column, down [r, K], up transposed [r, N], scales [r]) each; none: the slot adds nothing. "
+           "Waits "
            "for a step that runs. Raises ValueError.");
 
   nb::class_<ExpertsParameter>(m, "Experts")

@@ -44,6 +44,7 @@ struct AdaptersParameter {
     int first;  // column
     LowRankView view;
     std::shared_ptr<void> down, up;
+    std::vector<float> scales;
   };
   int n, k;
   std::vector<std::vector<Part>> slots;

@@ -7,9 +7,13 @@
 namespace fptq {
 
 enum class FloatType { kFloat32, kBfloat16, kFloat16 };
+enum class FactorType { kFloat32, kBfloat16, kFloat16, kInt8 };  // the first as above
 enum class KvType { kFloat32, kBfloat16, kInt8 };
 
 constexpr ptrdiff_t float_bytes(FloatType type) { return type == FloatType::kFloat32 ? 4 : 2; }
+constexpr ptrdiff_t factor_bytes(FactorType type) {
+  return type == FactorType::kInt8 ? 1 : float_bytes(static_cast<FloatType>(type));
+}
 
 constexpr int kKvChunk = 128;  // keys of one softmax partial, at absolute positions
 constexpr int kKeyBlock = 16;  // keys that lie side by side in the cache; a cache block is a multiple of it
@@ -71,10 +75,10 @@ struct GatedDeltaView {
 constexpr int kLowRankRows = 4, kLowRankPad = 64, kLowRankColumns = 32;
 struct LowRankView {
   int rank, k, n;
-  float scale;
-  FloatType down_type, up_type;
-  const void* down;  // [rank][k]
-  const void* up;    // [N / kLowRankColumns][rank][kLowRankColumns]
+  FactorType down_type, up_type;
+  const float* scales;  // [rank], of both factors and of the adapter together
+  const void* down;     // [rank][k]
+  const void* up;       // [N / kLowRankColumns][rank][kLowRankColumns]
 };
 
 // kernels/base.py's Activation.

@@ -11,26 +11,46 @@ static void widen_codes(const int8_t* codes, float scale, int n, float* out) {
   for (int i = 0; i < n; ++i) out[i] = static_cast<float>(codes[i]) * scale;
 }
 
-// t[i][r] = scale · Σ x[i][k] · down[r][k] for Ranks of them, over two vectors in turn.
-template <FloatType Type, int Rows, int Ranks>
+// kLanes of a factor.
+template <FactorType Type>
+static inline Vec widen_factor(const char* p) {
+  if constexpr (Type == FactorType::kInt8) {
+#if defined(__AVX512F__)
+    const __m128i codes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return _mm512_maskz_cvtepi32_ps(0xffff, _mm512_maskz_cvtepi8_epi32(0xffff, codes));
+#elif defined(__AVX2__)
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+#else
+    Vec v;
+    for (int i = 0; i < kLanes; ++i) v[i] = static_cast<int8_t>(p[i]);
+    return v;
+#endif
+  } else {
+    return widen<static_cast<FloatType>(Type)>(static_cast<const void*>(p));
+  }
+}
+
+// t[i][r] = scales[r] · Σ x[i][k] · down[r][k] for Ranks of them, over two vectors in turn.
+template <FactorType Type, int Rows, int Ranks>
 static inline void low_rank_dots(const LowRankView& v, const float* const* x, int r, float* t) {
-  const char* down = static_cast<const char*>(v.down) + static_cast<ptrdiff_t>(r) * v.k * float_bytes(Type);
+  const char* down = static_cast<const char*>(v.down) + static_cast<ptrdiff_t>(r) * v.k * factor_bytes(Type);
   Vec acc[Ranks][Rows][2] = {};
   for (int k = 0; k < v.k; k += 2 * kLanes) {
     for (int j = 0; j < 2; ++j) {
       Vec rows[Rows];
       for (int i = 0; i < Rows; ++i) rows[i] = load(x[i] + k + j * kLanes);
       for (int q = 0; q < Ranks; ++q) {
-        const Vec w = widen<Type>(down + (static_cast<ptrdiff_t>(q) * v.k + k + j * kLanes) * float_bytes(Type));
+        const Vec w =
+            widen_factor<Type>(down + (static_cast<ptrdiff_t>(q) * v.k + k + j * kLanes) * factor_bytes(Type));
         for (int i = 0; i < Rows; ++i) acc[q][i][j] = fma(w, rows[i], acc[q][i][j]);
       }
     }
   }
   for (int q = 0; q < Ranks; ++q)
-    for (int i = 0; i < Rows; ++i) t[i * v.rank + r + q] = v.scale * sum(acc[q][i][0] + acc[q][i][1]);
+    for (int i = 0; i < Rows; ++i) t[i * v.rank + r + q] = v.scales[r + q] * sum(acc[q][i][0] + acc[q][i][1]);
 }
 
-template <FloatType Type, int Rows>
+template <FactorType Type, int Rows>
 static void low_rank_down(const LowRankView& v, const float* const* x, float* t) {
   constexpr int kRanks = Rows > 2 ? 2 : 4;
   int r = 0;
@@ -39,15 +59,15 @@ static void low_rank_down(const LowRankView& v, const float* const* x, float* t)
 }
 
 // y[i][n] += Σ t[i][r] · up[r][n], r ascending.
-template <FloatType Type, int Rows>
+template <FactorType Type, int Rows>
 static void low_rank_up(const LowRankView& v, const float* t, float* const* y) {
   constexpr int kVecs = kLowRankColumns / kLanes;
   const char* up = static_cast<const char*>(v.up);
   for (int n = 0; n < v.n; n += kLowRankColumns) {
     Vec acc[Rows][kVecs] = {};
     for (int r = 0; r < v.rank; ++r) {
-      for (int j = 0; j < kVecs; ++j, up += kLanes * float_bytes(Type)) {
-        const Vec w = widen<Type>(up);
+      for (int j = 0; j < kVecs; ++j, up += kLanes * factor_bytes(Type)) {
+        const Vec w = widen_factor<Type>(up);
         for (int i = 0; i < Rows; ++i) acc[i][j] = fma(splat(t[i * v.rank + r]), w, acc[i][j]);
       }
     }
@@ -64,14 +84,14 @@ static void low_rank_up(const LowRankView& v, const float* t, float* const* y) {
 
 template <int Rows>
 static void low_rank(const LowRankView& v, const float* const* x, float* const* y, float* t) {
-  const auto down = v.down_type == FloatType::kFloat32    ? low_rank_down<FloatType::kFloat32, Rows>
-                    : v.down_type == FloatType::kBfloat16 ? low_rank_down<FloatType::kBfloat16, Rows>
-                                                          : low_rank_down<FloatType::kFloat16, Rows>;
-  const auto up = v.up_type == FloatType::kFloat32    ? low_rank_up<FloatType::kFloat32, Rows>
-                  : v.up_type == FloatType::kBfloat16 ? low_rank_up<FloatType::kBfloat16, Rows>
-                                                      : low_rank_up<FloatType::kFloat16, Rows>;
-  down(v, x, t);
-  up(v, t, y);
+  static constexpr decltype(&low_rank_down<FactorType::kInt8, Rows>) kDown[] = {
+      low_rank_down<FactorType::kFloat32, Rows>, low_rank_down<FactorType::kBfloat16, Rows>,
+      low_rank_down<FactorType::kFloat16, Rows>, low_rank_down<FactorType::kInt8, Rows>};
+  static constexpr decltype(&low_rank_up<FactorType::kInt8, Rows>) kUp[] = {
+      low_rank_up<FactorType::kFloat32, Rows>, low_rank_up<FactorType::kBfloat16, Rows>,
+      low_rank_up<FactorType::kFloat16, Rows>, low_rank_up<FactorType::kInt8, Rows>};
+  kDown[static_cast<int>(v.down_type)](v, x, t);
+  kUp[static_cast<int>(v.up_type)](v, t, y);
 }
 
 static void low_rank_rows(const LowRankView& v, const float* const* x, float* const* y, int rows, float* t) {
