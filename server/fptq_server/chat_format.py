@@ -148,6 +148,8 @@ class ChatFormat:
             return {**variables, "reasoning_effort": effort}
         if self._takes_thinking:
             return {**variables, "enable_thinking": effort != "none"}
+        if effort == "medium":  # OpenAI's default
+            return variables
         raise APIError(400, "reasoning_effort is not supported by this model, whose chat template does not read it",
                        param="reasoning_effort", code="not_supported")
 

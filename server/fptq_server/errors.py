@@ -151,6 +151,10 @@ def describe_validation_error(error: Mapping[str, Any]) -> APIError:
             return APIError(400, "the request has no body; send a JSON object")
         case "missing":
             return APIError(400, f"{param} is required", param=param, code="missing_field")
+        case "too_short" if error["ctx"]["min_length"] == 1:
+            return APIError(400, f"{param} is empty; it must have at least 1 item", param=param)
+        case "too_long":
+            return APIError(400, f"{param} has more than {error['ctx']['max_length']} items", param=param)
     if param is None:
         return APIError(400, "the request body must be a JSON object, sent with Content-Type: application/json")
     message = str(error["msg"]).replace("Input should", "must", 1).replace("List should", "must", 1)

@@ -21,6 +21,7 @@ from pydantic_core import CoreSchema, PydanticCustomError
 from pydantic_core.core_schema import no_info_after_validator_function
 
 from fptq_runtime import __version__
+from fptq_runtime.engine.json_schema import VALUES
 from fptq_runtime.engine.request import MAX_N
 
 
@@ -118,6 +119,16 @@ Choices = Annotated[list[Text], Field(min_length=1, fail_fast=True)]
 Listed = TypeVar("Listed")
 
 
+def without_nulls(value: Any) -> Any:
+    """Of a function or a schema: null says nothing where a keyword stands, and is a value within those of VALUES."""
+    if isinstance(value, list):
+        return [without_nulls(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    return {key: item if key in VALUES else without_nulls(item) for key, item in value.items()
+            if item is not None or key in VALUES}
+
+
 class ListPage(BaseModel, Generic[Listed]):
     """Some of a list, as OpenAI pages through one: `after` the last_id come the next."""
 
@@ -163,10 +174,10 @@ class Structure(Body):
 
 
 class ResponseFormat(Body):
-    """structural_tag is vLLM's: text in which what begins with a trigger is one of the structures. With json_object
-    llama.cpp's clients give the schema as `schema`, text-generation-inference's as `value`."""
+    """structural_tag is vLLM's: text in which what begins with a trigger is one of the structures. llama.cpp's clients
+    give a schema as `schema`, text-generation-inference's as `value`, and theirs know the types json and regex."""
 
-    type: Literal["text", "json_object", "json_schema", "structural_tag"]
+    type: Literal["text", "json_object", "json_schema", "structural_tag", "json", "regex"]
     json_schema: JSONSchema | None = None
     schema_: Annotated[Schema | None, Field(alias="schema")] = None
     value: Schema | None = None
@@ -197,6 +208,8 @@ class ForeignBody(Body):
     service_tier: Annotated[Any, unsupported("auto", "default")] = None
     verbosity: Annotated[Any, unsupported("medium")] = None
     prompt_cache_retention: Unused = None
+    prompt_cache_options: Unused = None
+    moderation: Unsupported = None
 
     use_beam_search: NotTrue = None
     length_penalty: NotOne = None
@@ -213,7 +226,19 @@ class ForeignBody(Body):
     mm_processor_kwargs: NotEmpty = None
     media_io_kwargs: NotEmpty = None
     return_token_ids: NotTrue = None
+    return_token_offsets: NotTrue = None
+    return_prompt_text: NotTrue = None
     include_reasoning: NotFalse = None
+    thinking_token_budget: Unsupported = None
+    truncation_side: Annotated[Any, unsupported("left")] = None
+    logprob_token_ids: Unsupported = None
+    repetition_detection: Unsupported = None
+    watermarking: NotTrue = None
+    ec_transfer_params: NotEmpty = None
+    stream_interval: NotOne = None
+    routed_experts_prompt_start: Off = None
+    request_id: Unused = None
+    session_id: Unused = None
 
     cache_prompt: bool | None = None
     samplers: Annotated[Any, unsupported(LLAMA_CPP_SAMPLERS)] = None
@@ -225,6 +250,8 @@ class ForeignBody(Body):
     mirostat: Off = None
     mirostat_tau: Unused = None
     mirostat_eta: Unused = None
+    adaptive_target: Annotated[Any, unsupported(-1)] = None
+    adaptive_decay: Unused = None
     dynatemp_range: Off = None
     dynatemp_exponent: Unused = None
     dry_multiplier: Off = None
@@ -236,6 +263,8 @@ class ForeignBody(Body):
     xtc_threshold: Unused = None
     min_keep: Annotated[Any, unsupported(0, 1)] = None
     n_probs: Off = None
+    n_cmpl: NotOne = None
+    n_cache_reuse: Unused = None
     n_keep: Unused = None  # of a prompt that is shifted out of the context; none is
     n_discard: Unused = None
     n_indent: Off = None
@@ -249,11 +278,28 @@ class ForeignBody(Body):
     return_progress: NotTrue = None
     post_sampling_probs: NotTrue = None
     timings_per_token: NotTrue = None
+    backend_sampling: Unused = None  # where tokens are drawn
+    grammar_lazy: NotTrue = None
+    grammar_triggers: NotEmpty = None
+    preserved_tokens: NotEmpty = None
+    reasoning_format: Annotated[Any, unsupported("auto", "deepseek")] = None
+    reasoning_in_content: NotTrue = None
+    reasoning_budget_tokens: NotMinusOne = None
+    thinking_forced_open: NotTrue = None
+    parse_tool_calls: NotFalse = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_speculation(cls, data: Any) -> Any:
+        """llama.cpp's speculative.n_max and the like: how tokens are guessed changes none."""
+        return {name: value for name, value in data.items() if not name.startswith("speculative.")} \
+            if isinstance(data, dict) else data
 
 
 class SamplingBody(ForeignBody):
     """What both OpenAI endpoints share. `user`, `metadata` and the other labels that OpenAI keeps with a request are
-    accepted and not used. top_k -1 is off, as in vLLM; n_predict -1 is as many as fit, as in llama.cpp."""
+    accepted and not used. top_k -1 is off, as in vLLM; max_tokens and n_predict -1 are as many as fit, as in llama.cpp,
+    whose names grammar and json_schema are."""
 
     model: Text | None = None
     n: int | None = None
@@ -292,6 +338,8 @@ class SamplingBody(ForeignBody):
     guided_regex: Text | None = None
     guided_choice: Choices | None = None
     guided_grammar: Text | None = None
+    grammar: Text | None = None
+    json_schema: Schema | None = None
     guided_decoding_backend: Unused = None  # every grammar is enforced
     guided_whitespace_pattern: Unsupported = None
 
@@ -306,11 +354,19 @@ class CompletionRequest(SamplingBody):
 
 
 class TextPart(Body):
-    """cache_control: Anthropic's; every prompt is cached."""
+    """In the words of /v1/responses too. cache_control, prompt_cache_breakpoint: every prompt is cached."""
 
-    type: Literal["text"]
+    type: Literal["text", "input_text", "output_text"]
     text: Text
+    annotations: Unused = None
+    logprobs: Unused = None
     cache_control: Unused = None
+    prompt_cache_breakpoint: Unused = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named(cls, data: Any) -> Any:
+        return {"type": "text", "text": data} if isinstance(data, str) else data
 
 
 def refuse_kind(kind: str) -> str:
@@ -323,47 +379,50 @@ def _function_kind(kind: str) -> str:
 
 
 class OtherPart(Body):
-    """An image, a sound or a file: named, so that it can be refused by its name."""
+    """An image, a sound, a file, a call of a tool that runs elsewhere: named, so that it can be refused by its name."""
 
     model_config = ConfigDict(extra="ignore")
     type: Annotated[str, AfterValidator(refuse_kind)]
 
 
 def _part_kind(part: Any) -> str:
-    other = isinstance(part, dict) and part.get("type") in ("image_url", "input_audio", "file", "video_url", "refusal")
+    other = isinstance(part, dict) and "type" in part and part["type"] not in ("text", "input_text", "output_text")
     return "<other>" if other else "<text>"
 
 
 ContentPart = Annotated[Annotated[TextPart, Tag("<text>")] | Annotated[OtherPart, Tag("<other>")],
                         Discriminator(_part_kind)]
+Parts = "<a list of text parts>"
 Content = Annotated[
-    Annotated[Text, Tag("<a string>")]
-    | Annotated[list[ContentPart], Field(min_length=1, fail_fast=True), Tag("<a list of text parts>")],
-    variant(str="<a string>", list_dict="<a list of text parts>"),
+    Annotated[Text, Tag("<a string>")] | Annotated[list[ContentPart], Field(fail_fast=True), Tag(Parts)],
+    variant(str="<a string>", list=Parts, list_dict=Parts, list_str=Parts),
+]
+
+
+Arguments = Annotated[  # JSON, or what it says
+    Annotated[Text, Tag("<a string>")] | Annotated[dict[str, Any], Tag("<an object>")],
+    variant(str="<a string>", dict="<an object>"),
 ]
 
 
 class FunctionCall(Body):
-    """arguments: JSON."""
-
     name: Text
-    arguments: Annotated[
-        Annotated[Text, Tag("<a string>")] | Annotated[dict[str, Any], Tag("<an object>")],
-        variant(str="<a string>", dict="<an object>"),
-    ] = ""
+    arguments: Arguments = ""
     parsed_arguments: Unused = None
 
 
 class ToolCall(Body):
-    id: Text
+    id: Text = ""
     type: Annotated[Text, AfterValidator(_function_kind)] = "function"
     function: FunctionCall
     index: Unused = None
+    provider_specific_fields: Unused = None
+    extra_content: Unused = None
 
 
 class Turn(Body):
-    """What messages of all roles may have. An earlier answer can be sent back as it came: annotations say where a text
-    comes from and are not part of it."""
+    """What messages of all roles may have. An earlier answer can be sent back as clients keep it: annotations say where
+    a text comes from, parsed and reasoning_details have once more what stands beside them."""
 
     name: Text | None = None
     type: Annotated[Any, unsupported("message", "text")] = None
@@ -372,6 +431,11 @@ class Turn(Body):
     annotations: Unused = None
     cache_control: Unused = None
     provider_specific_fields: Unused = None
+    extra_content: Unused = None
+    parsed: Unused = None
+    reasoning_details: Unused = None
+    thinking_blocks: Unused = None
+    finish_reason: Unused = None
     prefix: NotTrue = None
     refusal: NotEmpty = None
     audio: Unsupported = None
@@ -380,12 +444,20 @@ class Turn(Body):
 
 
 class ChatMessage(Turn):
-    """tool_call_id: of the call whose result a message of role tool is."""
-
-    role: Literal["system", "developer", "user", "tool"]
+    role: Literal["system", "developer", "user"]
     content: Content
-    tool_call_id: Text | None = None
+    tool_call_id: NotEmpty = None
     tool_calls: NotEmpty = None
+
+
+class ToolTurn(Turn):
+    """What a call returned, which may be nothing."""
+
+    role: Literal["tool"]
+    content: Content = ""
+    tool_call_id: Text = ""
+    tool_calls: NotEmpty = None
+    is_error: Unused = None
 
 
 class AssistantTurn(Turn):
@@ -400,27 +472,31 @@ class AssistantTurn(Turn):
 
 def _role_kind(message: Any) -> str:
     role = message.get("role") if isinstance(message, dict) else None
-    return "<assistant>" if role == "assistant" else "<message>"
+    return f"<{role}>" if role in ("assistant", "tool") else "<message>"
 
 
-Message = Annotated[Annotated[ChatMessage, Tag("<message>")] | Annotated[AssistantTurn, Tag("<assistant>")],
-                    Discriminator(_role_kind)]
+Message = Annotated[
+    Annotated[ChatMessage, Tag("<message>")] | Annotated[AssistantTurn, Tag("<assistant>")]
+    | Annotated[ToolTurn, Tag("<tool>")],
+    Discriminator(_role_kind),
+]
 Messages = Annotated[list[Message], Field(min_length=1, fail_fast=True)]
 
 
 class Function(Body):
-    """strict: a call's arguments match the schema."""
+    """strict: a call's arguments match the schema. returns: as transformers describes a Python function."""
 
     name: Text
     description: Text | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
+    returns: Annotated[Unused, Field(alias="return")] = None
 
 
 class Tool(Body):
     """given: as the client wrote it, which is how chat templates show it to the model."""
 
-    type: Annotated[Text, AfterValidator(_function_kind)]
+    type: Annotated[Text, AfterValidator(_function_kind)] = "function"
     function: Function
     cache_control: Unused = None
     _given: dict[str, Any] = PrivateAttr(default_factory=dict)
@@ -429,7 +505,7 @@ class Tool(Body):
     @classmethod
     def _keep(cls, data: Any, handler: ModelWrapValidatorHandler[Tool]) -> Tool:
         tool = handler(data)
-        tool._given = data
+        tool._given = {"type": "function", **without_nulls(data)}
         return tool
 
     @property
@@ -441,17 +517,37 @@ class FunctionName(Body):
     name: Text
 
 
-class NamedToolChoice(Body):
-    type: Annotated[Text, AfterValidator(_function_kind)]
-    function: FunctionName
+class AllowedTools(Body):
+    """The functions that may be called, each by its name alone or as an object that has it."""
+
+    mode: Literal["auto", "required"]
+    tools: list[dict[str, Any]]
+
+
+CHOICE_WORDS = ("none", "auto", "required", "any")
+
+
+def _choice_kind(kind: str) -> str:
+    return kind if kind in (*CHOICE_WORDS, "function", "allowed_tools") else refuse_kind(kind)
+
+
+class ToolChoiceObject(Body):
+    """One function, or some: in the shape of chat completions, or in that of /v1/responses. Or a word."""
+
+    type: Annotated[Text, AfterValidator(_choice_kind)]
+    function: FunctionName | None = None
+    name: Text | None = None
+    allowed_tools: AllowedTools | None = None
+    mode: Literal["auto", "required"] | None = None
+    tools: list[dict[str, Any]] | None = None
 
 
 ToolChoice = Annotated[
-    Annotated[Literal["none", "auto", "required"], Tag("<none, auto, required>")]
-    | Annotated[NamedToolChoice, Tag("<an object that names a function>")],
+    Annotated[Literal["none", "auto", "required", "any"], Tag("<none, auto, required>")]
+    | Annotated[ToolChoiceObject, Tag("<an object that names a function>")],
     variant(str="<none, auto, required>", dict="<an object that names a function>"),
 ]
-ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
+ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
 
 class Prediction(Body):
@@ -483,6 +579,7 @@ class ChatCompletionRequest(SamplingBody):
     reasoning_effort: ReasoningEffort | None = None
     include_reasoning: bool | None = None
     web_search_options: Unsupported = None
+    best_of: NotOne = None
     echo: NotTrue = None
     documents: NotEmpty = None
     chat_template: Unsupported = None

@@ -17,6 +17,7 @@ class OtherBlock(Body):
     type: Annotated[str, AfterValidator(refuse_kind)]
 
 StopSequences = Annotated[list[Annotated[Text, Field(min_length=1)]], Field(max_length=MAX_STOP_STRINGS)]
+NOTHING_CLEARED = {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]}
 
 
 class TextBlock(Body):
@@ -36,7 +37,8 @@ class ToolUseBlock(Body):
     type: Literal["tool_use"]
     id: Text
     name: Text
-    input: dict[str, Any]
+    input: dict[str, Any] = Field(default_factory=dict)
+    toolset_name: Unsupported = None
     cache_control: Unused = None
     caller: Unused = None
 
@@ -73,7 +75,7 @@ Block = Annotated[
 class InputMessage(Body):
     role: Literal["user", "assistant"]
     content: Annotated[
-        Annotated[Text, Tag("<a string>")] | Annotated[list[Block], Field(min_length=1), Tag(Blocks)],
+        Annotated[Text, Tag("<a string>")] | Annotated[list[Block], Tag(Blocks)],
         variant(str="<a string>", list=Blocks, list_dict=Blocks),
     ]
 
@@ -102,7 +104,7 @@ class InputToolChoice(Body):
 
 
 class ThinkingConfig(Body):
-    type: Literal["enabled", "disabled", "adaptive"]
+    type: Literal["enabled", "disabled", "adaptive", "between_tools"]
     budget_tokens: int | None = None
     display: Literal["summarized", "omitted"] | None = None
 
@@ -131,8 +133,12 @@ class Conversation(Body):
     thinking: ThinkingConfig | None = None
     output_config: OutputConfig | None = None
     cache_control: Unused = None
-    context_management: NotEmpty = None
+    context_management: Annotated[Any, unsupported({}, {"edits": []}, NOTHING_CLEARED)] = None
     mcp_servers: NotEmpty = None
+    speed: Annotated[Any, unsupported("standard")] = None
+    user_profile_id: Unused = None
+    workspace_id: Unused = None
+    diagnostics: Unused = None
 
 
 class MessagesRequest(Conversation):
@@ -144,7 +150,6 @@ class MessagesRequest(Conversation):
     stop_sequences: StopSequences | None = None
     metadata: Unused = None
     service_tier: Annotated[Any, unsupported("auto", "standard_only")] = None
-    speed: Annotated[Any, unsupported("standard")] = None
     inference_geo: Unsupported = None
     container: Unsupported = None
 

@@ -7,13 +7,22 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag
 
 from fptq_server.protocol import (
+    Arguments,
     Body,
-    FunctionName,
+    Content,
+    ForeignBody,
     ListPage,
+    LogitBias,
     NotEmpty,
+    NotFalse,
+    NotTrue,
+    OtherPart,
     ReasoningEffort,
+    Seed,
+    Stop,
     StreamOptions,
     Text,
+    ToolChoice,
     Unsupported,
     Unused,
     refuse_kind,
@@ -21,45 +30,16 @@ from fptq_server.protocol import (
     variant,
 )
 
-Parts = "<a list of parts>"
-
-
-class OtherPart(Body):
-    """An image, a file, a call of a tool that runs at OpenAI: named, so that it can be refused by its name."""
-
-    model_config = ConfigDict(extra="ignore")
-    type: Annotated[str, AfterValidator(refuse_kind)]
-
-
-class InputText(Body):
-    type: Literal["input_text", "output_text", "text"]
-    text: Text
-    annotations: Unused = None
-    logprobs: Unused = None
-
 
 class ReasoningText(Body):
     type: Literal["reasoning_text", "summary_text"]
     text: Text
 
 
-def _part_kind(part: Any) -> str:
-    other = isinstance(part, dict) and "type" in part and part["type"] not in ("input_text", "output_text", "text")
-    return "<other>" if other else "<text>"
-
-
-InputParts = list[Annotated[Annotated[InputText, Tag("<text>")] | Annotated[OtherPart, Tag("<other>")],
-                            Discriminator(_part_kind)]]
-InputContent = Annotated[
-    Annotated[Text, Tag("<a string>")] | Annotated[InputParts, Tag(Parts)],
-    variant(str="<a string>", list=Parts, list_dict=Parts),
-]
-
-
 class MessageItem(Body):
     type: Literal["message"] = "message"
     role: Literal["user", "assistant", "system", "developer"]
-    content: InputContent
+    content: Content
     id: Text | None = None
     status: Unused = None
     phase: Unused = None
@@ -69,9 +49,10 @@ class CallItem(Body):
     type: Literal["function_call"]
     call_id: Text
     name: Text
-    arguments: Text
+    arguments: Arguments = ""
     id: Text | None = None
     status: Unused = None
+    async_: Annotated[NotTrue, Field(alias="async")] = None
     namespace: NotEmpty = None
     caller: Unused = None
 
@@ -79,7 +60,8 @@ class CallItem(Body):
 class CallOutputItem(Body):
     type: Literal["function_call_output"]
     call_id: Text
-    output: InputContent
+    output: Content = ""
+    name: Unused = None
     id: Text | None = None
     status: Unused = None
 
@@ -131,6 +113,7 @@ class FunctionTool(Body):
     defer_loading: Annotated[Any, unsupported(False)] = None
     allowed_callers: Annotated[Any, unsupported([], ["direct"])] = None
     output_schema: Unused = None
+    async_: Annotated[NotTrue, Field(alias="async")] = None
 
 
 class OtherTool(Body):
@@ -142,10 +125,6 @@ class OtherTool(Body):
 
 Tool = Annotated[Annotated[FunctionTool, Tag("<function>")] | Annotated[OtherTool, Tag("<other>")], Discriminator(
     lambda tool: "<other>" if isinstance(tool, dict) and tool.get("type", "function") != "function" else "<function>")]
-
-
-class NamedChoice(FunctionName):
-    type: Annotated[Text, AfterValidator(_function_kind)]
 
 
 class TextFormat(Body):
@@ -161,13 +140,22 @@ class TextOptions(Body):
     verbosity: Annotated[Any, unsupported("medium")] = None
 
 
+def _included(name: str) -> str:
+    """What tools of OpenAI's would add is not there, and reasoning comes as text."""
+    return refuse_kind(name) if name == "message.output_text.logprobs" else name
+
+
 class ReasoningOptions(Body):
     effort: ReasoningEffort | None = None
     summary: Unused = None
     generate_summary: Unused = None
+    context: Annotated[Any, unsupported("auto")] = None
+    mode: Annotated[Any, unsupported("standard")] = None
 
 
-class ResponsesRequest(Body):
+class ResponsesRequest(ForeignBody):
+    """top_k to stop are vLLM's and llama.cpp's."""
+
     model: Text | None = None
     input: Annotated[
         Annotated[Text, Tag("<a string>")] | Annotated[list[InputItem], Tag("<a list of items>")],
@@ -179,34 +167,38 @@ class ResponsesRequest(Body):
     stream: bool | None = None
     background: bool | None = None
     tools: list[Tool] | None = None
-    tool_choice: Annotated[
-        Annotated[Literal["none", "auto", "required"], Tag("<none, auto, required>")]
-        | Annotated[NamedChoice, Tag("<an object that names a function>")],
-        variant(str="<none, auto, required>", dict="<an object that names a function>"),
-    ] | None = None
+    tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     text: TextOptions | None = None
     reasoning: ReasoningOptions | None = None
     max_output_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: float | None = None
     top_p: float | None = None
-    ignore_eos: bool | None = None  # vLLM's; benchmarks send it
+    top_k: Annotated[int, Field(ge=-1)] | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: LogitBias | None = None
+    seed: Seed | None = None
+    stop: Stop | None = None
+    ignore_eos: bool | None = None
+    skip_special_tokens: NotFalse = None
+    enable_response_messages: NotTrue = None
     metadata: dict[Text, Text] | None = None
     stream_options: StreamOptions | None = None
-    include: Annotated[Any, unsupported([], ["reasoning.encrypted_content"])] = None
+    include: list[Annotated[Text, AfterValidator(_included)]] | None = None
     truncation: Annotated[Any, unsupported("disabled")] = None
     top_logprobs: Annotated[Any, unsupported(0)] = None
-    service_tier: Annotated[Any, unsupported("auto", "default")] = None
     max_tool_calls: Unused = None
     user: Unused = None
     safety_identifier: Unused = None
     prompt_cache_key: Unused = None
-    prompt_cache_retention: Unused = None
-    prompt_cache_options: Unused = None
     context_management: NotEmpty = None
     conversation: Unsupported = None
     prompt: Unsupported = None
-    moderation: Unsupported = None
+    image: NotEmpty = None
+    access_programs: NotEmpty = None
 
 
 class CachedTokens(BaseModel):

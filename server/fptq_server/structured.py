@@ -67,9 +67,8 @@ async def generate_grammar(grammar: GenerateGrammar | None, engine: AsyncEngine)
     if grammar is None:
         return None
     make = Grammar.regex if grammar.type == "regex" else _json
-    if grammar.type == "regex" and not isinstance(grammar.value, str):
-        raise APIError(400, "parameters.grammar.value must be a string", param="parameters.grammar.value")
-    return await _compiled(("parameters.grammar.value", make, grammar.value), engine)
+    value = _text(grammar.value, "parameters.grammar.value") if grammar.type == "regex" else grammar.value
+    return await _compiled(("parameters.grammar.value", make, value), engine)
 
 
 def _openai_forms(body: ChatCompletionRequest | CompletionRequest, tags: Callable[[Any], Grammar]) -> Iterator[Form]:
@@ -78,8 +77,9 @@ def _openai_forms(body: ChatCompletionRequest | CompletionRequest, tags: Callabl
     if body.structured_outputs is not None:
         yield from _structured_outputs(body.structured_outputs, tags)
     for name, make in (("guided_json", _json), ("guided_regex", Grammar.regex), ("guided_choice", Grammar.choice),
-                       ("guided_grammar", _grammar)):
-        if (value := getattr(body, name)) is not None:
+                       ("guided_grammar", _grammar), ("json_schema", _json), ("grammar", _grammar)):
+        value = getattr(body, name)
+        if value is not None and (name, value) != ("grammar", ""):  # llama.cpp's word for none
             yield name, make, value
 
 
@@ -88,15 +88,19 @@ def _response_format(given: ResponseFormat, tags: Callable[[Any], Grammar]) -> I
         yield "response_format", tags, given
     schemas: list[Form] = [(f"response_format.{name}", _json, schema) for name, schema in (
         ("schema", given.schema_), ("value", given.value)) if schema is not None]
-    if schemas and given.type != "json_object":
+    if schemas and given.type in ("text", "structural_tag"):
         raise APIError(400, f"{schemas[0][0]} needs the type json_object", param=schemas[0][0])
-    if given.type == "json_object":
+    if given.type in ("json_object", "json"):
         yield from schemas or [("response_format", lambda _: Grammar.json_object(), None)]
+    if given.type == "regex":
+        yield "response_format.value", Grammar.regex, _text(given.value, "response_format.value")
     if given.type == "json_schema":
-        if given.json_schema is None or given.json_schema.schema_ is None:
+        if given.json_schema is not None and given.json_schema.schema_ is not None:
+            schemas.append(("response_format.json_schema.schema", _json, given.json_schema.schema_))
+        if not schemas:
             raise APIError(400, "response_format.json_schema.schema is required", code="missing_field",
                            param="response_format.json_schema.schema")
-        yield "response_format.json_schema.schema", _json, given.json_schema.schema_
+        yield from schemas
 
 
 def _structured_outputs(given: StructuredOutputs, tags: Callable[[Any], Grammar]) -> Iterator[Form]:
@@ -110,6 +114,12 @@ def _structured_outputs(given: StructuredOutputs, tags: Callable[[Any], Grammar]
                             "structural_tag",
                        param="structured_outputs")
     yield from forms
+
+
+def _text(value: Any, param: str) -> str:
+    if not isinstance(value, str):
+        raise APIError(400, f"{param} must be a string", param=param)
+    return value
 
 
 def _json(schema: Any) -> Grammar:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fptq_server.errors import APIError
-from fptq_server.protocol import AssistantTurn, ChatMessage, TextPart
+from fptq_server.protocol import AssistantTurn, ChatMessage, TextPart, ToolChoiceObject, ToolTurn, without_nulls
 
 NAME = re.compile(r"[\w.:/-]{1,128}", re.ASCII)  # what every format of calls can carry
 
@@ -43,12 +43,38 @@ def function_tool(name: str, description: str | None, parameters: Mapping[str, A
                   ) -> dict[str, Any]:
     """A function as chat completions have it, without what is not given."""
     given = {"name": name, "description": description, "parameters": parameters, "strict": strict}
-    return {"type": "function", "function": {key: value for key, value in given.items() if value is not None}}
+    return {"type": "function", "function": without_nulls(given)}
+
+
+def chosen_tools(functions: Sequence[Mapping[str, Any]], given: str | ToolChoiceObject | None, parallel: bool | None
+                 ) -> Tools:
+    """By OpenAI's tool_choice: a word, one function, or those that are allowed. Raises APIError."""
+    if given is None or isinstance(given, str):
+        return make_tools(functions, given, None, parallel)
+    if given.type == "function":
+        name = given.name if given.function is None else given.function.name
+        if name is None:
+            raise APIError(400, "tool_choice.function is required", param="tool_choice.function", code="missing_field")
+        return make_tools(functions, "required", name, parallel)
+    if given.type != "allowed_tools":
+        return make_tools(functions, given.type, None, parallel)
+    mode, allowed = (given.mode, given.tools) if given.allowed_tools is None else \
+        (given.allowed_tools.mode, given.allowed_tools.tools)
+    if mode is None or allowed is None:
+        raise APIError(400, "tool_choice of type allowed_tools needs mode and tools", param="tool_choice")
+    names = [(each["function"] if isinstance(each.get("function"), dict) else each).get("name") for each in allowed]
+    for name in names:
+        if name not in [tool["function"]["name"] for tool in functions]:
+            raise APIError(400, f"tool_choice allows the function {name}, which is not among the tools",
+                           param="tool_choice")
+    return make_tools([tool for tool in functions if tool["function"]["name"] in names], mode, None, parallel)
 
 
 def make_tools(functions: Sequence[Mapping[str, Any]], choice: str | None, only: str | None,
                parallel: bool | None, param: str = "tool_choice") -> Tools:
-    """Raises APIError where the choice has nothing to choose from."""
+    """choice: any is Anthropic's and Mistral's word for required. Raises APIError where it has nothing to choose
+    from."""
+    choice = "required" if choice == "any" else choice
     names = [tool["function"]["name"] for tool in functions]
     for i, name in enumerate(names):
         if not NAME.fullmatch(name):
@@ -74,19 +100,34 @@ def template_arguments(arguments: str | Mapping[str, Any]) -> Any:
     return value if isinstance(value, dict) else arguments
 
 
-def template_messages(messages: Sequence[ChatMessage | AssistantTurn]) -> list[dict[str, Any]]:
-    """Chat completions' messages as templates take them, but for what ChatFormat knows of the model."""
-    return [_template_message(message) for message in messages]
+def template_messages(messages: Sequence[ChatMessage | AssistantTurn | ToolTurn]) -> list[dict[str, Any]]:
+    """Chat completions' messages as templates take them, but for what ChatFormat knows of the model. Calls without an
+    id get one, and results that name no call are those of the calls before them, in their order."""
+    given = [_template_message(message) for message in messages]
+    open_calls: list[str] = []
+    for place, message in enumerate(given):
+        if "tool_calls" in message:
+            for i, call in enumerate(message["tool_calls"]):
+                call["id"] = call["id"] or f"call{place % 1000:03}{i % 100:02}"
+            open_calls = [call["id"] for call in message["tool_calls"]]
+        elif message["role"] == "tool":
+            answered = message.get("tool_call_id") or next(iter(open_calls), None)
+            if answered is not None:
+                message["tool_call_id"] = answered
+            open_calls = [call_id for call_id in open_calls if call_id != answered]
+    return given
 
 
-def _template_message(message: ChatMessage | AssistantTurn) -> dict[str, Any]:
+def _template_message(message: ChatMessage | AssistantTurn | ToolTurn) -> dict[str, Any]:
     content = message.content if isinstance(message.content, str) else "\n".join(
         part.text for part in message.content or () if isinstance(part, TextPart))
     given: dict[str, Any] = {"role": message.role, "content": content}
     if message.name is not None:
         given["name"] = message.name
+    if isinstance(message, ToolTurn):
+        return {**given, "tool_call_id": message.tool_call_id} if message.tool_call_id else given
     if isinstance(message, ChatMessage):
-        return given if message.tool_call_id is None else {**given, "tool_call_id": message.tool_call_id}
+        return given
     if reasoning := message.reasoning_content or message.reasoning:
         given["reasoning_content"] = reasoning
     if message.tool_calls:

@@ -14,6 +14,7 @@ from fptq_runtime.models.tokenizer import Tokenizer
 from fptq_server.config import ModelCard, ServerConfig
 from fptq_server.errors import APIError, bad_parameter
 from fptq_server.protocol import ChatCompletionRequest, CompletionRequest, SamplingBody, TokenizeRequest
+from fptq_server.protocol_responses import ResponsesRequest
 
 MAX_CHARACTERS_PER_TOKEN = 64  # of a prompt: far above what text needs, and tokenizing stays quick
 RENDER_SECONDS = 9.0  # for a conversation's place among those that wait for the template, and its rendering
@@ -23,8 +24,8 @@ INLINE_SIZE = 4096  # characters or tokens that the tokenizer has done in about 
 TGI_NAMES = ("tgi", "dummy")  # what clients of text-generation-inference send, whose servers have one model
 T = TypeVar("T")
 
-SAME_NAME = ("n", "min_tokens", "temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "ignore_eos",
-             "skip_special_tokens")
+SAME_NAME = ("n", "min_tokens", "temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty",
+             "frequency_penalty", "ignore_eos", "skip_special_tokens")
 
 
 def check_model(name: str | None, model: ModelCard) -> str:
@@ -187,11 +188,12 @@ def truncated(prompt: list[int], length: int | None, max_tokens: int, model: Mod
 
 
 def max_tokens_of(body: SamplingBody, default: int, model: ModelCard) -> int:
-    """OpenAI renamed max_tokens, others have their own name for it. A negative n_predict: as many as fit. default:
-    where the model has none of its own."""
+    """OpenAI renamed max_tokens, others have their own name for it. -1: as many as fit. default: where the model has
+    none of its own."""
     default = model.sampling.get("max_tokens", default)
     n_predict = model.max_model_len if (body.n_predict or 0) < 0 else body.n_predict
-    asked = one_of(max_tokens=body.max_tokens, max_completion_tokens=body.max_completion_tokens,
+    max_tokens = model.max_model_len if body.max_tokens == -1 else body.max_tokens
+    asked = one_of(max_tokens=max_tokens, max_completion_tokens=body.max_completion_tokens,
                    max_new_tokens=body.max_new_tokens, n_predict=n_predict)
     if asked is None and (body.min_tokens or 0) > default:
         raise APIError(400, f"min_tokens is {body.min_tokens}; max_tokens, which was not given, is {default}",
@@ -201,22 +203,25 @@ def max_tokens_of(body: SamplingBody, default: int, model: ModelCard) -> int:
 
 def sampling_params(body: SamplingBody, model: ModelCard, max_tokens: int, **fields: Any) -> SamplingParams:
     """The engine's parameters; `fields` are those that each endpoint reads in its own way."""
-    fields = {**model.sampling, **fields, "max_tokens": max_tokens}
-    for name in SAME_NAME:
-        if (value := getattr(body, name)) is not None:
-            fields[name] = value
+    fields = {**model.sampling, **fields, "max_tokens": max_tokens, **sampling_fields(body)}
     penalty = one_of(repetition_penalty=body.repetition_penalty, repeat_penalty=body.repeat_penalty)
     if penalty is not None:
         fields["repetition_penalty"] = penalty
+    if body.stop_token_ids is not None:
+        fields["stop_token_ids"] = tuple(body.stop_token_ids)
+    return make_params(**fields)
+
+
+def sampling_fields(body: SamplingBody | ResponsesRequest) -> dict[str, Any]:
+    """What a body says of sampling under names that all of them have, in the engine's words."""
+    fields = {name: value for name in SAME_NAME if (value := getattr(body, name, None)) is not None}
     if body.top_k is not None:
         fields["top_k"] = 0 if body.top_k == -1 else body.top_k
     if body.stop is not None:
         fields["stop"] = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop)
-    if body.stop_token_ids is not None:
-        fields["stop_token_ids"] = tuple(body.stop_token_ids)
     if body.logit_bias is not None:
         fields["logit_bias"] = {int(token): bias for token, bias in body.logit_bias.items()}
-    return make_params(seed=fold_seed(body.seed), **fields)
+    return {**fields, "seed": fold_seed(body.seed)}
 
 
 def fold_seed(seed: int | None) -> int | None:

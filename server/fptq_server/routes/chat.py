@@ -29,7 +29,6 @@ from fptq_server.protocol import (
     FunctionCallDelta,
     FunctionCallOut,
     MessageDelta,
-    NamedToolChoice,
     ToolCallDelta,
     ToolCallOut,
     Usage,
@@ -37,7 +36,7 @@ from fptq_server.protocol import (
 from fptq_server.record import record_of
 from fptq_server.sse import STREAM_RESPONSE, EventStream, TextTemplate, run_while_connected
 from fptq_server.structured import openai_grammar
-from fptq_server.tools import Tools, make_tools, template_messages
+from fptq_server.tools import chosen_tools, template_messages
 from fptq_server.validation import (
     chat_prompt,
     check_length,
@@ -146,12 +145,6 @@ def _choice(index: int, delta: MessageDelta) -> ChatChunkChoice:
     return ChatChunkChoice(index=index, delta=delta, logprobs=None, finish_reason=None)
 
 
-def _tools(body: ChatCompletionRequest) -> Tools:
-    given = body.tool_choice
-    choice, only = ("required", given.function.name) if isinstance(given, NamedToolChoice) else (given, None)
-    return make_tools([tool.given for tool in body.tools or ()], choice, only, body.parallel_tool_calls)
-
-
 def chat_router(engine: AsyncEngine, tokenizer: Tokenizer, texts: TokenTexts, chat: ChatFormat, model: ModelCard,
                 config: ServerConfig) -> APIRouter:
     router = APIRouter(tags=["OpenAI"], responses=ERROR_RESPONSES)
@@ -166,7 +159,7 @@ def chat_router(engine: AsyncEngine, tokenizer: Tokenizer, texts: TokenTexts, ch
         if body.add_special_tokens:
             raise APIError(400, "add_special_tokens is not supported here; the chat template writes the special tokens",
                            param="add_special_tokens", code="not_supported")
-        tools = _tools(body)
+        tools = chosen_tools([tool.given for tool in body.tools or ()], body.tool_choice, body.parallel_tool_calls)
         begin, continue_final = continues(body)
         variables = {**chat.variables(tools, body.reasoning_effort),
                      **await template_variables(body, tokenizer, config)}

@@ -192,14 +192,15 @@ def _thinking(body: Conversation, assistant: Assistant) -> dict[str, Any]:
     thinking = body.thinking
     effort = None if body.output_config is None else body.output_config.effort
     asked = thinking is not None and thinking.type != "disabled"
-    if asked and assistant.chat.reasoning is None and not assistant.chat.parser.always:
+    insists = thinking is not None and thinking.type == "enabled"  # the others leave it to the model
+    if insists and assistant.chat.reasoning is None and not assistant.chat.parser.always:
         raise APIError(400, "thinking is not supported by this model, whose chat template knows none", param="thinking",
                        code="not_supported")
     variables: dict[str, Any] = {"enable_thinking": asked}
     if thinking is not None and thinking.budget_tokens is not None:
         variables["thinking_budget"] = thinking.budget_tokens
     if effort is not None:
-        variables["reasoning_effort"] = {"max": "high", "xhigh": "high"}.get(effort, effort)
+        variables["reasoning_effort"] = effort
     return variables
 
 

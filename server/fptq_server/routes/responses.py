@@ -23,12 +23,12 @@ from fptq_server.generation import Generation
 from fptq_server.parsers.frame import Arguments, CallStart, Content, Delta, Reasoning
 from fptq_server.protocol_responses import (
     CachedTokens,
+    CallItem,
     DeletedResponse,
     FunctionTool,
     ItemList,
     ItemReference,
     MessageItem,
-    NamedChoice,
     ReasoningTokens,
     ResponseObject,
     ResponsesRequest,
@@ -37,8 +37,8 @@ from fptq_server.protocol_responses import (
 from fptq_server.record import record_of
 from fptq_server.response_store import ResponseStore, StoredResponse
 from fptq_server.sse import STREAM_RESPONSE, EventStream, named_frame, run_while_connected
-from fptq_server.tools import Tools, function_tool, make_tools, template_call
-from fptq_server.validation import check_model
+from fptq_server.tools import Tools, chosen_tools, function_tool, template_call
+from fptq_server.validation import check_model, sampling_fields
 
 
 class Reply:
@@ -191,8 +191,7 @@ def responses_router(assistant: Assistant, store: ResponseStore, config: ServerC
         prompt = await assistant.prompt(messages, tools, assistant.chat.variables(tools, effort))
         generation, reading = await assistant.answer(
             record_of(request.scope), "resp", prompt, tools, body.max_output_tokens, adapter=adapter,
-            structured=_form(body), structured_param="text.format.schema", temperature=body.temperature,
-            top_p=body.top_p, ignore_eos=body.ignore_eos)
+            structured=_form(body), structured_param="text.format.schema", **sampling_fields(body))
         reply = Reply(_blank(body, adapter or assistant.model.id), generation, reading)
         if body.stream:
             async def events() -> AsyncGenerator[str, None]:
@@ -279,9 +278,9 @@ def _blank(body: ResponsesRequest, model: str) -> ResponseObject:
         previous_response_id=body.previous_response_id,
         reasoning={"effort": None if body.reasoning is None else body.reasoning.effort, "summary": None},
         store=body.store is not False, temperature=body.temperature, text={"format": form},
-        tool_choice=body.tool_choice.model_dump() if isinstance(body.tool_choice, NamedChoice) else
-        body.tool_choice or "auto",
-        tools=[tool.model_dump(exclude_none=True) for tool in body.tools or ()], top_p=body.top_p)
+        tool_choice="auto" if body.tool_choice is None else body.tool_choice if isinstance(body.tool_choice, str) else
+        body.tool_choice.model_dump(exclude_none=True),
+        tools=[tool.model_dump(exclude_none=True, by_alias=True) for tool in body.tools or ()], top_p=body.top_p)
 
 
 def _items(body: ResponsesRequest, store: ResponseStore) -> list[dict[str, Any]]:
@@ -301,7 +300,9 @@ def _items(body: ResponsesRequest, store: ResponseStore) -> list[dict[str, Any]]
                                code="item_not_found")
             items.append(found)
             continue
-        dumped = item.model_dump(exclude_none=True, warnings=False)
+        dumped = item.model_dump(exclude_none=True, by_alias=True, warnings=False)
+        if isinstance(item, CallItem) and not isinstance(item.arguments, str):
+            dumped["arguments"] = json.dumps(item.arguments, ensure_ascii=False)
         if isinstance(item, MessageItem) and isinstance(item.content, str):
             kind = "output_text" if item.role == "assistant" else "input_text"
             dumped["content"] = [{"type": kind, "text": item.content}]
@@ -346,9 +347,7 @@ def _text(content: str | list[dict[str, Any]]) -> str:
 def _tools(body: ResponsesRequest) -> Tools:
     functions = [function_tool(tool.name, tool.description, tool.parameters, tool.strict)
                  for tool in body.tools or () if isinstance(tool, FunctionTool)]
-    given = body.tool_choice
-    choice, only = ("required", given.name) if isinstance(given, NamedChoice) else (given, None)
-    return make_tools(functions, choice, only, body.parallel_tool_calls)
+    return chosen_tools(functions, body.tool_choice, body.parallel_tool_calls)
 
 
 def _form(body: ResponsesRequest) -> Grammar | None:

@@ -7,15 +7,35 @@ import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import httpx
 import openai
 import pytest
+from anthropic.types import message_count_tokens_params, message_create_params
+from openai.types import completion_create_params as text_create_params
+from openai.types import embedding_create_params
+from openai.types.chat import (
+    ChatCompletionAssistantMessageParam,
+    ChatCompletionMessage,
+    ChatCompletionToolMessageParam,
+    completion_create_params,
+)
+from openai.types.responses import response_create_params
 
 import fptq_runtime
 from fptq_runtime.models.chat_template import ChatTemplateError
 from fptq_runtime.models.tokenizer import Tokenizer
+from fptq_server.protocol import (
+    AssistantTurn,
+    Body,
+    ChatCompletionRequest,
+    CompletionRequest,
+    EmbeddingRequest,
+    ToolTurn,
+)
+from fptq_server.protocol_messages import CountTokensRequest, MessagesRequest
+from fptq_server.protocol_responses import ResponsesRequest
 from tests.server.conftest import EOS, Served
 
 MESSAGES: list[Any] = [{"role": "system", "content": "You tell tales."}, {"role": "user", "content": "Of a king."}]
@@ -134,7 +154,7 @@ def test_max_completion_tokens_and_the_default(client: openai.OpenAI) -> None:
     ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://x/"}}]}]},
      "messages.0.content.0.type"),
     ({"messages": [{"role": "function", "content": "x"}]}, "messages.0.role"),
-    ({"messages": [{"role": "assistant", "content": "x", "tool_calls": [{}]}]}, "messages.0.tool_calls.0.id"),
+    ({"messages": [{"role": "assistant", "content": "x", "tool_calls": [{}]}]}, "messages.0.tool_calls.0.function"),
     ({"messages": []}, "messages"),
     ({"messages": [{"role": "user", "content": "king " * 2000}]}, "messages"),
 ], ids=str)
@@ -169,9 +189,43 @@ def test_a_conversation_that_is_too_long(client: openai.OpenAI) -> None:
 def test_harmless_fields(served: Served) -> None:
     fields = {"tools": [], "tool_choice": "none", "response_format": {"type": "text"}, "modalities": ["text"],
               "parallel_tool_calls": True, "metadata": {}, "store": False, "functions": None, "logprobs": False,
-              "top_logprobs": 0, "verbosity": "medium", "echo": False, "add_special_tokens": False, "documents": []}
+              "top_logprobs": 0, "verbosity": "medium", "echo": False, "add_special_tokens": False, "documents": [],
+              "reasoning_effort": "medium", "prompt_cache_options": {"mode": "implicit"}, "max_tokens": -1,
+              # llama.cpp's
+              "grammar": "", "grammar_lazy": False, "reasoning_format": "auto", "speculative.n_max": 16, "n_cmpl": 1,
+              "backend_sampling": False, "parse_tool_calls": True, "adaptive_target": -1.0,
+              # vLLM's
+              "truncation_side": "left", "request_id": "x", "session_id": "x", "watermarking": False}
     response = served.http.post("/v1/chat/completions", json=OPTIONS | fields)
     assert response.status_code == 200, response.text
+
+
+@pytest.mark.parametrize(("fields", "body"), [
+    ((completion_create_params.CompletionCreateParams,), ChatCompletionRequest),
+    ((text_create_params.CompletionCreateParams,), CompletionRequest),
+    ((embedding_create_params.EmbeddingCreateParams,), EmbeddingRequest),
+    ((response_create_params.ResponseCreateParams,), ResponsesRequest),
+    ((message_create_params.MessageCreateParams,), MessagesRequest),
+    ((message_count_tokens_params.MessageCountTokensParams,), CountTokensRequest),
+    ((ChatCompletionAssistantMessageParam, ChatCompletionMessage), AssistantTurn),
+    ((ChatCompletionToolMessageParam,), ToolTurn),
+], ids=lambda value: value.__name__ if isinstance(value, type) else "")
+def test_every_field_that_the_sdks_have_is_known(fields: tuple[Any, ...], body: type[Body]) -> None:
+    """Taken, or refused as what it is and not as a mistake of the client's."""
+    known = {name for key, field in body.model_fields.items() for name in (key, field.alias)}
+    theirs = {name for kind in fields for each in get_args(kind) or (kind,)
+              for name in getattr(each, "model_fields", None) or get_type_hints(each)}
+    assert theirs <= known
+
+
+@pytest.mark.parametrize("form", [{"json_schema": {"enum": ["yes"]}}, {"grammar": 'root ::= "yes"'},
+    {"response_format": {"type": "json", "value": {"enum": ["yes"]}}},
+    {"response_format": {"type": "json_schema", "schema": {"enum": ["yes"]}}},
+    {"response_format": {"type": "regex", "value": "yes"}},
+], ids=str)
+def test_forms_as_other_servers_name_them(served: Served, form: dict[str, Any]) -> None:
+    response = served.http.post("/v1/chat/completions", json={"messages": MESSAGES, "max_tokens": 50} | form)
+    assert response.json()["choices"][0]["message"]["content"].strip('"') == "yes"
 
 
 def test_an_answer_is_sent_back_as_it_came(client: openai.OpenAI) -> None:
@@ -186,7 +240,10 @@ def test_an_answer_is_sent_back_as_it_came(client: openai.OpenAI) -> None:
     {"type": "text"}, {"type": "message", "id": "msg_1", "status": "completed"}, {"nothing_we_know": None},
     {"cache_control": {"type": "ephemeral"}}, {"provider_specific_fields": {"refusal": None}, "images": []},
     {"content": [{"type": "text", "text": "x", "cache_control": {"type": "ephemeral"}, "image_url": None}]},
-    {"prefix": False, "name": None},
+    {"prefix": False, "name": None}, {"content": []}, {"content": ["x", "y"]}, {"parsed": {"a": 1}},
+    {"content": [{"type": "output_text", "text": "x", "annotations": [], "logprobs": []}]},
+    {"reasoning": "x", "reasoning_details": [{"type": "reasoning.text", "text": "x"}], "finish_reason": "stop"},
+    {"reasoning_content": "x", "thinking_blocks": [{"type": "thinking", "thinking": "x"}], "extra_content": {"a": {}}},
 ], ids=str)
 def test_messages_as_other_servers_and_clients_write_them(served: Served, extra: dict[str, Any]) -> None:
     messages = [*MESSAGES, {"role": "assistant", "content": "x"} | extra, MESSAGES[1]]

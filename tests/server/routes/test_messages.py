@@ -172,6 +172,21 @@ def test_count_tokens(claude: anthropic.Anthropic) -> None:
     assert usage.input_tokens + (usage.cache_read_input_tokens or 0) == plain
 
 
+@pytest.mark.parametrize("extra", [
+    {"thinking": {"type": "adaptive"}}, {"thinking": {"type": "between_tools"}}, {"context_management": {"edits": []}},
+    {"context_management": {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]}},
+    {"user_profile_id": "x", "workspace_id": "x", "diagnostics": {"previous_message_id": None}, "speed": "standard"},
+    {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": []},
+                  {"role": "user", "content": []}]},
+    {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": [
+        {"type": "tool_use", "id": "t", "name": "f", "input": None, "toolset_name": None}]},
+        {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "t", "content": None}]}]},
+], ids=str)
+def test_what_agents_send(served: Served, extra: dict[str, Any]) -> None:
+    response = served.http.post("/v1/messages", json=OPTIONS | extra)
+    assert response.status_code == 200, response.text
+
+
 @pytest.mark.parametrize(("extra", "said"), [
     ({"max_tokens": 0}, "max_tokens"), ({"messages": []}, "messages"), ({"top_k": -1}, "top_k"),
     ({"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]}, "image"),

@@ -203,6 +203,22 @@ def test_a_failure_in_a_stream(client: openai.OpenAI, served: Served) -> None:
     assert events[-1].response.error is not None
 
 
+@pytest.mark.parametrize("extra", [
+    {"top_k": -1, "seed": 3, "stop": "x", "presence_penalty": 0.5, "logit_bias": {"3": 1}, "repetition_penalty": 1.1},
+    {"include": ["web_search_call.action.sources", "reasoning.encrypted_content"], "prompt_cache_options": {}},
+    {"reasoning": {"effort": "medium", "context": "auto", "mode": "standard"}, "request_id": "x", "priority": 0},
+    {"input": [{"role": "user", "content": [""]}, {"type": "function_call", "call_id": "c", "name": "f", "async": False,
+                                                   "arguments": {"a": 1}},
+               {"type": "function_call_output", "call_id": "c", "output": []}]},
+    {"tools": [{"type": "function", "name": "f", "parameters": None, "strict": None, "async": False}]},
+], ids=str)
+def test_what_other_servers_and_clients_send(served: Served, extra: dict[str, Any]) -> None:
+    response = served.http.post("/v1/responses", json=OPTIONS | extra)
+    assert response.status_code == 200, response.text
+    items = served.http.get(f"/v1/responses/{response.json()['id']}/input_items").json()["data"]
+    assert all(isinstance(item["arguments"], str) for item in items if item["type"] == "function_call")
+
+
 @pytest.mark.parametrize(("extra", "param"), [
     ({"tools": [{"type": "web_search"}]}, "tools.0.type"),
     ({"tools": [{"type": "mcp", "server_url": "x"}]}, "tools.0.type"),
@@ -210,7 +226,8 @@ def test_a_failure_in_a_stream(client: openai.OpenAI, served: Served) -> None:
     ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]}, "input.0.content.0.type"),
     ({"input": None}, "input"), ({"conversation": "c"}, "conversation"), ({"prompt": {"id": "p"}}, "prompt"),
     ({"truncation": "auto"}, "truncation"), ({"top_logprobs": 3}, "top_logprobs"), ({"nonsense": 1}, "nonsense"),
-    ({"include": ["message.output_text.logprobs"]}, "include"), ({"reasoning": {"effort": "high"}}, "reasoning_effort"),
+    ({"include": ["message.output_text.logprobs"]}, "include.0"),
+    ({"reasoning": {"effort": "high"}}, "reasoning_effort"),
     ({"background": True, "stream": True}, "background"), ({"background": True, "store": False}, "background"),
     ({"text": {"format": {"type": "json_schema", "name": "x"}}}, "text.format.schema"),
     ({"text": {"format": {"type": "json_schema", "name": "x", "schema": {"not": {}}}}}, "text.format.schema"),

@@ -145,6 +145,42 @@ def test_an_answer_can_be_sent_back(client: openai.OpenAI, served: Served) -> No
             assert answer.choices[0].finish_reason == "tool_calls"
 
 
+def test_calls_and_results_as_agents_write_them(native: Served) -> None:
+    """Without ids, without what is null, with parts, as objects: one conversation, and one prompt."""
+    call = {"id": "c1", "type": "function", "function": {"name": "now", "arguments": '{"a": 1}'}}
+    result: dict[str, Any] = {"role": "tool", "tool_call_id": "c1", "content": ""}
+    said = {"role": "assistant", "content": "", "tool_calls": [call]}
+    schema = {"type": "object", "properties": {"a": {"const": None}}}
+    function = {"name": "now", "parameters": schema}
+    plain = {"messages": [*MESSAGES, said, result], "tools": [{"type": "function", "function": function}]}
+    nulls = {**function, "strict": None, "description": None, "parameters": {**schema, "required": None}}
+    others = [
+        {"messages": [*MESSAGES, {**said, "content": content, "tool_calls": [{**call, **of_call}]},
+                      {**result, **of_result}], "tools": [{"function": nulls, "type": None}]}
+        for content, of_call, of_result in [
+            ([], {"index": 0, "type": None}, {"content": None}), (None, {"extra_content": {"x": 1}}, {"content": []}),
+            ("", {"function": {"name": "now", "arguments": {"a": 1}}}, {"content": [""], "is_error": False}),
+            ("", {"id": None}, {"tool_call_id": None}), ("", {"id": ""}, {"tool_call_id": ""})]]
+    with scripted(native, "x") as asked:
+        for body in (plain, *others):
+            response = native.http.post("/v1/chat/completions", json={**body, "max_tokens": 1})
+            assert response.status_code == 200, response.text
+    assert all(prompt == asked[0][0] for prompt, _ in asked)
+
+
+def test_some_of_the_tools_are_allowed(native: Served, tokenizer: Tokenizer) -> None:
+    """In the shape of chat completions and in that of responses."""
+    named = [{"type": "function", "function": {"name": "now"}}]
+    flat = {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "function", "name": "now"}]}
+    with scripted(native, "x") as asked:
+        for choice in ({"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": named}}, flat):
+            body = {"messages": MESSAGES, "tools": TOOLS, "tool_choice": choice, "max_tokens": 1}
+            assert native.http.post("/v1/chat/completions", json=body).status_code == 200
+    for prompt, _ in asked:
+        told = json.loads(tokenizer.decode(prompt).partition("[TOOLS]")[2].partition("[/TOOLS]")[0])
+        assert [tool["function"]["name"] for tool in told] == ["now"]
+
+
 def test_what_a_model_is_told_whose_template_takes_no_tools(served: Served, tokenizer: Tokenizer) -> None:
     """The functions in its system message, calls and results as text."""
     calls = [{"id": "c1", "type": "function", "function": {"name": "now", "arguments": "{}"}},
@@ -212,7 +248,9 @@ def test_reasoning_that_the_prompt_begins(native: Served, native_client: openai.
 @pytest.mark.parametrize(("extra", "param"), [
     ({"tool_choice": "required"}, "tool_choice"),
     ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice"),
-    ({"tool_choice": "any"}, "tool_choice"),
+    ({"tool_choice": "any"}, "tool_choice"), ({"tool_choice": "some"}, "tool_choice"),
+    ({"tool_choice": {"type": "function"}, "tools": TOOLS}, "tool_choice.function"),
+    ({"tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": [{"name": "f"}]}}, "tool_choice"),
     ({"tool_choice": {"type": "custom", "custom": {"name": "f"}}, "tools": TOOLS}, "tool_choice.type"),
     ({"tools": [*TOOLS, TOOLS[0]]}, "tools.2"),
     ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools.0"),
