@@ -4,9 +4,9 @@
 
 SCHEMAS is a directory with a directory of .json files for each kind of schema, such as JSONSchemaBench's `data`. The
 same schemas are drawn every time. Writes OUT.json and OUT.md: how many are accepted; of the accepted, how many answers
-of the model, greedy and shown the schema, end within 400 tokens; how many of those that ended jsonschema-rs finds
-invalid; the same with random logits that like to close what is open, for which no schema means anything; how long a
-mask takes; and tokens a second of a full batch without and with a grammar.
+of the model, greedy and shown the schema, end within 400 tokens, and how many are closed there; how many of both
+jsonschema-rs finds invalid; the same with random logits that like to close what is open, for which no schema means
+anything; how long a mask takes; and tokens a second of a full batch without and with a grammar.
 """
 
 from __future__ import annotations
@@ -51,10 +51,12 @@ class Schema:
 
 @dataclass
 class Answers:
-    """ended: within max_tokens. failed: the engine gave up. invalid: schema and what is wrong."""
+    """ended: within max_tokens. closed: whole JSON, but said to be of max_tokens. failed: the engine gave up. invalid:
+    schema and what is wrong."""
 
     asked: int = 0
     ended: int = 0
+    closed: int = 0
     failed: int = 0
     invalid: list[str] = field(default_factory=list)
     masks: int = 0
@@ -122,11 +124,17 @@ def judge(answers: Answers, schema: Schema, text: str, reason: FinishReason) -> 
     answers.asked += 1
     answers.ended += reason is FinishReason.STOP
     answers.failed += reason is FinishReason.ERROR
-    if reason is not FinishReason.STOP:
+    if reason is FinishReason.ERROR:
         return
     try:
-        validator = jsonschema_rs.validator_for(schema.schema, validate_formats=True)
-        validator.validate(json.loads(text, parse_float=number))
+        value = json.loads(text, parse_float=number)
+    except ValueError as error:
+        if reason is FinishReason.STOP:
+            answers.invalid.append(f"{schema.kind}/{schema.name}: {error}: {text}")
+        return
+    answers.closed += reason is FinishReason.LENGTH
+    try:
+        jsonschema_rs.validator_for(schema.schema, validate_formats=True).validate(value)
     except (ValueError, jsonschema_rs.ValidationError) as error:
         answers.invalid.append(f"{schema.kind}/{schema.name}: {str(error)[:200]}: {text}")
 
@@ -210,12 +218,13 @@ def report(results: dict[str, Any]) -> str:
              "| kind | accepted | of |", "|---|---:|---:|"]
     lines += [f"| {kind} | {taken} | {of} |" for kind, (taken, of) in results["by_kind"].items()]
     lines += ["", "Refused for: " + ", ".join(f"{name} ({n})" for name, n in results["refused_for"].items()) + ".", "",
-              "| answers of | asked | ended in 400 tokens | invalid | failed | masks | p50 ms | p99 ms | p99.9 ms |",
-              "|---|---:|---:|---:|---:|---:|---:|---:|---:|"]
+              "| answers of | asked | ended in 400 tokens | closed there | invalid | failed | masks | p50 ms | p99 ms "
+              "| p99.9 ms |", "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|"]
     for name, title in (("model", "the model, greedy"), ("noise", "random logits")):
         a = results[name]
         ms = " | ".join(f"{a['mask_ms'][q]:.3f}" for q in ("p50", "p99", "p99.9"))
-        lines.append(f"| {title} | {a['asked']} | {a['ended']} ({a['ended'] / a['asked']:.0%}) | {len(a['invalid'])} "
+        lines.append(f"| {title} | {a['asked']} | {a['ended']} ({a['ended'] / a['asked']:.0%}) "
+                     f"| {a['closed']} ({a['closed'] / a['asked']:.0%}) | {len(a['invalid'])} "
                      f"| {a['failed']} | {a['masks']} | {ms} |")
     compile_ms = results["compile_ms"]
     lines += ["", f"Compiling a schema, or finding what it is refused for: p50 {compile_ms['p50']:.1f} ms, "

@@ -264,6 +264,8 @@ def engine_options(command: _Function) -> _Function:
                      "with the same tokenizer, which guesses what comes next; answers stay as they are."),
         click.option("--no-speculation", "speculation", is_flag=True, flag_value=False, default=True,
                      help="Compute one token of each answer in a step, and guess none."),
+        click.option("--no-close-structured", "close_structured", is_flag=True, flag_value=False, default=True,
+                     help="Let max_tokens cut JSON and other structured answers where they are."),
         activation_option,
         backend_options,
     ]):

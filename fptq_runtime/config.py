@@ -54,6 +54,7 @@ class EngineConfig:
     block_size: tokens per KV block, 16, 32, 64 or 128 (what the attention kernels accept).
     max_waiting_requests, max_waiting_tokens: bounds of the queue; past them a request is refused.
     speculation: whether a step also checks guesses of the tokens to come, where that pays; answers are the same.
+    close_structured: whether an answer that a grammar binds is brought to its end before its length cuts it.
     max_loras: adapters that may be loaded at a time; 0: the linears take none.
     max_wait: seconds in which a request is to have its first token; one that would wait longer is refused.
     itl_target: seconds from one token of an answer to the next: where a step would take longer, it has less of prompts.
@@ -67,6 +68,7 @@ class EngineConfig:
     kv_cache_memory: int = 512 << 20
     enable_prefix_caching: bool = True
     speculation: bool = True
+    close_structured: bool = True
     max_loras: int = 0
     max_waiting_requests: int = 256
     max_waiting_tokens: int = 1 << 20

@@ -323,6 +323,7 @@ GIVEN = {  # every option of `fptq serve`: not its default, as a flag's text and
     "max-model-len": ("77", 77), "max-num-seqs": ("7", 7),
     "max-num-batched-tokens": ("70", 70), "kv-cache-dtype": ("bf16", "bf16"), "kv-cache-memory": ("3MiB", 3 << 20),
     "gpu-memory-utilization": ("0.5", 0.5), "no-prefix-cache": (None, True), "no-speculation": (None, True),
+    "no-close-structured": (None, True),
     "kv-cache-disk": ("kv", "kv"), "kv-cache-disk-size": ("4GiB", 4 << 30),
     "activations": ("int8", "int8"),
     "backend": ("reference", "reference"), "device": ("cpu", "cpu"), "threads": ("1", 1),

@@ -168,7 +168,8 @@ class Engine(Generic[T]):
             limits.max_tokens,
             limits.max_logits_rows - limits.max_seqs,
         )
-        self.grammars = Grammars(tokenizer.to_json, decoder.config.vocab_size, self._eos_token_ids)
+        self.grammars = Grammars(tokenizer.to_json, decoder.config.vocab_size, self._eos_token_ids,
+                                 config.close_structured)
         self._mask_worker = ThreadPoolExecutor(1, "fptq-masks")
         self._awaits_store = False  # the last step had nothing to do before blocks are read
         self._launched: _Batch | None = None  # between steps, with an asynchronous backend
@@ -242,9 +243,10 @@ class Engine(Generic[T]):
     def _add(self, request_id: str, prompt_token_ids: abc.Sequence[int], params: SamplingParams, origin: Origin,
              adapter: Adapter) -> None:
         sequences = Sequence.expand(request_id, prompt_token_ids, params, origin, adapter)
+        most_tokens = self._most_tokens(len(prompt_token_ids), params)
         matchers = [None] * params.n if params.structured is None else \
-            self.grammars.matchers(params.structured, params.n, params.stop_token_ids)
-        work = Work(len(prompt_token_ids), 0, self._most_tokens(len(prompt_token_ids), params))
+            self.grammars.matchers(params.structured, params.n, params.stop_token_ids, most_tokens)
+        work = Work(len(prompt_token_ids), 0, most_tokens)
         for sequence, matcher in zip(sequences, matchers, strict=True):
             sequence.matcher = matcher
             stream = self.tokenizer.stream(params.skip_special_tokens, prompt_token_ids, params.shown_special_tokens)
@@ -643,14 +645,19 @@ class Engine(Generic[T]):
         """Why a sequence ends with a token that was drawn, the `ahead`th of this step, whatever the text says; and the
         stop id."""
         params = sequence.params
-        if token_id in self._eos_token_ids and not params.ignore_eos:
-            return FinishReason.STOP, None
-        if token_id in params.stop_token_ids:
-            return FinishReason.STOP, token_id
+        if self._is_end(sequence, token_id):
+            if sequence.matcher is not None and sequence.matcher.closes(sequence.num_output_tokens + ahead - 1):
+                return FinishReason.LENGTH, None
+            eos = token_id in self._eos_token_ids and not params.ignore_eos
+            return FinishReason.STOP, None if eos else token_id
         if sequence.num_output_tokens + ahead >= params.max_tokens \
                 or sequence.num_tokens + ahead >= self.config.max_model_len:
             return FinishReason.LENGTH, None
         return None
+
+    def _is_end(self, sequence: Sequence, token_id: int) -> bool:
+        params = sequence.params
+        return token_id in params.stop_token_ids or (token_id in self._eos_token_ids and not params.ignore_eos)
 
     def _read(self, sequence: Sequence, token_id: int, end: tuple[FinishReason, int | None] | None
               ) -> tuple[str, FinishReason | None, str | int | None]:
@@ -658,7 +665,7 @@ class Engine(Generic[T]):
         text says otherwise."""
         params = sequence.params
         reason, stop_id = end or (None, None)
-        if reason is FinishReason.STOP:
+        if reason is not None and self._is_end(sequence, token_id):
             return sequence.text.flush(), reason, stop_id
         stoppable = params.min_tokens == 0 or sequence.num_told_tokens > params.min_tokens
         text, stop = sequence.text.step(token_id, stoppable)

@@ -19,6 +19,7 @@ import numpy.typing as npt
 from llguidance.gbnf_to_lark import gbnf_to_lark
 from llguidance.numpy import fill_next_token_bitmask
 
+from fptq_runtime.engine.closing import Closer, Plan
 from fptq_runtime.engine.json_schema import closed, culprit, prepared
 from fptq_runtime.errors import FptqError
 
@@ -90,16 +91,21 @@ class Grammar:
 
 class Matcher:
     """The tokens that may follow in one sequence. ends: ids that end it, which stand where the grammar may end.
+    closer: without one, an answer of max_tokens is cut where it is; with one, it is closed before.
 
     Masks look ahead along a draft; whatever of it comes true need not be parsed again."""
 
-    def __init__(self, parser: llguidance.LLMatcher, ends: npt.NDArray[np.int32]) -> None:
+    def __init__(self, parser: llguidance.LLMatcher, ends: npt.NDArray[np.int32], max_tokens: int = 0,
+                 closer: Closer | None = None) -> None:
         self._fresh = parser
         self._parser = parser.deep_copy()
         self._ends = ends  # a mask
         self._consumed = 0  # tokens of the output
         self._ahead: list[int] = []  # consumed after them
         self._astray = False  # whether the parser ever was ahead
+        self._max_tokens = max_tokens
+        self._closer = closer
+        self._plans: list[Plan] = []  # at every place up to the last for which a mask was made
 
     def fill(self, token_ids: Sequence[int], min_tokens: int, masks: npt.NDArray[np.int32],
              draft: Sequence[int] = ()) -> None:
@@ -110,19 +116,19 @@ class Matcher:
         position = len(token_ids)
         try:
             self._follow(token_ids)
-            self._fill(position < min_tokens, masks[0])
+            self._fill(position, min_tokens, masks[0])
         except GrammarError:
             if not self._astray:
                 raise
             self._restart()  # a parser that has seen less may still do
             self._follow(token_ids)
-            self._fill(position < min_tokens, masks[0])
+            self._fill(position, min_tokens, masks[0])
         try:
             for place, token_id in enumerate(draft):
                 if not masks[place, token_id // 32] >> token_id % 32 & 1:
                     break
                 self._go_ahead(token_id)
-                self._fill(position + place + 1 < min_tokens, masks[place + 1])
+                self._fill(position + place + 1, min_tokens, masks[place + 1])
         except GrammarError:
             masks[place + 1] = 0
             self._restart()
@@ -134,8 +140,16 @@ class Matcher:
             self._follow(token_ids)
         except GrammarError:
             return [], 0  # which fill will say
+        way = self._plans[len(token_ids) - 1].way if len(self._plans) >= len(token_ids) > 0 else None
+        if way is not None:
+            rest = list(way[1:])
+            return rest, next((i for i, token_id in enumerate(guess) if rest[i : i + 1] != [token_id]), len(guess))
         forced = self._parser.compute_ff_tokens()
         return forced, self._parser.validate_tokens(list(guess)) if guess else 0
+
+    def closes(self, position: int) -> bool:
+        """Whether what an output had at this place was no choice, for it had to end."""
+        return position < len(self._plans) and self._plans[position].way is not None
 
     def _follow(self, token_ids: Sequence[int]) -> None:
         """Consume an output; of what was consumed ahead, what it does not have is taken back."""
@@ -155,13 +169,30 @@ class Matcher:
         self._check()
         self._ahead.append(token_id)
 
-    def _fill(self, early: bool, mask: npt.NDArray[np.int32]) -> None:
+    def _fill(self, position: int, min_tokens: int, mask: npt.NDArray[np.int32]) -> None:
+        early = position < min_tokens
+        way = self._way(position, min_tokens)
+        if way:
+            mask[:] = 0
+            mask.view(np.uint32)[way[0] // 32] = np.uint32(1 << way[0] % 32)
+            return
+        if way is not None:
+            mask[:] = self._ends
+            return
         fill_next_token_bitmask(self._parser, mask[None])
         self._check()
         if self._parser.is_accepting():
             mask |= self._ends
         if early and (others := mask & ~self._ends).any():
             mask[:] = others
+
+    def _way(self, position: int, min_tokens: int) -> tuple[int, ...] | None:
+        if self._closer is None:
+            return None
+        del self._plans[position:]
+        before = self._plans[-1] if self._plans else Plan()
+        self._plans.append(before.following(position, self._max_tokens, min_tokens, self._closer, self._parser))
+        return self._plans[-1].way
 
     def _check(self) -> None:
         if self._parser.is_error():
@@ -176,15 +207,18 @@ class Grammars:
     """Compiles grammars for one model's tokens, on threads of its own, and keeps the latest.
 
     tokenizer: its tokenizer.json, asked for with the first grammar. eos_token_ids: at least one, or every grammar is
-    refused.
+    refused. close: whether answers are closed before max_tokens cuts them.
     """
 
-    def __init__(self, tokenizer: Callable[[], str], vocab_size: int, eos_token_ids: Iterable[int]) -> None:
+    def __init__(self, tokenizer: Callable[[], str], vocab_size: int, eos_token_ids: Iterable[int],
+                 close: bool = False) -> None:
         self._tokenizer_json = tokenizer
         self._vocab_size = vocab_size
         self._eos_token_ids = sorted(eos_token_ids)
         self._workers = ThreadPoolExecutor(2, "fptq-grammar")
         self._tokenizer: Future[llguidance.LLTokenizer] | None = None
+        self._close = close
+        self._closer: Closer | None = None  # made with the first matcher
         self._parsers: OrderedDict[Grammar, Future[llguidance.LLMatcher | str]] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -224,13 +258,17 @@ class Grammars:
             raise GrammarError(parser)
         return parser
 
-    def matchers(self, grammar: Grammar, count: int, stop_token_ids: Iterable[int] = ()) -> list[Matcher]:
-        """One for each of a request's sequences; stop_token_ids end them too. Raises GrammarError."""
+    def matchers(self, grammar: Grammar, count: int, stop_token_ids: Iterable[int] = (), max_tokens: int = 0
+                 ) -> list[Matcher]:
+        """One for each of a request's sequences, of at most max_tokens; stop_token_ids end them too. Raises
+        GrammarError."""
         parser = self.parser(grammar)
+        if self._close and self._closer is None:
+            self._closer = Closer(self.tokenizer.result())
         ends = np.zeros(self.words, np.uint32)
         for token_id in {*self._eos_token_ids, *stop_token_ids}:
             ends[token_id // 32] |= np.uint32(1 << token_id % 32)
-        return [Matcher(parser, ends.view(np.int32)) for _ in range(count)]
+        return [Matcher(parser, ends.view(np.int32), max_tokens, self._closer) for _ in range(count)]
 
     def _compile(self, grammar: Grammar, tokenizer: Future[llguidance.LLTokenizer]) -> llguidance.LLMatcher | str:
         if len(grammar.text) > MAX_GRAMMAR:
