@@ -44,7 +44,8 @@ class ModelConfig:
 
     @property
     def cached_layers(self) -> int:
-        return self.num_layers if self.attention_layers is None else self.attention_layers
+        """One at least: kernels have a cache even where nothing is in it."""
+        return self.num_layers if self.attention_layers is None else max(self.attention_layers, 1)
 
 
 @dataclass(frozen=True)

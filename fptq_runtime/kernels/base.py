@@ -6,6 +6,7 @@ tensors; a backend that compiles hands it ops that record, once, and keeps the p
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Annotated, Any, Literal, Protocol, TypeVar, get_args, get_type_hints
@@ -249,7 +250,47 @@ class GatedDelta:
         return self.key_dim * self.value_size
 
 
-Recurrent = ShortConv | GatedDelta
+@dataclass
+class StateSpace:
+    """The selective state space of Mamba (arXiv 2312.00752) and Mamba-2 (arXiv 2405.21060). A row is x | B | C | z |
+    dt, of `heads` heads of head_dim numbers of x and of z, `groups` groups of `state` numbers of B and of C, and a
+    number dt for each head; head h reads group h // (heads / groups).
+
+    With step = softplus(dt + dt_bias), within dt_min and dt_max, and decay = exp(-exp(a_log) · step), of a head or,
+    where heads have one channel, of each of its states, a head's state S [head_dim, state], zeros before a sequence
+    begins, becomes S' = decay · S + step · x Bᵀ, and its output is S' · C + d · x, times silu(z). norm_weight: then
+    RMSNorm of each group's channels; with `gate_last` silu(z) comes after it.
+    """
+
+    name: str
+    heads: int
+    head_dim: int
+    groups: int
+    state: int
+    dt_min: float = 0.0
+    dt_max: float = math.inf
+    eps: float = 0.0
+    gate_last: bool = False
+    a_log: Array = None  # float32 [heads], or [heads, state]
+    d: Array = None  # float32 [heads]
+    dt_bias: Array = None  # float32 [heads]
+    norm_weight: Array | None = None  # [channels]
+
+    @property
+    def channels(self) -> int:
+        return self.heads * self.head_dim
+
+    @property
+    def convolved(self) -> int:
+        """Numbers of x | B | C."""
+        return self.channels + 2 * self.groups * self.state
+
+    @property
+    def state_floats(self) -> int:
+        return self.channels * self.state
+
+
+Recurrent = ShortConv | GatedDelta | StateSpace
 
 
 def arrays_of(contract: type) -> list[tuple[str, str, str]]:
@@ -468,6 +509,10 @@ class Ops(Protocol[V]):
 
     def gated_delta(self, x: V, ba: V, delta: Any) -> V:
         """What a `GatedDelta` makes of all rows, whose sequences' states it moves on. ba: b | a. [M, value_size]"""
+        ...
+
+    def state_space(self, x: V, space: Any) -> V:
+        """What a `StateSpace` makes of all rows, whose sequences' states it moves on. [M, channels]"""
         ...
 
     def select_rows(self, x: V) -> V:

@@ -38,6 +38,7 @@ from fptq_runtime.kernels.base import (
     SampleInput,
     SampleOutput,
     ShortConv,
+    StateSpace,
     StepInput,
     StepLimits,
     UInt8Array,
@@ -111,7 +112,7 @@ class CpuBackend:
         if isinstance(parameter, Routing):
             with _refusals():
                 return Prepared(_native.Routing(**{**vars(parameter), "bias": _floats(parameter.bias)}))
-        if isinstance(parameter, ShortConv | GatedDelta):
+        if isinstance(parameter, ShortConv | GatedDelta | StateSpace):
             with _refusals():
                 return Prepared(_prepare_recurrent(parameter))
         raise TypeError(f"cannot prepare a {type(parameter).__name__}")
@@ -249,6 +250,9 @@ class CaptureOps:
 
     def gated_delta(self, x: int, ba: int, delta: Prepared) -> int:
         return self._program.gated_delta(x, ba, delta.native)
+
+    def state_space(self, x: int, space: Prepared) -> int:
+        return self._program.state_space(x, space.native)
 
     def select_rows(self, x: int) -> int:
         return self._program.select_rows(x)
@@ -426,6 +430,11 @@ def _prepare_norm(norm: Norm) -> Any:
 def _prepare_recurrent(op: Recurrent) -> Any:
     if isinstance(op, ShortConv):
         return _native.ShortConv(**{**vars(op), "weight": _floats(op.weight.T), "bias": _floats(op.bias)})
+    if isinstance(op, StateSpace):
+        values = {name: value for name, value in vars(op).items() if name != "a_log"}
+        return _native.StateSpace(**{
+            **values, "a": _floats(-np.exp(op.a_log).T), "d": _floats(op.d), "dt_bias": _floats(op.dt_bias),
+            "norm_weight": _floats(op.norm_weight)})
     return _native.GatedDelta(**{**vars(op), "a_log": _floats(op.a_log), "dt_bias": _floats(op.dt_bias),
                                  "norm_weight": _floats(op.norm_weight)})
 

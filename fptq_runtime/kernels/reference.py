@@ -37,6 +37,7 @@ from fptq_runtime.kernels.base import (
     SampleInput,
     SampleOutput,
     ShortConv,
+    StateSpace,
     StepInput,
     StepLimits,
     Work,
@@ -82,6 +83,9 @@ class ReferenceBackend:
         if isinstance(parameter, GatedDelta):
             return replace(parameter, a_log=_floats(parameter.a_log), dt_bias=_floats(parameter.dt_bias),
                            norm_weight=_floats(parameter.norm_weight))
+        if isinstance(parameter, StateSpace):
+            return replace(parameter, a_log=_floats(parameter.a_log), d=_floats(parameter.d),
+                           dt_bias=_floats(parameter.dt_bias), norm_weight=_floats(parameter.norm_weight))
         raise TypeError(f"cannot prepare a {type(parameter).__name__}")
 
     def adaptable(self, linear: Linear, slots: int) -> AdaptableLinear:
@@ -313,6 +317,29 @@ class ReferenceOps:
             state.copy_(s.flatten())
         normed = _normalise(torch.stack(made), Norm("rms", delta.norm_weight, None, delta.eps))
         return (normed * F.silu(z)).flatten(1)
+
+    def state_space(self, x: torch.Tensor, space: StateSpace) -> torch.Tensor:
+        heads, groups, inner, part = space.heads, space.groups, space.channels, space.groups * space.state
+        given, b, c, z, dt = torch.split(x, [inner, part, part, inner, heads], -1)
+        given = given.reshape(-1, heads, space.head_dim)
+        b, c = (each.reshape(-1, groups, space.state).repeat_interleave(heads // groups, 1) for each in (b, c))
+        step = F.softplus(dt + space.dt_bias).clamp(space.dt_min, space.dt_max)[..., None]  # [M, heads, 1]
+        decay = (step * -space.a_log.exp().reshape(heads, -1)).exp()  # [M, heads, 1 or state]
+        made = []
+        for rows, state in self._states(space):
+            s = state.view(heads, space.head_dim, space.state).clone()
+            for t in rows:
+                s = s * decay[t, :, None] + (step[t] * given[t])[..., None] * b[t, :, None]
+                made.append((s * c[t, :, None]).sum(-1))
+            state.copy_(s.flatten())
+        y = (torch.stack(made) + given * space.d[:, None]).flatten(1)
+        if not space.gate_last:
+            y = y * F.silu(z)
+        if space.norm_weight is not None:
+            each = Norm("rms", space.norm_weight.reshape(groups, -1), None, space.eps)
+            y = _normalise(y.reshape(len(y), groups, -1), each).flatten(1)
+        gated: torch.Tensor = y * F.silu(z) if space.gate_last else y
+        return gated
 
     def _states(self, recurrent: Recurrent) -> Iterator[tuple[range, torch.Tensor]]:
         """Each sequence's rows, and its state before them, to be written in place: zeros where it begins."""

@@ -41,7 +41,9 @@ class LinearSpec:
     they have one; a tensor that it does not announce is not loaded, as transformers does not. order: order[j] is the
     stacked row of the checkpoint that stands at row j here. transposed: stored as [k, rows] (GPT-2's Conv1D). experts:
     how many the modules are, one after the other; stacked: another way in which a float checkpoint holds them. kept: in
-    float whatever a recipe says: a router, whose choices rounding would change.
+    float whatever a recipe says: a router, whose choices rounding would change. inner: it reads what the block made,
+    not the residual stream or a norm of that. normalised: each row is divided by its length first. multiplier: [n],
+    what the rows here are the checkpoint's times.
     """
 
     name: str
@@ -54,6 +56,9 @@ class LinearSpec:
     experts: int = 1
     stacked: Stacked | None = None
     kept: bool = False
+    inner: bool = False
+    normalised: bool = False
+    multiplier: Array | None = None
 
     @property
     def n(self) -> int:
@@ -256,7 +261,8 @@ class Model:
     """A family's answer to one config.json.
 
     bare_prefix: what some checkpoints of the family leave out of every name. width_field: the config's name for the
-    MLP's width where it has one of its own. What config counts of blocks, it has from them.
+    MLP's width where it has one of its own. rewritten: what the config.json of an artifact says in place of the
+    source's. What config counts of blocks, it has from them.
     """
 
     config: ModelConfig
@@ -265,6 +271,7 @@ class Model:
     head: BlockSpec
     bare_prefix: str = "model."
     width_field: str | None = "intermediate_size"
+    rewritten: Mapping[str, Any] = field(default_factory=dict)
     ropes: tuple[RopeConfig, ...] = field(init=False)
 
     def __post_init__(self) -> None:

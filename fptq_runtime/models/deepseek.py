@@ -14,15 +14,14 @@ import numpy as np
 from fptq_runtime.kernels.base import Int32Array, Ops, Routing
 from fptq_runtime.models.block import Attention, Block, BlockSpec, Edge, LinearSpec, Model, NormSpec
 from fptq_runtime.models.fields import Fields, ModelError, dense_config
-from fptq_runtime.models.layers import halves, mlp, read
+from fptq_runtime.models.layers import halves, read
 from fptq_runtime.models.llama import llama_like
 from fptq_runtime.models.moe import (
+    behind_norm,
     expert_linears,
-    experts,
     read_grouped_routing,
     read_groups,
     read_routing,
-    shared_expert,
     shared_linears,
     with_experts,
 )
@@ -158,8 +157,4 @@ def latent_block(layout: Layout, ops: Ops[Any], block: Block, x: Any) -> Any:
     qkv = ops.columns((q, kv, kv_a), layout.qkv)
     attended = ops.attention(ops.rope_and_cache(qkv, attention), attention, None, block.last)
     made = ops.quantize(ops.columns((attended,), layout.values), o.act)
-    x = ops.linear(made, o, ops.select_rows(x) if block.last else x)
-    if block.routing is None:
-        return mlp(ops, block, read(ops, block, x, "mlp_norm", "up"), x)
-    h = ops.norm(x, block.norms["mlp_norm"], None)
-    return experts(ops, block, h, shared_expert(ops, block, h, x))
+    return behind_norm(ops, block, ops.linear(made, o, ops.select_rows(x) if block.last else x))

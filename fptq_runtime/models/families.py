@@ -14,6 +14,7 @@ from fptq_runtime.models.deepseek import deepseek_v2, deepseek_v3, glm4_moe_lite
 from fptq_runtime.models.ernie4_5 import ernie4_5
 from fptq_runtime.models.exaone4 import exaone4
 from fptq_runtime.models.falcon import falcon
+from fptq_runtime.models.falcon_h1 import falcon_h1
 from fptq_runtime.models.fields import Fields, ModelError
 from fptq_runtime.models.gemma import gemma1
 from fptq_runtime.models.gemma2 import gemma2
@@ -34,12 +35,14 @@ from fptq_runtime.models.internlm3 import internlm3
 from fptq_runtime.models.jais2 import jais2
 from fptq_runtime.models.lfm2 import lfm2
 from fptq_runtime.models.llama import llama
+from fptq_runtime.models.mamba import falcon_mamba, mamba
 from fptq_runtime.models.ministral import ministral
 from fptq_runtime.models.ministral3 import ministral3
 from fptq_runtime.models.mistral import mistral
 from fptq_runtime.models.mixtral import mixtral
 from fptq_runtime.models.mpt import mpt
 from fptq_runtime.models.nemotron import nemotron
+from fptq_runtime.models.nemotron_h import nemotron_h
 from fptq_runtime.models.olmo import olmo
 from fptq_runtime.models.olmo2 import olmo2
 from fptq_runtime.models.olmo3 import olmo3
@@ -51,9 +54,9 @@ from fptq_runtime.models.phi3 import phi3
 from fptq_runtime.models.qwen2 import qwen2
 from fptq_runtime.models.qwen2_moe import qwen2_moe
 from fptq_runtime.models.qwen3 import qwen3
-from fptq_runtime.models.qwen3_5 import qwen3_5
+from fptq_runtime.models.qwen3_5 import qwen3_5, qwen3_5_moe, qwen3_next
 from fptq_runtime.models.qwen3_moe import qwen3_moe
-from fptq_runtime.models.renamed import exaone, internlm2, minicpm
+from fptq_runtime.models.renamed import baichuan, chatglm, exaone, internlm2, minicpm, qwen
 from fptq_runtime.models.seed_oss import seed_oss
 from fptq_runtime.models.smollm3 import smollm3
 from fptq_runtime.models.stablelm import stablelm
@@ -76,6 +79,10 @@ FAMILIES: Mapping[str, Callable[[Fields], Model]] = {
     "GPT2LMHeadModel": gpt2,
     "BloomForCausalLM": bloom,
     "ArceeForCausalLM": arcee,
+    "BaiChuanForCausalLM": baichuan,
+    "BaichuanForCausalLM": baichuan,
+    "ChatGLMForConditionalGeneration": chatglm,
+    "ChatGLMModel": chatglm,
     "CodeGenForCausalLM": codegen,
     "Cohere2ForCausalLM": cohere2,
     "CohereForCausalLM": cohere,
@@ -83,6 +90,8 @@ FAMILIES: Mapping[str, Callable[[Fields], Model]] = {
     "ExaoneForCausalLM": exaone,
     "Exaone4ForCausalLM": exaone4,
     "FalconForCausalLM": falcon,
+    "FalconH1ForCausalLM": falcon_h1,
+    "FalconMambaForCausalLM": falcon_mamba,
     "GemmaForCausalLM": gemma1,
     "Glm4ForCausalLM": glm4,
     "GlmForCausalLM": glm,
@@ -96,22 +105,27 @@ FAMILIES: Mapping[str, Callable[[Fields], Model]] = {
     "InternLM3ForCausalLM": internlm3,
     "Jais2ForCausalLM": jais2,
     "Lfm2ForCausalLM": lfm2,
+    "MambaForCausalLM": mamba,
     "MiniCPMForCausalLM": minicpm,
     "MinistralForCausalLM": ministral,
     "Ministral3ForCausalLM": ministral3,
     "MptForCausalLM": mpt,
     "MPTForCausalLM": mpt,
     "NemotronForCausalLM": nemotron,
+    "NemotronHForCausalLM": nemotron_h,
     "Olmo3ForCausalLM": olmo3,
     "OlmoForCausalLM": olmo,
     "PersimmonForCausalLM": persimmon,
     "PhiForCausalLM": phi,
     "Qwen3_5ForCausalLM": qwen3_5,
+    "QWenLMHeadModel": qwen,
     "SeedOssForCausalLM": seed_oss,
     "Starcoder2ForCausalLM": starcoder2,
     "MixtralForCausalLM": mixtral,
     "Qwen2MoeForCausalLM": qwen2_moe,
     "Qwen3MoeForCausalLM": qwen3_moe,
+    "Qwen3NextForCausalLM": qwen3_next,
+    "Qwen3_5MoeForCausalLM": qwen3_5_moe,
     "OlmoeForCausalLM": olmoe,
     "Glm4MoeForCausalLM": glm4_moe,
     "DeepseekV2ForCausalLM": deepseek_v2,

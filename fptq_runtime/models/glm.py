@@ -4,6 +4,7 @@ behind attention and MLP too."""
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from fptq_runtime.models.block import Model
 from fptq_runtime.models.fields import Fields, dense_config
@@ -27,8 +28,9 @@ def glm4(fields: Fields) -> Model:
         for block in model.blocks))
 
 
-def fused(fields: Fields, architecture: str) -> Model:
-    config = dense_config(fields, architecture, default_head_dim=128, default_positions=131072)
+def fused(fields: Fields, architecture: str, **names: Any) -> Model:
+    """names: `dense_config`'s, of fields."""
+    config = dense_config(fields, architecture, default_head_dim=128, default_positions=131072, **names)
     attention = read_attention(fields, config, partial=0.5)
     return llama_like(fields, config, attention, eps=EPS, qkv_bias=fields.flag("attention_bias", True),
                       up=("mlp.gate_up_proj",), order=halves_of_qkv(attention))

@@ -47,7 +47,7 @@ from fptq_runtime.models.readout import READOUT, Bases, read_bases
 from fptq_runtime.models.rope import RopeConfig, rope_tables
 from fptq_runtime.models.tensors import FLOATS, CheckpointError, Tensors, read_json
 from fptq_runtime.models.towers import decoder_config, text_names
-from fptq_runtime.models.weights import fuse
+from fptq_runtime.models.weights import fuse, multiplied
 
 __all__ = [
     "Checkpoint", "CheckpointError", "load_bases", "load_block", "load_head", "load_model", "load_stem", "read_json",
@@ -282,6 +282,10 @@ def load_head(checkpoint: Checkpoint) -> Block:
             head.bias = checkpoint.tensor(f"{checkpoint.model.head_module}.bias", (linear.n,))
     else:
         head = _load_linear(checkpoint, spec, linear)
+        if linear.normalised:
+            assert not isinstance(head.weight, QuantizedWeight)
+            weight = head.weight.astype(np.float32)
+            head.weight = weight / np.maximum(np.linalg.norm(weight, axis=1, keepdims=True), np.float32(1e-12))
     return Block(spec, {linear.name: head}, {norm.name: checkpoint.norm(norm, spec.prefix) for norm in spec.norms},
                  bases={name: basis for (part, name), basis in load_bases(checkpoint).items() if part == spec.name})
 
@@ -302,7 +306,8 @@ def _load_linear(checkpoint: Checkpoint, spec: BlockSpec, linear: LinearSpec) ->
         return checkpoint.stacked(spec.full_name(linear.name), tensor, linear, linear.stacked)
     parts = [checkpoint.linear(module, n, linear.k, linear.bias, linear.transposed)
              for module, n in zip(spec.modules(linear.name), linear.sizes, strict=True)]
-    return fuse(spec.full_name(linear.name), parts, linear.order, linear.experts)
+    fused = fuse(spec.full_name(linear.name), parts, linear.order, linear.experts)
+    return fused if linear.multiplier is None else multiplied(fused, linear.multiplier)
 
 
 def _load_attention(checkpoint: Checkpoint, spec: BlockSpec, layer: int) -> AttentionSpec | None:

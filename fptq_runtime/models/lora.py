@@ -128,6 +128,9 @@ def _low_ranks(path: Path, config: Mapping[str, Any], tensors: Tensors, modules:
                       if re.match(rf"(.*\.)?({pattern})$", module)), float(config.get("lora_alpha", 8)))
         scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
         columns = np.flatnonzero((order >= first) & (order < start))
+        if linear.multiplier is not None:
+            up = up.astype(np.float32)
+            up[order[columns] - first] *= linear.multiplier[columns, None]
         yield LowRank(int(columns[0]), down, _placed(up, order[columns] - first, columns - columns[0]), scale)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from fptq_runtime.kernels.base import Ops, Routing
 from fptq_runtime.models.block import Block, BlockSpec, Edge, LinearSpec, Model, Stacked
 from fptq_runtime.models.fields import Fields, ModelError
-from fptq_runtime.models.layers import PRE_NORM_EDGES, attend, read
+from fptq_runtime.models.layers import PRE_NORM_EDGES, attend, mlp, read
 
 READS_NORM = ("router", "experts.up", "shared.up", "shared.gate")
 
@@ -97,9 +97,16 @@ def with_experts(model: Model, routing: Routing, linears: Sequence[LinearSpec], 
 def pre_norm_moe(ops: Ops[Any], block: Block, x: Any) -> Any:
     """layers.pre_norm with experts in the MLP's place."""
     attended, x = attend(ops, block, read(ops, block, x, "input_norm", "qkv"), x)
-    x = ops.linear(attended, block.linears["o"], x)
+    return behind_norm(ops, block, ops.linear(attended, block.linears["o"], x))
+
+
+def behind_norm(ops: Ops[Any], block: Block, x: Any, added: bool = True) -> Any:
+    """What the MLP, or in a block with routing the experts, make of norm(x), and x where it is `added`."""
+    residual = x if added else None
+    if block.routing is None:
+        return mlp(ops, block, read(ops, block, x, "mlp_norm", "up"), residual)
     h = ops.norm(x, block.norms["mlp_norm"], None)
-    return experts(ops, block, h, shared_expert(ops, block, h, x))
+    return experts(ops, block, h, shared_expert(ops, block, h, residual))
 
 
 def experts(ops: Ops[Any], block: Block, h: Any, residual: Any = None) -> Any:

@@ -1,4 +1,5 @@
-"""Blocks whose attention something recurrent replaces, behind the same norms and before the same MLP."""
+"""Blocks whose attention something recurrent replaces, behind the same norms and before the same MLP or
+experts."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from typing import Any
 
 from fptq_runtime.kernels.base import Ops
 from fptq_runtime.models.block import Block, BlockSpec, Edge, LinearSpec, RecurrentSpec
-from fptq_runtime.models.layers import mlp, read
+from fptq_runtime.models.moe import behind_norm
 
 MAX_TAPS = 16  # of a convolution
 
@@ -32,7 +33,6 @@ def leaving(ops: Ops[Any], block: Block, x: Any) -> Any:
 
 
 def out_and_mlp(ops: Ops[Any], block: Block, out: str, made: Any, x: Any) -> Any:
-    """x + out(made), then + mlp(norm of that)."""
+    """x + out(made), then + the MLP or the experts of norm(that)."""
     linear = block.linears[out]
-    x = ops.linear(ops.quantize(made, linear.act), linear, x)
-    return mlp(ops, block, read(ops, block, x, "mlp_norm", "up"), x)
+    return behind_norm(ops, block, ops.linear(ops.quantize(made, linear.act), linear, x))

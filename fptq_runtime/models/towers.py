@@ -25,6 +25,7 @@ TOWERS: Mapping[str, tuple[str, str]] = {
     "qwen3": ("Qwen3ForCausalLM", "qwen3"),
     "qwen3_vl_text": ("Qwen3ForCausalLM", "qwen3"),
     "qwen3_5_text": ("Qwen3_5ForCausalLM", "qwen3_5_text"),
+    "qwen3_5_moe_text": ("Qwen3_5MoeForCausalLM", "qwen3_5_moe_text"),
     "smollm3": ("SmolLM3ForCausalLM", "smollm3"),
 }  # architecture and model_type of a text tower alone, by the model_type of `text_config`
 FLAT = {"Qwen2VLForConditionalGeneration": "qwen2_vl_text", "Qwen2_5_VLForConditionalGeneration": "qwen2_5_vl_text"}

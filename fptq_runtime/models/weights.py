@@ -126,8 +126,22 @@ def fuse(name: str, parts: Sequence[Linear], order: Array | None = None, experts
     return fused if order is None else replace(_take_rows(fused, name, order), experts=experts)
 
 
+def multiplied(linear: Linear, factor: Array) -> Linear:
+    """What makes `factor` [N] times what this does, of numpy's arrays or torch's."""
+    def times(array: Array) -> Array:
+        rows = factor.reshape(-1, *[1] * (array.ndim - 1))
+        return array * (array.new_tensor(rows) if hasattr(array, "new_tensor") else rows)
+
+    weight = linear.weight
+    made = replace(weight, scale=times(weight.scale)) if isinstance(weight, QuantizedWeight) else times(weight)
+    return replace(linear, weight=made, bias=None if linear.bias is None else times(linear.bias),
+                   low_rank=None if linear.low_rank is None else (linear.low_rank[0], times(linear.low_rank[1])))
+
+
 def unfuse(linear: Linear, spec: LinearSpec) -> list[tuple[str, Linear]]:
-    """The inverse of `fuse`: each module of the spec, by its name."""
+    """The inverse of `fuse`, and of `multiplied`: each module of the spec, by its name."""
+    if spec.multiplier is not None:
+        linear = multiplied(linear, 1 / spec.multiplier)
     restored = linear if spec.order is None else _take_rows(linear, linear.name, spec.order.argsort())
     starts = [sum(spec.sizes[:i]) for i in range(len(spec.sizes))]
     parts = [(name, _take_rows(restored, name, slice(start, start + size)))

@@ -240,7 +240,7 @@ class _Run:
 
     def write_config(self) -> None:
         ignore = [name for name in self._linears if name not in self._schemes]
-        config = {**self._walk.config, "tie_word_embeddings": self._tied}
+        config = {**self._walk.config, **self._walk.model.rewritten, "tie_word_embeddings": self._tied}
         config.pop("quantization_config", None)  # the source's
         if self._schemes:
             config["quantization_config"] = quantization_config(self._schemes, self._walk.model.head_module, ignore)

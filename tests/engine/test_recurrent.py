@@ -23,7 +23,7 @@ from tests.quantizer.models import save_model
 GREEDY = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)
 
 
-@pytest.fixture(scope="module", params=["lfm2", "qwen3.5"])
+@pytest.fixture(scope="module", params=["lfm2", "qwen3.5", "mamba", "granite-4-h"])
 def artifact(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("fptq_runtime._native", reason="the native extension is not built")
     path = tmp_path_factory.mktemp(request.param)

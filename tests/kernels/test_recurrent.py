@@ -9,12 +9,23 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers.models.falcon_h1.modeling_falcon_h1 import FalconH1RMSNormGated, mamba2_chunk_scan
+from transformers.models.mamba.modeling_mamba import mamba_selective_scan
 from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5RMSNormGated, torch_recurrent_gated_delta_rule
 
 pytest.importorskip("fptq_runtime._native", reason="the native extension is not built")
 
 from fptq_runtime import _native
-from fptq_runtime.kernels.base import Embedding, Float32Array, GatedDelta, Recurrent, ShortConv, StepInput, StepLimits
+from fptq_runtime.kernels.base import (
+    Embedding,
+    Float32Array,
+    GatedDelta,
+    Recurrent,
+    ShortConv,
+    StateSpace,
+    StepInput,
+    StepLimits,
+)
 from fptq_runtime.kernels.cpu import CpuBackend
 from tests.kernels.small import Batcher
 
@@ -30,6 +41,8 @@ def compiled(op: Recurrent, table: Float32Array, isa: str, threads: int = 1) -> 
     embedding, prepared = backend.prepare(Embedding(table)), backend.prepare(op)
     if isinstance(op, ShortConv):
         return backend.compile(lambda ops: ops.select_rows(ops.short_conv(ops.embed(embedding), prepared)), LIMITS)
+    if isinstance(op, StateSpace):
+        return backend.compile(lambda ops: ops.select_rows(ops.state_space(ops.embed(embedding), prepared)), LIMITS)
     width = 2 * (op.key_size + op.value_size)
     wide, narrow = (backend.prepare(Embedding(np.ascontiguousarray(part)))
                     for part in (table[:, :width], table[:, width:]))
@@ -55,10 +68,22 @@ def a_delta(key_heads: int, value_heads: int, key_dim: int, value_dim: int) -> t
     return delta, rng.standard_normal((TOKENS, width), np.float32)
 
 
+def a_space(heads: int, head_dim: int, groups: int, state: int, **options: Any) -> tuple[StateSpace, Float32Array]:
+    rng = np.random.default_rng(heads)
+    own, normed = options.pop("own", False), options.pop("normed", False)
+    space = StateSpace("space", heads, head_dim, groups, state, eps=1e-3, **options,
+                       a_log=rng.uniform(-2, 2, (heads, state) if own else heads).astype(np.float32),
+                       d=rng.standard_normal(heads, np.float32), dt_bias=rng.standard_normal(heads, np.float32),
+                       norm_weight=rng.standard_normal(heads * head_dim, np.float32) if normed else None)
+    return space, rng.standard_normal((TOKENS, space.convolved + space.channels + heads), np.float32)
+
+
 CONVS = [a_conv(300, 3, gated=True), a_conv(5, 4, gated=True), a_conv(516, 4, 40, silu=True), a_conv(16, 1),
          a_conv(33, 5, 7)]
 DELTAS = [a_delta(2, 6, 24, 40), a_delta(1, 2, 128, 128), a_delta(3, 3, 5, 7)]
-OPS: list[tuple[Recurrent, Float32Array]] = [*CONVS, *DELTAS]
+SPACES = [a_space(6, 40, 2, 24, normed=True), a_space(4, 64, 1, 128, dt_min=0.3, dt_max=0.9),
+          a_space(8, 5, 4, 7, normed=True, gate_last=True), a_space(150, 1, 1, 16, own=True)]
+OPS: list[tuple[Recurrent, Float32Array]] = [*CONVS, *DELTAS, *SPACES]
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -90,6 +115,30 @@ def test_gated_deltas_match_transformers(delta: GatedDelta, table: Float32Array,
     with torch.no_grad():
         expected = norm(made[0], z.view(TOKENS, heads, -1)).flatten(1)
     np.testing.assert_allclose(got, expected.numpy(), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize(("space", "table"), SPACES)
+def test_state_spaces_match_transformers(space: StateSpace, table: Float32Array, isa: str) -> None:
+    """Mamba's and Mamba-2's."""
+    got = compiled(space, table, isa).step(StepInput.whole([range(TOKENS)]))
+    inner, part = space.channels, space.groups * space.state
+    x, b, c, z, dt = torch.from_numpy(table).split([inner, part, part, inner, space.heads], -1)
+    a, d, bias = -torch.from_numpy(space.a_log).exp(), torch.from_numpy(space.d), torch.from_numpy(space.dt_bias)
+    if a.ndim == 2:
+        expected = mamba_selective_scan(x.T[None], dt.T[None], a, b.T[None], c.T[None], D=d, z=z.T[None],
+                                        delta_bias=bias, delta_softplus=True)[0].T
+    else:
+        by_heads = x.reshape(1, TOKENS, space.heads, -1), dt[None], a
+        groups = [each.reshape(1, TOKENS, space.groups, -1) for each in (b, c)]
+        made = mamba2_chunk_scan(*by_heads, *groups, chunk_size=16, D=d, dt_bias=bias, dt_softplus=True,
+                                 dt_limit=(space.dt_min, space.dt_max)).reshape(TOKENS, inner)
+        expected = made * F.silu(z)
+        if space.norm_weight is not None:
+            norm = FalconH1RMSNormGated(inner, space.eps, space.groups, space.gate_last)
+            norm.weight.data = torch.from_numpy(space.norm_weight)
+            expected = norm(made[None], z[None])[0].detach()
+    np.testing.assert_allclose(got, expected.numpy(), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("isa", ISAS)

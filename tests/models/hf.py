@@ -174,11 +174,56 @@ FAMILIES |= {
         "n_shared_experts": 1, "moe_intermediate_size": 32, "rope_interleave": False,
         "mlp_layer_types": ["sparse", "dense", "sparse"]}),
 }
-STACKED = ("granite-moe", "gpt-oss")  # with all experts in one tensor, which is all that transformers reads
+DELTA_NET = {
+    **LLAMA, "linear_conv_kernel_dim": 3, "linear_key_head_dim": 24, "linear_value_head_dim": 40,
+    "linear_num_key_heads": 2, "linear_num_value_heads": 6, "rms_norm_eps": 1e-2, "num_experts": 6,
+    "num_experts_per_tok": 2, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 40,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"], "rope_parameters": {
+        "rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}
+FAMILIES |= {
+    "qwen3-next": ("qwen3_next", {**DELTA_NET, "attention_bias": True, "norm_topk_prob": False,
+                                  "mlp_only_layers": [1]}),
+    "qwen3.5-moe": ("qwen3_5_moe_text", DELTA_NET),
+}
+MAMBA = {"vocab_size": 211, "hidden_size": 96, "num_hidden_layers": 3, "state_size": 12, "conv_kernel": 3,
+         "time_step_rank": 8, "use_bias": True, "layer_norm_epsilon": 1e-3, "bos_token_id": 1, "eos_token_id": 2}
+FAMILIES |= {
+    "mamba": ("mamba", MAMBA),
+    "falcon-mamba": ("falcon_mamba", {**MAMBA, "use_conv_bias": False, "expand": 1, "mixer_rms_eps": 1e-2,
+                                      "tie_word_embeddings": False}),
+}
+MAMBA2 = {"mamba_n_heads": 6, "mamba_d_state": 12, "mamba_n_groups": 2, "mamba_d_conv": 3, "mamba_chunk_size": 16,
+          "rms_norm_eps": 1e-3}
+FAMILIES |= {
+    "granite-4-h": ("granitemoehybrid", {
+        **PLAIN, **MAMBA2, "num_key_value_heads": 2, "shared_intermediate_size": 40, "intermediate_size": 32,
+        "num_local_experts": 6, "num_experts_per_tok": 2, "attention_multiplier": 0.2, "residual_multiplier": 0.3,
+        "embedding_multiplier": 3.0, "logits_scaling": 5.0, "mamba_proj_bias": True,
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"]}),
+    "granite-4-h-dense": ("granitemoehybrid", {
+        **PLAIN, **MAMBA2, "num_key_value_heads": 2, "shared_intermediate_size": 136, "num_local_experts": 0,
+        "mamba_conv_bias": False, "time_step_limit": [0.1, 0.9], "attention_multiplier": 0.2,
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"]}),
+    "nemotron-h": ("nemotron_h", {
+        **{name: value for name, value in LLAMA.items() if name != "num_hidden_layers"}, "ssm_state_size": 12,
+        "mamba_num_heads": 6, "mamba_head_dim": 24, "n_groups": 2, "conv_kernel": 3, "n_routed_experts": 6,
+        "num_experts_per_tok": 2, "moe_intermediate_size": 32, "moe_shared_expert_intermediate_size": 40,
+        "routed_scaling_factor": 1.7, "n_group": 2, "topk_group": 1, "chunk_size": 16, "time_step_min": 0.3,
+        "layer_norm_epsilon": 1e-3, "mlp_bias": True, "use_bias": True,
+        "layers_block_type": ["linear_attention", "mlp", "full_attention", "moe", "linear_attention"]}),
+    "falcon-h1": ("falcon_h1", {
+        **LLAMA, **MAMBA2, "mamba_d_ssm": 144, "mamba_rms_norm": True,
+        "lm_head_multiplier": 0.7, "embedding_multiplier": 3.0, "mlp_multipliers": [0.6, 1.4], "key_multiplier": 0.8,
+        "attention_out_multiplier": 0.9, "attention_in_multiplier": 1.2, "ssm_in_multiplier": 1.3,
+        "ssm_out_multiplier": 0.5, "ssm_multipliers": [0.7, 1.1, 0.8, 1.2, 0.9]}),
+    "falcon-h1-plain": ("falcon_h1", {**LLAMA, **MAMBA2, "mamba_d_ssm": None}),
+}
+STACKED = ("granite-moe", "gpt-oss", "granite-4-h")  # with experts in one tensor, which is all that transformers reads
 MIXTURES = ("qwen3-moe", "qwen3-moe-window", "qwen2-moe", "mixtral", "olmoe", "glm4-moe", "deepseek-v2",
-            "deepseek-v3", "glm4-moe-lite", *STACKED)  # of experts
+            "deepseek-v3", "glm4-moe-lite", "qwen3-next", "qwen3.5-moe", "nemotron-h", *STACKED)  # of experts
 
-HYBRIDS = ("lfm2", "qwen3.5")  # with recurrent layers
+HYBRIDS = ("lfm2", "qwen3.5", "qwen3-next", "qwen3.5-moe", "mamba", "falcon-mamba", "granite-4-h", "granite-4-h-dense",
+           "nemotron-h", "falcon-h1", "falcon-h1-plain")  # with recurrent layers
 
 
 def save_random(name: str, path: Path, seed: int = 0, shard: str = "5GB", **changes: Any) -> PreTrainedModel:

@@ -1,5 +1,5 @@
-"""Families whose code comes with their checkpoints: transformers' Llama and Granite are the oracle, with their weights
-under the other names."""
+"""Families whose code comes with their checkpoints: transformers' Llama, Qwen2, SmolLM3, GLM and Granite are the
+oracle, with their weights under the other names."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
+from transformers.models.mpt.modeling_mpt import build_mpt_alibi_tensor
 
 from fptq_runtime.artifact.io import verify
 from fptq_runtime.kernels.reference import ReferenceBackend
@@ -66,29 +68,117 @@ def minicpm(tensors: Tensors) -> tuple[Tensors, dict[str, Any]]:
                      "residual_multiplier": None, "attention_multiplier": None, "logits_scaling": None}
 
 
+def joined(tensors: Tensors, layers: str, name: str, parts: tuple[str, ...] = ("weight",)) -> Tensors:
+    """q, k and v of each layer in one."""
+    for layer in range(3):
+        for part in parts:
+            three = [tensors.pop(f"model.layers.{layer}.self_attn.{each}_proj.{part}") for each in "qkv"]
+            tensors[f"{layers}.{layer}.{name}.{part}"] = torch.cat(three)
+    return tensors
+
+
+def qwen(tensors: Tensors) -> tuple[Tensors, dict[str, Any]]:
+    tensors = joined(tensors, "transformer.h", "attn.c_attn", ("weight", "bias"))
+    return rename(tensors, ("model.layers", "transformer.h"), ("self_attn.o_proj", "attn.c_proj"),
+                  ("mlp.down_proj", "mlp.c_proj"), ("mlp.gate_proj", "mlp.w2"), ("mlp.up_proj", "mlp.w1"),
+                  ("input_layernorm", "ln_1"), ("post_attention_layernorm", "ln_2"),
+                  ("model.embed_tokens", "transformer.wte"), ("model.norm", "transformer.ln_f")), {
+                      "architectures": ["QWenLMHeadModel"], "model_type": "qwen", "kv_channels": 16, "no_bias": True,
+                      "intermediate_size": 2 * 136, "layer_norm_epsilon": 1e-3, "rotary_emb_base": 300,
+                      "rotary_pct": 1.0, "scale_attn_weights": True, "seq_length": 128, "use_dynamic_ntk": True,
+                      "use_logn_attn": True, "max_position_embeddings": 4096, "rms_norm_eps": None,
+                      "rope_parameters": None, "num_key_value_heads": None, "head_dim": None, "hidden_act": None}
+
+
+def baichuan(tensors: Tensors) -> tuple[Tensors, dict[str, Any]]:
+    return joined(tensors, "model.layers", "self_attn.W_pack"), {
+        "architectures": ["BaiChuanForCausalLM"], "model_type": "baichuan", "rope_parameters": None, "head_dim": None,
+        "num_key_value_heads": None}
+
+
+def chatglm(tensors: Tensors) -> tuple[Tensors, dict[str, Any]]:
+    tensors = joined(tensors, "transformer.encoder.layers", "self_attention.query_key_value", ("weight", "bias"))
+    return rename(tensors, ("model.layers", "transformer.encoder.layers"), ("self_attn.o_proj", "self_attention.dense"),
+                  ("mlp.gate_up_proj", "mlp.dense_h_to_4h"), ("mlp.down_proj", "mlp.dense_4h_to_h"),
+                  ("model.embed_tokens", "transformer.embedding.word_embeddings"),
+                  ("model.norm", "transformer.encoder.final_layernorm"), ("lm_head", "transformer.output_layer")), {
+                      "architectures": ["ChatGLMModel"], "model_type": "chatglm", "num_layers": 3,
+                      "padded_vocab_size": 260, "vocab_size": 260, "ffn_hidden_size": 136, "kv_channels": 16,
+                      "seq_length": 128, "layernorm_epsilon": 1e-3, "multi_query_attention": True,
+                      "multi_query_group_num": 2, "add_qkv_bias": True, "add_bias_linear": False, "rope_ratio": 0.05,
+                      "post_layer_norm": True, "rmsnorm": True, "original_rope": True,
+                      **dict.fromkeys(("num_hidden_layers", "intermediate_size", "num_key_value_heads", "head_dim",
+                                       "rms_norm_eps", "rope_parameters", "attention_bias", "hidden_act",
+                                       "max_position_embeddings"))}
+
+
 CASES: list[tuple[str, dict[str, Any], Callable[[Tensors], tuple[Tensors, dict[str, Any]]]]] = [
     ("llama", {"attention_bias": True}, internlm2),
     ("llama", {}, exaone),
     ("granite", {"attention_multiplier": 0.25, "logits_scaling": 4.0}, minicpm),
+    ("qwen2", {"num_key_value_heads": 6, "rms_norm_eps": 1e-3, "rope_parameters": {
+        "rope_type": "default", "rope_theta": 300.0}}, qwen),
+    ("llama", {"num_key_value_heads": 6}, baichuan),
+    ("glm", {"attention_bias": True, "rms_norm_eps": 1e-3, "rope_parameters": {
+        "rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5}}, chatglm),
 ]
 
 
-@pytest.mark.parametrize(("family", "changes", "as_stored"), CASES, ids=["internlm2", "exaone", "minicpm"])
+@pytest.mark.parametrize(("family", "changes", "as_stored"), CASES, ids=[
+    "internlm2", "exaone", "minicpm", "qwen", "baichuan", "chatglm"])
 def test_a_family_under_other_names(family: str, changes: dict[str, Any], as_stored: Any, tmp_path: Path) -> None:
     """In float, and through the quantizer."""
-    path = tmp_path / "float"
-    model = save_model(family, path, **changes)
-    tensors, fields = as_stored(load_file(path / "model.safetensors"))
+    model = save_model(family, tmp_path / "float", **changes)
+    store(tmp_path / "float", *as_stored(load_file(tmp_path / "float" / "model.safetensors")))
+    assert_agrees(tmp_path / "float", model, list(range(3, 60)))
+    assert_quantizes(tmp_path)
+
+
+def store(path: Path, tensors: Tensors, fields: dict[str, Any]) -> None:
+    """Fields that are None are left out."""
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path / "model.safetensors",
               metadata={"format": "pt"})
-    change_config(path, **fields)
-    config = json.loads((path / "config.json").read_text())
+    config = {**json.loads((path / "config.json").read_text()), **fields}
     (path / "config.json").write_text(json.dumps({name: value for name, value in config.items() if value is not None}))
-    assert_agrees(path, model, list(range(3, 60)))
+
+
+def assert_quantizes(tmp_path: Path) -> None:
+    """`float` to `out`."""
     (tmp_path / "text.txt").write_text("It was a bright cold day in the wood, and the clock was striking. " * 20)
-    manifest = quantize(path, tmp_path / "out", "fptq", text=tmp_path / "text.txt", **SMALL)
+    manifest = quantize(tmp_path / "float", tmp_path / "out", "fptq", text=tmp_path / "text.txt", **SMALL)
     assert verify(tmp_path / "out") == manifest
     through_the_gate(tmp_path / "out", manifest, ReferenceBackend())
+
+
+class WithAlibi(torch.nn.Module):
+    """SmolLM3 without any rope is Llama, to whose causal mask transformers' MPT adds the bias of each head."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, token_ids: torch.Tensor) -> Any:
+        count = token_ids.shape[1]
+        bias = build_mpt_alibi_tensor(self.model.config.num_attention_heads, count)[None]
+        causal = torch.full((count, count), -torch.inf).triu(1)
+        return self.model(token_ids, attention_mask=bias + causal)
+
+
+def test_baichuan_with_alibi_and_a_normalised_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Baichuan 2 of 13B. What is written is normalised already, and then rotated."""
+    monkeypatch.setattr("fptq_runtime.models.renamed.BAICHUAN2_VOCABULARY", 260)
+    model = save_model("smollm3", tmp_path / "float", no_rope_layers=[0, 0, 0], num_key_value_heads=6, head_dim=16,
+                       use_sliding_window=False, sliding_window=None, tie_word_embeddings=False)
+    tensors, _ = baichuan(load_file(tmp_path / "float" / "model.safetensors"))
+    store(tmp_path / "float", tensors, {
+        "architectures": ["BaichuanForCausalLM"], "model_type": "baichuan", "model_max_length": 128,
+        **dict.fromkeys(("rope_parameters", "head_dim", "num_key_value_heads", "max_position_embeddings",
+                         "no_rope_layers", "layer_types"))})
+    with torch.no_grad():
+        model.lm_head.weight.copy_(torch.nn.functional.normalize(model.lm_head.weight))
+    assert_agrees(tmp_path / "float", WithAlibi(model), list(range(3, 60)))
+    assert_quantizes(tmp_path)
+    assert Checkpoint(tmp_path / "out").config["normalize_head"] is False
 
 
 def test_minicpm_with_sparse_attention_is_refused(tmp_path: Path) -> None:

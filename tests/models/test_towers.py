@@ -44,6 +44,13 @@ TOWERS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         "layer_types": ["linear_attention", "full_attention"],
         "rope_parameters": {**MROPE, "mrope_interleaved": True, "partial_rotary_factor": 0.5}}, {
             "vision_config": QWEN_VISION, "tie_word_embeddings": False}),
+    "qwen3.5-moe": ("qwen3_5_moe", {
+        **LLAMA, "num_hidden_layers": 2, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
+        "linear_num_key_heads": 2, "linear_num_value_heads": 4, "rms_norm_eps": 1e-2, "num_experts": 6,
+        "num_experts_per_tok": 2, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 40,
+        "layer_types": ["linear_attention", "full_attention"],
+        "rope_parameters": {**MROPE, "mrope_interleaved": True, "partial_rotary_factor": 0.5}}, {
+            "vision_config": QWEN_VISION, "tie_word_embeddings": False}),
 }
 
 

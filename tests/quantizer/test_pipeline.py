@@ -19,8 +19,10 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import processors
 from transformers import AutoModelForCausalLM
 from transformers.models.falcon import modeling_falcon
+from transformers.models.falcon_mamba import modeling_falcon_mamba
 from transformers.models.gpt2 import modeling_gpt2
 from transformers.models.gpt_bigcode import modeling_gpt_bigcode
+from transformers.models.mamba import modeling_mamba
 
 from fptq_runtime.artifact.io import ArtifactError, Manifest, read_manifest, verify
 from fptq_runtime.config import ModelConfig
@@ -62,9 +64,13 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def recipe(**settings: Any) -> Recipe:
+STATIC = {"mamba": "*.2.*in_proj", "falcon-mamba": "*.2.*in_proj", "granite-4-h-dense": "*.2.*in_proj",
+          "nemotron-h": "*.2.*o_proj"}  # where a family's layer 2 has no attention, or another name for it
+
+
+def recipe(static: str = "*.2.*att*", **settings: Any) -> Recipe:
     """Static and per-token layers, folds of every kind: layer 1 is equalized, the MLP of layer 2 goes per token."""
-    overrides = {"*.1.*": "lae", "*.2.*att*": "static", "*.2.*": "dynamic", "*": "static"}
+    overrides = {"*.1.*": "lae", static: "static", "*.2.*": "dynamic", "*": "static"}
     return Recipe(name="mixed", steps=(Fptq(overrides=overrides), Weights(**settings)))
 
 
@@ -82,12 +88,14 @@ def _with_a_batch(module: torch.nn.Module, args: tuple[torch.Tensor]) -> torch.T
 
 def _with_wide_scales(artifact: Path) -> Path:
     """transformers widens experts in their scales' type, and would round in bfloat16 where every other linear, and
-    ours, does not."""
-    tensors = load_file(artifact / "model.safetensors")
+    ours, does not. It looks for Nemotron-H's linears under its own names for them."""
+    tensors, config = load_file(artifact / "model.safetensors"), (artifact / "config.json").read_text()
     scales = [name for name in tensors if ".experts." in name and name.endswith("weight_scale")]
     if not scales:
         return artifact
     copy = Path(shutil.copytree(artifact, artifact.with_name(f"{artifact.name}-wide")))
+    if '"nemotron_h"' in config:
+        (copy / "config.json").write_text(config.replace("backbone.", "model."))
     tensors |= {name: tensors[name].float() for name in scales}
     save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
     return copy
@@ -96,8 +104,9 @@ def _with_wide_scales(artifact: Path) -> Path:
 def _quantize_experts(model: torch.nn.Module, decoder: Decoder) -> None:
     """transformers widens compressed experts when it loads them and leaves what they read in float."""
     for name, module in model.named_modules():
-        if getattr(getattr(module, "gate_up_proj", None), "ndim", 0) == 3:
-            [block] = [block for block in decoder.blocks if name.startswith(block.spec.prefix)]
+        if getattr(getattr(module, "down_proj", None), "ndim", 0) == 3:
+            [block] = [block for block in decoder.blocks
+                       if name.startswith((block.spec.prefix, block.spec.prefix.replace("backbone.", "model.")))]
             acts = (block.linears["experts.up"].act, block.linears["experts.down"].act)
             module.forward = MethodType(_experts_of(*acts), module)
 
@@ -107,8 +116,11 @@ def _experts_of(up: Any, down: Any) -> Callable[..., torch.Tensor]:
         y = torch.zeros_like(x)
         for slot in range(index.shape[1]):
             chosen = index[:, slot]
-            both = torch.einsum("tk,tnk->tn", quantize_activations(x, up), module.gate_up_proj[chosen])
-            made = quantize_activations(module.act_fn(both.chunk(2, -1)[0]) * both.chunk(2, -1)[1], down)
+            gated = hasattr(module, "gate_up_proj")
+            weight = module.gate_up_proj if gated else module.up_proj
+            both = torch.einsum("tk,tnk->tn", quantize_activations(x, up), weight[chosen])
+            made = module.act_fn(both.chunk(2, -1)[0]) * both.chunk(2, -1)[1] if gated else module.act_fn(both)
+            made = quantize_activations(made, down)
             y += weights[:, slot, None] * torch.einsum("tk,tnk->tn", made, module.down_proj[chosen])
         return y
 
@@ -125,7 +137,8 @@ def assert_transformers_agrees(artifact: Path, token_ids: list[int]) -> None:
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(modeling_gpt2, "Conv1D", _Conv1D)
-        for pretrained in (modeling_gpt2.GPT2PreTrainedModel, modeling_gpt_bigcode.GPTBigCodePreTrainedModel):
+        for pretrained in (modeling_gpt2.GPT2PreTrainedModel, modeling_gpt_bigcode.GPTBigCodePreTrainedModel,
+                           modeling_mamba.MambaPreTrainedModel, modeling_falcon_mamba.FalconMambaPreTrainedModel):
             patch.setattr(pretrained, "_init_weights", lambda self, module: None)
         init = modeling_falcon.FalconPreTrainedModel._init_weights
         patch.setattr(modeling_falcon.FalconPreTrainedModel, "_init_weights", lambda self, module: (
@@ -171,7 +184,7 @@ def test_every_family(family: str, sizes: dict[str, int], group_size: int, head_
     """Input sizes that are a multiple of the group and that are not; all three heads."""
     source = tmp_path / "float"
     float_model = save_model(family, source, **sizes)
-    made = recipe(head_bits=head_bits, group_size=group_size)
+    made = recipe(STATIC.get(family, "*.2.*att*"), head_bits=head_bits, group_size=group_size)
     manifest = quantize(source, tmp_path / "out", made, text=text, **SMALL)
 
     acts = {record.activations for record in manifest.layers[:-1]}

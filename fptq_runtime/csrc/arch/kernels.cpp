@@ -44,6 +44,7 @@ const Kernels kernels = {
     .merge_partials = merge_partials,
     .short_conv = short_conv,
     .gated_delta = gated_delta,
+    .state_space = state_space,
     .mask_row = mask_row,
     .scan_row = scan_row,
     .weigh_block = weigh_block,

@@ -369,6 +369,42 @@ std::shared_ptr<GatedDeltaParameter> make_gated_delta(std::string name, int key_
   return delta;
 }
 
+std::shared_ptr<StateSpaceParameter> make_state_space(std::string name, int heads, int head_dim, int groups, int state,
+                                                      float dt_min, float dt_max, float eps, bool gate_last,
+                                                      std::vector<float> a, std::vector<float> d,
+                                                      std::vector<float> dt_bias, std::vector<float> norm_weight) {
+  if (heads < 1 || heads > 1 << 20 || groups < 1 || heads % groups)
+    throw std::invalid_argument(name + ": heads must be a multiple of groups, not " + std::to_string(heads) + " of " +
+                                std::to_string(groups));
+  if (head_dim < 1 || head_dim > kMaxHeadDim || state < 1 || state > 1 << 12)
+    throw std::invalid_argument(name + ": a head's state must be within 1.." + std::to_string(1 << 12) + " of 1.." +
+                                std::to_string(kMaxHeadDim));
+  const size_t count = heads;
+  const bool own = a.size() != count;
+  if (own && (a.size() != count * state || head_dim != 1 || groups != 1))
+    throw std::invalid_argument(name + ": a must be [heads], or [state, heads] of heads with one channel");
+  if (d.size() != count || dt_bias.size() != count)
+    throw std::invalid_argument(name + ": d and dt_bias must be [heads]");
+  if (!norm_weight.empty() && norm_weight.size() != count * head_dim)
+    throw std::invalid_argument(name + ": norm_weight must be [heads * head_dim]");
+  auto space = std::make_shared<StateSpaceParameter>(
+      StateSpaceParameter{std::move(name), std::move(a), std::move(d), std::move(dt_bias), std::move(norm_weight), {}});
+  space->view = {heads,
+                 head_dim,
+                 groups,
+                 state,
+                 dt_min,
+                 dt_max,
+                 eps,
+                 own,
+                 gate_last,
+                 space->a.data(),
+                 space->d.data(),
+                 space->dt_bias.data(),
+                 space->norm_weight.empty() ? nullptr : space->norm_weight.data()};
+  return space;
+}
+
 }  // namespace
 }  // namespace fptq
 
@@ -461,6 +497,10 @@ NB_MODULE(_native, m) {
       .def(nb::new_(&make_gated_delta), "name"_a, "key_heads"_a, "value_heads"_a, "key_dim"_a, "value_dim"_a, "eps"_a,
            "a_log"_a, "dt_bias"_a, "norm_weight"_a);
 
+  nb::class_<StateSpaceParameter>(m, "StateSpace")
+      .def(nb::new_(&make_state_space), "name"_a, "heads"_a, "head_dim"_a, "groups"_a, "state"_a, "dt_min"_a,
+           "dt_max"_a, "eps"_a, "gate_last"_a, "a"_a, "d"_a, "dt_bias"_a, "norm_weight"_a);
+
   nb::class_<Program>(m, "Program")
       .def(
           "__init__",
@@ -495,6 +535,7 @@ NB_MODULE(_native, m) {
       .def("attention", &Program::attention, "q"_a, "attention"_a, "act"_a.none(), "selected"_a)
       .def("short_conv", &Program::short_conv, "x"_a, "conv"_a)
       .def("gated_delta", &Program::gated_delta, "x"_a, "ba"_a, "delta"_a)
+      .def("state_space", &Program::state_space, "x"_a, "space"_a)
       .def("select_rows", &Program::select_rows, "x"_a)
       .def("route", &Program::route, "logits"_a, "routing"_a)
       .def("dispatch", &Program::dispatch, "x"_a, "routed"_a)

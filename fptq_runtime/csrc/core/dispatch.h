@@ -45,10 +45,11 @@ struct Kernels {
   void (*attention_tile)(const AttentionView&, const KvCache&, const AttentionTile&, const AttentionTile* next);
   void (*merge_partials)(const AttentionView&, const AttentionTile&);
   // Of `rows` tokens of one sequence, whose state they move on: channels begin to end - 1, the state [taps -
-  // 1][channels]; one value head, the state that head's.
+  // 1][channels]; one value head, or one part, the state that head's or part's.
   void (*short_conv)(const ShortConvView&, const float* x, int rows, int begin, int end, float* state, float* out);
   void (*gated_delta)(const GatedDeltaView&, const float* x, const float* ba, int rows, int head, float* state,
                       float* out);
+  void (*state_space)(const StateSpaceView&, const float* x, int rows, int part, float* state, float* out);
   // x where the token's bit (t % 32 of word t / 32) is set, else -inf.
   void (*mask_row)(const float* x, const uint32_t* mask, int n, float* out);
   // Of each block of a row, its largest value and (sums not null) Σ 2^((x - that) · log2_scale). False: one is NaN.

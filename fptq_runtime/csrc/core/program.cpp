@@ -789,6 +789,35 @@ int Program::gated_delta(int x, int ba, std::shared_ptr<const GatedDeltaParamete
   return out;
 }
 
+int Program::state_space(int x, std::shared_ptr<const StateSpaceParameter> space) {
+  const StateSpaceView& view = space->view;
+  const int channels = view.channels(), width = view.width();
+  if (float_value(x, width, space->name.c_str()).selected) refuse(space->name, " must come before select_rows");
+  const int out = define("state space", channels, false, {}, {x});
+  const size_t part_floats = static_cast<size_t>(view.state) * view.padded_part();
+  const int parts = ceil_div(channels, view.part());
+  record_states(part_floats * parts, parts, static_cast<double>(channels) * view.state,
+                [=, this_ = this](const StepView& step, int first, int rows, float* state, int part) {
+                  this_->kernels_.state_space(space->view, this_->floats(x, step) + static_cast<size_t>(first) * width,
+                                              rows, part, state + part * part_floats,
+                                              this_->floats(out, step) + static_cast<size_t>(first) * channels);
+                });
+  if (!view.norm_weight) return out;
+  const int size = channels / view.groups, normed = define("state space norm", channels, false, {}, {x, out}, {out});
+  record([=, this_ = this](const StepView& step) {
+    this_->each_row(normed, step, [&](int row, int) {
+      const StateSpaceView& own = space->view;
+      const float* made = this_->floats(out, step) + static_cast<size_t>(row) * channels;
+      float* y = this_->floats(normed, step) + static_cast<size_t>(row) * channels;
+      for (int at = 0; at < channels; at += size)
+        this_->kernels_.norm_row({own.norm_weight + at, nullptr, own.eps, size, false}, made + at, y + at);
+      const float* z = this_->floats(x, step) + static_cast<size_t>(row + 1) * width - own.heads - channels;
+      if (own.gate_last) this_->kernels_.activate_row({Curve::kSilu, true, 0}, z, y, channels, y);
+    });
+  });
+  return normed;
+}
+
 int Program::select_rows(int x) {
   const Value in = value(x, "select_rows");
   if (float_value(x, in.width, "select_rows").selected) refuse("select_rows reads token rows");

@@ -87,6 +87,12 @@ struct GatedDeltaParameter {
   GatedDeltaView view;  // its pointers lead to the members above
 };
 
+struct StateSpaceParameter {
+  std::string name;
+  std::vector<float> a, d, dt_bias, norm_weight;
+  StateSpaceView view;  // its pointers lead to the members above
+};
+
 struct Limits {
   int max_tokens, max_seqs, max_logits_rows, max_model_len, num_blocks, block_size;
   KvType kv_type;
@@ -139,6 +145,7 @@ class Program {
   // These two keep a state of each sequence, from step to step.
   int short_conv(int x, std::shared_ptr<const ShortConvParameter> conv);
   int gated_delta(int x, int ba, std::shared_ptr<const GatedDeltaParameter> delta);
+  int state_space(int x, std::shared_ptr<const StateSpaceParameter> space);
   int select_rows(int x);
   // These make and read dispatched rows, which no others but `activation` take.
   int route(int logits, std::shared_ptr<const RoutingParameter> routing);

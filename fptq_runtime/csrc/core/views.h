@@ -70,6 +70,23 @@ struct GatedDeltaView {
   int padded_dim() const { return (value_dim + 15) / 16 * 16; }
 };
 
+// kernels/base.py's StateSpace, in parts that a task computes: heads, or where each channel is one so many of them. A
+// part's state is [state][padded_part].
+constexpr int kStateChannels = 64;
+struct StateSpaceView {
+  int heads, head_dim, groups, state;
+  float dt_min, dt_max, eps;
+  bool own, gate_last;       // own: a is [state][heads], else [heads]
+  const float* a;            // -exp(a_log)
+  const float* d;            // [heads]
+  const float* dt_bias;      // [heads]
+  const float* norm_weight;  // [heads · head_dim] or null
+  int channels() const { return heads * head_dim; }
+  int part() const { return own ? kStateChannels : head_dim; }
+  int padded_part() const { return (part() + 15) / 16 * 16; }
+  int width() const { return 2 * channels() + 2 * groups * state + heads; }  // of a row x | B | C | z | dt
+};
+
 // kernels/base.py's LowRank, at most kLowRankRows rows at once. `k` is K rounded up to kLowRankPad, with zeros, as is
 // N to kLowRankColumns.
 constexpr int kLowRankRows = 4, kLowRankPad = 64, kLowRankColumns = 32;

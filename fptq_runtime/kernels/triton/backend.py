@@ -38,6 +38,7 @@ from fptq_runtime.kernels.base import (
     SampleInput,
     SampleOutput,
     ShortConv,
+    StateSpace,
     StepInput,
     StepLimits,
     Work,
@@ -103,7 +104,7 @@ class TritonBackend:
         except torch.OutOfMemoryError:
             raise FptqError("the model's weights do not fit into the GPU's free memory; free some, choose another GPU "
                             "with CUDA_VISIBLE_DEVICES, or use --device cpu") from None
-        if isinstance(parameter, ShortConv | GatedDelta):
+        if isinstance(parameter, ShortConv | GatedDelta | StateSpace):
             raise FptqError(f"{parameter.name}: the GPU has no kernel for recurrent layers; use --device cpu", "device")
         raise TypeError(f"cannot prepare a {type(parameter).__name__}")
 
@@ -367,6 +368,9 @@ class TritonOps:
     def gated_delta(self, x: Value, ba: Value, delta: Any) -> Value:
         raise NotImplementedError
 
+    def state_space(self, x: Value, space: Any) -> Value:
+        raise NotImplementedError
+
     def select_rows(self, x: Value) -> Value:
         self._selected = True
         return take_rows(_made(x), self._batch.logits_rows)
@@ -507,6 +511,8 @@ class _Survey:
     def short_conv(self, x: None, conv: Any) -> None: ...
 
     def gated_delta(self, x: None, ba: None, delta: Any) -> None: ...
+
+    def state_space(self, x: None, space: Any) -> None: ...
 
     def select_rows(self, x: None) -> None:
         self._at = 1

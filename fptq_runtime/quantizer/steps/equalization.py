@@ -8,7 +8,7 @@ import torch
 
 from fptq_runtime.models.block import Block, Edge, Model
 from fptq_runtime.quantizer.folds import by_heads, fold, fold_block, foldable_scale, refuse_without_norms
-from fptq_runtime.quantizer.steps.base import BlockWork, Step
+from fptq_runtime.quantizer.steps.base import BlockWork, QuantizationError, Step
 from fptq_runtime.quantizer.steps.smoothquant import smoothing_scale
 
 
@@ -36,6 +36,11 @@ class CrossLayer(Step):
     gate v and o are the only pair."""
 
     type: Literal["cle"] = "cle"
+
+    def check(self, model: Model) -> None:
+        if not any(edge.through is not None for block in model.blocks for edge in block.edges):
+            raise QuantizationError(f"cle does not work on {model.config.architecture}: no linear of its blocks reads "
+                                    "what another wrote; leave the step out")
 
     def transform_block(self, model: Model, block: Block) -> None:
         for edge in block.spec.edges:

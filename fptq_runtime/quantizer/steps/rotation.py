@@ -46,7 +46,7 @@ class Rotation(Step):
                 return "a norm behind its linears scales what is added to each channel, which no rotation keeps"
             written = {edge.readers[0] for edge in part.edges if edge.through is not None}
             unread = [linear.name for linear in part.linears if linear.name not in readers
-                      and linear.name not in written and linear.name not in part.residual]
+                      and linear.name not in written and linear.name not in part.residual and not linear.inner]
             if unread:
                 return f"its {unread[0]} reads the residual stream without a norm"
         if model.stem.norm is not None or model.stem.positions is not None:

@@ -59,8 +59,9 @@ def test_a_linears_name_in_its_block_fits_every_family(family: str, tmp_path: Pa
     """As recipes use it; a name that no linear has is refused before any work is done."""
     save_random(family, tmp_path)
     checkpoint = Checkpoint(tmp_path)
-    Walk(checkpoint, [Activations(scheme="static", overrides={"down": "dynamic", "o": "float"}),
-                      Weights(keep={"up": 8})], [[1, 2, 3]])
+    down, o, up = ("out", "in", "in") if family in ("mamba", "falcon-mamba") else ("down", "o", "up")
+    Walk(checkpoint, [Activations(scheme="static", overrides={down: "dynamic", o: "float"}),
+                      Weights(keep={up: 8})], [[1, 2, 3]])
     for step in (Activations(scheme="static", overrides={"dwon": "dynamic"}), Weights(keep={"dwon": 8})):
         with pytest.raises(RecipeError, match="'dwon'"):
             Walk(checkpoint, [step], [[1, 2, 3]])

@@ -91,5 +91,67 @@ static void gated_delta(const GatedDeltaView& delta, const float* x, const float
   }
 }
 
+// `Count` vectors of a part's channels, of which x and out have n: S' = decay · S + x · dt · B, out = S' · C + d · x.
+// Own: decay = exp(dt · a) of each channel and state.
+template <bool Own, int Count>
+static inline void state_columns(const StateSpaceView& space, const float* x, const float* dt, const float* b,
+                                 const float* c, const float* a, float decay, const float* d, int n, float* state,
+                                 float* out) {
+  const int stride = space.padded_part();
+  Vec given[Count], step[Count], sum[Count] = {};
+  const auto lanes = [&](int u) { return n - u * kLanes < kLanes ? n - u * kLanes : kLanes; };
+  for (int u = 0; u < Count; ++u) {
+    step[u] = load(dt + u * kLanes);
+    given[u] = load_lanes(x + u * kLanes, lanes(u));
+  }
+  for (int i = 0; i < space.state; ++i)
+    for (int u = 0; u < Count; ++u) {
+      float* at = state + i * stride + u * kLanes;
+      const Vec kept = Own ? exp(step[u] * load_lanes(a + static_cast<size_t>(i) * space.heads + u * kLanes, lanes(u)))
+                           : splat(decay);
+      const Vec s = fma(given[u] * step[u], splat(b[i]), load(at) * kept);
+      store(at, s);
+      sum[u] = fma(s, splat(c[i]), sum[u]);
+    }
+  for (int u = 0; u < Count; ++u) {
+    const Vec direct = Own ? load_lanes(d + u * kLanes, lanes(u)) : splat(*d);
+    store_lanes(out + u * kLanes, fma(direct, given[u], sum[u]), lanes(u));
+  }
+}
+
+template <bool Own>
+static void state_part(const StateSpaceView& space, const float* x, int rows, int part, float* state, float* out) {
+  const int begin = part * space.part(), padded = space.padded_part();
+  const int size = Own && space.heads - begin < padded ? space.heads - begin : space.part();
+  const int group = Own ? 0 : part / (space.heads / space.groups), head = Own ? begin : part;
+  const size_t channels = space.channels(), in_group = static_cast<size_t>(space.groups) * space.state;
+  float dt[kMaxHeadDim];
+  for (int t = 0; t < rows; ++t, x += space.width(), out += channels) {
+    const float* b = x + channels + group * space.state;
+    const float* z = x + channels + 2 * in_group;
+    const auto step = [&](int at) {
+      const float raw = z[channels + at] + space.dt_bias[at];
+      const float soft = raw > 20 ? raw : __builtin_log1pf(__builtin_expf(raw));
+      return soft < space.dt_min ? space.dt_min : soft > space.dt_max ? space.dt_max : soft;
+    };
+    const float shared = step(head);
+    for (int i = 0; i < padded; ++i) dt[i] = Own && i < size ? step(head + i) : shared;
+    const float decay = Own ? 0 : __builtin_expf(shared * space.a[head]);
+    const float *c = b + in_group, *a = space.a + head, *d = space.d + head;
+    int i = 0;
+    for (; i + 4 * kLanes <= size; i += 4 * kLanes)
+      state_columns<Own, 4>(space, x + begin + i, dt + i, b, c, a + (Own ? i : 0), decay, d + (Own ? i : 0), size - i,
+                            state + i, out + begin + i);
+    for (; i < size; i += kLanes)
+      state_columns<Own, 1>(space, x + begin + i, dt + i, b, c, a + (Own ? i : 0), decay, d + (Own ? i : 0), size - i,
+                            state + i, out + begin + i);
+    if (!space.gate_last) activate_row({Curve::kSilu, true, 0}, z + begin, out + begin, size, out + begin);
+  }
+}
+
+static void state_space(const StateSpaceView& space, const float* x, int rows, int part, float* state, float* out) {
+  space.own ? state_part<true>(space, x, rows, part, state, out) : state_part<false>(space, x, rows, part, state, out);
+}
+
 }  // namespace FPTQ_NS
 }  // namespace fptq
