@@ -1,20 +1,24 @@
-"""A model quantized by llm-compressor's GPTQ to W4A8, with its own defaults, on the samples that `fptq quantize` draws.
+"""A model quantized to W4A8 by what llm-compressor has, on the samples that `fptq quantize` draws.
 
     python -m benchmarks.llm_compressor ../shared/models/tales-6m tales-w4a8 \\
         --calibration ../shared/data/calibration/tales.txt
     python -m benchmarks.quality ../shared/models/tales-6m=../shared/data/eval/tales.txt \\
         --checkpoint tales-6m:llm-compressor=tales-w4a8
 
+    python -m benchmarks.llm_compressor MODEL OUT --method awq --group 64 --head-bits 8 --calibration self
+    fptq compare MODEL --checkpoint awq=OUT --text wikitext2-test.txt
+
 The first run installs llm-compressor (1.5 GB) into an environment of its own, --environment; on a machine without a GPU
-name the index of PyTorch's CPU build to pip (`PIP_EXTRA_INDEX_URL`). The scheme is W4A8: int4 in groups of 128, int8
-per-token inputs, lm_head in float. Linears whose inputs are no multiple of 128, which compressed-tensors does not
-divide, are quantized per channel.
+name the index of PyTorch's CPU build to pip (`PIP_EXTRA_INDEX_URL`). Each method has its own defaults. The scheme is
+W4A8: int4 in groups of 128, int8 per-token inputs, lm_head in float. Linears whose inputs are no multiple of the group,
+which compressed-tensors does not divide, are quantized per channel.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import resource
 import subprocess
 import sys
 import tempfile
@@ -23,10 +27,11 @@ from pathlib import Path
 
 from fptq_runtime.models.loader import Checkpoint
 from fptq_runtime.models.tokenizer import Tokenizer
-from fptq_runtime.quantizer.calibrate import packaged_text, read_text, sample_windows
+from fptq_runtime.quantizer.samples import Calibration
 
 TORCH = "torch==2.13.0"
 PACKAGES = ("llmcompressor==0.14.0.1",)
+METHODS = ("rtn", "gptq", "smoothquant-gptq", "spinquant-gptq", "awq", "autoround")
 WORKER = Path(__file__).parent / "workers" / "write_llmcompressor.py"
 
 
@@ -34,22 +39,30 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("model", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--calibration", type=Path, help="a text file (what comes with fptq)")
-    parser.add_argument("--method", choices=["gptq", "rtn"], default="gptq")
+    parser.add_argument("--calibration", help="a text file, or as for `fptq quantize`: self, tales, random (tales)",
+                        default="tales")
+    parser.add_argument("--method", choices=METHODS, default="gptq")
     parser.add_argument("--scheme", default="W4A8", help="one of compressed-tensors' presets: W4A8, W4A16, W8A8, …")
+    parser.add_argument("--group", type=int, help="of weights (the scheme's)")
+    parser.add_argument("--head-bits", type=int, choices=[8, 16], default=16)
+    parser.add_argument("--steps", type=int, help="of AutoRound, each on --batch-size samples (its own defaults)")
+    parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--num-samples", type=int, default=64)
     parser.add_argument("--environment", type=Path, default=Path.home() / ".cache" / "fptq" / "llm-compressor")
     options = parser.parse_args()
-    text = packaged_text("calibration") if options.calibration is None else read_text(options.calibration)
-    length = min(512, Checkpoint(options.model).model_config.max_position_embeddings)
-    windows = sample_windows(text, Tokenizer(options.model), [length] * options.num_samples, seed=0)
+    calibration = Calibration(options.calibration, options.num_samples)
+    windows = calibration.draw(Checkpoint(options.model), Tokenizer(options.model)).windows
     python = install(options.environment, PACKAGES)
     with tempfile.TemporaryDirectory() as directory:
         job = Path(directory) / "job.json"
-        job.write_text(json.dumps({"windows": windows, "method": options.method, "scheme": options.scheme,
-                                   "ignore": ["lm_head"]}))
+        job.write_text(json.dumps({
+            "windows": windows, "method": options.method, "scheme": options.scheme, "group": options.group,
+            "head_bits": options.head_bits, "steps": options.steps, "batch_size": options.batch_size,
+        }))
         subprocess.run([python, WORKER.resolve(), options.model.resolve(), job, options.out.resolve()], check=True,
                        cwd=directory)
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    print(f"{options.method}: {used.ru_utime + used.ru_stime:.0f} CPU seconds")
 
 
 def install(environment: Path, packages: Sequence[str], build: Sequence[str] = ()) -> Path:

@@ -684,6 +684,8 @@ def evaluate(model: str, text: Path | None, text_tokens: int | None, choices: Pa
 @click.argument("model")
 @click.option("--recipes", type=RecipeList(), help="Presets or YAML files between commas, as rtn,fptq; with --protocol "
               "smoothquant,fptq,fptq-best unless given.")
+@click.option("--checkpoint", "checkpoints", multiple=True, type=NamedDirectory(), help="A row called name for what "
+              "was quantized from MODEL before, or by another tool; may be given more than once.")
 @click.option("--protocol", type=click.Choice(["wikitext2"]), help="Measure as papers do, on the whole of --text, "
               "which is WikiText-2's raw test split, beside what they publish.")
 @click.option("--calibration", type=ExistingFile("self", "tales", "random"), help="As for `fptq quantize`.")
@@ -703,19 +705,20 @@ def evaluate(model: str, text: Path | None, text_tokens: int | None, choices: Pa
               "compare.json into this directory.")
 @backend_options
 @answers
-def compare(model: str, recipes: tuple[str, ...] | None, protocol: Literal["wikitext2"] | None,
-            calibration: str | Path | None, num_samples: int, text: Path | None, text_tokens: int | None,
-            choices: Path | None, last_word: Path | None, tasks: tuple[str, ...], limit: int | None, chat: bool,
-            seed: int, out: Path | None, backend: str, device: str, threads: int) -> Answer:
+def compare(model: str, recipes: tuple[str, ...] | None, checkpoints: tuple[str, ...],
+            protocol: Literal["wikitext2"] | None, calibration: str | Path | None, num_samples: int, text: Path | None,
+            text_tokens: int | None, choices: Path | None, last_word: Path | None, tasks: tuple[str, ...],
+            limit: int | None, chat: bool, seed: int, out: Path | None, backend: str, device: str, threads: int
+            ) -> Answer:
     """Quantize MODEL by several recipes and measure each: quality, size, time and speed in one table."""
     if protocol is None:
         text_tokens = text_tokens or 16384
     elif text is None:
         raise click.UsageError(f"--protocol {protocol} needs --text FILE, the raw test split of WikiText-2")
     if recipes is None:
-        if protocol is None:
+        if protocol is None and not checkpoints:
             raise click.UsageError("--recipes names what is compared, as rtn,fptq")
-        recipes = PROTOCOL_RECIPES
+        recipes = PROTOCOL_RECIPES if protocol else ()
     from fptq_runtime.locate import find_model
 
     source = find_model(model)
@@ -732,8 +735,9 @@ def compare(model: str, recipes: tuple[str, ...] | None, protocol: Literal["wiki
     result = comparing.compare(
         source, [load_recipe(name) for name in recipes], read_text(text) if text else packaged_text("heldout"),
         backend, name=model, calibration=Calibration(calibration, num_samples, seed=seed), max_tokens=text_tokens,
-        accuracy=comparing.Tasks(tasks, limit, choices, last_word, chat), protocol=protocol, threads=threads,
-        device=device, progress=True,
+        accuracy=comparing.Tasks(tasks, limit, choices, last_word, chat), protocol=protocol,
+        checkpoints={name: Path(path) for name, _, path in (given.partition("=") for given in checkpoints)},
+        threads=threads, device=device, progress=True,
     )
     data, table = result.to_json(), comparing.markdown(result)
     if out is not None:

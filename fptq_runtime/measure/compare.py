@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -62,7 +62,7 @@ class Measured:
 @dataclass(frozen=True)
 class Row:
     """kl: mean over tokens of KL(float ‖ quantized), in nats; top1: how often both rank the same token first. `error`
-    says why nothing was measured."""
+    says why nothing was measured. Of a checkpoint that was there already, no time is known."""
 
     recipe: str
     measured: Measured | None = None
@@ -132,13 +132,15 @@ class Tasks:
 def compare(
     model: str | Path, recipes: Sequence[Recipe], text: Text, backend: str = "auto", *, name: str | None = None,
     calibration: Calibration = Calibration(), max_tokens: int | None = None, accuracy: Tasks | None = None,
-    protocol: Protocol | None = None, threads: int = 0, device: str = "auto", progress: bool = False,
+    protocol: Protocol | None = None, checkpoints: Mapping[str, Path] = {}, threads: int = 0, device: str = "auto",
+    progress: bool = False,
 ) -> Comparison:
     """Quantize a float model by every recipe, each into a directory that is gone afterwards, and measure it on the
     kernels and with the int8 KV cache that serve it; the float model runs once, with a float32 cache.
 
     A recipe that this model refuses becomes a row with the reason. Raises FptqError where the float model itself
-    cannot be measured. protocol: windows as papers have them, with what they publish for this model.
+    cannot be measured. protocol: windows as papers have them, with what they publish for this model. checkpoints: what
+    others made of this model, by what their rows are called.
     """
     source, checkpoint = open_float(model, "compare recipes on the float model")
     config = checkpoint.model_config
@@ -151,7 +153,7 @@ def compare(
     accuracy = accuracy or Tasks()
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="fptq-compare-") as directory, \
-            progress_bar(total=1 + len(recipes), unit="model", shown=progress) as bar:
+            progress_bar(total=1 + len(recipes) + len(checkpoints), unit="model", shown=progress) as bar:
         work = _Work(windows, Path(directory) / "logits", backend, threads, device, accuracy, progress)
         bar.set_description("float")
         original = work.original(source.path)
@@ -168,6 +170,16 @@ def compare(
                 rows.append(Row(recipe.name, measured, kl, top1, seconds, cpu_seconds))
             except FptqError as error:
                 rows.append(Row(recipe.name, error=" ".join(str(error).split())))
+            bar.update()
+        for label, path in checkpoints.items():
+            bar.set_description(label)
+            try:
+                if (vocabulary := Checkpoint(path).model_config.vocab_size) != config.vocab_size:
+                    raise QuantizationError(f"it has {vocabulary} tokens, and {source.name} has {config.vocab_size}: "
+                                            "it was made from another model")
+                rows.append(Row(label, *work.quantized(path)))
+            except FptqError as error:
+                rows.append(Row(label, error=" ".join(str(error).split())))
             bar.update()
     return Comparison(
         name or source.name, bench.machine(), text.name, text.sha256, sum(len(window) - 1 for window in windows),
@@ -318,11 +330,17 @@ def _line(name: str, measured: Measured, original: Measured, row: Row | None, ta
         name, perplexity, "" if row is None else f"{measured.perplexity / original.perplexity - 1:+.2%}",
         "" if row is None else f"{row.kl:.4f}", "" if row is None else f"{row.top1:.1%}",
         *(f"{measured.tasks[task]:.1%}" for task in tasks), *_answered(measured.chat), f"{measured.bytes / 1e6:.2f}",
-        *(("", "") if row is None else (f"{row.quantize_seconds:.0f} s", f"{row.quantize_cpu_seconds:.0f} s")),
+        *_seconds(row),
         f"{measured.prefill_tokens_per_s:.0f}",
         f"{measured.decode_tokens_per_s:.0f}", "" if eight is None else f"{eight:.0f}",
     ]
     return f"| {' | '.join(cells)} |"
+
+
+def _seconds(row: Row | None) -> tuple[str, str]:
+    if row is None or row.quantize_seconds is None:
+        return "", ""
+    return f"{row.quantize_seconds:.0f} s", f"{row.quantize_cpu_seconds:.0f} s"
 
 
 def _answered(answers: chat.Answers | None) -> list[str]:

@@ -25,6 +25,7 @@ from fptq_runtime.quantizer.pipeline import quantize
 from fptq_runtime.quantizer.recipe import load_recipe
 from fptq_runtime.quantizer.samples import Calibration
 from fptq_runtime.quantizer.steps.base import QuantizationError
+from tests.models.hf import save_random
 from tests.quantizer.models import save_model
 
 TEXT = Text("fox", "The quick brown fox jumps over the lazy dog, and then some more. " * 9, "0" * 64)
@@ -168,6 +169,24 @@ def test_the_papers_protocol(model: Path, tmp_path: Path, capsys: pytest.Capture
     assert len({line.count("|") for line in rows}) == 1
     assert "| SmoothQuant, published | 5.50 | +10.00% |" in table
     assert published.SOURCE in table
+
+
+def test_a_checkpoint_from_elsewhere_is_a_row(compared: Comparison, model: Path, tmp_path: Path,
+                                              capsys: pytest.CaptureFixture[str]) -> None:
+    quantize(model, tmp_path / "made", "rtn", calibration=Calibration(num_samples=4), text_tokens=256)
+    save_random("llama", tmp_path / "other", vocab_size=300)
+    (tmp_path / "text.txt").write_text(TEXT.content)
+    with pytest.raises(SystemExit):
+        cli.main(["compare", str(model), "--text", str(tmp_path / "text.txt"), "--text-tokens", "300", "--threads", "1",
+                  "--checkpoint", f"theirs={tmp_path / 'made'}", "--checkpoint", f"another={tmp_path / 'other'}",
+                  "--out", str(tmp_path / "out")])
+    theirs, another = json.loads((tmp_path / "out" / "compare.json").read_text())["rows"]
+    ours = compared.rows[0]
+    assert ours.measured is not None and theirs["recipe"] == "theirs"
+    assert (theirs["perplexity"], theirs["kl"], theirs["top1"]) == (ours.measured.perplexity, ours.kl, ours.top1)
+    assert theirs["quantize_seconds"] is None
+    assert another["error"].startswith("it has 300 tokens, and")
+    assert "| theirs |" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("arguments", "said"), [
