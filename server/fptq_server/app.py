@@ -36,13 +36,14 @@ from fptq_server.routes.batches import batches_router
 from fptq_server.routes.chat import chat_router
 from fptq_server.routes.completions import completions_router
 from fptq_server.routes.docs import docs_router
-from fptq_server.routes.embeddings import embeddings_router
+from fptq_server.routes.embeddings import Embedder, embeddings_router
 from fptq_server.routes.generate import generate_router
 from fptq_server.routes.messages import messages_router
 from fptq_server.routes.models import models_router
 from fptq_server.routes.page import page_router
 from fptq_server.routes.pool import pool_models_router, pool_router
 from fptq_server.routes.responses import responses_router
+from fptq_server.routes.scores import scores_router
 from fptq_server.routes.status import status_router
 from fptq_server.routes.tokens import tokens_router
 from fptq_server.tracing import Tracing
@@ -133,6 +134,7 @@ def model_app(engine: AsyncEngine, tokenizer: Tokenizer, config: ServerConfig, m
         messages_router(assistant, config),
         responses_router(assistant, store, config),
         embeddings_router(engine, tokenizer, model),
+        scores_router(Embedder(engine, tokenizer, model), model),
     )
     urls = frozenset(path for path in paths_of(answering, "POST") if "{" not in path)  # that a batch can have
     slots = engine.engine.config.max_num_seqs

@@ -112,7 +112,7 @@ class ModelCard:
     reported as they are: what the model is, the engine's limits, and which kernel runs each kind of layer. layers: the
     scheme, the kernel and the error of each, where the artifact says. sampling:
     what a request gets that does not say otherwise, under SamplingParams' names. pooling: of embeddings; no_embeddings:
-    why there are none.
+    why there are none; no_scores: why texts are not compared.
     """
 
     id: str
@@ -127,4 +127,5 @@ class ModelCard:
     aliases: tuple[str, ...] = ()
     pooling: Pooling = "last"
     no_embeddings: str | None = None
+    no_scores: str | None = None
     adapters: Collection[str] = ()

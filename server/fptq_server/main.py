@@ -38,7 +38,7 @@ from fptq_runtime.errors import FptqError
 from fptq_runtime.memory import available_memory
 from fptq_runtime.models.chat_template import ChatTemplate
 from fptq_runtime.models.loader import Checkpoint, has_hidden_states
-from fptq_runtime.models.pooling import read_pooling
+from fptq_runtime.models.pooling import MODULES, read_modules, read_pooling
 from fptq_runtime.models.tokenizer import Tokenizer
 from fptq_server.config import ModelCard, ServerConfig
 from fptq_server.defaults import sampling_defaults, sampling_in_force
@@ -105,6 +105,8 @@ def serve(path: Path | str, config: ServerConfig, *, model_names: Sequence[str] 
             gc.unfreeze()  # or the native extension reports what was never freed
             if config.uds is not None:
                 Path(config.uds).unlink(missing_ok=True)
+NOT_OF_EMBEDDINGS = (f"this model was not made to compare texts: it has no {MODULES}, as sentence-transformers' models "
+                     "do")
 
 
 @dataclass(frozen=True)
@@ -185,8 +187,9 @@ def load_app(path: Path, config: ServerConfig, names: Sequence[str], tracing: Tr
 
     manifest = read_manifest(path) if is_artifact(path) else None
     pooling, no_embeddings = embeddings_of(path, manifest)
+    no_scores = no_embeddings if no_embeddings is not None or read_modules(path) else NOT_OF_EMBEDDINGS
     model = replace(model_card(names, engine, sampling, () if manifest is None else manifest.layers),
-                    pooling=pooling, no_embeddings=no_embeddings)
+                    pooling=pooling, no_embeddings=no_embeddings, no_scores=no_scores)
     metrics = metrics or Metrics(__version__, model, config.metrics_aliases)
     async_engine = AsyncEngine(engine, metrics.record_step, metrics.record_deviation)
     log.info("%s", describe(model, config))

@@ -655,10 +655,62 @@ class EmbeddingRequest(Body):
     safety_identifier: Text | None = None
 
 
+class ScoreBody(Body):
+    """vLLM's fields beside the texts. activation is a classifier's."""
+
+    model: Text | None = None
+    truncate_prompt_tokens: Annotated[int, AfterValidator(_prompt_length)] | None = None
+    add_special_tokens: bool | None = None
+    activation: NotFalse = None
+    use_activation: NotFalse = None
+    mm_processor_kwargs: NotEmpty = None
+    priority: Off = None
+    cache_salt: Unsupported = None
+    user: Text | None = None
+    request_id: Unused = None
+
+
+Texts = Annotated[
+    Annotated[Text, Tag("<a string>")]
+    | Annotated[list[Text], Field(min_length=1, fail_fast=True), Tag("<a list of strings>")],
+    variant(str="<a string>", list="<a list of strings>", list_str="<a list of strings>"),
+]
+
+
+class ScoreRequest(ScoreBody):
+    """queries and documents are other names for text_1 and text_2."""
+
+    text_1: Texts | None = None
+    text_2: Texts | None = None
+    queries: Texts | None = None
+    documents: Texts | None = None
+
+
+class RerankDocument(Body):
+    text: Text
+
+
+class RerankRequest(ScoreBody):
+    """top_n 0: all of them."""
+
+    query: Text
+    documents: Annotated[list[Annotated[
+        Annotated[Text, Tag("<a string>")] | Annotated[RerankDocument, Tag("<an object with a text>")],
+        variant(str="<a string>", dict="<an object with a text>"),
+    ]], Field(min_length=1, fail_fast=True)]
+    top_n: Annotated[int, Field(ge=0)] | None = None
+    return_documents: bool | None = None
+    max_tokens_per_doc: Unsupported = None
+    max_chunks_per_doc: Unsupported = None
+
+
 class DetokenizeRequest(Body):
     model: Text | None = None
     tokens: Annotated[list[TokenId], Field(fail_fast=True)]
     skip_special_tokens: bool | None = None
+
+
+Absent = Field(default=None, exclude_if=lambda value: value is None)
 
 
 class ErrorInfo(BaseModel):
@@ -712,6 +764,36 @@ class EmbeddingResponse(BaseModel):
     object: Literal["list"] = "list"
     data: list[Embedding]
     model: str
+    usage: EmbeddingUsage
+
+
+class Score(BaseModel):
+    index: int
+    object: Literal["score"] = "score"
+    score: float
+
+
+class ScoreResponse(BaseModel):
+    id: str
+    object: Literal["list"] = "list"
+    created: int
+    model: str
+    data: list[Score]
+    usage: EmbeddingUsage
+
+
+class RankedDocument(BaseModel):
+    """index: among the documents of the request."""
+
+    index: int
+    relevance_score: float
+    document: RerankDocument | None = Absent
+
+
+class RerankResponse(BaseModel):
+    id: str
+    model: str
+    results: list[RankedDocument]
     usage: EmbeddingUsage
 
 
@@ -770,7 +852,6 @@ class ChatLogprobs(BaseModel):
 
 
 ChatFinishReason = Literal["stop", "length", "tool_calls"]
-Absent = Field(default=None, exclude_if=lambda value: value is None)
 
 
 class FunctionCallOut(BaseModel):

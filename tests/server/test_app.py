@@ -25,6 +25,8 @@ from fptq_server.protocol import (
     EmbeddingRequest,
     GenerateParameters,
     GenerateRequest,
+    RerankRequest,
+    ScoreRequest,
     TokenizeRequest,
 )
 from fptq_server.protocol_messages import CountTokensRequest, MessagesRequest
@@ -55,6 +57,8 @@ MINIMAL: dict[str, tuple[type[BaseModel], dict[str, Any]]] = {
     "/v1/messages": (MessagesRequest, MESSAGE | {"max_tokens": 1}),
     "/v1/messages/count_tokens": (CountTokensRequest, MESSAGE),
     "/v1/embeddings": (EmbeddingRequest, {"input": "x"}),
+    "/v1/score": (ScoreRequest, {"text_1": "x", "text_2": "y"}),
+    "/v1/rerank": (RerankRequest, {"query": "x", "documents": ["y"]}),
     "/tokenize": (TokenizeRequest, {"prompt": "x"}),
     "/detokenize": (DetokenizeRequest, {"tokens": [5]}),
 }

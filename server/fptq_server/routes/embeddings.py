@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -24,18 +25,40 @@ from fptq_server.validation import check_length, check_model, check_text, tokeni
 MAX_INPUTS = 2048  # OpenAI's
 
 
-async def embed(engine: AsyncEngine, record: RequestRecord, prompts: list[list[int]], model: ModelCard,
-                adapter: str = "") -> list[Float32Array]:
-    """The pooled hidden states of each prompt, [H]; as many prompts at a time as run at once."""
-    params = SamplingParams(max_tokens=0, pooling=model.pooling)
-    found: list[Float32Array | None] = [None] * len(prompts)
-    width = engine.engine.config.max_num_seqs
-    for start in range(0, len(prompts), width):
-        with Generation(engine, record, "embd", prompts[start : start + width], params, adapter) as generation:
-            async for index, output in generation.outputs():
-                found[start + index] = output.embedding
-    record.prompt_tokens = sum(map(len, prompts))
-    return [vector for vector in found if vector is not None]
+class Embedder:
+    """Of one model."""
+
+    def __init__(self, engine: AsyncEngine, tokenizer: Tokenizer, model: ModelCard) -> None:
+        self._engine = engine
+        self._tokenizer = tokenizer
+        self._model = model
+
+    async def prompts(self, given: Sequence[Any], param: str, special: bool, length: int | None) -> list[list[int]]:
+        """Token ids of texts, or of token ids; of those that are longer the first `length`, -1: as many as fit. Raises
+        APIError that names the parameter."""
+        model, tokenizer = self._model, self._tokenizer
+        if len(given) > MAX_INPUTS:
+            raise APIError(400, f"{param} has {len(given)} inputs; at most {MAX_INPUTS} are taken", param=param)
+        characters = sum(len(check_text(each, param, model)) for each in given if isinstance(each, str))
+        length = model.max_model_len if length == -1 else length
+        prompts = await tokenizing(characters, lambda: [
+            encoded(each, tokenizer, special, length) if isinstance(each, str) else each[:length] for each in given])
+        for prompt in prompts:
+            check_length(prompt, 0, param, model)
+        return prompts
+
+    async def embed(self, record: RequestRecord, prompts: list[list[int]], adapter: str = "") -> list[Float32Array]:
+        """The pooled hidden states of each prompt, [H]; as many prompts at a time as run at once."""
+        params = SamplingParams(max_tokens=0, pooling=self._model.pooling)
+        found: list[Float32Array | None] = [None] * len(prompts)
+        width = self._engine.engine.config.max_num_seqs
+        for start in range(0, len(prompts), width):
+            part = prompts[start : start + width]
+            with Generation(self._engine, record, "embd", part, params, adapter) as generation:
+                async for index, output in generation.outputs():
+                    found[start + index] = output.embedding
+        record.prompt_tokens = sum(map(len, prompts))
+        return [vector for vector in found if vector is not None]
 
 
 def normalised(vector: Float32Array, dimensions: int | None) -> Float32Array:
@@ -57,6 +80,7 @@ def encoded(text: str, tokenizer: Tokenizer, special: bool, length: int | None) 
 
 def embeddings_router(engine: AsyncEngine, tokenizer: Tokenizer, model: ModelCard) -> APIRouter:
     router = APIRouter(tags=["OpenAI"], responses=ERROR_RESPONSES)
+    embedder = Embedder(engine, tokenizer, model)
     size = engine.engine.model_config.hidden_size
 
     @router.post("/v1/embeddings", response_model=EmbeddingResponse)
@@ -69,18 +93,10 @@ def embeddings_router(engine: AsyncEngine, tokenizer: Tokenizer, model: ModelCar
             raise APIError(400, f"dimensions must be between 1 and {size}, not {body.dimensions}", param="dimensions")
         given: list[Any] = [body.input] if isinstance(body.input, str) or isinstance(body.input[0], int) \
             else list(body.input)
-        if len(given) > MAX_INPUTS:
-            raise APIError(400, f"input has {len(given)} inputs; at most {MAX_INPUTS} are taken", param="input")
-        special = body.add_special_tokens is not False
-        characters = sum(len(check_text(each, "input", model)) for each in given if isinstance(each, str))
-        length = model.max_model_len if body.truncate_prompt_tokens == -1 else body.truncate_prompt_tokens
-        prompts = await tokenizing(characters, lambda: [
-            encoded(each, tokenizer, special, length) if isinstance(each, str) else each[:length] for each in given])
-        for prompt in prompts:
-            check_length(prompt, 0, "input", model)
-        record = record_of(request.scope)
+        prompts = await embedder.prompts(given, "input", body.add_special_tokens is not False,
+                                         body.truncate_prompt_tokens)
         vectors = [normalised(vector, body.dimensions) for vector in await run_while_connected(
-            request.receive, embed(engine, record, prompts, model, adapter))]
+            request.receive, embedder.embed(record_of(request.scope), prompts, adapter))]
         tokens = sum(map(len, prompts))
         answer = EmbeddingResponse(
             model=adapter or model.id, usage=EmbeddingUsage(prompt_tokens=tokens, total_tokens=tokens),
