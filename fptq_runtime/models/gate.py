@@ -218,7 +218,7 @@ class Golden:
                 tuple(facts["stem_ids"]),
                 {name: array.view(bfloat16) if array.dtype == np.uint16 else array for name, array in arrays.items()},
             )
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        except (OSError, SafetensorError, AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
             raise GateError(f"{path} is missing or malformed ({error}): quantize the model again") from None
 
 

@@ -92,9 +92,10 @@ Bases = Mapping[tuple[str, str], Basis]  # of linears whose inputs were changed,
 
 def read_bases(path: Path, model: Model) -> Bases:
     """What `bases_to_bytes` made of such a model. Raises CheckpointError."""
+    data = read_file(path, MOST)
     try:
-        arrays = load(read_file(path, MOST))
-    except SafetensorError as error:
+        arrays = load(data)
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:  # KeyError: of a dtype that numpy does not have
         raise CheckpointError(f"{path} cannot be read: {error}") from None
     read = {}
     for part in model.parts:

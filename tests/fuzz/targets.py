@@ -19,16 +19,18 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fptq_runtime.artifact.files import MANIFEST
-from fptq_runtime.artifact.io import Manifest, read_manifest
+from fptq_runtime.artifact.io import GOLDEN, Manifest, read_manifest
 from fptq_runtime.engine.block_store import DiskStore, KVDisk
 from fptq_runtime.engine.grammar import Grammar, Grammars
 from fptq_runtime.errors import FptqError
 from fptq_runtime.locate import find_artifact
 from fptq_runtime.models.chat_template import ChatTemplate
 from fptq_runtime.models.families import parse_config
+from fptq_runtime.models.gate import Golden
 from fptq_runtime.models.gguf import GgufTensors, config_of
 from fptq_runtime.models.loader import Checkpoint, load_block, load_head, load_stem
 from fptq_runtime.models.lora import CONFIG, WEIGHTS, read_lora
+from fptq_runtime.models.readout import READOUT, read_bases
 from fptq_runtime.models.render import environment
 from fptq_runtime.models.tensors import DTYPES, Tensors
 from fptq_runtime.models.tokenizer import Tokenizer
@@ -134,13 +136,21 @@ def checkpoint(scratch: Path) -> Run:
 
 
 def safetensors(scratch: Path) -> Run:
+    """Weights, and the two files of an artifact that are of that form, too."""
+    model = Checkpoint(find_artifact("demo")).model
+
     def run(data: bytes) -> None:
-        (scratch / "model.safetensors").write_bytes(data)
+        for name in ("model.safetensors", GOLDEN, READOUT):
+            (scratch / name).write_bytes(data)
         with refusing():
             tensors = Tensors(scratch, "model.")
             for name in tensors.names:
                 with refusing():
                     tensors.get(name, tensors.shape(name) or (), tuple(DTYPES))
+        with refusing():
+            Golden.read(scratch / GOLDEN)
+        with refusing():
+            read_bases(scratch / READOUT, model)
 
     return run
 
