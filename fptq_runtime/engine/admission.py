@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import heapq
 import math
 from bisect import bisect_left, bisect_right
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -21,6 +20,34 @@ class Work(NamedTuple):
     prompt: int
     generated: int
     most: int
+
+
+class Queued(NamedTuple):
+    """Of sequences that wait, together: how many, their prompt tokens to compute, and the tokens expected of them."""
+
+    sequences: float = 0
+    prompt: float = 0
+    output: float = 0
+
+    def plus(self, other: Queued, times: float = 1) -> Queued:
+        return Queued(*(mine + times * more for mine, more in zip(self, other, strict=True)))
+
+
+class Slots:
+    """Steps until each place of a batch is free, in order."""
+
+    def __init__(self, steps: Iterable[float], count: int) -> None:
+        """steps: of those that are taken."""
+        self.count = count
+        taken = sorted(steps)[-count:]
+        free = [0.0] * (count - len(taken)) + taken
+        self._totals = [0.0, *accumulate(free)]
+        self._needs = [place * free[place] - self._totals[place] for place in range(count)]
+
+    def level(self, steps: float) -> float:
+        """When one is free, once so many steps more are shared among those that are free first."""
+        filled = bisect_right(self._needs, max(0.0, steps))
+        return (self._totals[filled] + steps) / filled
 
 
 class Forecast:
@@ -60,20 +87,19 @@ class Forecast:
         ended = totals[end] - totals[first] if end > first else 0.0
         return (ended + (len(lengths) - max(end, first)) * work.most) / longer - work.generated
 
-    def wait(self, running: Iterable[Work], ahead: Sequence[Work], slots: int, prompt: int) -> tuple[float, float]:
+    def slots(self, running: Iterable[Work], count: int) -> Slots:
+        """The places of a batch, as far as running sequences hold them."""
+        return Slots((self._steps(work.prompt) + max(self.output(work) / self._pace, 1.0) - 1 for work in running),
+                     count)
+
+    def wait(self, slots: Slots, ahead: Queued, prompt: int) -> tuple[float, float]:
         """Seconds until a prompt of so many tokens begins, behind others in the queue, and those that it then takes to
-        its first token. slots: sequences that run at once."""
-        free = [self._held(work) for work in running]
-        free = sorted(free)[-slots:] if len(free) >= slots else [0.0] * (slots - len(free)) + free
-        heapq.heapify(free)
-        tokens = 0
-        for work in ahead:
-            heapq.heapreplace(free, free[0] + self._held(work))
-            tokens += work.prompt
-        steps = max(free[0], tokens / max(1, self.budget - slots))
+        its first token. Takes no longer the more there are."""
+        held = max(ahead.output / self._pace, ahead.sequences) + max(0.0, ahead.prompt / self.budget - ahead.sequences)
+        steps = max(slots.level(held), ahead.prompt / max(1, self.budget - slots.count))
         each_step, each_token = self._cost()
-        begins = steps * each_step + (tokens + steps * min(slots * self._rows, self._max_tokens)) * each_token
-        return begins, self._steps(prompt) * each_step + prompt * each_token
+        tokens = ahead.prompt + steps * min(slots.count * self._rows, self._max_tokens)
+        return steps * each_step + tokens * each_token, self._steps(prompt) * each_step + prompt * each_token
 
     def tokens_within(self, seconds: float) -> int:
         """Of a step that takes so long, as far as is known."""
@@ -81,10 +107,6 @@ class Forecast:
         if not each_token:
             return self._max_tokens
         return min(self._max_tokens, max(0, int((seconds - each_step) / each_token)))
-
-    def _held(self, work: Work) -> float:
-        """Steps that a sequence keeps its slot; the last one of its prompt gives its first token."""
-        return self._steps(work.prompt) + max(self.output(work) / self._pace, 1.0) - 1
 
     @property
     def _pace(self) -> float:

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from fptq_runtime.engine.engine import Engine, QueueFullError
+from fptq_runtime.engine.engine import Engine, Place, QueueFullError
 from fptq_runtime.engine.grammar import COMPILE_SECONDS, Grammar
 from fptq_runtime.engine.output import RequestOutput
 from fptq_runtime.engine.request import ANYONE, FinishReason, Origin, SamplingParams
@@ -102,6 +102,12 @@ class AsyncEngine:
 
     def start(self) -> None:
         self._thread.start()
+
+    def enter(self, origin: Origin = ANYONE) -> Place:
+        """A place for a request that is not read yet. Raises QueueFullError."""
+        if self.draining:
+            raise QueueFullError(1.0, "draining")
+        return self.engine.enter(origin)
 
     def add_request(self, request_id: str, prompt_token_ids: Sequence[int], params: SamplingParams,
                     origin: Origin = ANYONE, adapter: str = "") -> RequestStream:

@@ -10,13 +10,14 @@ from collections import Counter, abc
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import count, takewhile
 from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 
 from fptq_runtime.config import EngineConfig
 from fptq_runtime.engine.adapters import Adapters
-from fptq_runtime.engine.admission import Forecast, Work
+from fptq_runtime.engine.admission import Forecast, Queued, Slots, Work
 from fptq_runtime.engine.batch import build_step_input
 from fptq_runtime.engine.block_manager import BlockManager
 from fptq_runtime.engine.block_store import DiskStore, KVDisk
@@ -54,6 +55,8 @@ STORE_SECONDS = 0.05  # that a step waits for blocks which are being read, where
 SLOTS_STEPS = 20  # over which is averaged how many sequences a cache holds that is full
 MARGIN = 1.2  # what is accepted at the very limit is to begin in time on a machine that slows down, too
 SPREAD = 0.5  # more, over the root of how many answers are waited for: of few the lengths do not even out
+RETRY_SPREAD = 0.5  # of Retry-After: those refused together come back over so much more time
+GOLDEN = (math.sqrt(5) - 1) / 2  # whose multiples fill an interval evenly, however many there are
 
 
 class RequestError(FptqError):
@@ -88,12 +91,17 @@ class _Batch:
     failed: tuple[Sequence, ...] = ()
 
 
-class _Waiting(NamedTuple):
-    """A sequence in the queue, as whoever comes next sees it."""
+class Place:
+    """In the queue, of a request that is on its way to it."""
 
-    turn: tuple[int, float]
-    tenant: str
-    work: Work
+    def __init__(self, leave: abc.Callable[[], None]) -> None:
+        self._leave: abc.Callable[[], None] | None = leave
+
+    def leave(self) -> None:
+        """For the request itself, or for another. A second time does nothing."""
+        leave, self._leave = self._leave, None
+        if leave is not None:
+            leave()
 
 
 @dataclass
@@ -184,8 +192,13 @@ class Engine(Generic[T]):
         self._unfinished: dict[str, int] = {}  # sequences by request
         self._num_unfinished = 0
         self._tenants: Counter[str] = Counter()  # unfinished sequences of each
-        self._running: list[Work] = []  # after the last step, and
-        self._waiting: list[_Waiting] = []  # what waits, also since then
+        self._running: list[Work] = []  # after the last step; and those of them that were preempted
+        self._preempted: list[Work] = []
+        self._slots: Slots | None = None  # that running sequences hold, once somebody asks
+        self._queued: dict[tuple[int, str], Queued] = {}  # what never ran, by priority and tenant
+        self._entering: Counter[str] = Counter()  # requests that hold a place, of each tenant
+        self._left: list[Sequence] = []  # that wait no longer, since the last step; the engine's thread's alone
+        self._refusals = count()
 
     def forget_pace(self) -> None:
         """Unlearn what steps cost and how answers went, where those before were not like those to come."""
@@ -257,36 +270,87 @@ class Engine(Generic[T]):
         with self._lock:
             if request_id in self._unfinished:
                 raise RequestError(f"a request with id {request_id!r} is already running")
-            turn = self._scheduler.turn_of(origin)
-            self._check_room(origin, turn, work, params.n)
+            self._check_room(origin, work, params.n)
             self._inbox += sequences
             self._unfinished[request_id] = params.n
             self._num_unfinished += params.n
             self._tenants[origin.tenant] += params.n
-            self._waiting += [_Waiting(turn, origin.tenant, work)] * params.n
+            self._queue(sequences[0], params.n)
 
-    def _check_room(self, origin: Origin, turn: tuple[int, float], work: Work, n: int) -> None:
+    def enter(self, origin: Origin = ANYONE) -> Place:
+        """A place for a request that is not read yet. Raises QueueFullError where even the least one would find none;
+        that takes no longer the more there are."""
+        with self._lock:
+            self._check_room(origin, Work(1, 0, 1), 1)
+            self._entering[origin.tenant] += 1
+        return Place(lambda: self._leave(origin.tenant))
+
+    def _leave(self, tenant: str) -> None:
+        with self._lock:
+            self._entering[tenant] -= 1
+            if self._entering[tenant] == 0:
+                del self._entering[tenant]
+
+    def _queue(self, sequence: Sequence, times: int) -> None:
+        """times: how many like it wait, or, below 0, no longer do."""
+        line = sequence.origin.priority, sequence.origin.tenant
+        prompt = sequence.num_prompt_tokens
+        queued = self._queued.get(line, Queued()).plus(Queued(1, prompt, sequence.cost - prompt), times)
+        if queued.sequences:
+            self._queued[line] = queued
+        else:
+            del self._queued[line]
+
+    def _check_room(self, origin: Origin, work: Work, n: int) -> None:
         """Raises QueueFullError where the queue holds too much, unless it is others who fill it, or where the wait
         would be too long. A prompt's own computation counts only for half of what it may wait: one that takes longer
         would never be served."""
-        ahead = [each.work for each in self._waiting if each.turn <= turn]
-        begins, first_token = self._forecast.wait(self._running, ahead, self._slots, work.prompt)
+        if self._slots is None:
+            self._slots = self._forecast.slots(self._running, self._places)
+        slots, ahead = self._slots, self._ahead(origin)
+        begins, first_token = self._forecast.wait(slots, ahead, work.prompt)
         most = min(origin.max_wait, self.config.max_wait)
-        margin = MARGIN + SPREAD / math.sqrt(max(1, len(ahead) + len(self._running)))
+        margin = MARGIN + SPREAD / math.sqrt(max(1.0, ahead.sequences + len(self._running)))
         wait = begins * margin + min(first_token, most / 2)
-        if (ahead or len(self._running) >= self._slots) and wait > most:
-            raise QueueFullError(_bounded(wait - most))
-        tokens = sum(each.work.prompt for each in self._waiting)
-        own = sum(each.work.prompt for each in self._waiting if each.tenant == origin.tenant)
-        for held, of_tenant, more, most_held in (
-                (self._num_unfinished, self._tenants[origin.tenant], n, self.config.max_unfinished_seqs),
-                (tokens, own, n * work.prompt if tokens else 0, self.config.max_waiting_tokens)):
-            share = most_held // len({*self._tenants, origin.tenant})
+        if (ahead.sequences or len(self._running) >= slots.count) and wait > most:
+            raise self._refusal((wait - most) / margin)
+        entering = self._entering.total()
+        tokens = sum(line.prompt for line in self._queued.values())
+        own = sum(line.prompt for (_, tenant), line in self._queued.items() if tenant == origin.tenant)
+        for held, of_tenant, more, most_held, waiting in (
+                (self._num_unfinished + entering, self._tenants[origin.tenant] + self._entering[origin.tenant], n,
+                 self.config.max_unfinished_seqs, ahead.sequences),
+                (tokens, own, n * work.prompt if tokens else 0, self.config.max_waiting_tokens, ahead.prompt)):
+            share = most_held // len({*self._tenants, *self._entering, origin.tenant})
             if held + more > most_held and of_tenant + more > share:
-                raise QueueFullError(_bounded(begins))
+                # Where all slots are taken, what begins after these takes the place of one that ends.
+                those = held + more - most_held - 1 + max(0, slots.count - len(self._running))
+                before = Queued().plus(ahead, min(1.0, those / max(1, waiting)))
+                raise self._refusal(self._forecast.wait(slots, before, 1)[0])
+
+    def _ahead(self, origin: Origin) -> Queued:
+        """What goes before a request that comes now; its tenant's that are entering are as those that wait. Of another
+        tenant of the same priority it is what has its turn until then, and at least one."""
+        scheduler, ahead = self._scheduler, Queued()
+        for (priority, tenant), line in self._queued.items():
+            if priority <= origin.priority:
+                turns = priority == origin.priority and tenant != origin.tenant
+                share = scheduler.share_before(origin.tenant, tenant) + 1 / line.sequences if turns else 1.0
+                ahead = ahead.plus(line, min(1.0, share))
+        if ahead.sequences and (entering := self._entering[origin.tenant]):
+            ahead = ahead.plus(ahead, entering / ahead.sequences)
+        for work in self._preempted:
+            ahead = ahead.plus(Queued(1, work.prompt, self._forecast.output(work)))
+        return ahead
+
+    def _refusal(self, seconds: float) -> QueueFullError:
+        """seconds: until there should be a place; those who are refused together get more and more different ones."""
+        low, high = RETRY_AFTER_SECONDS
+        spread = 1 + RETRY_SPREAD * (next(self._refusals) * GOLDEN % 1)
+        return QueueFullError(min(max(seconds, low) * spread, high))
 
     @property
-    def _slots(self) -> int:
+    def _places(self) -> int:
         """Sequences that run at once: fewer than are allowed where the cache holds no more."""
         scheduler = self._scheduler
         return max(1, int(self._held_slots)) if scheduler.lacks_blocks else scheduler.max_num_seqs
@@ -327,6 +391,9 @@ class Engine(Generic[T]):
         queued = [*self._scheduler.running, *self._scheduler.waiting]
         assert {sequence.key: sequence for sequence in queued} == self._live
         assert self._num_unfinished == sum(self._unfinished.values()) == len(queued) + len(self._inbox)
+        waiting = Counter((sequence.origin.priority, sequence.origin.tenant)
+                          for sequence in [*queued, *self._inbox] if sequence.scheduled_time is None)
+        assert {line: queued.sequences for line, queued in self._queued.items()} == waiting
 
     def validate(self, prompt_token_ids: abc.Sequence[int], params: SamplingParams) -> None:
         length, limit = len(prompt_token_ids), self.config.max_model_len
@@ -383,6 +450,7 @@ class Engine(Generic[T]):
         now = time.monotonic()
         for sequence in plan.admitted:
             sequence.scheduled_time = now
+        self._left += plan.admitted
         if not plan.scheduled:
             self._awaits_store = self._scheduler.blocks.num_loading_blocks > 0
             if (self._scheduler.running or self._scheduler.waiting) and not self._awaits_store:
@@ -707,6 +775,8 @@ class Engine(Generic[T]):
         ))
         if finish_reason is None:
             return
+        if sequence.scheduled_time is None:
+            self._left.append(sequence)
         self._scheduler.finish(sequence)
         self._take_back(sequence.adapter)
         del self._live[sequence.key]
@@ -784,10 +854,13 @@ class Engine(Generic[T]):
         else:
             self._held_slots = float(len(scheduler.running))
         running = [self._work(sequence) for sequence in scheduler.running]
+        preempted = [self._work(sequence) for sequence in
+                     takewhile(lambda sequence: sequence.num_preemptions > 0, scheduler.waiting)]
         with self._lock:
-            self._running = running
-            self._waiting = [_Waiting(sequence.turn, sequence.origin.tenant, self._work(sequence))
-                             for sequence in [*scheduler.waiting, *self._inbox]]
+            self._running, self._preempted, self._slots = running, preempted, None
+            for sequence in self._left:
+                self._queue(sequence, -1)
+        self._left = []
 
     def _work(self, sequence: Sequence) -> Work:
         return Work(sequence.num_tokens - sequence.num_computed_tokens, sequence.num_output_tokens,
@@ -809,8 +882,3 @@ def _scored(gain: _Gain) -> _Gain:
     if not through:
         return gain
     return replace(gain, end=(FinishReason.LENGTH if sequence.pooler is None else FinishReason.STOP, None))
-
-
-def _bounded(seconds: float) -> float:
-    low, high = RETRY_AFTER_SECONDS
-    return min(max(seconds, low), high)

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 
 from fptq_runtime.engine.block_manager import BlockManager
-from fptq_runtime.engine.request import Origin
 from fptq_runtime.engine.sequence import Sequence, SequenceStatus
 from fptq_runtime.engine.speculation import NO_DRAFT, Draft
 
@@ -87,9 +86,10 @@ class Scheduler:
             place -= 1
         self.waiting.insert(place, sequence)
 
-    def turn_of(self, origin: Origin) -> tuple[int, float]:
-        """That a sequence would get now."""
-        return origin.priority, max(self._now, self._ends.get(origin.tenant, 0.0))
+    def share_before(self, tenant: str, other: str) -> float:
+        """Of what another tenant has waiting, the part whose turn is before that of what a tenant sends now."""
+        begins, ends = (max(self._now, self._ends.get(name, 0.0)) for name in (tenant, other))
+        return min(1.0, (begins - self._now) / (ends - self._now)) if ends > self._now else 0.0
 
     def finish(self, sequence: Sequence) -> None:
         """Take a sequence out, whatever its state, and free its blocks."""

@@ -27,7 +27,7 @@ from fptq_server.errors import APIError, ErrorHandlers
 from fptq_server.keys import ApiKeys
 from fptq_server.logprobs import TokenTexts
 from fptq_server.metrics import Metrics
-from fptq_server.middleware import RequestContext, RequestLimits, Routing
+from fptq_server.middleware import Admission, RequestContext, RequestLimits, Routing
 from fptq_server.pool import Dispatch, ModelPool
 from fptq_server.response_store import ResponseStore
 from fptq_server.routes.adapters import adapters_router
@@ -65,6 +65,7 @@ def create_app(engine: AsyncEngine, tokenizer: Tokenizer, config: ServerConfig, 
     store, batch_store = ResponseStore(config.responses_db), BatchStore(config.batch_dir, config.batch_dir_size)
     app = model_app(engine, tokenizer, config, model, metrics, store, batch_store, store.close, batch_store.close,
                     *([] if tracing is None else [tracing.stop]))
+    app.add_middleware(Admission, engine=engine, paths=app.state.answering, errors=ErrorHandlers(metrics))
     _guard(app, config, metrics, app.state.paths, tracing)
     return app
 
@@ -88,7 +89,7 @@ def create_pool_app(pool: ModelPool, config: ServerConfig, model: ModelCard, sto
     app.include_router(pool_router(pool, config, metrics))
     if len(pool.models) > 1:
         app.include_router(pool_models_router(pool))
-    app.router.default = Dispatch(pool)
+    app.router.default = Dispatch(pool, ErrorHandlers(metrics))
     assert pool.default.instance is not None
     _guard(app, config, metrics, pool.default.instance.loaded.app.state.paths, tracing)
     return app
@@ -137,6 +138,8 @@ def model_app(engine: AsyncEngine, tokenizer: Tokenizer, config: ServerConfig, m
         scores_router(Embedder(engine, tokenizer, model), model),
     )
     urls = frozenset(path for path in paths_of(answering, "POST") if "{" not in path)  # that a batch can have
+    generate = generate_router(engine, tokenizer, texts, model, config)
+    app.state.answering = urls.union(paths_of([generate], "POST"))
     slots = engine.engine.config.max_num_seqs
     app.state.batches = BatchRunner(app, urls, width=2 * slots)  # as many wait as run
     jobs = None if batch_store is None else \
@@ -146,7 +149,7 @@ def model_app(engine: AsyncEngine, tokenizer: Tokenizer, config: ServerConfig, m
         *answering,
         *([] if jobs is None else [batches_router(jobs)]),
         models_router(model),
-        generate_router(engine, tokenizer, texts, model, config),
+        generate,
         tokens_router(tokenizer, chat, model, config),
         status_router(engine, model, config, metrics),
         *([adapters_router(engine.engine.adapters, model)] if config.allow_runtime_lora_updating else []),

@@ -69,6 +69,8 @@ class Generation:
         self._cached_tokens = [(0, 0)] * len(prompts)  # and how many of them from disk
         self._predicted: dict[int, tuple[int, int]] = {}  # by choice: accepted and rejected tokens
         self._streams: list[RequestStream] = []
+        if record.place is not None:
+            record.place.leave()
         try:
             for prompt in prompts:
                 request_id = f"{self.id}-{next(SERIAL)}"
@@ -201,12 +203,16 @@ def _refusal(error: Exception) -> Exception:
             return bad_parameter(error)
         case AdapterError():
             return APIError(404, str(error), param="model", code="model_not_found")
-        case QueueFullError(reason="draining"):
-            return APIError(503, "the server is shutting down", reason="draining", code="draining",
-                            retry_after=error.retry_after)
         case QueueFullError():
-            return APIError(429, "the server is busy, and this request would wait too long; try again later",
-                            reason="queue_full", code="queue_full", retry_after=error.retry_after)
+            return no_place(error)
         case EngineDeadError():
             return APIError(503, "the engine has stopped", reason="engine_stopped", code="engine_stopped")
     return error
+
+
+def no_place(error: QueueFullError) -> APIError:
+    if error.reason == "draining":
+        return APIError(503, "the server is shutting down", reason="draining", code="draining",
+                        retry_after=error.retry_after)
+    return APIError(429, "the server is busy, and this request would wait too long; try again later",
+                    reason="queue_full", code="queue_full", retry_after=error.retry_after)

@@ -7,15 +7,18 @@ import logging
 import re
 import time
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 
 from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from fptq_runtime.engine.async_engine import AsyncEngine
+from fptq_runtime.engine.engine import QueueFullError
 from fptq_server.auth import PUBLIC_PATHS
 from fptq_server.errors import APIError, ErrorHandlers
+from fptq_server.generation import no_place
 from fptq_server.metrics import Metrics
 from fptq_server.record import peer, record_of
 from fptq_server.tracing import Tracing
@@ -220,3 +223,32 @@ class RequestLimits:
             return message
 
         return limited
+
+
+class Admission:
+    """Innermost. A request for an answer that would find the queue full is refused before anything of its body is read;
+    another holds a place until the engine has it, so that no more are read than will be taken.
+
+    paths: where such requests come, by POST.
+    """
+
+    def __init__(self, app: ASGIApp, engine: AsyncEngine, paths: Collection[str], errors: ErrorHandlers) -> None:
+        self._app = app
+        self._engine = engine
+        self._paths = paths
+        self._errors = errors
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] != "POST" or scope["path"] not in self._paths:
+            await self._app(scope, receive, send)
+            return
+        record = record_of(scope)
+        try:
+            record.place = place = self._engine.enter(record.origin)
+        except QueueFullError as error:
+            await self._errors.refuse(scope, no_place(error))(scope, receive, send)
+            return
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            place.leave()

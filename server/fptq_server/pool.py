@@ -22,7 +22,8 @@ from starlette.types import Message, Receive, Scope, Send
 
 from fptq_runtime.engine.sizing import format_bytes
 from fptq_runtime.errors import FptqError
-from fptq_server.errors import APIError
+from fptq_server.errors import APIError, ErrorHandlers
+from fptq_server.middleware import Admission
 from fptq_server.validation import TGI_NAMES
 
 if TYPE_CHECKING:
@@ -254,8 +255,9 @@ def _users(model: ServedModel) -> int:
 class Dispatch:
     """The routes of the model that a request names: in its body, or as ?model= where it has none."""
 
-    def __init__(self, pool: ModelPool) -> None:
+    def __init__(self, pool: ModelPool, errors: ErrorHandlers) -> None:
         self._pool = pool
+        self._errors = errors
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         body = await Request(scope, receive).body() if scope["method"] == "POST" else b""
@@ -270,8 +272,10 @@ class Dispatch:
             sent = True
             return {"type": "http.request", "body": body, "more_body": False}
 
+        app, engine = instance.loaded.app, instance.loaded.engine
+        admission = Admission(app.router, engine, app.state.answering, self._errors)
         try:
-            await instance.loaded.app.router(scope, receive_again, send)
+            await admission(scope, receive_again, send)
         finally:
             self._pool.release(instance)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from starlette.types import Scope
 
+from fptq_runtime.engine.engine import Place
 from fptq_runtime.engine.request import ANYONE, Origin, SamplingParams
 
 SCOPE_KEY = "fptq.record"
@@ -16,14 +17,16 @@ SCOPE_KEY = "fptq.record"
 @dataclass
 class RequestRecord:
     """id: the client's X-Request-Id or a random one; a generation's own id ends with it. origin: whose it is, and how
-    long it may wait. admitted: it is a line of a batch, whose key was checked when that came. prompt_tokens: None where
-    nothing was generated. finish_reasons: of the sequences that ended. error: what an APIError's `summary` says.
+    long it may wait. admitted: it is a line of a batch, whose key was checked when that came. place: held in the queue
+    until the engine has it. prompt_tokens: None where nothing was generated. finish_reasons: of the sequences that
+    ended. error: what an APIError's `summary` says.
     submitted, scheduled, first_token, last_token: when that was, by time.monotonic(), of the first of several
     sequences, or the last."""
 
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     origin: Origin = ANYONE
     admitted: bool = False
+    place: Place | None = None
     prompt_tokens: int | None = None
     completion_tokens: int = 0
     finish_reasons: set[str] = field(default_factory=set)

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fptq_runtime.engine.admission import Forecast, Work
+from fptq_runtime.engine.admission import Forecast, Queued, Work
 from fptq_runtime.engine.engine import Engine, QueueFullError
 from fptq_runtime.engine.request import Origin, SamplingParams
 from tests.engine.fake import logits_after, make_engine, solo, tokens
@@ -279,8 +279,12 @@ def test_a_forecast_is_a_time(works: list[tuple[int, int]], running: int, slots:
         forecast.observe_answer(*answer)
     assert all(0 <= forecast.output(Work(1, k, 900)) <= 900 - k for k in (0, 1, 50, 899, 900))
     work = [Work(prompt, most // 3, most) for prompt, most in works]
-    begins, own = forecast.wait(work[:running], work[running:], slots, prompt)
+    held = forecast.slots(work[:running], slots)
+    ahead = Queued()
+    for each in work[running:]:
+        ahead = ahead.plus(Queued(1, each.prompt, forecast.output(each)))
+    begins, own = forecast.wait(held, ahead, prompt)
     assert 0 <= begins < float("inf")
     assert 0 <= own < float("inf")
-    more, _ = forecast.wait(work[:running], [*work[running:], Work(100, 0, 100)], slots, prompt)
+    more, _ = forecast.wait(held, ahead.plus(Queued(1, 100, 100)), prompt)
     assert more >= begins * (1 - 1e-9)

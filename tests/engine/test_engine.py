@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
+from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,8 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fptq_runtime.engine.admission import Forecast
 from fptq_runtime.engine.engine import Engine, QueueFullError, RequestError
-from fptq_runtime.engine.request import FinishReason, SamplingParams
+from fptq_runtime.engine.request import FinishReason, Origin, SamplingParams
 from tests.engine.fake import EOS, VOCAB, gist, logits_after, make_engine, run, solo, spelled, text, tokens
 
 GREEDY = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
@@ -336,9 +338,76 @@ def test_retry_after_follows_the_measured_rate(monkeypatch: pytest.MonkeyPatch) 
         engine.step()
     for i in range(10, 12):  # two have finished, in two seconds each
         engine.add_request(str(i), [i + 1], greedy(max_tokens=4))
-    with pytest.raises(QueueFullError) as refused:
-        engine.add_request("12", [1], GREEDY)
-    assert refused.value.retry_after == pytest.approx(2 * (engine.num_waiting + 1), rel=0.1)
+    for n in (1, 3):  # places
+        with pytest.raises(QueueFullError) as refused:
+            engine.add_request("12", [1], greedy(max_tokens=4, n=n))
+        assert 2 * n <= refused.value.retry_after <= 1.5 * 2 * n
+    began, taken = now[0], 0.0
+    while not taken:
+        engine.step()
+        with suppress(QueueFullError):
+            engine.add_request("12", [1], greedy(max_tokens=4, n=3))
+            taken = now[0] - began
+    assert taken == 6
+
+
+def test_those_who_are_refused_together_do_not_come_back_together() -> None:
+    engine = make_engine(max_num_seqs=1, max_waiting_requests=1)
+    told = []
+    for i in range(102):
+        with suppress(QueueFullError):
+            engine.add_request(str(i), [1], GREEDY)
+            continue
+        with pytest.raises(QueueFullError) as refused:
+            engine.enter()
+        told.append(refused.value.retry_after)
+    gaps = np.diff(sorted(told))
+    assert 1 <= min(told) < max(told) <= 1.5
+    assert 0 < min(gaps) <= max(gaps) <= 0.02
+
+
+def test_who_comes_costs_the_same_however_many_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forecasts of a length that are made for it, taken or refused."""
+    made: list[int] = []
+    output = Forecast.output
+    monkeypatch.setattr(Forecast, "output", lambda self, work: made.append(0) or output(self, work))  # type: ignore[func-returns-value]
+    engine = make_engine(max_num_seqs=2, max_waiting_requests=198)
+    counts = []
+    for i in range(300):
+        before = len(made)
+        with suppress(QueueFullError):
+            engine.add_request(str(i), [1], GREEDY, Origin(priority=i % 3))
+        counts.append(len(made) - before)
+    assert counts == [1] * 300
+    for _ in range(20):
+        engine.step()
+        engine.check_integrity()
+    before = len(made)
+    with suppress(QueueFullError):
+        while True:
+            engine.enter()
+    assert len(made) - before == 2, "of those that run, once after a step"
+
+
+def test_a_place_is_held_for_who_is_on_the_way() -> None:
+    """In the queue, as if it waited; of a tenant's share, too."""
+    engine = make_engine(max_num_seqs=1, max_waiting_requests=3)
+    places = [engine.enter() for _ in range(4)]
+    with pytest.raises(QueueFullError):
+        engine.enter()
+    with pytest.raises(QueueFullError):
+        engine.add_request("full", [1], GREEDY)
+    engine.enter(Origin("another")).leave()
+    for _ in range(2):
+        places[0].leave()
+    engine.add_request("0", [1], GREEDY)
+    with pytest.raises(QueueFullError):
+        engine.enter()
+    for place in places:
+        place.leave()
+    engine.enter()
+    assert len(run(engine)) == 1
+    engine.check_integrity()
 
 
 def test_abort_while_waiting_and_while_running() -> None:

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fptq_runtime
 from fptq_runtime.config import EngineConfig
-from fptq_runtime.engine.admission import Work
+from fptq_runtime.engine.admission import Queued, Work
 from fptq_runtime.engine.engine import RequestError
 from fptq_runtime.engine.llm import LLM, _sizes, _warm_up, load_engine
 from fptq_runtime.engine.request import FinishReason, SamplingParams
@@ -174,7 +174,8 @@ def test_a_warm_up_meets_steps_of_every_size() -> None:
     assert {len(batch.token_ids) for batch in batches if batch.slot_mapping.max() >= 0} == {1, 2, 4, 8, 16, 32, 48}
     assert {len(batch.seq_lens) for batch in batches if batch.slot_mapping.max() >= 0} == {1, 2, 4, 8}
     engine.check_integrity()
-    assert engine._forecast.wait([Work(1, 0, 50)] * 9, [], 9, 40) == (0, 0), "steps that compile teach nothing"
+    held = engine._forecast.slots([Work(1, 0, 50)] * 9, 9)
+    assert engine._forecast.wait(held, Queued(), 40) == (0, 0), "steps that compile teach nothing"
 
 
 def test_every_size_of_a_decoding_step_is_met_before_a_request() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import Callable
 from typing import Any
 
@@ -49,6 +50,30 @@ def test_full_queue(run_server: Callable[..., Any]) -> None:
         assert "at most 2 at a time" in response.json()["error"]["message"]
         wait_until(lambda: metric(served, "fptq_requests_waiting") + metric(served, "fptq_requests_running") == 0)
         assert served.http.post("/v1/completions", json={"prompt": "x", "max_tokens": 1}).status_code == 200
+
+
+def test_a_refusal_reads_no_body_and_who_is_read_holds_a_place(run_server: Callable[..., Any]) -> None:
+    """Of two places one is a request's whose body has not come; so is the other's, until its client goes."""
+    def begin(served: Served) -> socket.socket:
+        client = socket.create_connection(("127.0.0.1", served.port), timeout=60)
+        client.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+                       b"content-length: 1000000\r\n\r\n")
+        return client
+
+    with run_server(max_num_seqs=1, max_waiting_requests=1) as served:
+        entering = served.engine.engine._entering
+        with begin(served), begin(served) as second:
+            wait_until(lambda: entering.total() == 2)
+            with begin(served) as third:
+                answer = third.recv(1 << 16)
+            assert answer.startswith(b"HTTP/1.1 429 ")
+            assert b"\r\nretry-after: 1\r\n" in answer.lower()
+            assert served.http.get("/readyz").status_code == 200
+            assert served.http.post("/tokenize", json={"prompt": "x"}).status_code == 200
+            second.close()
+            wait_until(lambda: entering.total() == 1)
+            assert served.http.post("/v1/completions", json={"prompt": "x", "max_tokens": 1}).status_code == 200
+        wait_until(lambda: not entering)
 
 
 def test_the_sdk_retries(client: openai.OpenAI, served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
