@@ -142,9 +142,9 @@ def mamba2(module: str, hidden: int, space: StateSpace, taps: int, *, bias: bool
            normed: bool = True) -> Mixer:
     """The mixer of the checkpoint's `module`, whose rows are z | x | B | C | dt. Raises ModelError."""
     inner, convolved = space.channels, space.convolved
-    if space.heads % space.groups or space.head_dim > MAX_HEAD_DIM:
+    if space.heads % space.groups or space.head_dim > MAX_HEAD_DIM or space.convolved > MAX_CHANNELS:
         raise ModelError(f"config.json: Mamba's {space.heads} heads of {space.head_dim} must be a multiple of its "
-                         f"{space.groups} groups, and at most {MAX_HEAD_DIM} wide")
+                         f"{space.groups} groups, at most {MAX_HEAD_DIM} wide, and with them {MAX_CHANNELS} channels")
     rows = inner + convolved + space.heads
     z = np.arange(inner)
     order = np.concatenate((np.arange(inner, inner + convolved), z, np.arange(inner + convolved, rows)))

@@ -38,6 +38,10 @@ OUTER = ("tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id", 
 def decoder_config(config: dict[str, Any]) -> tuple[dict[str, Any], bool]:
     """The config.json of the decoder alone, and whether it is a tower among others; others come back as they are."""
     names = config.get("architectures")
+    if names is None:  # as transformers decides then
+        architecture, model_type = TOWERS.get(str(config.get("model_type")), (None, None))
+        if architecture is not None and model_type == config.get("model_type"):
+            return {**config, "architectures": [architecture]}, False
     if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str) or names[0] in FAMILIES:
         return config, False
     if names[0].endswith("Model"):

@@ -299,6 +299,48 @@ def test_gptq(source: Path, tmp_path: Path, options: dict[str, Any], minus_one: 
     assert_close(ours(tmp_path / "model"), theirs(source, meant))
 
 
+@pytest.mark.parametrize("packing", [
+    {"packing_format": "auto_round:auto_gptq"}, {"backend": "auto_round:exllamav2"}, {}, {"sym": False},
+    {"packing_format": "auto_round:auto_awq", "sym": False}], ids=str)
+def test_auto_round(source: Path, tmp_path: Path, packing: dict[str, Any]) -> None:
+    """Its tensors are GPTQ's without g_idx, or AWQ's; a layer that it left in float is said in extra_config."""
+    path = tmp_path / "model"
+    meant = awq(source, path) if "auto_awq" in str(packing) else gptq(source, path, symmetric=packing.get("sym", True))
+    tensors = load_file(path / "model.safetensors")
+    save_file({name: tensor for name, tensor in tensors.items() if not name.endswith("g_idx")},
+              path / "model.safetensors", metadata={"format": "pt"})
+    change_config(path, quantization_config={
+        "quant_method": "auto-round", "bits": 4, "group_size": 32, "sym": True, "data_type": "int", "iters": 200,
+        "autoround_version": "0.9.0", "block_name_to_quantize": "model.layers", **packing,
+        "extra_config": {"lm_head": {"bits": 16, "data_type": "float", "act_bits": 16}}})
+    assert_close(ours(path), theirs(source, meant))
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"data_type": "mx_fp"}, "mx_fp"), ({"act_bits": 8}, "activations to 8 bits"), ({"bits": 2}, "2 bits"),
+    ({"packing_format": "auto_round:llm_compressor"}, "llm_compressor"), ({"rotation": "quarot"}, "rotation"),
+    ({"extra_config": {"model.layers.0.mlp.up_proj": {"bits": 4, "data_type": "nv_fp"}}}, "up_proj has data_type"),
+])
+def test_what_auto_round_says_and_is_not_applied_is_refused(source: Path, tmp_path: Path, changes: dict[str, Any],
+                                                            message: str) -> None:
+    gptq(source, tmp_path / "model")
+    change_config(tmp_path / "model", quantization_config={"quant_method": "auto-round", "bits": 4, "group_size": 32,
+                                                           "sym": True, **changes})
+    with pytest.raises(SchemeError, match=message):
+        Checkpoint(tmp_path / "model")
+
+
+def test_a_kv_cache_scheme_is_said_and_left(source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """It changes no weight: the cache's type is chosen when serving."""
+    compress(source, tmp_path / "model", "int-quantized", "w8", "a8")
+    expected = ours(tmp_path / "model")
+    quantization = json.loads((tmp_path / "model" / "config.json").read_text())["quantization_config"]
+    change_config(tmp_path / "model", quantization_config={**quantization, "kv_cache_scheme": {
+        "num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}})
+    np.testing.assert_array_equal(ours(tmp_path / "model"), expected)
+    assert any("kv_cache_scheme is not applied" in message for message in caplog.messages)
+
+
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_gptq_of_sizes_that_fill_no_words(tmp_path: Path, symmetric: bool) -> None:
     save_random("llama", tmp_path / "float", num_hidden_layers=1, intermediate_size=164)
@@ -369,7 +411,6 @@ def test_foreign_configs_are_refused_by_name(source: Path, tmp_path: Path, chang
 CT_FACTS: list[tuple[str, str, Any]] = [
     ("quantization_config", "transform_config", {"config_groups": {"u": {"type": "hadamard", "apply": []}}}),
     ("quantization_config", "sparsity_config", {"format": "sparse-24-bitmask", "targets": ["Linear"]}),
-    ("quantization_config", "kv_cache_scheme", {"num_bits": 8, "type": "float"}),
     ("quantization_config", "residual_scale", 0.5),
     ("group", "output_activations", {"num_bits": 8}),
     ("group", "rotation", "hadamard"),

@@ -109,6 +109,15 @@ def test_a_model_without_its_head(family: str, tmp_path: Path) -> None:
     assert_agrees(tmp_path / "base", whole, list(range(3, 60)))
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_a_config_that_names_no_architecture(family: str, tmp_path: Path) -> None:
+    """transformers goes by its model_type."""
+    model = save_random(family, tmp_path)
+    change_config(tmp_path, architectures=None)
+    assert type(AutoModelForCausalLM.from_pretrained(tmp_path)) is type(model)
+    assert_agrees(tmp_path, model, list(range(3, 60)))
+
+
 def test_float64(tmp_path: Path) -> None:
     model = save_random("llama", tmp_path)
     tensors = {name: tensor.double() for name, tensor in load_file(tmp_path / "model.safetensors").items()}

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from fptq_runtime.artifact.files import MANIFEST, is_there
 from fptq_runtime.artifact.scheme import LayerScheme, SchemeError
 from fptq_runtime.kernels.base import Array, QuantizedWeight
+from fptq_runtime.models.formats.auto_round import METHODS, open_auto_round
 from fptq_runtime.models.formats.awq import Awq
 from fptq_runtime.models.formats.compressed_tensors import CompressedTensors
 from fptq_runtime.models.formats.floats import Floats, block_of_groups
@@ -64,9 +65,11 @@ def open_format(config: Mapping[str, Any], path: Path, tensors: Tensors, dequant
             return Gptq(quantization, tensors)
         case "awq":
             return Awq(quantization, tensors)
+        case _ if method in METHODS:
+            return open_auto_round(quantization, tensors)
         case "fp8" | "fbgemm_fp8" | "modelopt":
             return Floats.of_config(quantization, tensors)
         case "mxfp4":  # of gpt-oss's experts alone, which are read as floats
             return None
-    raise SchemeError(f"quantization method {method!r} is not supported; compressed-tensors, gptq, awq, fp8, "
-                      "fbgemm_fp8, modelopt and mxfp4 are")
+    raise SchemeError(f"quantization method {method!r} is not supported; compressed-tensors, gptq, awq, "
+                      "auto-round, fp8, fbgemm_fp8, modelopt and mxfp4 are")

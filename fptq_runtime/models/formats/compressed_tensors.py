@@ -7,6 +7,7 @@ ignored by others with a warning: a linear's `low_rank_down` [r, K] and `low_ran
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from collections import Counter
@@ -20,6 +21,8 @@ from fptq_runtime.kernels.base import Array, Embedding, Linear, Norm, QuantizedW
 from fptq_runtime.models.formats.facts import refuse_unknown
 from fptq_runtime.models.tensors import CheckpointError, Tensors
 from fptq_runtime.models.weights import Stored, pack, runnable, unpack
+
+logger = logging.getLogger(__name__)
 
 CONFIG_READ = ("quant_method", "format", "config_groups", "ignore", "kv_cache_scheme")
 CONFIG_HARMLESS = ("quantization_status", "global_compression_ratio", "version", "compression_ratio", "run_compressed",
@@ -42,7 +45,7 @@ class CompressedTensors:
         if not isinstance(groups, Mapping) or not groups:
             raise SchemeError("quantization_config has no config_groups")
         if config.get("kv_cache_scheme") is not None:
-            raise SchemeError("kv_cache_scheme is not supported; the KV cache's type is chosen when serving")
+            logger.warning("kv_cache_scheme is not applied: the KV cache's type is chosen when serving")
         self._ignored, self._ignore = _names(config.get("ignore") or [])
         self._exact: dict[str, _Group] = {}
         self._groups: list[tuple[list[re.Pattern[str]], bool, _Group]] = []
