@@ -8,9 +8,11 @@ import glob
 import json
 import os
 import re
+import resource
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -407,6 +409,7 @@ def quantize(model: str, out: Path, recipe: str, revision: str | None, max_loss:
     """Quantize MODEL into the new directory OUT."""
     from fptq_runtime.locate import find_model
 
+    began = time.monotonic()
     source = find_model(model, revision)
     from fptq_runtime.artifact.io import check_output
 
@@ -421,14 +424,22 @@ def quantize(model: str, out: Path, recipe: str, revision: str | None, max_loss:
     with _tells_what_is_left(out):
         if max_loss is None and extra_bytes is None:
             manifest = quantize(source, out, recipe, progress=True, **options)
-            return manifest.model_dump(mode="json"), summarize(manifest, model, recipe)
+            return manifest.model_dump(mode="json"), f"{_took(began)}\n{summarize(manifest, model, recipe)}"
         from fptq_runtime.analysis.budget import Budget, quantize_within
         from fptq_runtime.quantizer.recipe import load_recipe
 
         budget = Budget(max_loss, extra_bytes)
         manifest, spent = quantize_within(source, out, load_recipe(recipe), budget, progress=True, **options)
     return {**manifest.model_dump(mode="json"), "budget": asdict(spent)}, (
-        f"{spent.summary(budget)}\n\n{summarize(manifest, model, recipe)}")
+        f"{_took(began)}\n{spent.summary(budget)}\n\n{summarize(manifest, model, recipe)}")
+
+
+def _took(began: float) -> str:
+    """began: on the monotonic clock."""
+    from fptq_runtime.progress import duration
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10  # which Linux counts in KiB
+    return f"took {duration(time.monotonic() - began)} and at most {peak / 1e9:.1f} GB of memory"
 
 
 def _limit_torch(threads: int) -> None:

@@ -35,6 +35,18 @@ class _LogBar(tqdm):  # type: ignore[type-arg]  # only its stubs take one
         super().set_description(desc, refresh=False)  # the next line will say it
 
 
+def duration(seconds: float) -> str:
+    """As people say it: "40 seconds", "7 minutes", "2.5 hours"."""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} seconds"
+    return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
+
+
+def tell(line: str) -> None:
+    """Say something on stderr, above the bars that are drawn there."""
+    tqdm.write(line, file=sys.stderr)
+
+
 def progress_bar(iterable: Iterable[Any] | None = None, *, unit: str, shown: bool, desc: str = "",
                  total: float | None = None, initial: int = 0, counts: bool = True) -> tqdm[Any]:
     """tqdm's, on stderr. counts: whether people can make sense of the numbers done and in total."""

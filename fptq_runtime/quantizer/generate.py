@@ -8,6 +8,7 @@ from itertools import chain
 
 import numpy as np
 
+from fptq_runtime.config import ModelConfig
 from fptq_runtime.kernels.base import PARAMETERS, Backend, Executor, Logits, SampleInput, StepInput, StepLimits
 from fptq_runtime.models.decoder import Decoder
 from fptq_runtime.models.loader import Checkpoint
@@ -46,7 +47,7 @@ def generate_windows(decoder: Decoder, backend: Backend, tokenizer: Tokenizer, l
     seeds = [int(g.integers(1 << 63)) for g in generators]
 
     blocks = -(-longest // BLOCK_SIZE)
-    bytes_each = 4 * blocks * BLOCK_SIZE * config.cached_layers * config.num_kv_heads * config.head_dim  # bf16, K and V
+    bytes_each = blocks * BLOCK_SIZE * _token_bytes(config)
     batch = max(1, min(BATCH, len(lengths), CACHE_BYTES // bytes_each))
     prompt = len(bos) + 1
     executor = backend.compile(decoder, StepLimits.of(
@@ -70,9 +71,14 @@ def generate_windows(decoder: Decoder, backend: Backend, tokenizer: Tokenizer, l
     return windows
 
 
-def writing_bytes(checkpoint: Checkpoint) -> int:
+def writing_bytes(checkpoint: Checkpoint, tokens: int) -> int:
     """What loading a float model and its cache take at most: float32, where there is no native backend."""
-    return 4 * checkpoint.num_parameters + CACHE_BYTES
+    return 4 * checkpoint.num_parameters + min(CACHE_BYTES, tokens * _token_bytes(checkpoint.model_config))
+
+
+def _token_bytes(config: ModelConfig) -> int:
+    """Of the cache: keys and values in bf16."""
+    return 4 * config.cached_layers * config.num_kv_heads * config.head_dim
 
 
 def _step(executor: Executor, windows: Sequence[Sequence[int]], computed: int, blocks: int) -> Logits:

@@ -33,7 +33,7 @@ from fptq_runtime.models.formats.compressed_tensors import linear_scheme, quanti
 from fptq_runtime.models.loader import Checkpoint, load_head, load_stem
 from fptq_runtime.models.readout import MOVING, READOUT, Basis, bases_to_bytes
 from fptq_runtime.models.tensors import weight_files
-from fptq_runtime.progress import progress_bar
+from fptq_runtime.progress import progress_bar, tell
 from fptq_runtime.quantizer.calibrate import ChosenExperts, HiddenStates, packaged_text, read_text
 from fptq_runtime.quantizer.card import model_card
 from fptq_runtime.quantizer.evaluate import MAX_WINDOW, text_windows
@@ -45,6 +45,7 @@ from fptq_runtime.quantizer.export import (
     stem_modules,
     tensors_of,
 )
+from fptq_runtime.quantizer.forecast import forecast
 from fptq_runtime.quantizer.pickled import as_safetensors
 from fptq_runtime.quantizer.recipe import Recipe, load_recipe
 from fptq_runtime.quantizer.record import write_golden
@@ -93,6 +94,10 @@ def quantize(
     tokenizer = load_tokenizer(source.path)
     measured_on = packaged_text("heldout") if text is None else read_text(text)
     measured = text_windows(measured_on, tokenizer, config.max_position_embeddings, text_tokens)
+    if progress and isinstance(calibration, Calibration):
+        tokens = calibration.num_samples * calibration.length(config.max_position_embeddings)
+        writes = calibration.source == "self" or (calibration.source is None and recipe.reads_inputs)
+        tell(f"quantizing {source.name} takes {forecast(checkpoint, recipe, tokens, measured, writes)}")
     calibrated = (calibration if isinstance(calibration, CalibrationSet)
                   else calibration.draw(checkpoint, tokenizer, recipe.reads_inputs, progress))
     checkpoint.max_positions = max(watcher.max_positions, *map(len, (*calibrated.windows, *measured)))

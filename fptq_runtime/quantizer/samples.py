@@ -8,7 +8,6 @@ import io
 import json
 import logging
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from fptq_runtime.kernels.select import select_backend
 from fptq_runtime.memory import available_memory
 from fptq_runtime.models.loader import Checkpoint, load_model
 from fptq_runtime.models.tokenizer import Tokenizer
-from fptq_runtime.progress import progress_bar
+from fptq_runtime.progress import progress_bar, tell
 from fptq_runtime.quantizer.calibrate import (
     CalibrationError,
     packaged_text,
@@ -87,7 +86,7 @@ class Calibration:
             histogram = read_lengths(self.lengths)
             drawn = histogram.draw(self.num_samples * length, context, self.seed)
             recorded = histogram.record(drawn, context)
-        source = self.source or ("self" if matters and _fits(checkpoint) else "tales")
+        source = self.source or ("self" if matters and _fits(checkpoint, sum(drawn)) else "tales")
         windows: list[list[int]] | None = None
         if source == "random":
             windows = random_windows(tokenizer, config.vocab_size, drawn, self.seed)
@@ -107,9 +106,9 @@ class Calibration:
         return CalibrationSet(self, tokens, windows, length, recorded)
 
 
-def _fits(checkpoint: Checkpoint) -> bool:
+def _fits(checkpoint: Checkpoint, tokens: int) -> bool:
     """Whether the whole float model can be run here; says so where it cannot."""
-    needed, available = writing_bytes(checkpoint), available_memory()
+    needed, available = writing_bytes(checkpoint, tokens), available_memory()
     if available is None or needed <= available:
         return True
     logger.warning("calibrating on packaged tales: for the model to write its own samples, which suit it better, takes "
@@ -121,9 +120,8 @@ def _written(checkpoint: Checkpoint, tokenizer: Tokenizer, lengths: Sequence[int
              ) -> list[list[int]]:
     with progress_bar(total=sum(lengths), desc="writing", unit="token", shown=progress) as bar:
         if progress:
-            bar.write(f"the model writes {len(lengths)} samples to calibrate on, {sum(lengths)} tokens, in "
-                      f"{writing_bytes(checkpoint) >> 20} MB of memory; fptq quantize --calibration tales does without",
-                      file=sys.stderr)
+            tell(f"the model writes {len(lengths)} samples to calibrate on, {sum(lengths)} tokens; fptq quantize "
+                 "--calibration tales does without")
         backend = select_backend()
         return generate_windows(load_model(checkpoint, backend), backend, tokenizer, lengths, seed, bar.update)
 

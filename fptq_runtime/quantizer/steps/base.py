@@ -285,6 +285,24 @@ class Step(BaseModel):
         """Whether what calibration observes decides anything but the reported errors."""
         return type(self).apply is not Step.apply
 
+    @property
+    def parameter_bytes(self) -> int:
+        """Of memory that each parameter of the whole model takes at once."""
+        return 0
+
+    def products(self, n: int, k: int, rows: int) -> float:
+        """About how many multiply-adds it takes for a block's linear [n, k] that reads so many calibration rows,
+        beside running the block."""
+        return 0
+
+    def trained_tokens(self, calibrated: int) -> int:
+        """How many the whole model is trained on, of that many to calibrate on."""
+        return 0
+
+    def moments_bytes(self, k: int) -> int:
+        """Of memory that it keeps of the k inputs of a linear."""
+        return 0
+
     def check(self, model: Model) -> None:
         """Raise QuantizationError, naming the family, where this step cannot work on such a model."""
 

@@ -47,6 +47,13 @@ class Distill(Step):
     def reads_inputs(self) -> bool:
         return True
 
+    @property
+    def parameter_bytes(self) -> int:
+        return PARAMETER_BYTES
+
+    def trained_tokens(self, calibrated: int) -> int:
+        return calibrated
+
     def tune(self, work: TuneWork) -> None:
         refuse_too_large(self.type, work.checkpoint, PARAMETER_BYTES)
 

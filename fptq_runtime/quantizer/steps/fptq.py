@@ -9,14 +9,16 @@ import torch
 from pydantic import Field, PositiveFloat, model_validator
 
 from fptq_runtime.kernels.base import ActivationQuant
+from fptq_runtime.quantizer.calibrate import SAMPLE_ROWS
 from fptq_runtime.quantizer.folds import fold, foldable_scale
 from fptq_runtime.quantizer.ranges import QUANTILE, RangeMethod
 from fptq_runtime.quantizer.steps.base import BlockWork, Step, Target, matches, static_act
-from fptq_runtime.quantizer.steps.search import ChooseAct, Trial
+from fptq_runtime.quantizer.steps.search import OUTPUTS, ChooseAct, Trial
 
 Policy = Literal["static", "lae", "dynamic"]
 
 SEARCHED_CEILINGS = (1.0, 0.8, 0.6, 0.5, 0.4, 0.3)  # of LAE's own
+TRIALS = 4  # of a linear, on average
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,9 @@ class Fptq(Step):
 
     def patterns(self) -> tuple[str, ...]:
         return tuple(self.overrides)
+
+    def products(self, n: int, k: int, rows: int) -> float:
+        return TRIALS * k * min(n, OUTPUTS) * min(rows, SAMPLE_ROWS)
 
     def apply(self, work: BlockWork) -> None:
         for target in work.targets.values():

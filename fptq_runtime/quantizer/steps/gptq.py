@@ -63,6 +63,15 @@ class Gptq(Weights):
     def wants_moments(self, head: bool) -> bool:
         return self.head_bits == 4 if head else not self.sequential
 
+    def products(self, n: int, k: int, rows: int) -> float:
+        moments = rows * k * k * (0.5 + self.wants_exact)
+        again = (2 + 2 * self.wants_exact) * rows * n * k if self.sequential else 0
+        rounding = k * k * (n * (1 + 2 * self.wants_exact + 3 * self.refits) + k)
+        return super().products(n, k, rows) + moments + again + rounding
+
+    def moments_bytes(self, k: int) -> int:
+        return 4 * k * k * (1 + self.wants_exact)
+
     def apply(self, work: BlockWork) -> None:
         exact = work.block.with_linears(lambda name, linear: replace(linear, act=None))  # before they are quantized
         if not self.sequential:

@@ -87,6 +87,13 @@ class Qat(Step):
             raise QuantizationError(f"qat does not work on {model.config.architecture}: what its recurrent layers have "
                                     "beside linears is not trained; leave the step out")
 
+    @property
+    def parameter_bytes(self) -> int:
+        return PARAMETER_BYTES
+
+    def trained_tokens(self, calibrated: int) -> int:
+        return self.num_sequences * self.sequence_length
+
     def tune(self, work: TuneWork) -> Checkpoint:
         device = self._device()
         refuse_too_large(self.type, work.checkpoint, PARAMETER_BYTES, device)

@@ -18,11 +18,13 @@ from fptq_runtime.artifact.numerics import (
 from fptq_runtime.artifact.scheme import NumberType
 from fptq_runtime.kernels.base import QuantizedWeight
 from fptq_runtime.models.block import Model
+from fptq_runtime.quantizer.calibrate import SAMPLE_ROWS
 from fptq_runtime.quantizer.steps.base import BlockWork, QuantizationError, Rounding, Step, Target, matches
 
 Bits = Literal[4, 8, 16]
 
 CLIP_STEPS = 40
+CLIP_PRODUCTS = 75  # as many multiply-adds take as long as one step does on a weight
 CHUNK_WEIGHTS = 1 << 19  # searched at a time: 2 MiB, which stay in the cache
 MAX_ERROR = 0.5  # |W - Ŵ|² / |W|²; 4 bits have a hundredth
 
@@ -97,6 +99,10 @@ class Weights(Step):
         if self.grid == "float" and bits == 8:
             group = None
         return Rounding(bits, group, self.grid, self.scales if bits == 4 else "float")
+
+    def products(self, n: int, k: int, rows: int) -> float:
+        searched = CLIP_STEPS * CLIP_PRODUCTS if self.clip == "mse" else 0
+        return n * k * (3 * min(rows, SAMPLE_ROWS) + searched)
 
     def apply(self, work: BlockWork) -> None:
         for target in work.targets.values():
