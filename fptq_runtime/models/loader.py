@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections import Counter
 from dataclasses import replace
 from functools import cached_property
@@ -45,7 +46,7 @@ from fptq_runtime.models.gguf import GgufIntegers, GgufTensors, gguf_file
 from fptq_runtime.models.layers import alibi_slopes
 from fptq_runtime.models.readout import READOUT, Bases, read_bases
 from fptq_runtime.models.rope import RopeConfig, rope_tables
-from fptq_runtime.models.tensors import FLOATS, CheckpointError, Tensors, read_json
+from fptq_runtime.models.tensors import FLOATS, CheckpointError, Tensors, read_json, weight_files
 from fptq_runtime.models.towers import decoder_config, text_names
 from fptq_runtime.models.weights import fuse, multiplied
 
@@ -54,6 +55,8 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
+
+LOG_SECONDS = 5.0
 
 
 class Checkpoint:
@@ -353,9 +356,17 @@ def _load_recurrent(checkpoint: Checkpoint, spec: BlockSpec, op: RecurrentSpec) 
 
 
 def load_model(checkpoint: Checkpoint, backend: Backend) -> Decoder:
-    """Give every parameter to the backend, block by block, so that little more than its packed form is ever held."""
+    """Give every parameter to the backend, block by block, so that little more than its packed form is ever held. How
+    far it is goes into the log every few seconds."""
     stem, head = load_stem(checkpoint), load_head(checkpoint)
-    blocks = [prepare_block(load_block(checkpoint, index), backend) for index in range(len(checkpoint.model.blocks))]
+    blocks, said = [], time.monotonic()
+    for index in range(count := len(checkpoint.model.blocks)):
+        blocks.append(prepare_block(load_block(checkpoint, index), backend))
+        if (now := time.monotonic()) - said >= LOG_SECONDS:
+            files = [checkpoint.path] if checkpoint.path.is_file() else weight_files(checkpoint.path)
+            size = sum(file.stat().st_size for file in files) / 1e9
+            logger.info("loading %s: %.1f of %.1f GB", checkpoint.path.name, size * (index + 1) / count, size)
+            said = now
     for note, count in checkpoint.notes.items():
         logger.warning("%s: %d linear layers have %s", checkpoint.path.name, count, note)
     return Decoder(checkpoint.model_config, prepare_stem(stem, backend), blocks, prepare_block(head, backend))

@@ -16,11 +16,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from fptq_runtime.artifact.scheme import SchemeError
+from fptq_runtime.kernels.reference import ReferenceBackend
+from fptq_runtime.models import loader
 from fptq_runtime.models.chat_template import ChatTemplateError
 from fptq_runtime.models.families import FAMILIES as BY_ARCHITECTURE
 from fptq_runtime.models.families import parse_config
 from fptq_runtime.models.fields import ModelError
-from fptq_runtime.models.loader import Checkpoint, CheckpointError, load_block, load_head, load_stem
+from fptq_runtime.models.loader import Checkpoint, CheckpointError, load_block, load_head, load_model, load_stem
 from fptq_runtime.models.tokenizer import Tokenizer
 from tests.models.hf import FAMILIES, LLAMA, change_config, save_random
 
@@ -142,6 +144,17 @@ def test_shard_outside_the_directory_is_refused(copy: Path) -> None:
     index = {"weight_map": {"model.norm.weight": "../model.safetensors"}}
     (copy / "model.safetensors.index.json").write_text(json.dumps(index))
     assert_refused(copy, "shard")
+
+
+def test_how_far_loading_is_goes_into_the_log(copy: Path, monkeypatch: pytest.MonkeyPatch,
+                                              caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(loader, "LOG_SECONDS", 0)
+    with caplog.at_level("INFO"):
+        load_model(Checkpoint(copy), ReferenceBackend())
+    size = (copy / "model.safetensors").stat().st_size / 1e9
+    blocks = json.loads((copy / "config.json").read_text())["num_hidden_layers"]
+    assert [record.message for record in caplog.records] == [
+        f"loading {copy.name}: {size * done / blocks:.1f} of {size:.1f} GB" for done in range(1, blocks + 1)]
 
 
 def test_missing_parts_are_named(copy: Path, tmp_path: Path) -> None:
