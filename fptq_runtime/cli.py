@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 Answer = tuple[dict[str, Any], str]  # for --json, and for people
 _Function = TypeVar("_Function", bound=Callable[..., Any])
+_Value = TypeVar("_Value", int, float)
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 PROTOCOL_RECIPES = ("smoothquant", "fptq", "fptq-best")  # what papers have figures of
 _ORIGINS = "fptq.origins"  # key of Context.meta: where a parameter's value comes from, where that is no flag
@@ -95,9 +96,27 @@ def _one_line(text: str) -> str:
 class Integer(click.IntRange):
     name = "integer"  # as errors and help have it; click's own is no word
 
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        return _within(self, click.types.IntParamType.convert(self, value, param, ctx), param, ctx)  # type: ignore[arg-type]
+
 
 class Number(click.FloatRange):
     name = "number"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        return _within(self, click.types.FloatParamType.convert(self, value, param, ctx), param, ctx)  # type: ignore[arg-type]
+
+
+def _within(wanted: click.IntRange | click.FloatRange, number: _Value, param: click.Parameter | None,
+            ctx: click.Context | None) -> _Value:
+    low, high = wanted.min, wanted.max
+    below = low is not None and (number <= low if wanted.min_open else number < low)
+    if not below and (high is None or number <= high):
+        return number
+    least = f"{'above' if wanted.min_open else 'at least'} {low}"
+    bounds = least if high is None else f"at most {high}" if low is None else (
+        f"{least} and at most {high}" if wanted.min_open else f"between {low} and {high}")
+    wanted.fail(f"{number} is not {bounds}", param, ctx)
 
 
 class Size(click.ParamType[int]):
@@ -137,6 +156,17 @@ class ExistingFile(click.ParamType[Path]):
             words = "".join(f" or {word}" for word in self.words)
             self.fail(f"{value} is no file{words}{did_you_mean(path, *self.words, files='*')}", param, ctx)
         return path
+
+
+class TextFile(ExistingFile):
+    """`tales` is the text that comes with fptq and that calibration never sees."""
+
+    def __init__(self) -> None:
+        super().__init__("tales")
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        path = super().convert(value, param, ctx)
+        return Path(fptq_runtime.__file__).with_name("quantizer") / "data" / "heldout.txt" if path == "tales" else path
 
 
 class NamedDirectory(click.ParamType[str]):
@@ -391,7 +421,7 @@ def cli() -> None:
 @click.option("--sample-length", type=Integer(2), help="Tokens of each (512, or the model's context).")
 @click.option("--lengths", type=ExistingFile(), help="A request trace or a histogram of lengths (CSV or JSON), which "
               "the samples then have; their tokens stay as many.")
-@click.option("--text", type=ExistingFile(), help="What perplexity is measured on before and after (tales that "
+@click.option("--text", type=TextFile(), help="What perplexity is measured on before and after (tales that "
               "calibration never sees).")
 @text_tokens_option(8192)
 @click.option("--max-loss", type=Percent(), help="What perplexity may rise by, as 0.5%: the linears that cost most get "
@@ -659,13 +689,29 @@ def show_config(**options: Any) -> Answer:
         flag = name.replace("_", "-")
         plain = json.dumps(_shown(name, value), default=str, ensure_ascii=False)
         data[flag] = {"value": json.loads(plain), "from": origin}
-        lines.append(f"{'# ' if name in SECRETS and value else ''}{flag}: {plain}  # {origin}")
+        meaning = getattr(parameter, "help", None) if value is None else None
+        lines.append(f"{'# ' if name in SECRETS and value else ''}{flag}: {plain}  # {origin}"
+                     + (f": {_one_line(meaning)}" if meaning else ""))
     return data, "\n".join(lines)
+
+
+@cli.command("recipe")
+@click.argument("name", required=False, type=RecipeName())
+@answers
+def show_recipe(name: str | None) -> Answer:
+    """A preset with every setting and what it means, as a file to change and give to --recipe; without NAME, all
+    presets."""
+    from fptq_runtime.quantizer.recipe import PRESETS, load_recipe, recipe_text
+
+    if name is None:
+        return {"presets": [preset.name for preset in PRESETS]}, "\n".join(preset.name for preset in PRESETS)
+    recipe = load_recipe(name)
+    return recipe.model_dump(mode="json"), recipe_text(recipe)
 
 
 @cli.command("eval")
 @click.argument("model")
-@click.option("--text", type=ExistingFile(), help="Perplexity on a UTF-8 text file.")
+@click.option("--text", type=TextFile(), help="Perplexity on a UTF-8 text file; `tales`: text that comes with fptq.")
 @text_tokens_option(None)
 @click.option("--choices", type=ExistingFile(), help='Multiple choice: a JSON object a line, {"context": …, '
               '"choices": […], "answer": index}.')
@@ -673,7 +719,8 @@ def show_config(**options: Any) -> Answer:
 @click.option("--task", "tasks", multiple=True, help="An lm-eval task, a YAML file or a name; may be given more than "
               "once.")
 @click.option("--limit", type=Integer(1), help="Only the first documents of each --task.")
-@click.option("--kv-cache-dtype", type=click.Choice(["bf16", "int8"]), default="bf16", show_default=True)
+@click.option("--kv-cache-dtype", type=click.Choice(["bf16", "int8"]), default="bf16", show_default=True,
+              help="As `fptq serve` has it: int8.")
 @activation_option
 @backend_options
 @answers
@@ -701,7 +748,7 @@ def evaluate(model: str, text: Path | None, text_tokens: int | None, choices: Pa
               "which is WikiText-2's raw test split, beside what they publish.")
 @click.option("--calibration", type=ExistingFile("self", "tales", "random"), help="As for `fptq quantize`.")
 @click.option("--num-samples", type=Integer(1), default=32, show_default=True, help="Calibration samples.")
-@click.option("--text", type=ExistingFile(), help="What perplexity and KL are measured on (tales that calibration "
+@click.option("--text", type=TextFile(), help="What perplexity and KL are measured on (tales that calibration "
               "never sees).")
 @text_tokens_option(None, "16384, or with --protocol all")
 @click.option("--choices", type=ExistingFile(), help="Multiple choice, as for `fptq eval`.")
@@ -766,7 +813,7 @@ def compare(model: str, recipes: tuple[str, ...] | None, checkpoints: tuple[str,
               help="Where index.html, analysis.json and analysis.jsonl go; an interrupted analysis there goes on.")
 @click.option("--calibration", type=ExistingFile("self", "tales", "random"), help="As for `fptq quantize`.")
 @click.option("--num-samples", type=Integer(1), default=32, show_default=True, help="Calibration samples.")
-@click.option("--text", type=ExistingFile(), help="What the loss is measured on (tales that calibration never sees).")
+@click.option("--text", type=TextFile(), help="What the loss is measured on (tales that calibration never sees).")
 @text_tokens_option(4096)
 @click.option("--only", "studies", multiple=True, type=click.Choice(
     ["one-only", "linears", "leave-one-out", "cumulative", "activations", "sizes", "ranges"]),
@@ -846,7 +893,7 @@ def generate(artifact: str, prompt: str, max_tokens: int, temperature: float, to
 @click.argument("artifact")
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--target", type=click.Choice(["vllm"]), required=True, help="Who will load it.")
-@click.option("--text", type=ExistingFile(), help="What perplexity is measured on before and after (tales that come "
+@click.option("--text", type=TextFile(), help="What perplexity is measured on before and after (tales that come "
               "with fptq).")
 @text_tokens_option(16384)
 @click.option("--overwrite", is_flag=True, help="Replace an artifact or an earlier export at OUT.")

@@ -28,6 +28,15 @@ from fptq_runtime.errors import FptqError
 from fptq_runtime.models.loader import CheckpointError
 
 
+@pytest.mark.parametrize(("option", "value", "said"), [
+    ("--port", "70000", "70000 is not between 0 and 65535"), ("--max-wait", "0", "0.0 is not above 0"),
+    ("--max-num-seqs", "0", "0 is not at least 1"), ("--max-num-seqs", "x", "'x' is not a valid integer"),
+])
+def test_numbers_out_of_bounds(option: str, value: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("serve", "demo", option, value) == 2
+    assert f"Invalid value for '{option}': {said} (see" in capsys.readouterr().err
+
+
 def run(*arguments: str) -> int:
     with pytest.raises(SystemExit) as exit_:
         cli.main(arguments)
@@ -410,7 +419,7 @@ def test_what_config_prints_is_a_config_file(tmp_path: Path, capsys: pytest.Capt
     ("", "port: [1]", "port in FILE must be a text or a number"),
     ("", "port: true", "port in FILE must be a text or a number"),
     ("", "port: x", "Invalid value for 'port in FILE': 'x' is not a valid integer (see"),
-    ("", "drain-timeout: -1", "Invalid value for 'drain-timeout in FILE': -1.0 is not in the range"),
+    ("", "drain-timeout: -1", "Invalid value for 'drain-timeout in FILE': -1.0 is not at least 0"),
     ("", "root-path: llm", "root-path in FILE must be a path such as /llm"),
     ("", "api-key: 5", "api-key in FILE must be a text or a list of texts"),
     ("", "max-wait: 1\nmax_wait: 2", "FILE has a setting twice"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -133,6 +134,18 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
         return Recipe(**{"name": path.stem, **data})
     except RecipeError as error:
         raise RecipeError(f"{path}: {error}") from None
+
+
+def recipe_text(recipe: Recipe) -> str:
+    """As a YAML file, each step below what it does and what its settings mean."""
+    lines = [f"name: {recipe.name}", "steps:"]
+    for step in recipe.steps:
+        documented = [each for each in type(step).__mro__ if "type" in vars(each).get("__annotations__", {})]
+        for kind in reversed(documented):
+            lines += ["", *(f"# {line}".rstrip() for line in inspect.cleandoc(kind.__doc__ or "").splitlines())]
+        first, *more = yaml.safe_dump(step.model_dump(mode="json"), sort_keys=False).splitlines()
+        lines += [f"- {first}", *(f"  {line}" for line in more)]
+    return "\n".join(lines)
 
 
 def _one_line(error: ValidationError) -> str:

@@ -6,6 +6,7 @@ import asyncio
 import errno
 import gc
 import logging
+import os
 import resource
 import signal
 import socket
@@ -369,6 +370,16 @@ def bind(host: str, port: int, option: str = "--port") -> socket.socket:
     return listener
 
 
+def tell_manager(state: str) -> None:
+    """sd_notify(3), where systemd listens: READY=1 once requests are answered, STOPPING=1 while the last ones are."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if not address.startswith(("/", "@")):
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager, suppress(OSError):
+        manager.connect("\0" + address[1:] if address[0] == "@" else address)
+        manager.send(state.encode())
+
+
 class UnchunkedCycle(RequestResponseCycle):
     """An answer to HTTP/1.0, which knows no chunks: where its length is not known, it ends with the connection."""
 
@@ -576,6 +587,7 @@ class Server(uvicorn.Server):
             log.info("serving on %s (%sOpenAI API under /v1%s)", url,
                      "a page to try it, " if self._page else "",
                      ", documentation at /docs" if self._documented else "")
+        tell_manager("READY=1")
 
     def _reload(self) -> None:
         try:
@@ -592,6 +604,7 @@ class Server(uvicorn.Server):
     def _begin_exit(self, sig: signal.Signals) -> None:
         self._signal = sig
         timeout = 0.0 if self._engine.draining else self._drain_timeout
+        tell_manager("STOPPING=1")
         log.info("stopping: %s", f"running requests have {timeout:g} s to end" if timeout else "requests are aborted")
         self._drains.append(self._loop.create_task(self._drain(timeout)))
 

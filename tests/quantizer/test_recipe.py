@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 import yaml
 
-from fptq_runtime.quantizer.recipe import PRESETS, Recipe, RecipeError, load_recipe
+from fptq_runtime.quantizer.recipe import PRESETS, Recipe, RecipeError, load_recipe, recipe_text
 
 
 @pytest.mark.parametrize("preset", PRESETS, ids=lambda preset: preset.name)
 def test_presets_survive_yaml(preset: Recipe, tmp_path: Path) -> None:
     assert load_recipe(preset.name) == preset
     path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump(preset.model_dump(mode="json")))
-    assert load_recipe(path) == preset
+    for text in (yaml.safe_dump(preset.model_dump(mode="json")), recipe_text(preset)):
+        path.write_text(text)
+        assert load_recipe(path) == preset
+
+
+@pytest.mark.parametrize("preset", PRESETS, ids=lambda preset: preset.name)
+def test_what_is_shown_says_what_each_setting_means(preset: Recipe) -> None:
+    for step in preset.steps:
+        own = set(type(step).model_fields) - {"type", "seed"}
+        assert [name for name in own if not re.search(rf"^# .*\b{name}\b", recipe_text(preset), re.M)] == []
 
 
 def test_defaults_are_the_methods() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import resource
 import shutil
@@ -45,6 +46,23 @@ def test_an_admin_port_in_use(model_path: Path) -> None:
 def test_not_our_address(host: str) -> None:
     with pytest.raises(AddressError, match="is not an address of this machine"):
         bind(host, 0)
+
+
+@pytest.mark.parametrize("abstract", [False, True])
+def test_systemd_hears_when_it_serves_and_when_it_stops(model_path: Path, tmp_path: Path, abstract: bool) -> None:
+    """By sd_notify(3)."""
+    address = f"fptq-{tmp_path}" if abstract else str(tmp_path / "notify")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(f"\0{address}" if abstract else address)
+        manager.settimeout(60)
+        environment = {**os.environ, "NOTIFY_SOCKET": f"@{address}" if abstract else address}
+        with subprocess.Popen([sys.executable, "-m", "fptq_runtime.cli", "serve", model_path, "--port", "0"],
+                              env=environment, stderr=subprocess.PIPE, text=True) as process:
+            assert manager.recv(100) == b"READY=1"
+            process.send_signal(signal.SIGTERM)
+            assert manager.recv(100) == b"STOPPING=1"
+            _, log = process.communicate()
+    assert "serving on" in log and process.returncode == 0
 
 
 def test_the_log_says_what_is_served() -> None:

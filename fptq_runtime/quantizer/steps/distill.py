@@ -35,6 +35,7 @@ class Distill(Step):
     through (Adam, cosine rate). It holds 16 bytes a parameter, beside the activations of one sample.
 
     learning_rate: the highest; of a scale, relative to itself.
+    batch_size: samples of one step.
     kv_dtype: of the cache that it will be served with.
     """
 

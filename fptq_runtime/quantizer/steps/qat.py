@@ -62,7 +62,8 @@ class Qat(Step):
     It holds 24 bytes a parameter, beside the activations of one pass, and saves its state every minute: the same
     command goes on where an interrupted one was, and on a CPU leads to the same bytes.
 
-    data: what the float model writes by itself, or text from where the calibration samples come from.
+    data: what the float model writes by itself, or text from where the calibration samples come from: num_sequences of
+    sequence_length tokens, batch_size of them in one step.
     learning_rate: the highest; it suits millions of parameters, while 2e-5 is what was published for billions.
     clip: begin from weights clipped to the range with the least output error, as `weights` with clip "mse" has them.
     kv_dtype: of the cache that it will be served with.
