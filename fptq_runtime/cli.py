@@ -942,13 +942,23 @@ def inspect(artifact: str) -> Answer:
 @click.argument("artifact")
 @click.option("--renew", is_flag=True, help="After its hashes hold, record golden values of every block in an artifact "
               "made before there were any.")
+@click.option("--receipt", type=click.Path(exists=True, dir_okay=False, path_type=Path), metavar="FILE",
+              help="Compute the answers of a receipt (`return_receipt`) again, instead.")
 @backend_options
 @answers
-def verify(artifact: str, renew: bool, backend: str, device: str, threads: int) -> Answer:
+def verify(artifact: str, renew: bool, receipt: Path | None, backend: str, device: str, threads: int) -> Answer:
     """Check every hash of ARTIFACT, and its golden values on this machine's kernels."""
     from fptq_runtime.locate import find_artifact
 
     path = find_artifact(artifact)
+    if receipt is not None:
+        if renew:
+            raise click.UsageError("--receipt and --renew do not go together")
+        from fptq_runtime.engine.receipt import replay
+
+        done = replay(path, receipt, backend=backend, device=device, threads=threads)
+        return {"choices": done.choices, "tokens": done.tokens}, (
+            f"{done.tokens} tokens of {done.choices} {'choice' if done.choices == 1 else 'choices'} are the receipt's")
     from fptq_runtime.artifact import io
     from fptq_runtime.kernels.select import select_backend
     from fptq_runtime.models.gate import check_artifact

@@ -11,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import count, takewhile
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -143,13 +143,15 @@ class Engine(Generic[T]):
     eos_token_ids: those of the model's config unless given. probes: small computations whose results are known; each
     gives its deviation, 1 being what is tolerated. They belong between steps. kv_disk: where cached prefixes outlive
     their place in the cache, and the engine. adapters: of this decoder. draft: a smaller
-    model of the same tokens, which guesses.
+    model of the same tokens, which guesses. identity: what decides which tokens are drawn, beside a request; None where
+    it is not known.
     """
 
     def __init__(self, decoder: Decoder, backend: Backend, config: EngineConfig, tokenizer: T,
                  eos_token_ids: abc.Sequence[int] | None = None,
                  probes: abc.Callable[[], abc.Iterator[float]] | None = None, kv_disk: KVDisk | None = None,
-                 adapters: Adapters | None = None, draft: Decoder | None = None) -> None:
+                 adapters: Adapters | None = None, draft: Decoder | None = None,
+                 identity: abc.Mapping[str, Any] | None = None) -> None:
         if decoder.config.state_bytes:
             logger.info("recurrent layers keep %s of each running sequence, as of its last token alone: no prefix is "
                         "cached, and no token guessed", format_bytes(decoder.config.state_bytes))
@@ -167,6 +169,7 @@ class Engine(Generic[T]):
         self._limits = limits
         self.num_blocks = limits.num_blocks
         self.adapters = adapters
+        self.identity = identity
         self._executor = backend.compile(self._decoder, limits)
         self._draft_model = None if draft is None or not config.speculation else DraftModel(draft, backend, limits)
         self._drafting = 0.0  # seconds, of steps that were accounted for

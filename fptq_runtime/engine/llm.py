@@ -211,6 +211,10 @@ def load_engine(path: str | Path, *, backend: str | Backend = "auto", device: st
         facts = (__version__, files, model, checkpoint.max_positions, activations, config.kv_cache_dtype,
                  config.block_size, kernels.fingerprint)
         disk = KVDisk(kv_cache_disk, kv_cache_disk_size, repr(facts).encode())
+    identity = None if manifest is None else {
+        "artifact": manifest.digest, "version": __version__, "kernels": kernels.fingerprint, "activations": activations,
+        "kv_cache_dtype": config.kv_cache_dtype, "block_size": config.block_size,
+        "max_model_len": config.max_model_len, "close_structured": config.close_structured}
     adapters = None
     if config.max_loras:
         adapters = Adapters(checkpoint.model, decoder, kernels, config.max_loras, bases)
@@ -219,7 +223,7 @@ def load_engine(path: str | Path, *, backend: str | Backend = "auto", device: st
     try:
         engine = Engine(decoder, kernels, config, tokenizer.result(),
                         eos_token_ids(Path(path), model.eos_token_ids, tokenizer.result(), model.vocab_size), probes,
-                        disk, adapters, guessing)
+                        disk, adapters, guessing, identity)
     except MemoryError:
         raise FptqError(f"a KV cache of {format_bytes(config.kv_cache_memory)} does not fit into this machine's "
                         "memory; lower kv_cache_memory", "kv_cache_memory") from None

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import secrets
 import time
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field, replace
 from types import TracebackType
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel
 
+from fptq_runtime.engine import receipt
 from fptq_runtime.engine.adapters import AdapterError
 from fptq_runtime.engine.async_engine import AsyncEngine, EngineDeadError, RequestStream
 from fptq_runtime.engine.engine import QueueFullError, RequestError
@@ -40,6 +42,7 @@ class Choice:
     """What one sequence has produced. texts: what became certain with each token."""
 
     texts: list[str] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
@@ -54,13 +57,20 @@ class Generation:
     what has not finished."""
 
     def __init__(self, engine: AsyncEngine, record: RequestRecord, kind: str, prompts: list[list[int]],
-                 params: SamplingParams, adapter: str = "") -> None:
-        """kind: what the id begins with. adapter: by its name, if any. Raises APIError where the engine refuses a
-        prompt; then none of them runs."""
+                 params: SamplingParams, adapter: str = "", with_receipt: bool = False) -> None:
+        """kind: what the id begins with. adapter: by its name, if any. with_receipt: there will be one. Raises APIError
+        where there cannot, or the engine refuses a prompt; then none of them runs."""
         capacity = engine.engine.config.max_unfinished_seqs
         if len(prompts) * params.n > capacity:  # no later try would do better, as 429 says
             raise APIError(400, f"{len(prompts)} prompts with n {params.n} are {len(prompts) * params.n} sequences; "
                                 f"this server takes at most {capacity} at a time", param="prompt")
+        self._made_by = engine.engine.identity if with_receipt else None
+        if with_receipt:
+            if self._made_by is None or adapter:
+                raise APIError(400, "return_receipt is for answers of an artifact on its own, without an adapter",
+                               param="return_receipt", code="not_supported")
+            params = replace(params, seed=secrets.randbits(63) if params.seed is None else params.seed)
+        self._params = params
         self.id = f"{kind}-{record.id}"
         self._record = record
         self.prompts = prompts
@@ -107,6 +117,11 @@ class Generation:
                 rejected_prediction_tokens=sum(rejected for _, rejected in self._predicted.values())),
         )
 
+    def receipt(self, choices: list[Choice]) -> dict[str, Any] | None:
+        """Of all that were drawn, where there will be one."""
+        return None if self._made_by is None else receipt.receipt(
+            self._made_by, self.prompts, self._params, [choice.token_ids for choice in choices])
+
     async def outputs(self) -> AsyncGenerator[tuple[int, RequestOutput], None]:
         """(choice, output) in the order of arrival. Raises APIError where the engine gives a sequence up."""
         if len(self._streams) == 1:
@@ -144,6 +159,7 @@ class Generation:
         async for index, output in self.outputs():
             choice = choices[index]
             choice.texts.append(output.text)
+            choice.token_ids += output.token_ids
             choice.logprobs += output.logprobs
             choice.finish_reason = output.finish_reason
             choice.stop_reason = output.stop_reason

@@ -100,6 +100,7 @@ Seed = Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)]
 FINGERPRINT = f"fptq-{__version__}"  # of what computes an answer; clients of text-generation-inference insist on one
 LLAMA_CPP_SAMPLERS = ["penalties", "dry", "top_n_sigma", "top_k", "typ_p", "top_p", "min_p", "xtc", "temperature"]
 TopLogprobs = Annotated[int, Field(ge=0, le=20)]
+Absent = Field(default=None, exclude_if=lambda value: value is None)
 LogitBias = dict[Annotated[str, AfterValidator(_token_id_key)], Annotated[float, Field(ge=-100, le=100)]]
 Unsupported = Annotated[Any, unsupported()]
 NotTrue = Annotated[Any, unsupported(False)]
@@ -326,6 +327,7 @@ class SamplingBody(ForeignBody):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     return_tokens_as_token_ids: bool | None = None
+    return_receipt: bool | None = None
     prompt_logprobs: TopLogprobs | None = None
     truncate_prompt_tokens: Annotated[int, AfterValidator(_prompt_length)] | None = None
     user: Text | None = None
@@ -835,6 +837,7 @@ class CompletionResponse(BaseModel):
     system_fingerprint: str = FINGERPRINT
     choices: list[CompletionChoice]
     usage: Usage | None
+    receipt: dict[str, Any] | None = Absent
 
 
 class TopLogprob(BaseModel):
@@ -888,6 +891,7 @@ class ChatCompletionResponse(BaseModel):
     choices: list[ChatChoice]
     usage: Usage
     prompt_logprobs: PromptLogprobs | None
+    receipt: dict[str, Any] | None = Absent
 
 
 class FunctionCallDelta(BaseModel):

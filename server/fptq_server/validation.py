@@ -242,6 +242,11 @@ def check_prompt_logprobs(body: SamplingBody) -> None:
                        code="not_supported")
 
 
+def check_receipt(body: SamplingBody) -> None:
+    if body.stream and body.return_receipt:
+        raise APIError(400, "return_receipt is not supported in a stream", param="return_receipt", code="not_supported")
+
+
 def stream_usage(body: SamplingBody) -> tuple[bool, bool]:
     """Whether a stream ends with its usage, and whether every chunk has it so far."""
     options = body.stream_options

@@ -42,6 +42,7 @@ from fptq_server.validation import (
     check_length,
     check_model,
     check_prompt_logprobs,
+    check_receipt,
     continues,
     max_tokens_of,
     prediction_tokens,
@@ -66,16 +67,18 @@ class Reply:
     created: int = field(default_factory=lambda: int(time.time()))
 
     async def whole(self) -> ChatCompletionResponse:
+        drawn = await self.generation.collect()
         choices = [
             ChatChoice(index=index, message=_message(self.reading.answer(index, choice.texts)),
                        logprobs=self._logprobs(choice.logprobs),
                        finish_reason=self.reading.reason(index, choice.finish_reason))
-            for index, choice in enumerate(await self.generation.collect())
+            for index, choice in enumerate(drawn)
         ]
         return ChatCompletionResponse(
             id=self.id, created=self.created, model=self.model, choices=choices, usage=self.generation.usage(),
             prompt_logprobs=None if self.prompt_logprobs is None else self.renderer.prompt(
-                self.generation.prompt_logprobs[0] or (), self.prompt_logprobs))
+                self.generation.prompt_logprobs[0] or (), self.prompt_logprobs),
+            receipt=self.generation.receipt(drawn))
 
     async def events(self, include_usage: bool, continuous_usage: bool) -> AsyncGenerator[str, None]:
         """Chunks as JSON: of each choice its role, then what every output says, if anything; at the end the usage."""
@@ -175,7 +178,9 @@ def chat_router(engine: AsyncEngine, tokenizer: Tokenizer, texts: TokenTexts, ch
                                  shown_special_tokens=chat.shown_special_tokens(tools),
                                  logprobs=(body.top_logprobs or 0) if body.logprobs else None)
         include_usage, continuous_usage = stream_usage(body)
-        generation = Generation(engine, record_of(request.scope), "chatcmpl", [prompt], params, adapter)
+        check_receipt(body)
+        generation = Generation(engine, record_of(request.scope), "chatcmpl", [prompt], params, adapter,
+                                bool(body.return_receipt))
         reply = Reply(
             id=generation.id,
             model=adapter or model.id,

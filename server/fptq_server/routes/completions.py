@@ -26,6 +26,7 @@ from fptq_server.validation import (
     check_length,
     check_model,
     check_prompt_logprobs,
+    check_receipt,
     completion_prompts,
     max_tokens_of,
     sampling_params,
@@ -55,7 +56,8 @@ class Reply:
 
     async def whole(self) -> CompletionResponse:
         choices: list[CompletionChoice] = []
-        for index, choice in self._best(await self.generation.collect()):
+        drawn = await self.generation.collect()
+        for index, choice in self._best(drawn):
             echo = self._echo(index)
             text, logprobs = "".join(choice.texts), self._logprobs(index, [(e.token_id, e) for e in choice.logprobs])
             if echo is not None:
@@ -70,7 +72,8 @@ class Reply:
                 index=len(choices), text=text, logprobs=logprobs, finish_reason=openai_reason(choice.finish_reason),
                 prompt_logprobs=None if self.prompt_logprobs is None
                 else self.renderer.prompt(known, self.prompt_logprobs)))
-        return self._response(choices, self.generation.usage())
+        return self._response(choices, self.generation.usage()).model_copy(
+            update={"receipt": self.generation.receipt(drawn)})
 
     def events(self, include_usage: bool, continuous_usage: bool) -> AsyncGenerator[str, None]:
         def part(index: int, output: RequestOutput) -> CompletionChoice:
@@ -140,7 +143,9 @@ def completions_router(engine: AsyncEngine, tokenizer: Tokenizer, texts: TokenTe
                                  structured=await openai_grammar(body, engine))
         params = replace(params, n=best_of)
         include_usage, continuous_usage = stream_usage(body)
-        generation = Generation(engine, record_of(request.scope), "cmpl", prompts, params, adapter)
+        check_receipt(body)
+        generation = Generation(engine, record_of(request.scope), "cmpl", prompts, params, adapter,
+                                bool(body.return_receipt))
         reply = Reply(
             id=generation.id,
             model=adapter or model.id,
