@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 MAX_GRAMMAR = 1 << 20  # characters
 COMPILE_SECONDS = 5.0
 KEPT_GRAMMARS = 64
+PREPARED = 400  # tokens of the way to its end that are looked at while a grammar is compiled
 # Of what a mask may take: some 10 ms of the whole batch's time at worst, and 40 MB for what a grammar's masks share.
 LIMITS = llguidance.LLParserLimits(max_items_in_row=500, max_lexer_states=20_000, verbose_errors=False)
 JSON_OPTIONS: Any = {
@@ -218,7 +219,7 @@ class Grammars:
         self._workers = ThreadPoolExecutor(2, "fptq-grammar")
         self._tokenizer: Future[llguidance.LLTokenizer] | None = None
         self._close = close
-        self._closer: Closer | None = None  # made with the first matcher
+        self._closer: Closer | None = None  # made with the first grammar
         self._parsers: OrderedDict[Grammar, Future[llguidance.LLMatcher | str]] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -241,7 +242,7 @@ class Grammars:
         """Begin to compile a grammar, unless it is known: to its parser, or to why there is none."""
         tokenizer = self.tokenizer
         with self._lock:
-            parser = self._parsers.pop(grammar, None) or self._workers.submit(self._compile, grammar, tokenizer)
+            parser = self._parsers.pop(grammar, None) or self._workers.submit(self._prepare, grammar, tokenizer)
             self._parsers[grammar] = parser
             if len(self._parsers) > KEPT_GRAMMARS:
                 self._parsers.popitem(last=False)
@@ -263,12 +264,18 @@ class Grammars:
         """One for each of a request's sequences, of at most max_tokens; stop_token_ids end them too. Raises
         GrammarError."""
         parser = self.parser(grammar)
-        if self._close and self._closer is None:
-            self._closer = Closer(self.tokenizer.result())
         ends = np.zeros(self.words, np.uint32)
         for token_id in {*self._eos_token_ids, *stop_token_ids}:
             ends[token_id // 32] |= np.uint32(1 << token_id % 32)
         return [Matcher(parser, ends.view(np.int32), max_tokens, self._closer) for _ in range(count)]
+
+    def _prepare(self, grammar: Grammar, tokenizer: Future[llguidance.LLTokenizer]) -> llguidance.LLMatcher | str:
+        """Compile it, and go its shortest way once: later ones share what the lexer learns there."""
+        parser = self._compile(grammar, tokenizer)
+        if self._close and not isinstance(parser, str):
+            self._closer = self._closer or Closer(tokenizer.result())
+            self._closer.way(parser, PREPARED)
+        return parser
 
     def _compile(self, grammar: Grammar, tokenizer: Future[llguidance.LLTokenizer]) -> llguidance.LLMatcher | str:
         if len(grammar.text) > MAX_GRAMMAR:
