@@ -15,7 +15,7 @@ class FptqError(ValueError):
     """
 
     def __init__(self, message: str, param: str | None = None, *others: str) -> None:
-        super().__init__(message)
+        super().__init__(" ".join(message.splitlines()))  # it may quote what a file or a client has
         self.param = param
         self._named = (*(() if param is None else (param,)), *others)
 

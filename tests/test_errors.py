@@ -65,3 +65,7 @@ def test_only_what_it_names_is_spelled() -> None:
     names = {"top_k": "--top-k", "top_p": "--top-p", "seed": "--seed"}
     assert error.spelled(names) == "/a/top_k: --top-k 9 goes with --top-p, top_k_2 or seed"
     assert error.spelled({}) == FptqError(str(error)).spelled(names) == str(error)
+
+
+def test_it_is_one_line_whatever_it_quotes() -> None:
+    assert str(FptqError("no dtype 'F\n32\u2028'\n")) == "no dtype 'F 32 '"

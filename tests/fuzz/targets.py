@@ -298,7 +298,7 @@ def request(scratch: Path) -> Run:
 
 
 PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages", "/v1/messages/count_tokens",
-         "/v1/embeddings", "/generate", "/tokenize", "/detokenize")
+         "/v1/embeddings", "/v1/score", "/v1/rerank", "/generate", "/tokenize", "/detokenize")
 
 
 def template(scratch: Path) -> Run:
