@@ -86,7 +86,7 @@ class Comparison:
     text_sha256: str
     tokens: int
     window: int
-    calibration: str
+    calibration: str | None  # where there are recipes
     original: Measured
     rows: tuple[Row, ...]
     calibration_cpu_seconds: float  # what drawing it took
@@ -148,7 +148,8 @@ def compare(
     cut = text_windows if protocol is None else wikitext2_windows
     windows = cut(text, tokenizer, config.max_position_embeddings, max_tokens)
     computed = time.process_time()
-    calibrated = calibration.draw(checkpoint, tokenizer, any(recipe.reads_inputs for recipe in recipes), progress)
+    calibrated = (calibration.draw(checkpoint, tokenizer, any(recipe.reads_inputs for recipe in recipes), progress)
+                  if recipes else None)
     drawing = time.process_time() - computed
     accuracy = accuracy or Tasks()
     rows: list[Row] = []
@@ -159,6 +160,7 @@ def compare(
         original = work.original(source.path)
         bar.update()
         for recipe in recipes:
+            assert calibrated is not None
             bar.set_description(recipe.name)
             out = Path(directory) / "artifact"
             started, computed = time.monotonic(), time.process_time()
@@ -184,7 +186,7 @@ def compare(
     return Comparison(
         name or source.name, bench.machine(), text.name, text.sha256, sum(len(window) - 1 for window in windows),
         min(config.max_position_embeddings, MAX_WINDOW),
-        calibrated.tokens.name, original, tuple(rows), drawing, protocol,
+        calibrated.tokens.name if calibrated else None, original, tuple(rows), drawing, protocol,
         None if protocol is None else published(config),
     )
 
@@ -281,9 +283,8 @@ def markdown(comparison: Comparison) -> str:
         f"# {comparison.model}: recipes compared", "",
         f"fptq {__version__}, {comparison.machine}. Perplexity, KL to the float model (nats a token) and top-1 "
         f"agreement on {comparison.text}, {comparison.tokens} tokens, windows of {comparison.window}, with the "
-        f"kernels and the int8 KV cache that serve; calibrated on {comparison.calibration}, "
-        f"which took {comparison.calibration_cpu_seconds:.0f} CPU seconds to draw, once. Speed is tokens per second: "
-        "prefill of one prompt, decode of 1 and of 8 sequences.", "",
+        f"kernels and the int8 KV cache that serve{_calibrated(comparison)}. Speed is tokens per second: prefill of "
+        "one prompt, decode of 1 and of 8 sequences.", "",
         "| recipe | perplexity | loss | KL | top-1 | " + "".join(f"{name} | " for name in more)
         + "MB | quantize | CPU | prefill | decode | decode × 8 |",
         "|---" * (11 + len(more)) + "|",
@@ -312,6 +313,13 @@ def markdown(comparison: Comparison) -> str:
                   "backend."]
     failed = [f"- {row.recipe}: {row.error}" for row in comparison.rows if row.error]
     return "\n".join([*lines, *(["", "Not measured:", "", *failed] if failed else [])]) + "\n"
+
+
+def _calibrated(comparison: Comparison) -> str:
+    if comparison.calibration is None:
+        return ""
+    return (f"; calibrated on {comparison.calibration}, which took {comparison.calibration_cpu_seconds:.0f} CPU "
+            "seconds to draw, once")
 
 
 def _protocol(comparison: Comparison) -> list[str]:

@@ -180,7 +180,9 @@ def test_a_checkpoint_from_elsewhere_is_a_row(compared: Comparison, model: Path,
         cli.main(["compare", str(model), "--text", str(tmp_path / "text.txt"), "--text-tokens", "300", "--threads", "1",
                   "--checkpoint", f"theirs={tmp_path / 'made'}", "--checkpoint", f"another={tmp_path / 'other'}",
                   "--out", str(tmp_path / "out")])
-    theirs, another = json.loads((tmp_path / "out" / "compare.json").read_text())["rows"]
+    data = json.loads((tmp_path / "out" / "compare.json").read_text())
+    assert data["calibration"] is None
+    theirs, another = data["rows"]
     ours = compared.rows[0]
     assert ours.measured is not None and theirs["recipe"] == "theirs"
     assert (theirs["perplexity"], theirs["kl"], theirs["top1"]) == (ours.measured.perplexity, ours.kl, ours.top1)
