@@ -8,6 +8,7 @@ import re
 import time
 import zlib
 from collections.abc import Collection, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 
 from starlette.datastructures import Headers
@@ -28,6 +29,7 @@ log = logging.getLogger("fptq.server")
 
 CLIENT_REQUEST_ID = re.compile(r"[!-~]{1,128}")
 BODY_RATE = 64 << 10  # bytes a second at which a long body may come
+SHORT_BODY = 64 << 10  # bytes that the kernel takes beside the head, whether or not anybody reads them
 GZIP = 16 + zlib.MAX_WBITS
 PROBES = PUBLIC_PATHS | {"/metrics"}
 
@@ -225,6 +227,14 @@ class RequestLimits:
         return limited
 
 
+def _closes(scope: Scope) -> bool:
+    """The connection ends with the answer, and what then came of a long body would reset it before that is read."""
+    headers = Headers(scope=scope)
+    length = headers.get("content-length", "")
+    short = length.isdecimal() and int(length) <= SHORT_BODY
+    return not short and (scope.get("http_version") == "1.0" or headers.get("connection", "").lower() == "close")
+
+
 class Admission:
     """Innermost. A request for an answer that would find the queue full is refused before anything of its body is read;
     another holds a place until the engine has it, so that no more are read than will be taken.
@@ -246,6 +256,10 @@ class Admission:
         try:
             record.place = place = self._engine.enter(record.origin)
         except QueueFullError as error:
+            if _closes(scope):
+                with suppress(APIError):
+                    while (await receive()).get("more_body", False):
+                        pass
             await self._errors.refuse(scope, no_place(error))(scope, receive, send)
             return
         try:

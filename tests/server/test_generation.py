@@ -69,6 +69,8 @@ def test_a_refusal_reads_no_body_and_who_is_read_holds_a_place(run_server: Calla
             assert answer.startswith(b"HTTP/1.1 429 ")
             assert b"\r\nretry-after: 1\r\n" in answer.lower()
             assert served.http.get("/readyz").status_code == 200
+            closing = served.http.post("/v1/completions", content=b" " * 5_000_000, headers={"Connection": "close"})
+            assert closing.status_code == 429, "no reset"
             assert served.http.post("/tokenize", json={"prompt": "x"}).status_code == 200
             second.close()
             wait_until(lambda: entering.total() == 1)
