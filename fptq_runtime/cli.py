@@ -1015,5 +1015,48 @@ def bench(artifact: str | None, shape: str | None, head_bits: str, activations: 
     return result.to_json(), result.table()
 
 
+@cli.command()
+@click.option("--profile", type=ExistingFile(), required=True, help="What `fptq bench ARTIFACT --json` printed on the "
+              "machine of a replica.")
+@click.option("--trace", type=ExistingFile(), required=True, help="Requests: Azure's CSV, or Mooncake's JSON lines "
+              "with prefix hashes.")
+@click.option("--slo", required=True, help="As ttft_p99=2s,itl_p99=100ms: of the first token, between two, and e2e of "
+              "whole answers.")
+@click.option("--replicas", type=Integer(1), help="Look at so many, instead of for the fewest.")
+@click.option("--routing", "routings", type=click.Choice(["round-robin", "least-loaded", "prefix"]), multiple=True,
+              help="May be given more than once (round-robin, and prefix where the trace has hashes).")
+@click.option("--sample", type=Integer(1), help="Simulate only so many of the --replicas, with their share of the "
+              "requests.")
+@click.option("--day", "peak", type=Number(0, min_open=True), help="24 hours of requests like the trace's at random "
+              "times instead: so many a second at noon, a third of it at midnight.")
+@click.option("--limit", type=Integer(1), help="Take only the first requests of the trace.")
+@click.option("--cost-per-hour", type=Number(0), help="Of a replica, in any currency.")
+@click.option("--max-num-seqs", type=Integer(1), default=64, show_default=True, help="As of fptq serve, like the next.")
+@click.option("--max-model-len", type=Integer(1), help="In tokens (the model's own limit).")
+@click.option("--kv-cache-memory", type=Size(), default="512MiB", show_default=True)
+@click.option("--itl-target", type=Number(0, min_open=True), help="Seconds.")
+@click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="Write an SVG: the objectives by load.")
+@answers
+def plan(profile: Path, trace: Path, slo: str, limit: int | None, plot: Path | None, **options: Any) -> Answer:
+    """How many replicas meet objectives of latency under a trace of requests, what they cost and where they break: a
+    simulation with the engine's own scheduler."""
+    from fptq_runtime.measure import plan as planning
+
+    try:
+        measured = json.loads(profile.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise FptqError(f"{profile} is not JSON: {error}", "profile") from None
+
+    def shown(outcome: planning.Outcome) -> None:
+        click.echo(f"{outcome.replicas} replicas, {outcome.routing}, {outcome.load:g}× the load: "
+                   f"{'met' if outcome.met else 'missed'}", err=True)
+
+    result = planning.plan(measured, planning.read_trace(trace)[:limit], planning.parse_slo(slo), on_run=shown,
+                           **options)
+    if plot is not None and result.loads:
+        plot.write_text(result.plot() + "\n", encoding="utf-8")
+    return result.to_json(), result.table()
+
+
 if __name__ == "__main__":
     main()

@@ -27,7 +27,7 @@ from fptq_runtime.engine.output import Detokenizer, RequestOutput, TextStream, T
 from fptq_runtime.engine.pooling import Pooler
 from fptq_runtime.engine.request import ANYONE, NO_ADAPTER, Adapter, FinishReason, Origin, SamplingParams
 from fptq_runtime.engine.sampler import NO_MASKS, SampleBatch, SampleResult, Sampling
-from fptq_runtime.engine.scheduler import LEAST_PROMPT, ScheduledSequence, Scheduler, SchedulerOutput
+from fptq_runtime.engine.scheduler import ScheduledSequence, Scheduler, SchedulerOutput
 from fptq_runtime.engine.sequence import Sequence, SequenceStatus
 from fptq_runtime.engine.sizing import format_bytes, step_limits
 from fptq_runtime.engine.speculation import Candidate, Draft, Speculator
@@ -447,7 +447,7 @@ class Engine(Generic[T]):
 
     def _launch(self) -> _Batch:
         self._scheduler.restore()
-        plan = self._scheduler.schedule(self._budget())
+        plan = self._scheduler.schedule(self._scheduler.budget(self._forecast, self.config.itl_target))
         if self._speculator is not None:
             self._speculate(self._speculator, plan)
         now = time.monotonic()
@@ -484,14 +484,6 @@ class Engine(Generic[T]):
         except Exception:
             logger.exception("a step failed; its %d sequences end with an error", len(rest.scheduled))
             return _Batch(rest, None, None, sequences)
-
-    def _budget(self) -> int | None:
-        """Tokens of the next step, where somebody waits for the next of an answer."""
-        if self.config.itl_target is None:
-            return None
-        budget = self._forecast.tokens_within(self.config.itl_target)
-        self._forecast.budget = max(budget, len(self._scheduler.running) + LEAST_PROMPT)
-        return budget if any(sequence.num_output_tokens for sequence in self._scheduler.running) else None
 
     def _speculate(self, speculator: Speculator, plan: SchedulerOutput) -> None:
         """Have a step check what its sequences probably go on with, as far as that pays."""

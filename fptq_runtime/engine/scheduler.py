@@ -10,6 +10,7 @@ from collections import abc, deque
 from dataclasses import dataclass, field, replace
 from itertools import islice
 
+from fptq_runtime.engine.admission import Forecast
 from fptq_runtime.engine.block_manager import BlockManager
 from fptq_runtime.engine.sequence import Sequence, SequenceStatus
 from fptq_runtime.engine.speculation import NO_DRAFT, Draft
@@ -100,6 +101,15 @@ class Scheduler:
             self.waiting.remove(sequence)
         self.blocks.free(sequence)
         sequence.status = SequenceStatus.FINISHED
+
+    def budget(self, forecast: Forecast, itl_target: float | None) -> int | None:
+        """Tokens of the next step, where somebody waits for the next of an answer and is to have it in itl_target
+        seconds."""
+        if itl_target is None:
+            return None
+        tokens = forecast.tokens_within(itl_target)
+        forecast.budget = max(tokens, len(self.running) + LEAST_PROMPT)
+        return tokens if any(sequence.num_output_tokens for sequence in self.running) else None
 
     def schedule(self, budget: int | None = None) -> SchedulerOutput:
         """budget: tokens, where fewer than max_num_batched_tokens; some of a prompt there always are."""

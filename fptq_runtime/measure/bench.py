@@ -95,11 +95,15 @@ class Steps:
 
 @dataclass(frozen=True)
 class Bench:
-    """roofs: the best that was measured, None where the backend has none. kernels: what `Backend.describe` says."""
+    """roofs: the best that was measured, None where the backend has none. kernels: what `Backend.describe` says.
+    max_num_batched_tokens: of a step; max_model_len: the model's own; token_bytes: of a token's keys and values."""
 
     model: str
     machine: str
     kernels: Mapping[str, str]
+    max_num_batched_tokens: int
+    max_model_len: int
+    token_bytes: int
     roofs: Roofs | None
     results: tuple[Measurement, ...]
 
@@ -202,7 +206,9 @@ def bench(
     for row in progress_bar(chosen, desc="measuring", unit="row", shown=progress):
         measured += measure(engine, row, phases or PHASES, steps=steps, seconds=seconds)
         roofs = higher(roofs, engine.backend.roofs())
-    return Bench(name, machine(), engine.backend.describe(), roofs, tuple(part.against(roofs) for part in measured))
+    return Bench(name, machine(), engine.backend.describe(), max_num_batched_tokens, shape.max_position_embeddings,
+                 engine.backend.token_bytes(shape, kv_cache_dtype), roofs,
+                 tuple(part.against(roofs) for part in measured))
 
 
 def machine() -> str:
