@@ -105,7 +105,10 @@ class GgufTensors(Tensors):
 
     def meta(self, name: str, default: Any = None) -> Any:
         found = self.metadata.get(name)
-        return default if found is None else found.contents()
+        try:
+            return default if found is None else found.contents()
+        except (ValueError, IndexError) as error:  # of bytes that are no text
+            raise CheckpointError(f"{self._path.name}: {name} cannot be read: {error}") from None
 
     def size(self, name: str, most: int = (1 << 31) - 1) -> int:
         value = self.meta(f"{self.kind}.{name}")
