@@ -55,6 +55,8 @@ class Recipe(BaseModel):
                               "'distill' where their scales are to be trained")
         if refining and self.weights.scales != "float":
             raise RecipeError(f"distill finds scales of any size; scales {self.weights.scales!r} goes without it")
+        if sum(isinstance(step, Rotation) for step in self.steps) > 1:
+            raise RecipeError("two rotations are one: leave out all 'rotation' steps but one")
         if not any(isinstance(step, Fptq | Activations) for step in self.steps):
             raise RecipeError("a recipe needs a step that chooses activation schemes: 'fptq' or 'activations'")
         if any(isinstance(step, Qat) for step in self.steps):

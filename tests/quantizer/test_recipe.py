@@ -53,6 +53,7 @@ def test_a_file_is_named_after_itself(tmp_path: Path) -> None:
     ("steps: [{type: fptq}, {type: weights, num_bits: four}]", "num_bits"),
     ("steps: [{type: weights}, {type: fptq}]", "ends with one step"),
     ("steps: [{type: fptq}]", "ends with one step"),
+    ("steps: [{type: rotation}, {type: fptq}, {type: rotation, seed: 1}, {type: weights}]", "two rotations are one"),
     ("steps: [{type: weights}]", "activation schemes"),
     ("steps: []", "steps"),
     ("steps: 3", "steps"),
