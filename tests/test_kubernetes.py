@@ -1,4 +1,5 @@
-"""docker/kubernetes against Kubernetes' own schemas and against the server that it runs."""
+"""docker/kubernetes against Kubernetes' own schemas and against the server that it runs. Those of what others add to
+Kubernetes are not at hand: of such manifests names, ports and metrics are compared."""
 
 from __future__ import annotations
 
@@ -8,16 +9,23 @@ from typing import Any
 
 import pytest
 import yaml
+from prometheus_client.parser import text_string_to_metric_families
 
 from fptq_runtime.cli import cli
 from fptq_server.auth import PUBLIC_PATHS
+from fptq_server.config import ModelCard
 from fptq_server.main import CLOSE_TIMEOUT
+from fptq_server.metrics import Metrics
 
 ROOT = Path(__file__).parent.parent
 MANIFESTS: list[dict[str, Any]] = list(yaml.safe_load_all((ROOT / "docker/kubernetes/fptq.yaml").read_text()))
 KINDS = {manifest["kind"]: manifest for manifest in MANIFESTS}
 POD: dict[str, Any] = KINDS["Deployment"]["spec"]["template"]["spec"]
 [CONTAINER] = POD["containers"]
+ADDED: dict[str, dict[str, Any]] = {
+    manifest["kind"]: manifest for path in (ROOT / "docker/kubernetes").glob("*.yaml") if path.name != "fptq.yaml"
+    for manifest in yaml.safe_load_all(path.read_text())}
+RUNTIME: dict[str, Any] = ADDED["ServingRuntime"]["spec"]
 
 
 @pytest.mark.parametrize("manifest", MANIFESTS, ids=lambda manifest: manifest["kind"])
@@ -75,3 +83,69 @@ def test_it_runs_as_nobody_who_may_write() -> None:
         POD["securityContext"]["runAsUser"])
     assert CONTAINER["securityContext"] == {"allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True,
                                             "capabilities": {"drop": ["ALL"]}}
+
+
+def test_prometheus_operator_scrapes_the_service_and_has_the_rules() -> None:
+    monitor, service = ADDED["ServiceMonitor"]["spec"], KINDS["Service"]
+    assert monitor["selector"]["matchLabels"] == service["metadata"]["labels"]
+    [endpoint], [port] = monitor["endpoints"], service["spec"]["ports"]
+    assert (endpoint["port"], endpoint["path"]) == (port["name"], "/metrics")
+    rules = yaml.safe_load((ROOT / "docker/alerts.yml").read_text())
+    assert ADDED["PrometheusRule"]["spec"] == rules
+    exprs = [rule["expr"] for group in rules["groups"] for rule in group["rules"]]
+    jobs = set(re.findall('job="(.*?)"', "".join(exprs)))
+    assert jobs == {service["metadata"]["name"]}  # the operator calls a job as its service
+
+
+def test_keda_scales_as_the_autoscaler() -> None:
+    scaler, keda = KINDS["HorizontalPodAutoscaler"]["spec"], ADDED["ScaledObject"]["spec"]
+    assert keda["scaleTargetRef"] == {"name": scaler["scaleTargetRef"]["name"]}
+    assert (keda["minReplicaCount"], keda["maxReplicaCount"]) == (scaler["minReplicas"], scaler["maxReplicas"])
+    assert keda["advanced"]["horizontalPodAutoscalerConfig"]["behavior"] == scaler["behavior"]
+    [metric], [trigger] = scaler["metrics"], keda["triggers"]
+    assert trigger["metadata"]["query"] == (
+        f'sum({metric["pods"]["metric"]["name"]}{{job="{KINDS["Service"]["metadata"]["name"]}"}})')
+    assert trigger["metadata"]["threshold"] == metric["pods"]["target"]["averageValue"]
+
+
+def test_the_inference_gateway_picks_among_the_pods() -> None:
+    pool, objective = ADDED["InferencePool"], ADDED["InferenceObjective"]
+    assert pool["spec"]["selector"] == KINDS["Deployment"]["spec"]["selector"]
+    assert [port["number"] for port in pool["spec"]["targetPorts"]] == [CONTAINER["ports"][0]["containerPort"]]
+    group, _ = pool["apiVersion"].split("/")
+    assert objective["spec"]["poolRef"] == {"group": group, "kind": pool["kind"], "name": pool["metadata"]["name"]}
+
+
+def test_the_endpoint_picker_finds_its_metrics() -> None:
+    """Names and labels are those of the inference extension's model server protocol, for vLLM."""
+    engine = {"block_size": 32, "num_blocks": 100, "max_loras": 4}
+    card = ModelCard("demo", 0, 1024, 4096, engine=engine, adapters={"b", "a"})
+    text = Metrics("0", card, "vllm").exposition().decode()
+    gauges = {family.name: family.samples for family in text_string_to_metric_families(text) if family.type == "gauge"}
+    for name in ("vllm:num_requests_waiting", "vllm:num_requests_running", "vllm:kv_cache_usage_perc"):
+        [sample] = gauges[name]
+        assert sample.value == 0
+    [sizes], [adapters] = gauges["vllm:cache_config_info"], gauges["vllm:lora_requests_info"]
+    assert (sizes.labels["block_size"], sizes.labels["num_gpu_blocks"]) == ("32", "100")
+    assert {name: value for name, value in adapters.labels.items() if "lora" in name} == {
+        "max_lora": "4", "running_lora_adapters": "a,b", "waiting_lora_adapters": ""}
+
+
+def test_kserve_runs_the_same_container() -> None:
+    [container] = RUNTIME["containers"]
+    command, artifact, *options = container["args"]
+    given = cli.commands[command].make_context("fptq serve", [artifact, *options]).params
+    [port] = container["ports"]
+    assert (given["host"], given["port"]) == ("0.0.0.0", port["containerPort"])
+    assert RUNTIME["annotations"]["prometheus.kserve.io/port"] == str(port["containerPort"])
+    for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+        ours = CONTAINER[probe]
+        assert container[probe] == ours | {"httpGet": ours["httpGet"] | {"port": port["containerPort"]}}
+    assert all(container[part] == CONTAINER[part] for part in ("image", "lifecycle", "resources"))
+    assert container["securityContext"] == CONTAINER["securityContext"] | {
+        name: POD["securityContext"][name] for name in ("runAsNonRoot", "runAsUser")}
+    assert container["volumeMounts"] == [mount for mount in CONTAINER["volumeMounts"] if mount["name"] != "model"]
+    assert RUNTIME["volumes"] == [volume for volume in POD["volumes"] if volume["name"] != "model"]
+    predictor = ADDED["InferenceService"]["spec"]["predictor"]
+    assert predictor["terminationGracePeriodSeconds"] == POD["terminationGracePeriodSeconds"]
+    assert predictor["model"]["modelFormat"]["name"] in {model["name"] for model in RUNTIME["supportedModelFormats"]}

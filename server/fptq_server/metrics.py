@@ -114,7 +114,8 @@ class Metrics:
         self._aliases = CollectorRegistry()
         if aliases == "vllm":
             blocks = {"block_size": model.engine["block_size"], "num_gpu_blocks": model.engine["num_blocks"]}
-            self._aliases.register(VllmNames(registry, model.id, blocks))
+            self._aliases.register(VllmNames(registry, model.id, blocks, model.adapters,
+                                             model.engine["max_loras"]))
 
     def add_routes(self, templates: Iterable[str]) -> None:
         """Responses of these, as /v1/models/{model_id}, are told apart; all others count under one label."""

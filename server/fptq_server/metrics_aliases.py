@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Collection, Iterable, Mapping
 
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
@@ -33,12 +34,16 @@ LABELS = {"reason": "finished_reason"}
 
 
 class VllmNames(Collector):
-    """model: the label model_name. blocks: of the KV cache, of block_size tokens each."""
+    """model: the label model_name. blocks: of the KV cache, of block_size tokens each. adapters: that are loaded, as it
+    is at the time, of max_loras at most."""
 
-    def __init__(self, ours: Collector, model: str, blocks: Mapping[str, object]) -> None:
+    def __init__(self, ours: Collector, model: str, blocks: Mapping[str, object], adapters: Collection[str],
+                 max_loras: object) -> None:
         self._ours = ours
         self._labels = {"model_name": model, "engine": "0"}
         self._blocks = {name: str(value) for name, value in blocks.items()}
+        self._adapters = adapters
+        self._max_loras = max_loras
 
     def collect(self) -> Iterable[Metric]:
         for family in self._ours.collect():
@@ -53,3 +58,9 @@ class VllmNames(Collector):
         sizes = GaugeMetricFamily("vllm:cache_config_info", "The KV cache's blocks.", labels=list(labels))
         sizes.add_metric(list(labels.values()), 1)
         yield sizes
+        labels = self._labels | {"max_lora": str(self._max_loras), "waiting_lora_adapters": "",
+                                 "running_lora_adapters": ",".join(sorted(self._adapters))}
+        loaded = GaugeMetricFamily("vllm:lora_requests_info", "Adapters, as of the value's Unix seconds.",
+                                   labels=list(labels))
+        loaded.add_metric(list(labels.values()), time.time())
+        yield loaded

@@ -25,6 +25,7 @@ VLLM = {  # names that vLLM's own dashboards, KEDA's scalers and the Kubernetes 
     "vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc", "vllm:gpu_cache_usage_perc",
     "vllm:prefix_cache_queries_total", "vllm:prefix_cache_hits_total", "vllm:num_preemptions_total",
     "vllm:prompt_tokens_total", "vllm:generation_tokens_total", "vllm:cache_config_info",
+    "vllm:lora_requests_info",
     "vllm:spec_decode_num_draft_tokens_total", "vllm:spec_decode_num_accepted_tokens_total",
     "vllm:request_success_total", *(f"vllm:{name}_{part}" for part in ("sum", "count", "bucket") for name in (
         "iteration_tokens_total", "time_to_first_token_seconds", "inter_token_latency_seconds",
