@@ -59,6 +59,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("fptq.server")
 
 CLOSE_TIMEOUT = 10  # seconds that connections have to take their last bytes after the drain
+NOT_OF_EMBEDDINGS = (f"this model was not made to compare texts: it has no {MODULES}, as sentence-transformers' models "
+                     "do")
 
 
 class AddressError(FptqError):
@@ -106,8 +108,6 @@ def serve(path: Path | str, config: ServerConfig, *, model_names: Sequence[str] 
             gc.unfreeze()  # or the native extension reports what was never freed
             if config.uds is not None:
                 Path(config.uds).unlink(missing_ok=True)
-NOT_OF_EMBEDDINGS = (f"this model was not made to compare texts: it has no {MODULES}, as sentence-transformers' models "
-                     "do")
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -63,11 +64,13 @@ def chosen_tools(functions: Sequence[Mapping[str, Any]], given: str | ToolChoice
     if mode is None or allowed is None:
         raise APIError(400, "tool_choice of type allowed_tools needs mode and tools", param="tool_choice")
     names = [(each["function"] if isinstance(each.get("function"), dict) else each).get("name") for each in allowed]
+    known = {tool["function"]["name"] for tool in functions}
     for name in names:
-        if name not in [tool["function"]["name"] for tool in functions]:
+        if not isinstance(name, str) or name not in known:
             raise APIError(400, f"tool_choice allows the function {name}, which is not among the tools",
                            param="tool_choice")
-    return make_tools([tool for tool in functions if tool["function"]["name"] in names], mode, None, parallel)
+    chosen = set(names)
+    return make_tools([tool for tool in functions if tool["function"]["name"] in chosen], mode, None, parallel)
 
 
 def make_tools(functions: Sequence[Mapping[str, Any]], choice: str | None, only: str | None,
@@ -104,17 +107,17 @@ def template_messages(messages: Sequence[ChatMessage | AssistantTurn | ToolTurn]
     """Chat completions' messages as templates take them, but for what ChatFormat knows of the model. Calls without an
     id get one, and results that name no call are those of the calls before them, in their order."""
     given = [_template_message(message) for message in messages]
-    open_calls: list[str] = []
+    open_calls: OrderedDict[str, None] = OrderedDict()
     for place, message in enumerate(given):
         if "tool_calls" in message:
             for i, call in enumerate(message["tool_calls"]):
                 call["id"] = call["id"] or f"call{place % 1000:03}{i % 100:02}"
-            open_calls = [call["id"] for call in message["tool_calls"]]
+            open_calls = OrderedDict.fromkeys(call["id"] for call in message["tool_calls"])
         elif message["role"] == "tool":
             answered = message.get("tool_call_id") or next(iter(open_calls), None)
             if answered is not None:
                 message["tool_call_id"] = answered
-            open_calls = [call_id for call_id in open_calls if call_id != answered]
+                open_calls.pop(answered, None)
     return given
 
 

@@ -251,6 +251,7 @@ def test_reasoning_that_the_prompt_begins(native: Served, native_client: openai.
     ({"tool_choice": "any"}, "tool_choice"), ({"tool_choice": "some"}, "tool_choice"),
     ({"tool_choice": {"type": "function"}, "tools": TOOLS}, "tool_choice.function"),
     ({"tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": [{"name": "f"}]}}, "tool_choice"),
+    ({"tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": [{"name": ["now"]}]}}, "tool_choice"),
     ({"tool_choice": {"type": "custom", "custom": {"name": "f"}}, "tools": TOOLS}, "tool_choice.type"),
     ({"tools": [*TOOLS, TOOLS[0]]}, "tools.2"),
     ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools.0"),
