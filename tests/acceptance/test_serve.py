@@ -344,7 +344,7 @@ NOT_TOKENS = ["x", 5, [[1]], ["a"], [1.5], [-1], [True], {"a": 1}]
 SAMPLING: dict[str, list[Any]] = {
     "model": NOT_TEXT,
     "n": [*NOT_AN_INTEGER, 0, -1, 10**9],
-    "max_tokens": [*NOT_AN_INTEGER, -1],
+    "max_tokens": [*NOT_AN_INTEGER, -2],
     "min_tokens": [*NOT_AN_INTEGER, -1, 10**9],
     "temperature": [*NOT_A_NUMBER, -0.1],
     "top_p": [*NOT_A_NUMBER, -0.1, 1.1],
