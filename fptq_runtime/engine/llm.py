@@ -32,7 +32,7 @@ from fptq_runtime.kernels.select import select_backend
 from fptq_runtime.memory import available_memory
 from fptq_runtime.models.decoder import Decoder
 from fptq_runtime.models.gate import Golden, check_artifact, probe
-from fptq_runtime.models.loader import Checkpoint, load_bases, load_model
+from fptq_runtime.models.loader import Checkpoint, load_model
 from fptq_runtime.models.lora import check_base
 from fptq_runtime.models.tokenizer import Tokenizer, eos_token_ids
 
@@ -157,7 +157,7 @@ def load_engine(path: str | Path, *, backend: str | Backend = "auto", device: st
     token_bytes = sum(kernels.token_bytes(each.model_config, config.kv_cache_dtype)
                       for each in (checkpoint, small) if each is not None)
     config = _fit(config, token_bytes) if max_model_len is None else config
-    bases = load_bases(checkpoint) if config.max_loras else {}
+    bases = checkpoint.bases if config.max_loras else {}
     if config.max_loras and manifest is not None:
         check_base(Path(path), manifest, bases)
     limits = step_limits(model, config, token_bytes)  # says what is wrong with it before minutes of loading

@@ -51,7 +51,7 @@ from fptq_runtime.models.towers import decoder_config, text_names
 from fptq_runtime.models.weights import fuse, multiplied
 
 __all__ = [
-    "Checkpoint", "CheckpointError", "load_bases", "load_block", "load_head", "load_model", "load_stem", "read_json",
+    "Checkpoint", "CheckpointError", "load_block", "load_head", "load_model", "load_stem", "read_json",
 ]
 
 logger = logging.getLogger(__name__)
@@ -144,6 +144,12 @@ class Checkpoint:
         logger.warning("%s: config.json ties the head to the embedding, but %s.weight is another matrix; both are used "
                        "as they are stored", self.path.name, head)
         return False
+
+    @cached_property
+    def bases(self) -> Bases:
+        """What a recipe made of the rows that linears read. Raises CheckpointError."""
+        file = self.path / READOUT
+        return read_bases(file, self.model) if is_there(file) else {}
 
     @property
     def _embedding_shape(self) -> tuple[int, int]:
@@ -285,23 +291,20 @@ def load_head(checkpoint: Checkpoint) -> Block:
             head.bias = checkpoint.tensor(f"{checkpoint.model.head_module}.bias", (linear.n,))
     else:
         head = _load_linear(checkpoint, spec, linear)
-        if linear.normalised:
-            assert not isinstance(head.weight, QuantizedWeight)
-            weight = head.weight.astype(np.float32)
-            head.weight = weight / np.maximum(np.linalg.norm(weight, axis=1, keepdims=True), np.float32(1e-12))
+    if linear.normalised:
+        if isinstance(head.weight, QuantizedWeight):
+            raise CheckpointError(f"{head.name}: normalize_head divides each row by its length, and these rows are "
+                                  "quantized already; quantize the float model")
+        weight = head.weight.astype(np.float32)
+        head.weight = weight / np.maximum(np.linalg.norm(weight, axis=1, keepdims=True), np.float32(1e-12))
     return Block(spec, {linear.name: head}, {norm.name: checkpoint.norm(norm, spec.prefix) for norm in spec.norms},
-                 bases={name: basis for (part, name), basis in load_bases(checkpoint).items() if part == spec.name})
+                 bases={name: basis for (part, name), basis in checkpoint.bases.items() if part == spec.name})
 
 
 def has_hidden_states(checkpoint: Checkpoint) -> bool:
     """Whether a checkpoint that may have been rotated says what it was before: gains that are all 1 went elsewhere."""
-    head = load_head(checkpoint)
-    return bool(head.bases) or not np.all(head.norms["norm"].weight == 1)
-
-
-def load_bases(checkpoint: Checkpoint) -> Bases:
-    file = checkpoint.path / READOUT
-    return read_bases(file, checkpoint.model) if is_there(file) else {}
+    head = checkpoint.model.head
+    return (head.name, "head") in checkpoint.bases or not np.all(checkpoint.norm(head.norms[0]).weight == 1)
 
 
 def _load_linear(checkpoint: Checkpoint, spec: BlockSpec, linear: LinearSpec) -> Linear:

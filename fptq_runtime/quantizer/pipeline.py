@@ -287,7 +287,7 @@ class _Run:
                 self.routing[part.spec.name] = share
             return
         as_it_came = not self._transformed and linear_scheme(part.linears["head"]) is None
-        self._tied = as_it_came and self._checkpoint.tied
+        self._tied = as_it_came and self._checkpoint.tied and not part.spec.linear("head").normalised
         if as_it_came:
             stored = load_head(self._checkpoint).linears["head"]
             self._write(replace(part, linears={"head": stored}), leave_out=self._tied)

@@ -300,12 +300,18 @@ def test_gptq(source: Path, tmp_path: Path, options: dict[str, Any], minus_one: 
 
 
 @pytest.mark.parametrize("packing", [
-    {"packing_format": "auto_round:auto_gptq"}, {"backend": "auto_round:exllamav2"}, {}, {"sym": False},
-    {"packing_format": "auto_round:auto_awq", "sym": False}], ids=str)
+    {"packing_format": "auto_round:auto_gptq"}, {"backend": "auto_round:exllamav2"}, {}, {"sym": False}, {"sym": None},
+    {"packing_format": "auto_round:auto_gptq:exllamav2"},
+    {"packing_format": "auto_round:auto_awq", "sym": False},
+    *({"packing_format": packing, "sym": False, "bits": bits} for bits in (4, 8)
+      for packing in ("auto_round", "auto_round:gptqmodel", "auto_round:auto_gptq"))], ids=str)
 def test_auto_round(source: Path, tmp_path: Path, packing: dict[str, Any]) -> None:
-    """Its tensors are GPTQ's without g_idx, or AWQ's; a layer that it left in float is said in extra_config."""
-    path = tmp_path / "model"
-    meant = awq(source, path) if "auto_awq" in str(packing) else gptq(source, path, symmetric=packing.get("sym", True))
+    """Its tensors are GPTQ's without g_idx, or AWQ's; a layer that it left in float is said in extra_config. One is
+    subtracted from zeros only where its packing is AutoGPTQ's: where codes are of 8 bits nothing else tells."""
+    path, said = tmp_path / "model", packing.get("packing_format", "auto_round:auto_gptq")
+    meant = awq(source, path) if "auto_awq" in said else gptq(
+        source, path, bits=packing.get("bits", 4), symmetric=packing.get("sym") is not False,
+        minus_one="auto_gptq" in said)
     tensors = load_file(path / "model.safetensors")
     save_file({name: tensor for name, tensor in tensors.items() if not name.endswith("g_idx")},
               path / "model.safetensors", metadata={"format": "pt"})
@@ -318,6 +324,7 @@ def test_auto_round(source: Path, tmp_path: Path, packing: dict[str, Any]) -> No
 
 @pytest.mark.parametrize(("changes", "message"), [
     ({"data_type": "mx_fp"}, "mx_fp"), ({"act_bits": 8}, "activations to 8 bits"), ({"bits": 2}, "2 bits"),
+    ({"bits": "4"}, "bits must be an integer, not '4'"), ({"act_bits": "16"}, "act_bits must be an integer"),
     ({"packing_format": "auto_round:llm_compressor"}, "llm_compressor"), ({"rotation": "quarot"}, "rotation"),
     ({"extra_config": {"model.layers.0.mlp.up_proj": {"bits": 4, "data_type": "nv_fp"}}}, "up_proj has data_type"),
 ])

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -17,7 +18,7 @@ from transformers.models.mpt.modeling_mpt import build_mpt_alibi_tensor
 from fptq_runtime.artifact.io import verify
 from fptq_runtime.kernels.reference import ReferenceBackend
 from fptq_runtime.models.fields import ModelError
-from fptq_runtime.models.loader import Checkpoint
+from fptq_runtime.models.loader import Checkpoint, CheckpointError, load_head
 from fptq_runtime.quantizer.pipeline import quantize
 from tests.models.hf import change_config
 from tests.models.test_decoder import assert_agrees
@@ -179,6 +180,39 @@ def test_baichuan_with_alibi_and_a_normalised_head(tmp_path: Path, monkeypatch: 
     assert_agrees(tmp_path / "float", WithAlibi(model), list(range(3, 60)))
     assert_quantizes(tmp_path)
     assert Checkpoint(tmp_path / "out").config["normalize_head"] is False
+
+
+def baichuan2(path: Path, **changes: Any) -> PreTrainedModel:
+    """Baichuan 2, whose head's rows are divided by their lengths."""
+    model = save_model("llama", path, num_key_value_heads=6, **changes)
+    store(path, *baichuan(load_file(path / "model.safetensors")))
+    change_config(path, normalize_head=True)
+    return model
+
+
+def test_a_normalised_head_that_is_the_embedding(tmp_path: Path) -> None:
+    """Only the head's rows are divided; an artifact has a matrix for each."""
+    model = baichuan2(tmp_path / "float", tie_word_embeddings=True)
+    change_config(tmp_path / "float", tie_word_embeddings=True)
+    with torch.no_grad():
+        model.lm_head.weight = torch.nn.Parameter(torch.nn.functional.normalize(model.lm_head.weight))
+    assert_agrees(tmp_path / "float", model, list(range(3, 60)))
+    quantize(tmp_path / "float", tmp_path / "out", "bf16", **SMALL)
+    written = Checkpoint(tmp_path / "out")
+    assert not written.tied
+    lengths = np.linalg.norm(load_head(written).linears["head"].weight.astype(np.float32), axis=1)
+    np.testing.assert_allclose(lengths, 1, atol=1e-2)
+
+
+def test_a_normalised_head_that_is_quantized_is_refused(tmp_path: Path) -> None:
+    """Nobody knows whether its rows were divided before."""
+    baichuan2(tmp_path / "float")
+    change_config(tmp_path / "float", normalize_head=False)
+    (tmp_path / "text.txt").write_text("It was a bright cold day in the wood. " * 40)
+    quantize(tmp_path / "float", tmp_path / "out", "w8-dynamic-range", text=tmp_path / "text.txt", **SMALL)
+    change_config(tmp_path / "out", normalize_head=True)
+    with pytest.raises(CheckpointError, match="lm_head: normalize_head"):
+        load_head(Checkpoint(tmp_path / "out"))
 
 
 def test_minicpm_with_sparse_attention_is_refused(tmp_path: Path) -> None:

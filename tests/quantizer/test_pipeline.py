@@ -31,7 +31,7 @@ from fptq_runtime.kernels.base import StepInput, StepLimits
 from fptq_runtime.kernels.reference import ReferenceBackend, quantize_activations
 from fptq_runtime.models.decoder import Decoder
 from fptq_runtime.models.golden import prompt_logits
-from fptq_runtime.models.loader import Checkpoint, load_bases, load_model
+from fptq_runtime.models.loader import Checkpoint, load_model
 from fptq_runtime.models.lora import check_base
 from fptq_runtime.models.weights import unfuse
 from fptq_runtime.quantizer import pipeline
@@ -326,7 +326,7 @@ def test_adapters_of_the_source_are_the_artifacts(tmp_path: Path) -> None:
         with adapted.disable_adapter():
             exact.append(adapted(torch.tensor([tokens])).logits[0].numpy())
     checkpoint = Checkpoint(tmp_path / "out")
-    bases = load_bases(checkpoint)
+    bases = checkpoint.bases
     check_base(tmp_path / "out", manifest, bases)
     adapters = Adapters(checkpoint.model, load_model(checkpoint, backend), backend, 1, bases)
     adapters.load("x", tmp_path / "adapter")

@@ -12,7 +12,8 @@ from fptq_runtime.models.formats.gptq import Gptq
 from fptq_runtime.models.tensors import Tensors
 
 METHODS = ("auto-round", "auto_round", "intel/auto-round")
-GPTQ = ("auto_round:auto_gptq", "auto_round:gptq", "auto_round:gptqmodel", "auto_round:exllamav2", "auto_round")
+GPTQ = ("auto_round:auto_gptq", "auto_round:gptq", "auto_round:auto_gptq:exllamav2")  # zeros less one
+GPTQ_V2 = ("auto_round", "auto_round:gptqmodel", "auto_round:exllamav2")  # zeros as they are
 AWQ = ("auto_round:auto_awq", "auto_round:awq")
 READ = ("quant_method", "bits", "group_size", "sym", "packing_format", "backend", "data_type", "act_bits",
         "act_data_type", "extra_config")
@@ -33,15 +34,21 @@ def open_auto_round(config: Mapping[str, Any], tensors: Tensors) -> Gptq | Awq:
         raise SchemeError("auto-round: extra_config must be an object for each layer that it names")
     for name, of_layer in ("", config), *each.items():
         where = f"auto-round: {name or 'quantization_config'}"
-        quantized = (of_layer.get("bits") or 4) < 16
-        if quantized and of_layer.get("data_type") not in (None, "int"):
+        for width in ("bits", "act_bits"):
+            if type(of_layer.get(width)) not in (int, type(None)):
+                raise SchemeError(f"{where}: {width} must be an integer, not {of_layer[width]!r}")
+        if (of_layer.get("bits") or 4) < 16 and of_layer.get("data_type") not in (None, "int"):
             raise SchemeError(f"{where} has data_type {of_layer['data_type']!r}; only 'int' is supported")
         if (of_layer.get("act_bits") or 16) < 16:
             raise SchemeError(f"{where} quantizes activations to {of_layer['act_bits']} bits, which is not supported")
-    packing = config.get("packing_format") or config.get("backend") or GPTQ[0]
+    packing = config.get("packing_format") or config.get("backend") or "auto"
+    packing = GPTQ[0] if packing == "auto" else packing
+    symmetric = config.get("sym") is not False
     shared = {"bits": config.get("bits", 4), "group_size": config.get("group_size", 128)}
     if packing in AWQ:
-        return Awq({**shared, "zero_point": not config.get("sym", True)}, tensors)
-    if packing not in GPTQ:
-        raise SchemeError(f"auto-round: packing_format {packing!r} is not supported; {', '.join((*GPTQ, *AWQ))} are")
-    return Gptq({**shared, "sym": config.get("sym", True)}, tensors)
+        return Awq({**shared, "zero_point": not symmetric}, tensors)
+    if packing not in (*GPTQ, *GPTQ_V2):
+        raise SchemeError(f"auto-round: packing_format {packing!r} is not supported; "
+                          f"{', '.join((*GPTQ, *GPTQ_V2, *AWQ))} are")
+    layout = "gptq" if packing in GPTQ else "gptq_v2"
+    return Gptq({**shared, "sym": symmetric, "checkpoint_format": layout}, tensors)
