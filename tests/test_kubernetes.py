@@ -1,16 +1,24 @@
-"""docker/kubernetes against Kubernetes' own schemas and against the server that it runs. Those of what others add to
-Kubernetes are not at hand: of such manifests names, ports and metrics are compared."""
+"""docker/kubernetes: the chart as Helm renders it, the manifests against the schemas of those who read them and against
+the server that they run. The schemas of KServe and of the inference extension are in no package: of their manifests
+names, ports, metrics and what is a pod's are compared."""
 
 from __future__ import annotations
 
+import copy
+import importlib.util
+import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import jsonschema_rs
 import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
+import fptq_runtime
 from fptq_runtime.cli import cli
 from fptq_server.auth import PUBLIC_PATHS
 from fptq_server.config import ModelCard
@@ -26,12 +34,167 @@ ADDED: dict[str, dict[str, Any]] = {
     manifest["kind"]: manifest for path in (ROOT / "docker/kubernetes").glob("*.yaml") if path.name != "fptq.yaml"
     for manifest in yaml.safe_load_all(path.read_text())}
 RUNTIME: dict[str, Any] = ADDED["ServingRuntime"]["spec"]
+CHART = ROOT / "docker/kubernetes/chart"
+needs_helm = pytest.mark.skipif(importlib.util.find_spec("helm_python") is None, reason="helm-python-sdk is not here")
+
+EVERYTHING: dict[str, Any] = {
+    "image": "registry.example/fptq@sha256:" + 64 * "0", "model": {"claim": "models", "subPath": "llama"},
+    "args": ["--max-model-len", "8192", "--served-model-name", "a: b"], "apiKeysSecret": "keys", "replicas": 3,
+    "resources": {"limits": {"nvidia.com/gpu": 1}}, "preStopSeconds": 7, "drainTimeout": 90, "startupSeconds": 1800,
+    "autoscaling": {"by": "keda", "maxReplicas": 100, "waiting": 4, "prometheus": "https://prometheus.example"},
+    "env": [{"name": "FPTQ_THREADS", "value": "4"}], "volumes": [{"name": "loras", "emptyDir": {}}],
+    "volumeMounts": [{"name": "loras", "mountPath": "/loras"}], "podAnnotations": {"example.com/a": "1"},
+    "pod": {"nodeSelector": {"disk": "fast"}, "tolerations": [{"operator": "Exists"}],
+            "imagePullSecrets": [{"name": "pull"}]},
+    "service": {"type": "LoadBalancer", "port": 8080},
+    "networkPolicy": {"from": [{"podSelector": {}}], "egress": [{"ports": [{"port": 4318}]}]},
+    "prometheusOperator": {"enabled": True, "labels": {"release": "stack"},
+                           "authorization": {"credentials": {"name": "keys", "key": "metrics"}}},
+    "inferencePool": {"enabled": True, "picker": {"name": "epp", "port": 9003},
+                      "objectives": {"interactive": None, "a": 1, "b": -1}},
+}
+OPERATORS = ["ServiceMonitor", "PrometheusRule", "InferencePool", "InferenceObjective", "InferenceObjective"]
+VALUES: dict[str, tuple[dict[str, Any], list[str]]] = {  # and the kinds that they make, beside the first three
+    "default": ({}, ["HorizontalPodAutoscaler", "NetworkPolicy"]),
+    "everything": (EVERYTHING, ["ScaledObject", "NetworkPolicy", *OPERATORS]),
+    "hpa": (EVERYTHING | {"autoscaling": {"by": "hpa"}}, ["HorizontalPodAutoscaler", "NetworkPolicy", *OPERATORS]),
+    "fixed": ({"autoscaling": {"by": "none"}, "networkPolicy": {"enabled": False}}, []),
+    "kserve": (EVERYTHING | {"kserve": True}, ["ServingRuntime", "InferenceService"])}
 
 
-@pytest.mark.parametrize("manifest", MANIFESTS, ids=lambda manifest: manifest["kind"])
-def test_schemas(manifest: dict[str, Any]) -> None:
+def helm(call: str, *arguments: object) -> Any:
+    """The value of an expression in a process of its own: Go's runtime would take this one's signals."""
+    run = subprocess.run(
+        [sys.executable, "-c", "import sys, json, helm_python as helm; chart, *args = map(json.loads, sys.argv[1:]); "
+         f"print(json.dumps({call}))", json.dumps(str(CHART)), *map(json.dumps, arguments)],
+        capture_output=True, text=True, timeout=60)
+    if run.returncode:
+        raise ValueError(run.stderr)
+    return json.loads(run.stdout)
+
+
+def rendered(values: dict[str, Any], name: str) -> list[dict[str, Any]]:
+    files: dict[str, str] = helm("helm.Chart.load(chart).render(args[0], name=args[1])", values, name)
+    return [document for path, text in files.items() if path.endswith(".yaml")
+            for document in yaml.safe_load_all(text) if document]
+
+
+def check_schema(manifest: dict[str, Any]) -> None:
+    """As its kind's own schema has it, with no field that this does not know."""
+    group = manifest["apiVersion"].split("/")[0]
+    if group in ("keda.sh", "monitoring.coreos.com"):
+        module = pytest.importorskip("cloudcoil.models.keda.v1alpha1" if group == "keda.sh" else
+                                     "cloudcoil.models.prometheus_operator.v1")
+        model = getattr(module, manifest["kind"]).model_validate(manifest)
+        assert model.model_dump(mode="json", by_alias=True, exclude_unset=True) == manifest
+        return
+    if manifest["kind"] == "ServingRuntime":
+        spec = {name: manifest["spec"][name] for name in ("containers", "volumes")}
+        manifest = {"apiVersion": "v1", "kind": "Pod", "metadata": manifest["metadata"], "spec": spec}
+    elif manifest["kind"] in ("InferencePool", "InferenceObjective", "InferenceService"):
+        return
     kubernetes_validate = pytest.importorskip("kubernetes_validate")
     kubernetes_validate.validate(manifest, kubernetes_validate.latest_version(), strict=True)
+
+
+@pytest.mark.parametrize("manifest", [*MANIFESTS, *ADDED.values()], ids=lambda manifest: manifest["kind"])
+def test_schemas(manifest: dict[str, Any]) -> None:
+    check_schema(manifest)
+
+
+@pytest.mark.parametrize("kind", ["Deployment", "NetworkPolicy", "ScaledObject", "ServiceMonitor", "ServingRuntime"])
+def test_schemas_know_every_field(kind: str) -> None:
+    """What the other tests say would be nothing if a schema took all."""
+    manifest = copy.deepcopy((KINDS | ADDED)[kind])
+    (manifest["spec"]["containers"][0] if kind == "ServingRuntime" else manifest["spec"])["unheard_of"] = 1
+    with pytest.raises(Exception, match=r"unheard_of|assert"):
+        check_schema(manifest)
+
+
+@needs_helm
+def test_the_manifests_are_what_the_chart_renders() -> None:
+    script = ROOT / "docker/kubernetes/render.py"
+    run = subprocess.run([sys.executable, script, "--check"], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
+@needs_helm
+@pytest.mark.parametrize(("values", "expected"), VALUES.values(), ids=VALUES)
+def test_helm_renders_values_to_manifests(values: dict[str, Any], expected: list[str]) -> None:
+    manifests = rendered(values, "llm")
+    for manifest in manifests:
+        check_schema(manifest)
+        assert manifest["metadata"]["name"].split("-")[0] == "llm"
+    text = json.dumps(manifests, sort_keys=True)
+    assert not re.findall(r'(instance": |job=.)"?fptq', text)  # nothing is of another release's pods
+    for given in (values.get(name) for name in ("image", "env", "volumes", "volumeMounts")):
+        assert json.dumps(given or "", sort_keys=True)[1:-1] in text
+    kinds = {manifest["kind"]: manifest for manifest in manifests}
+    if "kserve" in values:
+        assert sorted(manifest["kind"] for manifest in manifests) == sorted(expected)
+        pod, [container] = kinds["InferenceService"]["spec"]["predictor"], kinds["ServingRuntime"]["spec"]["containers"]
+        assert pod["model"]["storageUri"] == "pvc://models/llama"
+    else:
+        assert sorted(manifest["kind"] for manifest in manifests) == sorted(
+            ["Deployment", "Service", "PodDisruptionBudget", *expected])
+        pod = kinds["Deployment"]["spec"]["template"]["spec"]
+        [container] = pod["containers"]
+        fixed = values.get("autoscaling") == {"by": "none"}
+        assert kinds["Deployment"]["spec"].get("replicas") == (2 if fixed else None)  # whose they are elsewhere
+    assert pod.get("nodeSelector") == values.get("pod", {}).get("nodeSelector")
+    keys = "/etc/fptq/keys"
+    command, artifact, *options = [__file__ if argument == keys else argument for argument in container["args"]]
+    given = cli.commands[command].make_context("fptq serve", [artifact, *options]).params
+    assert given["drain_timeout"] == values.get("drainTimeout", 30)
+    assert pod["terminationGracePeriodSeconds"] > (
+        container["lifecycle"]["preStop"]["sleep"]["seconds"] + given["drain_timeout"] + CLOSE_TIMEOUT)
+    startup = container["startupProbe"]
+    assert startup["periodSeconds"] * startup["failureThreshold"] == values.get("startupSeconds", 600)
+    assert given["metrics_aliases"] == ("vllm" if "inferencePool" in values else "none")
+    assert ("a: b" in container["args"]) == ("args" in values)
+    mounts = {mount["mountPath"] for mount in container["volumeMounts"]}
+    assert (keys in container["args"]) == (str(Path(keys).parent) in mounts) == ("apiKeysSecret" in values)
+
+
+@needs_helm
+def test_helm_finds_nothing_to_mend() -> None:
+    found = helm("helm.lint(chart, strict=True)")
+    assert not [each for each in found["messages"] if each["severity"] > 1], found  # 1: a suggestion
+
+
+@needs_helm
+@pytest.mark.parametrize(("values", "named"), [
+    ({"replica": 2}, "replica"), ({"replicas": 0}, "/replicas"), ({"image": ""}, "/image"),
+    ({"autoscaling": {"by": "vpa"}}, "/autoscaling/by"), ({"args": ["--port", "1"]}, "/args/0"),
+    ({"args": ["--drain-timeout=5"]}, "/args/0"), ({"pod": {"containers": []}}, "'containers'"),
+    ({"model": {"subPath": "/"}}, "/model/subPath"), ({"drainTimeout": 2.5}, "/drainTimeout")],
+    ids=lambda value: json.dumps(value) if isinstance(value, dict) else "")
+def test_helm_refuses_what_the_schema_does(values: dict[str, Any], named: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(named)):
+        rendered(values, "llm")
+
+
+def test_the_schema_has_each_value() -> None:
+    """Neither has one that the other lacks; what is "" or an empty list or map in values.yaml may hold anything."""
+    schema: dict[str, Any] = json.loads((CHART / "values.schema.json").read_text())
+    jsonschema_rs.meta.validate(schema)
+    values = yaml.safe_load((CHART / "values.yaml").read_text())
+    jsonschema_rs.validator_for(schema).validate(values)
+
+    def names(value: Any, of: dict[str, Any], path: str) -> None:
+        if isinstance(value, dict) and "properties" in of:
+            assert value.keys() == of["properties"].keys() - {"global"}, path
+            assert of["additionalProperties"] is False, path
+            for name, each in value.items():
+                names(each, of["properties"][name], f"{path}.{name}")
+
+    names(values, schema, "values")
+    templates = "".join(path.read_text() for path in (CHART / "templates").iterdir())
+    assert set(re.findall(r"\.Values\.(\w+)", templates)) == values.keys()
+
+
+def test_the_chart_is_of_this_version() -> None:
+    assert yaml.safe_load((CHART / "Chart.yaml").read_text())["appVersion"] == fptq_runtime.__version__
 
 
 def test_everything_is_of_the_same_pods() -> None:
