@@ -1,9 +1,18 @@
-"""What this process may still take of the machine's memory."""
+"""What this process may still take of the machine's memory, and what it gives back."""
 
 from __future__ import annotations
 
+import ctypes
 import re
+from contextlib import suppress
 from pathlib import Path
+
+
+def give_back_freed_memory() -> None:
+    """To the system. glibc keeps the holes that freed arrays leave in its heap: up to 360 MB between two blocks of
+    SmolLM2 that are quantized."""
+    with suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def available_memory(root: Path = Path("/")) -> int | None:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +27,7 @@ from fptq_runtime.engine.sizing import cache_tokens, check_memory, device_cache_
 from fptq_runtime.errors import FptqError
 from fptq_runtime.kernels.base import Backend, StepInput
 from fptq_runtime.kernels.select import select_backend
-from fptq_runtime.memory import available_memory
+from fptq_runtime.memory import available_memory, give_back_freed_memory
 from fptq_runtime.models.decoder import Decoder
 from fptq_runtime.models.gate import Golden, check_artifact, probe
 from fptq_runtime.models.loader import Checkpoint, load_model
@@ -192,7 +190,7 @@ def load_engine(path: str | Path, *, backend: str | Backend = "auto", device: st
     if beyond:
         logger.warning("%s: the tokenizer has tokens up to %d, but the model's vocabulary only %d tokens: prompts that "
                        "hold one of the others are refused", path, max(beyond), model.vocab_size)
-    _release_freed_memory()
+    give_back_freed_memory()  # of reading a large vocabulary
     if free is not None and kv_cache_memory is None:
         now = kernels.free_memory()
         assert now is not None
@@ -290,12 +288,6 @@ def _unwritten(rows: list[int], context: int, block_size: int) -> StepInput:
         query_start_loc=ends, seq_lens=np.full(len(rows), context, np.int32),
         block_tables=np.zeros((len(rows), -(-context // block_size)), np.int32), logits_rows=ends[1:] - 1,
         state_slots=np.arange(len(rows), dtype=np.int32))
-
-
-def _release_freed_memory() -> None:
-    """Reading a large vocabulary frees tens of megabytes that glibc would keep."""
-    with suppress(OSError, AttributeError):  # another C library
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _fit(config: EngineConfig, token_bytes: int) -> EngineConfig:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -42,27 +42,30 @@ def forecast(checkpoint: Checkpoint, recipe: Recipe, calibrated: int, measured: 
              writes: bool) -> Forecast:
     """For `calibrated` tokens, which the model itself `writes` or not, and the windows that perplexity is measured on.
 
-    The beginning of the first of these runs through the first block; what that takes a multiply-add, everything does.
+    The beginning of the first of these runs through the first block; what that takes a multiply-add, every pass does.
+    What the steps multiply, what trains and what writes is float32, which is tried too.
     """
     model, steps = checkpoint.model, recipe.steps
     scored, exact = sum(map(len, measured)), any(step.wants_exact for step in steps)
     trained = sum(step.trained_tokens(calibrated) for step in steps)
-    products, held = 0.0, 0
+    passed, products, held = 0.0, 0.0, 0
     for part in model.parts:
-        passes = 2 * scored + calibrated * writes + trained * TRAINING_PASSES
+        passes = 2 * scored
         linears = [_sizes(part, linear) for linear in part.linears if not linear.kept]
         if part is not model.head:
             passes += calibrated * (2 + exact)
             products += sum(count * step.products(n, k, round(calibrated * share))
                             for n, k, count, share in linears for step in steps)
-        products += passes * _row_products(part)
+        passed += passes * _row_products(part)
+        products += (calibrated * writes + trained * TRAINING_PASSES) * _row_products(part)
         weights = 4 * COPIES * sum(n * k * count for n, k, count, _ in linears)
         held = max(held, weights + sum(count * step.moments_bytes(k) for _, k, count, _ in linears for step in steps))
     held += 4 * model.config.hidden_size * (calibrated * (1 + exact) + 2 * scored)
     held = max(held, *(step.parameter_bytes * checkpoint.num_parameters for step in steps),
                writing_bytes(checkpoint, calibrated) if writes else 0)
     threads = torch.get_num_threads()
-    seconds = products / _products_a_second(checkpoint, measured[0][:REHEARSED]) / threads
+    seconds = (passed / _passed_a_second(checkpoint, measured[0][:REHEARSED])
+               + products / _products_a_second(model.config.hidden_size)) / threads
     return Forecast(PROCESS_SECONDS + seconds, threads, PROCESS_BYTES + held)
 
 
@@ -78,19 +81,29 @@ def _row_products(part: BlockSpec) -> float:
     return sum(n * k * count * share for n, k, count, share in (_sizes(part, linear) for linear in part.linears))
 
 
-def _products_a_second(checkpoint: Checkpoint, window: Sequence[int]) -> float:
-    """Of one thread, in the first block, everything counted that it does beside multiplying. Time is the processor's,
-    so that what else runs here changes little."""
+def _passed_a_second(checkpoint: Checkpoint, window: Sequence[int]) -> float:
+    """Multiply-adds of the first block's linears, everything counted that it does beside them."""
     states = HiddenStates(checkpoint.model, [window])
-    threads = torch.get_num_threads()
+    states.run_stem(float_stem(checkpoint))
+    block = float_part(checkpoint, 0)
+    return len(window) * _row_products(block.spec) / _one_thread_takes(lambda: states.run_block(block))
+
+
+def _products_a_second(k: int) -> float:
+    """Multiply-adds of float32, as a Hessian of k inputs is added up."""
+    x, moments = torch.zeros(REHEARSED, k), torch.zeros(k, k)
+    return REHEARSED * k * k / _one_thread_takes(lambda: moments.addmm_(x.T, x))
+
+
+def _one_thread_takes(work: Callable[[], object]) -> float:
+    """Seconds of the processor, so that what else runs here changes little."""
+    threads, times = torch.get_num_threads(), []
     torch.set_num_threads(1)
     try:
-        states.run_stem(float_stem(checkpoint))
-        block, times = float_part(checkpoint, 0), []
-        for _ in range(3):  # what the first pays once is not the block's
+        for _ in range(3):  # what the first pays once is not the work's
             start = time.thread_time()
-            states.run_block(block)
+            work()
             times.append(time.thread_time() - start)
     finally:
         torch.set_num_threads(threads)
-    return len(window) * _row_products(block.spec) / min(times)
+    return min(times)

@@ -27,6 +27,7 @@ from fptq_runtime.artifact.io import (
 from fptq_runtime.artifact.scheme import LayerScheme
 from fptq_runtime.kernels.base import Linear, QuantizedWeight
 from fptq_runtime.kernels.reference import ReferenceBackend
+from fptq_runtime.memory import give_back_freed_memory
 from fptq_runtime.models.block import Block, Model, Stem, prepare_block
 from fptq_runtime.models.decoder import Decoder
 from fptq_runtime.models.formats.compressed_tensors import linear_scheme, quantization_config
@@ -109,6 +110,7 @@ def quantize(
         with progress_bar(total=config.num_layers + 1, desc=f"quantizing {source.name}", unit="block",
                           shown=progress) as bar:
             for _ in run.walk():
+                give_back_freed_memory()
                 bar.update()
         run.finish(progress)
         run.write_config()

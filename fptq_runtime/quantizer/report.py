@@ -140,7 +140,26 @@ def inspect_text(manifest: Manifest) -> str:
         _peaks(manifest.layers),
         "",
         *_layer_table(manifest.layers, _scaled(manifest)),
+        "",
+        *_legend(manifest),
     ))
+
+
+def _legend(manifest: Manifest) -> list[str]:
+    """What the tables' words mean, as far as they occur."""
+    scaled, layers = _scaled(manifest), manifest.layers
+    activations = {layer.activations for layer in layers}
+    words = [
+        ("static", "static" in activations, "the input has one scale for all tokens, which calibration set"),
+        ("dynamic", "dynamic" in activations, "the input has a scale of its own for each token"),
+        (scaled, any(layer.equalized for layer in layers),
+         "channels of the input are divided by scales, by which the weights are multiplied"),
+        ("v", any(layer.reason.startswith("v") for layer in layers),
+         "the range; the recipe's v0 and v1 decide between static, lae+static and dynamic, unless that errs too much"),
+        ("range", True, "the largest |input| in calibration, and at which token of its sample"),
+        ("errors", True, "squared, relative to the float output: of rounding the input alone, and of the weights too"),
+    ]
+    return _align([[word, meaning] for word, occurs, meaning in words if occurs])
 
 
 def calibration_text(made: Provenance) -> str:

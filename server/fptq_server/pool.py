@@ -4,7 +4,6 @@ was used longest ago makes room."""
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import gc
 import json
 import logging
@@ -22,6 +21,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from fptq_runtime.engine.sizing import format_bytes
 from fptq_runtime.errors import FptqError
+from fptq_runtime.memory import give_back_freed_memory
 from fptq_server.errors import APIError, ErrorHandlers
 from fptq_server.middleware import Admission
 from fptq_server.validation import TGI_NAMES
@@ -219,8 +219,7 @@ class ModelPool:
         await instance.unused.wait()
         await self._stop(instance)
         gc.collect()
-        with suppress(OSError, AttributeError):  # another C library
-            ctypes.CDLL(None).malloc_trim(0)
+        give_back_freed_memory()
 
     @staticmethod
     async def _stop(instance: Instance) -> None:

@@ -300,6 +300,8 @@ def test_demo(demo: tuple[Path, Manifest]) -> None:
     shown = inspect_text(manifest)
     for word in ("perplexity", "static", "lae", "dynamic", "down_proj", "calibration self", "seed 0"):
         assert word in shown
+    legend = shown.rpartition("\n\n")[2]
+    assert [line.split()[0] for line in legend.splitlines()] == ["static", "dynamic", "lae", "v", "range", "errors"]
 
 
 def test_hidden_states_are_turned_back(demo: tuple[Path, Manifest]) -> None:
