@@ -27,7 +27,7 @@ from fptq_server.errors import APIError, ErrorHandlers
 from fptq_server.keys import ApiKeys
 from fptq_server.logprobs import TokenTexts
 from fptq_server.metrics import Metrics
-from fptq_server.middleware import Admission, RequestContext, RequestLimits, Routing
+from fptq_server.middleware import Admission, Door, RequestContext, RequestLimits, RequestLog, Routes, Routing
 from fptq_server.pool import Dispatch, ModelPool
 from fptq_server.response_store import ResponseStore
 from fptq_server.routes.adapters import adapters_router
@@ -66,7 +66,7 @@ def create_app(engine: AsyncEngine, tokenizer: Tokenizer, config: ServerConfig, 
     app = model_app(engine, tokenizer, config, model, metrics, store, batch_store, store.close, batch_store.close,
                     *([] if tracing is None else [tracing.stop]))
     app.add_middleware(Admission, engine=engine, paths=app.state.answering, errors=ErrorHandlers(metrics))
-    _guard(app, config, metrics, app.state.paths, tracing)
+    _guard(app, config, metrics, app.state.paths, tracing, engine)
     return app
 
 
@@ -161,10 +161,12 @@ def model_app(engine: AsyncEngine, tokenizer: Tokenizer, config: ServerConfig, m
     return app
 
 
-def _guard(app: FastAPI, config: ServerConfig, metrics: Metrics, paths: Sequence[str], tracing: Tracing | None) -> None:
-    """What surrounds every request to the app, whose routes have these paths."""
+def _guard(app: FastAPI, config: ServerConfig, metrics: Metrics, paths: Sequence[str], tracing: Tracing | None,
+           engine: AsyncEngine | None = None) -> None:
+    """What surrounds every request to the app, whose routes have these paths. engine: where it answers all of them,
+    app.state.door is before it; else that is None."""
     metrics.add_routes(paths)
-    handlers = ErrorHandlers(metrics)
+    handlers, requests, routes = ErrorHandlers(metrics), RequestLog(metrics, tracing), Routes(config.root_path, paths)
     app.add_exception_handler(APIError, handlers.api_error)
     app.add_exception_handler(TokenizerError, handlers.tokenizer_error)
     app.add_exception_handler(RequestValidationError, handlers.validation_error)
@@ -173,14 +175,18 @@ def _guard(app: FastAPI, config: ServerConfig, metrics: Metrics, paths: Sequence
     keys = ApiKeys(config.api_keys, config.api_keys_file)
     metrics.add_keys(keys.names)
     app.state.reload = keys.load
+    # A proxy's word for who the client is, and what a browser is to be told, are the middleware's.
+    elsewhere = ["x-forwarded-for", *(["origin"] if config.cors_origins else [])]
+    app.state.door = None if engine is None else Door(engine, app.state.answering, routes, keys, handlers, requests,
+                                                      elsewhere)
     public = PUBLIC_PATHS.union(["/metrics"] * config.public_metrics, ["/"] * config.page)
     # The last one added is the outermost.
     app.add_middleware(RequestLimits, max_header_bytes=config.max_header_bytes, max_body_bytes=config.max_body_bytes,
                        large_bodies={"/v1/files": config.max_file_bytes},
                        body_timeout=config.body_timeout, errors=handlers)
     app.add_middleware(RequireKey, keys=keys, public_paths=public, errors=handlers)
-    app.add_middleware(RequestContext, errors=handlers, metrics=metrics, tracing=tracing)
+    app.add_middleware(RequestContext, errors=handlers, requests=requests)
     if config.cors_origins:
         app.add_middleware(CORSMiddleware, allow_origins=config.cors_origins, allow_methods=CORS_METHODS,
                            allow_headers=["*"], expose_headers=CORS_EXPOSED)
-    app.add_middleware(Routing, root_path=config.root_path, paths=paths)
+    app.add_middleware(Routing, routes=routes)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import replace
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -30,10 +29,7 @@ class RequireKey:
         if public or not self._keys or record_of(scope).admitted:
             await self._app(scope, receive, send)
             return
-        headers = Headers(scope=scope)
-        scheme, _, bearer = headers.get("authorization", "").partition(" ")
-        key = (self._keys.find(bearer.strip()) if scheme.lower() == "bearer" else None) or \
-            self._keys.find(headers.get("x-api-key", ""))
+        key = self._keys.of(Headers(scope=scope))
         if key is None:
             error = APIError(401, "a valid API key is required, as Authorization: Bearer <key> or x-api-key: <key>",
                              reason="unauthorized", code="invalid_api_key")
@@ -41,8 +37,7 @@ class RequireKey:
             error = APIError(429, f"this API key may have {key.max_requests} requests at a time", reason="key_limit",
                              code="rate_limit_exceeded", retry_after=1)
         else:
-            record = record_of(scope)
-            record.origin = replace(record.origin, tenant=key.name, priority=key.priority)
+            record_of(scope).origin = key.origin
             self._running[key.name] += 1
             try:
                 await self._app(scope, receive, send)

@@ -166,5 +166,7 @@ def describe_validation_error(error: Mapping[str, Any]) -> APIError:
 def _printable(text: str) -> str:
     """One line that UTF-8 can carry and a terminal shows, whatever the client put in it."""
     line = " ".join(text.split())
+    if len(line) <= MAX_MESSAGE and line.isprintable():
+        return line
     shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line[:MAX_MESSAGE])
     return shown if len(line) <= MAX_MESSAGE else f"{shown}…"

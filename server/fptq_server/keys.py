@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import hmac
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from fptq_runtime.artifact.files import read_file
+from fptq_runtime.engine.request import Origin
 from fptq_runtime.errors import FptqError
 
 MAX_FILE_BYTES = 1 << 20
@@ -26,6 +27,10 @@ class ApiKey:
     digest: bytes
     priority: int = 0
     max_requests: int | None = None
+
+    @property
+    def origin(self) -> Origin:
+        return Origin(self.name, self.priority)
 
 
 class ApiKeys:
@@ -66,6 +71,12 @@ class ApiKeys:
     @property
     def names(self) -> list[str]:
         return [key.name for key in self._keys]
+
+    def of(self, headers: Mapping[str, str]) -> ApiKey | None:
+        """That of a request, whichever of OpenAI's and Anthropic's way it is sent in."""
+        scheme, _, bearer = headers.get("authorization", "").partition(" ")
+        return (self.find(bearer.strip()) if scheme.lower() == "bearer" else None) or \
+            self.find(headers.get("x-api-key", ""))
 
     def find(self, key: str) -> ApiKey | None:
         digest = hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()

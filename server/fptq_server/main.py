@@ -17,15 +17,12 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
-from http import HTTPStatus
 from importlib import import_module
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Protocol
 
-import httptools
 import uvicorn
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from fptq_runtime import __version__
 from fptq_runtime.artifact.io import LayerRecord, Manifest, is_artifact, read_manifest
@@ -43,6 +40,7 @@ from fptq_runtime.models.pooling import MODULES, read_modules, read_pooling
 from fptq_runtime.models.tokenizer import Tokenizer
 from fptq_server.config import ModelCard, ServerConfig
 from fptq_server.defaults import sampling_defaults, sampling_in_force
+from fptq_server.http import BoundedProtocol
 from fptq_server.keys import ApiKeys
 from fptq_server.logs import start_logging
 from fptq_server.pool import Plan
@@ -380,152 +378,6 @@ def tell_manager(state: str) -> None:
         manager.send(state.encode())
 
 
-class UnchunkedCycle(RequestResponseCycle):
-    """An answer to HTTP/1.0, which knows no chunks: where its length is not known, it ends with the connection."""
-
-    _to_the_end = False
-
-    async def send(self, message: Any) -> None:
-        if message["type"] == "http.response.start":
-            self._to_the_end = not any(name.lower() == b"content-length" for name, _ in message["headers"])
-        if self._to_the_end:
-            self.chunked_encoding, self.expected_content_length = False, len(message.get("body", b""))
-        await super().send(message)
-
-
-class BoundedProtocol(HttpToolsProtocol):
-    """Declines upgrades, as to HTTP/2: the request is answered as it is. Closes connections that uvicorn would keep for
-    ever: headers twice as long as are read, or that have not ended
-    `head_timeout` seconds after the connection or their first byte; a body that has not ended `body_timeout` after its
-    answer. A body that comes too slowly, before its answer, is RequestLimits'."""
-
-    limits: ServerConfig
-    metrics: Metrics
-    _head_bytes = 0
-    _in_head = True
-    _in_message = False
-    _deadline: asyncio.TimerHandle | None = None
-    _unread: asyncio.TimerHandle | None = None
-
-    def connection_made(self, transport: Any) -> None:
-        super().connection_made(transport)
-        self._close_in(self.limits.head_timeout)
-
-    def pause_writing(self) -> None:
-        super().pause_writing()
-        self._unread = self.loop.call_later(self.limits.write_timeout, self._give_up)
-
-    def resume_writing(self) -> None:
-        self._reads()
-        super().resume_writing()
-
-    def _reads(self) -> None:
-        if self._unread is not None:
-            self._unread.cancel()
-            self._unread = None
-
-    def _give_up(self) -> None:
-        """What waits for the client is dropped, and what is generated for it ends."""
-        log.warning("%s has not read for %g s", peer(self.client), self.limits.write_timeout)
-        self.transport.abort()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._reads()
-        self._keep()
-        super().connection_lost(exc)
-
-    def data_received(self, data: bytes) -> None:
-        self._unset_keepalive_if_required()
-        unread: bytes | None = data
-        try:
-            while unread is not None:
-                unread = self._parse(unread)
-        except httptools.HttpParserError as error:
-            self._refuse(400, f"not an HTTP request: {error}")
-            return
-        if self._in_head:
-            self._head_bytes += len(data)
-            if self._head_bytes > 2 * self.limits.max_header_bytes:
-                self._refuse(431, "the request's headers are too long")
-        elif self._deadline is None and not self._in_message and self.cycle.response_complete:
-            self._close_in(self.limits.head_timeout)  # line ends between requests stop uvicorn's own timer
-
-    def _parse(self, data: bytes) -> bytes | None:
-        """What is still to be parsed where the parser has stopped after the head of a request that would upgrade: that
-        head without its wish, for a new parser, and what follows."""
-        try:
-            self.parser.feed_data(data)
-        except httptools.HttpParserUpgrade as stopped:
-            if not self._upgrades():
-                return None
-            [end] = stopped.args
-            head = b"%s %s HTTP/1.1\r\n" % (self.parser.get_method(), self.url)
-            head += b"".join(b"%s: %s\r\n" % header for header in self.headers if header[0] != b"upgrade")
-            self.parser = httptools.HttpRequestParser(self)
-            return head + b"\r\n" + data[end:]
-        return None
-
-    def _upgrades(self) -> bool:
-        """The parser takes what follows the head for another protocol. CONNECT is refused as any unknown method."""
-        return bool(self.parser.should_upgrade()) and self.parser.get_method() != b"CONNECT"
-
-    def on_message_begin(self) -> None:
-        self._in_head, self._in_message, self._head_bytes = True, True, 0
-        self._close_in(self.limits.head_timeout)
-        super().on_message_begin()
-
-    def on_headers_complete(self) -> None:
-        if self._upgrades():
-            return
-        self._in_head = False
-        self._keep()
-        super().on_headers_complete()
-        if self.scope["http_version"] == "1.0":
-            self.cycle.__class__ = UnchunkedCycle  # its task has not begun
-
-    def on_message_complete(self) -> None:
-        if self._upgrades():
-            return
-        self._in_message = False
-        self._keep()
-        super().on_message_complete()
-
-    def on_response_complete(self) -> None:
-        super().on_response_complete()
-        if self._in_message and not self._in_head:
-            self._close_in(self.limits.body_timeout)
-
-    def _close_in(self, seconds: float) -> None:
-        self._keep()
-        self._deadline = self.loop.call_later(seconds, self._too_late, seconds)
-
-    def _keep(self) -> None:
-        if self._deadline is not None:
-            self._deadline.cancel()
-            self._deadline = None
-
-    def _too_late(self, seconds: float) -> None:
-        self._deadline = None
-        if self.cycle is not None and not self.cycle.response_complete:
-            self._close_in(seconds)  # an answer is under way, and the next request waits for it
-        elif self._in_message and self._in_head:
-            self._refuse(408, f"the request's headers did not end within {seconds:g} s")
-        else:
-            self.transport.close()
-
-    def _refuse(self, status: int, message: str) -> None:
-        """Answer what never became a request, and close."""
-        if self.transport.is_closing():
-            return
-        log.warning("%s %d %s", peer(self.client), status, message)
-        self.metrics.record_response("", status)
-        body = message.encode("ascii", "backslashreplace")
-        self.transport.write(b"HTTP/1.1 %d %s\r\ncontent-type: text/plain\r\ncontent-length: %d\r\n"
-                             b"connection: close\r\n\r\n%s"
-                             % (status, HTTPStatus(status).phrase.encode(), len(body), body))
-        self.transport.close()
-
-
 class AdminServer(uvicorn.Server):
     """Beside the server, whose signals they are."""
 
@@ -547,7 +399,7 @@ class Server(uvicorn.Server):
     balancer sees /readyz fail while running requests end."""
 
     def __init__(self, app: Any, engine: Draining, config: ServerConfig, metrics: Metrics) -> None:
-        protocol = type("Protocol", (BoundedProtocol,), {"limits": config, "metrics": metrics})
+        protocol = type("Protocol", (BoundedProtocol,), {"limits": config, "metrics": metrics, "door": app.state.door})
         super().__init__(uvicorn.Config(
             app,
             http=protocol,

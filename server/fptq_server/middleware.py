@@ -8,20 +8,22 @@ import re
 import time
 import zlib
 from collections.abc import Collection, Iterable, Mapping
-from contextlib import suppress
 from dataclasses import replace
 
 from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fptq_runtime.engine.async_engine import AsyncEngine
 from fptq_runtime.engine.engine import QueueFullError
+from fptq_runtime.engine.request import ANYONE
 from fptq_server.auth import PUBLIC_PATHS
 from fptq_server.errors import APIError, ErrorHandlers
 from fptq_server.generation import no_place
+from fptq_server.keys import ApiKeys
 from fptq_server.metrics import Metrics
-from fptq_server.record import peer, record_of
+from fptq_server.record import RequestRecord, peer, record_of
 from fptq_server.tracing import Tracing
 
 access_log = logging.getLogger("fptq.access")
@@ -29,51 +31,89 @@ log = logging.getLogger("fptq.server")
 
 CLIENT_REQUEST_ID = re.compile(r"[!-~]{1,128}")
 BODY_RATE = 64 << 10  # bytes a second at which a long body may come
-SHORT_BODY = 64 << 10  # bytes that the kernel takes beside the head, whether or not anybody reads them
 GZIP = 16 + zlib.MAX_WBITS
 PROBES = PUBLIC_PATHS | {"/metrics"}
 
 
-class Routing:
-    """Outermost. A request as its route is written, however a client or a proxy puts it: without root_path, where a
-    proxy leaves that on; with /v1, where a client's base URL has none; HEAD as GET, whose body uvicorn leaves out.
+class Routes:
+    """A path as its route is written, however a client or a proxy puts it: without root_path, where a proxy leaves that
+    on; with /v1, where a client's base URL has none.
 
     paths: of all routes.
     """
 
-    def __init__(self, app: ASGIApp, root_path: str, paths: Iterable[str]) -> None:
-        self._app = app
+    def __init__(self, root_path: str, paths: Iterable[str]) -> None:
         self._root_path = root_path
         self._versioned = {path.split("/")[2] for path in paths if path.startswith("/v1/")}
 
+    def __call__(self, path: str) -> str:
+        if path.startswith(f"{self._root_path}/"):
+            path = path.removeprefix(self._root_path)
+        return f"/v1{path}" if path[1:].partition("/")[0] in self._versioned else path
+
+
+class Routing:
+    """Outermost. A request as its route is written: HEAD as GET, whose body uvicorn leaves out."""
+
+    def __init__(self, app: ASGIApp, routes: Routes) -> None:
+        self._app = app
+        self._routes = routes
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
-            path: str = scope["path"]
-            if path.startswith(f"{self._root_path}/"):
-                path = path.removeprefix(self._root_path)
-            if path[1:].partition("/")[0] in self._versioned:
-                path = f"/v1{path}"
-            scope = {**scope, "path": path, "method": "GET" if scope["method"] == "HEAD" else scope["method"]}
+            scope = {**scope, "path": self._routes(scope["path"]),
+                     "method": "GET" if scope["method"] == "HEAD" else scope["method"]}
         await self._app(scope, receive, send)
 
 
-class RequestContext:
-    """Takes the client's X-Request-Id or makes one, and sends it back."""
+class RequestLog:
+    """What came of each request, counted, logged and traced."""
 
-    def __init__(self, app: ASGIApp, errors: ErrorHandlers, metrics: Metrics, tracing: Tracing | None = None) -> None:
-        self._app = app
-        self._errors = errors
+    def __init__(self, metrics: Metrics, tracing: Tracing | None = None) -> None:
         self._metrics = metrics
         self._tracing = tracing
+
+    def begin(self, scope: Scope) -> RequestRecord:
+        """Takes the client's X-Request-Id or makes one."""
+        record = record_of(scope)
+        request_id = Headers(scope=scope).get("x-request-id", "")
+        if CLIENT_REQUEST_ID.fullmatch(request_id):
+            record.id = request_id
+        return record
+
+    def end(self, scope: Scope, status: int, start: float) -> None:
+        """start: time.monotonic() at its beginning."""
+        record = record_of(scope)
+        self._metrics.record_response(scope["path"], status)
+        if record.origin.tenant:
+            self._metrics.record_key(record.origin.tenant, record.prompt_tokens or 0, record.completion_tokens)
+        if scope["path"] not in PROBES or status >= 400:
+            self._write(scope, record, status, time.monotonic() - start)
+        if self._tracing is not None:
+            self._tracing.record(scope["method"], scope["path"], Headers(scope=scope), record, status, start)
+
+    @staticmethod
+    def _write(scope: Scope, record: RequestRecord, status: int, seconds: float) -> None:
+        path, client = scope["path"].encode("unicode_escape").decode(), peer(scope.get("client"))
+        line = f"{client} {scope['method']} {path} {status} {seconds:.3f}s {record.id} {record}"
+        fields = {"client": client, "method": scope["method"], "path": path, "status": status,
+                  "seconds": round(seconds, 6), **record.fields()}
+        access_log.info("%s", line.rstrip(), extra={"fields": fields})
+
+
+class RequestContext:
+    """Sends the request's id back, and sees to it that there is an answer."""
+
+    def __init__(self, app: ASGIApp, errors: ErrorHandlers, requests: RequestLog) -> None:
+        self._app = app
+        self._errors = errors
+        self._requests = requests
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        record = record_of(scope)
-        request_id = Headers(scope=scope).get("x-request-id", "")
-        if CLIENT_REQUEST_ID.fullmatch(request_id):
-            record.id = request_id
+        record = self._requests.begin(scope)
         status = 499  # as nginx has it: the client left before an answer
         start = time.monotonic()
 
@@ -102,22 +142,7 @@ class RequestContext:
             await answer(APIError(500, f"internal error; the server's log has it as request {record.id}",
                                   reason="failed", code="internal"))
         finally:
-            self._metrics.record_response(scope["path"], status)
-            if record.origin.tenant:
-                self._metrics.record_key(record.origin.tenant, record.prompt_tokens or 0, record.completion_tokens)
-            if scope["path"] not in PROBES or status >= 400:
-                self._log(scope, status, time.monotonic() - start)
-            if self._tracing is not None:
-                self._tracing.record(scope["method"], scope["path"], Headers(scope=scope), record, status, start)
-
-    @staticmethod
-    def _log(scope: Scope, status: int, seconds: float) -> None:
-        record = record_of(scope)
-        path, client = scope["path"].encode("unicode_escape").decode(), peer(scope.get("client"))
-        line = f"{client} {scope['method']} {path} {status} {seconds:.3f}s {record.id} {record}"
-        fields = {"client": client, "method": scope["method"], "path": path, "status": status,
-                  "seconds": round(seconds, 6), **record.fields()}
-        access_log.info("%s", line.rstrip(), extra={"fields": fields})
+            self._requests.end(scope, status, start)
 
 
 def _seconds(text: str) -> float | None:
@@ -227,14 +252,6 @@ class RequestLimits:
         return limited
 
 
-def _closes(scope: Scope) -> bool:
-    """The connection ends with the answer, and what then came of a long body would reset it before that is read."""
-    headers = Headers(scope=scope)
-    length = headers.get("content-length", "")
-    short = length.isdecimal() and int(length) <= SHORT_BODY
-    return not short and (scope.get("http_version") == "1.0" or headers.get("connection", "").lower() == "close")
-
-
 class Admission:
     """Innermost. A request for an answer that would find the queue full is refused before anything of its body is read;
     another holds a place until the engine has it, so that no more are read than will be taken.
@@ -256,13 +273,51 @@ class Admission:
         try:
             record.place = place = self._engine.enter(record.origin)
         except QueueFullError as error:
-            if _closes(scope):
-                with suppress(APIError):
-                    while (await receive()).get("more_body", False):
-                        pass
             await self._errors.refuse(scope, no_place(error))(scope, receive, send)
             return
         try:
             await self._app(scope, receive, send)
         finally:
             place.leave()
+
+
+class Door:
+    """Outside of the application, which costs several times as much as a refusal itself: what Admission would refuse,
+    told before a scope has been made a request. Whatever it does not understand at a glance goes in.
+
+    paths: where requests for answers come. elsewhere: header fields that make a request the application's to refuse.
+    """
+
+    def __init__(self, engine: AsyncEngine, paths: Collection[str], routes: Routes, keys: ApiKeys,
+                 errors: ErrorHandlers, requests: RequestLog, elsewhere: Collection[str]) -> None:
+        self._engine = engine
+        self._paths = paths
+        self._routes = routes
+        self._keys = keys
+        self._errors = errors
+        self._requests = requests
+        self._elsewhere = {name.encode() for name in elsewhere}
+
+    def refusal(self, scope: Scope, url: bytes) -> Response | None:
+        """The answer to a POST whose headers are there, where no place is free for it. It is counted and logged."""
+        path = self._routes(url.partition(b"?")[0].decode("latin-1"))
+        if path not in self._paths or not self._elsewhere.isdisjoint(name for name, _ in scope["headers"]):
+            return None
+        start, headers, origin = time.monotonic(), Headers(scope=scope), ANYONE
+        if self._keys:
+            if (key := self._keys.of(headers)) is None:
+                return None
+            origin = key.origin
+        if (max_wait := _seconds(headers.get("x-max-wait", "inf"))) is None:
+            return None
+        try:
+            self._engine.enter(replace(origin, max_wait=max_wait)).leave()
+        except QueueFullError as error:
+            scope["method"], scope["path"] = "POST", path
+            record = self._requests.begin(scope)
+            record.origin = origin
+            answer = self._errors.refuse(scope, no_place(error))
+            answer.headers["x-request-id"] = record.id
+            self._requests.end(scope, answer.status_code, start)
+            return answer
+        return None

@@ -22,7 +22,7 @@ from starlette.types import Message, Receive, Scope, Send
 from fptq_server.config import ModelCard, ServerConfig
 from fptq_server.errors import ErrorHandlers
 from fptq_server.metrics import Metrics
-from fptq_server.middleware import BODY_RATE, RequestContext
+from fptq_server.middleware import BODY_RATE, RequestContext, RequestLog
 from tests.server.conftest import Served, metric, wait_until
 
 
@@ -55,6 +55,17 @@ def test_body_limit(small: Served, path: str) -> None:
         assert response.status_code == 413
         assert "1000 bytes" in response.json()["error"]["message"]
     assert metric(small, "fptq_requests_rejected_total", reason="too_large") == before + 2
+
+
+def test_what_is_refused_for_its_head_is_told_though_its_body_comes(small: Served) -> None:
+    """A connection that ends with the answer is not reset by the rest of a long body."""
+    closes = {"Connection": "close"}
+    for headers, status in (({}, 413), ({"Content-Encoding": "br", "Transfer-Encoding": "chunked"}, 415),
+                            ({"X-Long": "x" * 2000}, 431)):
+        content = iter([b" " * 5_000_000]) if status == 415 else b" " * 5_000_000
+        response = small.http.post("/v1/completions", content=content, headers=closes | headers)
+        assert response.status_code == status
+        assert response.headers["connection"] == "close"
 
 
 def test_header_limit(small: Served) -> None:
@@ -97,7 +108,7 @@ def test_what_uvicorn_cancels_at_exit_leaves_no_traceback(started: bool) -> None
         return {"type": "http.disconnect"}
 
     metrics = Metrics("0", ModelCard("m", 0, 8, 8))
-    context = RequestContext(stalled, ErrorHandlers(metrics), metrics)
+    context = RequestContext(stalled, ErrorHandlers(metrics), RequestLog(metrics))
     asyncio.run(context({"type": "http", "method": "POST", "path": "/", "headers": []}, receive, send))
     assert [message["status"] for message in sent if "status" in message] == [200 if started else 503]
 
