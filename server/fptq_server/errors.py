@@ -72,7 +72,7 @@ class APIError(FptqError):
             headers["retry-after-ms"] = str(max(1, math.ceil(self.retry_after * 1000)))
         if self.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
-        if self.status == 408:  # what is left of the request may still come
+        if self.status == 408 or self.code == "draining":  # what is left may still come; another server may be found
             headers["Connection"] = "close"
         body = self.anthropic_body() if path.startswith(ANTHROPIC_PATHS) else self.body()
         return Response(body, self.status, headers, media_type="application/json")

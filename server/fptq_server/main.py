@@ -458,6 +458,8 @@ class Server(uvicorn.Server):
         timeout = 0.0 if self._engine.draining else self._drain_timeout
         tell_manager("STOPPING=1")
         log.info("stopping: %s", f"running requests have {timeout:g} s to end" if timeout else "requests are aborted")
+        for connection in list(self.server_state.connections):
+            connection.shutdown()  # once its answer is through, so that whoever keeps one asks elsewhere
         self._drains.append(self._loop.create_task(self._drain(timeout)))
 
     async def _drain(self, timeout: float) -> None:

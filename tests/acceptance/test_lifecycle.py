@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import http.client
 import json
 import signal
 from concurrent.futures import ThreadPoolExecutor
@@ -68,7 +69,11 @@ def test_sigterm_drains(fptq: Fptq, server: Server, demo_artifact: Path, tmp_pat
         with ThreadPoolExecutor(len(bodies)) as pool:
             running = [pool.submit(stream, body) for body in bodies]
             wait_until(lambda: draining.metrics().value("running") == len(bodies), "the streams run")
+            kept = http.client.HTTPConnection("127.0.0.1", draining.port, timeout=20)
+            kept.request("GET", "/livez")
+            kept.getresponse().read()
             draining.process.send_signal(signal.SIGTERM)
+            assert kept.sock.recv(1) == b"", "who keeps a connection is not told to ask elsewhere"
 
             def refuses() -> bool:
                 try:
@@ -80,6 +85,7 @@ def test_sigterm_drains(fptq: Fptq, server: Server, demo_artifact: Path, tmp_pat
                 if response.status_code == 200:
                     return False
                 assert float(response.headers["retry-after"]) > 0
+                assert response.headers["connection"] == "close"
                 assert ready.status_code == 503
                 return True
 
