@@ -237,7 +237,7 @@ def window_off_by_one() -> Iterator[None]:
 def _stepping(change: Callable[[StepInput], StepInput]) -> Iterator[None]:
     _step = CpuExecutor.step
 
-    def step(self: CpuExecutor, batch: StepInput, reuse: bool = False) -> Array:
+    def step(self: CpuExecutor, batch: StepInput, reuse: bool = False, sampled: None = None) -> Array:
         return _step(self, change(batch), reuse)
 
     with mock.patch.object(CpuExecutor, "step", step):

@@ -155,7 +155,7 @@ class Noise:
         self._generator = np.random.default_rng(0)
         self._vocab_size = vocab_size
 
-    def step(self, batch: StepInput, reuse: bool = False) -> npt.NDArray[np.float32]:
+    def step(self, batch: StepInput, reuse: bool = False, sampled: Any = None) -> npt.NDArray[np.float32]:
         return 3 * self._generator.standard_normal((batch.logits_rows.size, self._vocab_size), dtype=np.float32)
 
 

@@ -164,13 +164,13 @@ def _samples(check: Check) -> Iterator[Row]:
         made = batch.build()
         backend = check.backend
         on_device = torch.from_numpy(logits).to(backend.device)
-        got, expected = backend.sample(on_device, made), sample_reference(logits, made)
+        got, expected = backend.sample(on_device, made).result(), sample_reference(logits, made)
         alone = [backend.sample(on_device[i : i + 1], replace(made, **{
             key: getattr(made, key)[i : i + 1] for key in ("parameters", "token_ids", "positions", "num_logprobs")},
             rows=made.rows[:1], bias_start=made.bias_start[:2], bias_ids=made.bias_ids[: made.bias_start[1]],
             bias_values=made.bias_values[: made.bias_start[1]], history_start=made.history_start[:2],
             output_start=made.output_start[:1], history=made.history[: made.history_start[1]],
-        )) for i in range(2)]
+        )).result() for i in range(2)]
         same = all(one.token_ids[0] == got.token_ids[i] and one.logprobs[0] == got.logprobs[i]
                    for i, one in enumerate(alone))
         agree = float((got.token_ids == expected.token_ids).mean())

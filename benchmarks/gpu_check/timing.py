@@ -217,11 +217,11 @@ def _decode(check: Check, profile: str, batches: Sequence[int]) -> Iterator[Row]
     for batch in batches:
         step, draws = _decode_step(batch, CONTEXT, 32), _greedy(batch)
         for _ in range(3):
-            backend.sample(executor.step(step, reuse=True), draws)
+            backend.sample(executor.step(step, reuse=True), draws).result()
         count, before = 10, executor.seconds["forward"]
         started = time.perf_counter()
         for _ in range(count):
-            backend.sample(executor.step(step, reuse=True), draws)
+            backend.sample(executor.step(step, reuse=True), draws).result()
         wall = (time.perf_counter() - started) / count
         device = (executor.seconds["forward"] - before) / count
         cached = batch * CONTEXT * backend.token_bytes(SHAPES[SHAPE].config, "int8")

@@ -133,7 +133,7 @@ class DraftModel:
                 row += 1
         if not row:
             return [None] * len(items)
-        result = SampleResult(self._backend.sample(logits, batch.build()), logits.shape[1])
+        result = SampleResult(self._backend.sample(logits, batch.build()).result(), logits.shape[1])
         draws = iter(range(row))
         return [result.token_id(draw) if item.samples and result.valid(draw := next(draws)) else None for item in items]
 

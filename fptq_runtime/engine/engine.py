@@ -39,6 +39,7 @@ from fptq_runtime.kernels.base import (
     Executor,
     Float32Array,
     Logits,
+    PendingSample,
     SampleOutput,
     UInt32Array,
     logits_array,
@@ -106,10 +107,12 @@ class Place:
 
 @dataclass
 class _Draws:
-    """What a step's logits gave. spans: first and end draw of each scheduled item."""
+    """What a step's logits give. spans: first and end draw of each scheduled item. ahead: the step after it is launched
+    already, and reads them on the device."""
 
     spans: list[tuple[int, int]]
-    result: SampleResult
+    sample: PendingSample
+    ahead: bool = False
 
 
 @dataclass(frozen=True)
@@ -369,9 +372,10 @@ class Engine(Generic[T]):
         FinishReason.ERROR; what no one sequence breaks, those that were in the batch. Raises DeviceLostError, after
         which no step can succeed.
 
-        An asynchronous backend gets the next batch as soon as this one's tokens are known, and computes it while their
-        text is made and the outputs are delivered. A sequence that its text then ends is dropped from that batch. Masks
-        of structured answers are made while the batch is computed.
+        An asynchronous backend gets the next batch before this one's tokens are known, which it reads on the device,
+        and computes it while they are taken in, their text is made and the outputs are delivered. A sequence that its
+        tokens end is dropped from that batch. Where the next batch depends on them, by guesses of what comes then, it
+        is launched as soon as they are known. Masks of structured answers are made while the batch is computed.
         """
         if self._awaits_store:
             self._scheduler.blocks.end_loads(STORE_SECONDS)
@@ -380,10 +384,16 @@ class Engine(Generic[T]):
         step = _Step()
         self._receive(step)
         batch, self._launched = self._launched or self._launch(), None
-        gains = self._take_in(step, batch)
-        if self.backend.asynchronous:
+        draws, following = self._draw_all(batch), None
+        if draws is not None and self._leads_on(batch):
+            self._advance(batch.plan, draws)
+            following = self._launch(draws.sample)
+        gains = self._take_in(step, batch, draws)
+        if following is not None:
+            following = replace(following, masks=self._ask_masks(following.plan))
+        elif self.backend.asynchronous:
             following = self._launch()
-            self._launched = following if following.plan.scheduled else None
+        self._launched = following if following is not None and following.plan.scheduled else None
         self._report(step, gains)
         self._account(step, batch.plan, time.monotonic() - started)
         return step.outputs, step.stats
@@ -445,10 +455,32 @@ class Engine(Generic[T]):
                             "to be had block by block", "kv_cache_disk")
         return DiskStore(disk, self._executor.blocks)
 
-    def _launch(self) -> _Batch:
+    def _leads_on(self, batch: _Batch) -> bool:
+        """Whether the batch after this one can be planned without the tokens that this one draws."""
+        if not self.backend.asynchronous or self._draft_model is not None or batch.failed \
+                or any(item.pooled or item.draft.token_ids for item in batch.plan.scheduled):
+            return False
+        drafts = [] if self._speculator is None else self._drafts(self._speculator, batch.plan)
+        return not any(draft.token_ids for draft in drafts)
+
+    def _advance(self, plan: SchedulerOutput, draws: _Draws) -> None:
+        """Go on as if each token that is drawn were there; in its place stands the draw, as StepInput has it. What ends
+        with it by its length leaves the scheduler."""
+        draws.ahead = True
+        sampled = [(-end,) if item.samples and first < end else ()
+                   for item, (first, end) in zip(plan.scheduled, draws.spans, strict=True)]
+        self._scheduler.update(plan, sampled)
+        for item, token_ids in zip(plan.scheduled, sampled, strict=True):
+            sequence = item.sequence
+            if sequence.status is SequenceStatus.RUNNING and self._is_full(sequence, sequence.num_tokens) \
+                    and sequence.num_computed_tokens + len(token_ids) == sequence.num_tokens:
+                self._scheduler.finish(sequence)
+
+    def _launch(self, sample: PendingSample | None = None) -> _Batch:
+        """sample: of the batch before, where its tokens are not known."""
         self._scheduler.restore()
         plan = self._scheduler.schedule(self._scheduler.budget(self._forecast, self.config.itl_target))
-        if self._speculator is not None:
+        if self._speculator is not None and sample is None:
             self._speculate(self._speculator, plan)
         now = time.monotonic()
         for sequence in plan.admitted:
@@ -460,12 +492,12 @@ class Engine(Generic[T]):
                 raise RuntimeError("sequences are left but none can be scheduled")
             return _Batch(plan, None)
         try:
-            return self._compute(plan)
+            return self._compute(plan, sample)
         except DeviceLostError:
             raise
         except Exception:
             logger.exception("a step of %d sequences failed; it is taken apart", len(plan.scheduled))
-        failed = self._culprits(plan.scheduled)
+        failed = self._culprits(plan.scheduled, sample)
         for item in failed:
             logger.error("request %s, sequence %d cannot be computed and ends with an error",
                          item.sequence.request_id, item.sequence.index)
@@ -477,7 +509,7 @@ class Engine(Generic[T]):
                 self._scheduler.preempt(sequence)
             return _Batch(replace(rest, scheduled=[], preempted=[*rest.preempted, *preempted]), None, None, sequences)
         try:
-            computed = self._compute(rest) if failed and rest.scheduled else _Batch(rest, None)
+            computed = self._compute(rest, sample) if failed and rest.scheduled else _Batch(rest, None)
             return replace(computed, failed=sequences)
         except DeviceLostError:
             raise
@@ -487,6 +519,10 @@ class Engine(Generic[T]):
 
     def _speculate(self, speculator: Speculator, plan: SchedulerOutput) -> None:
         """Have a step check what its sequences probably go on with, as far as that pays."""
+        self._scheduler.extend(plan, self._drafts(speculator, plan))
+
+    def _drafts(self, speculator: Speculator, plan: SchedulerOutput) -> list[Draft]:
+        """Of each item what it may go on with, as far as that pays; nothing of any."""
         room = self._scheduler.room_for_drafts(plan)
         candidates: list[Candidate | None] = []
         limits = []
@@ -502,9 +538,8 @@ class Engine(Generic[T]):
                 candidates.append(None)
         if self._draft_model is not None:
             self._ask(self._draft_model, speculator, plan, candidates, limits)
-        if any(candidates):
-            drawing = sum(item.samples for item in plan.scheduled)
-            self._scheduler.extend(plan, speculator.choose(candidates, plan.num_tokens, drawing, room))
+        drawing = sum(item.samples for item in plan.scheduled)
+        return speculator.choose(candidates, plan.num_tokens, drawing, room) if any(candidates) else []
 
     def _ask(self, model: DraftModel, speculator: Speculator, plan: SchedulerOutput,
              candidates: list[Candidate | None], limits: abc.Sequence[int]) -> None:
@@ -526,19 +561,22 @@ class Engine(Generic[T]):
         except Exception:
             logger.exception("the draft model failed; nothing is guessed")
 
-    def _compute(self, plan: SchedulerOutput) -> _Batch:
-        structured = [item for item in plan.scheduled if item.samples and item.sequence.matcher is not None]
-        masks = self._mask_worker.submit(self._masks, structured) if structured else None
-        return _Batch(plan, self._execute(plan.scheduled), masks)
+    def _compute(self, plan: SchedulerOutput, sample: PendingSample | None) -> _Batch:
+        masks = self._ask_masks(plan) if sample is None else None
+        return _Batch(plan, self._execute(plan.scheduled, sample), masks)
 
-    def _execute(self, items: abc.Sequence[ScheduledSequence]) -> _Rows:
+    def _ask_masks(self, plan: SchedulerOutput) -> Future[UInt32Array] | None:
+        structured = [item for item in plan.scheduled if item.samples and item.sequence.matcher is not None]
+        return self._mask_worker.submit(self._masks, structured) if structured else None
+
+    def _execute(self, items: abc.Sequence[ScheduledSequence], sample: PendingSample | None) -> _Rows:
         drawing, pooled = [item for item in items if not item.pooled], [item for item in items if item.pooled]
         size = self.config.block_size
         return _Rows(
-            self._executor.step(build_step_input(drawing, size), reuse=True) if drawing else None,
+            self._executor.step(build_step_input(drawing, size), True, sample) if drawing else None,
             self._hidden_executor.step(build_step_input(pooled, size), reuse=True) if pooled else None)
 
-    def _culprits(self, items: list[ScheduledSequence]) -> list[ScheduledSequence]:
+    def _culprits(self, items: list[ScheduledSequence], sample: PendingSample | None) -> list[ScheduledSequence]:
         """Of items that fail together, those that fail without the others. Keys and values that are computed again
         are the same."""
         if len(items) == 1:
@@ -546,19 +584,21 @@ class Engine(Generic[T]):
         culprits = []
         for half in (items[: len(items) // 2], items[len(items) // 2 :]):
             try:
-                self._execute(half)
+                self._execute(half, sample)
             except DeviceLostError:
                 raise
             except Exception:
-                culprits += self._culprits(half)
+                culprits += self._culprits(half, sample)
         return culprits
 
     def _masks(self, items: list[ScheduledSequence]) -> UInt32Array:
         """[tokens that may be drawn, words]; nothing is allowed where that cannot be known."""
         masks = np.zeros((sum(1 + len(item.draft.token_ids) for item in items), self.grammars.words), np.int32)
-        first = 0
+        end = 0
         for item in items:
-            sequence, end = item.sequence, first + 1 + len(item.draft.token_ids)
+            sequence, first, end = item.sequence, end, end + 1 + len(item.draft.token_ids)
+            if sequence.status is SequenceStatus.FINISHED:
+                continue
             assert sequence.matcher is not None
             try:
                 sequence.matcher.fill(sequence.output_token_ids, sequence.params.min_tokens, masks[first:end],
@@ -566,7 +606,6 @@ class Engine(Generic[T]):
             except GrammarError as error:
                 sequence.failure = str(error)
                 masks[first:end] = 0
-            first = end
         return masks.view(np.uint32)
 
     def _draw_all(self, batch: _Batch) -> _Draws | None:
@@ -613,19 +652,33 @@ class Engine(Generic[T]):
             row += 0 if item.pooled else item.num_logits
             mask_row += structured and 1 + len(item.draft.token_ids)
             spans.append((first, len(batch)))
-        drawn = SampleOutput.empty(batch.build()) if logits is None else self.backend.sample(logits, batch.build())
-        return _Draws(spans, SampleResult(drawn, self.model_config.vocab_size))
+        drawn = batch.build()
+        return _Draws(spans, SampleOutput.empty(drawn) if logits is None else self.backend.sample(logits, drawn))
 
-    def _take_in(self, step: _Step, batch: _Batch) -> list[_Gain]:
+    def _result(self, draws: _Draws | None, batch: _Batch) -> SampleResult | None:
+        """None where that failed."""
+        try:
+            return None if draws is None else SampleResult(draws.sample.result(), self.model_config.vocab_size)
+        except DeviceLostError:
+            raise
+        except Exception:
+            logger.exception("a step failed; its %d sequences end with an error", len(batch.plan.scheduled))
+            return None
+
+    def _is_live(self, sequence: Sequence) -> bool:
+        """Not all of it is told."""
+        return self._live.get(sequence.key) is sequence
+
+    def _take_in(self, step: _Step, batch: _Batch, draws: _Draws | None) -> list[_Gain]:
         """Give every sequence of a batch what was drawn for it, if it is still there; those that end with it leave the
         scheduler at once."""
         for sequence in batch.failed:
             if sequence.status is not SequenceStatus.FINISHED:
                 self._emit(step, sequence, finish_reason=FinishReason.ERROR)
-        draws, items = self._draw_all(batch), batch.plan.scheduled
-        if draws is None:
+        items, result = batch.plan.scheduled, self._result(draws, batch)
+        if draws is None or result is None:
             for item in items:
-                if item.sequence.status is not SequenceStatus.FINISHED:
+                if self._is_live(item.sequence):
                     self._emit(step, item.sequence, finish_reason=FinishReason.ERROR)
             return []
         gains = []
@@ -633,7 +686,7 @@ class Engine(Generic[T]):
             gain = _Gain(item.sequence)
             if first < end:
                 try:
-                    gain = self._draw(item, draws.result, first, end)
+                    gain = self._draw(item, result, first, end)
                 except Exception:
                     self._fail(step, item.sequence)
             gains.append(gain)
@@ -644,8 +697,13 @@ class Engine(Generic[T]):
                 step.drafts.append((item.draft, accepted))
                 if item.draft.kind == "draft" and self._speculator is not None:
                     self._speculator.judge(item.sequence, len(item.draft.token_ids), accepted)
-        self._scheduler.update(batch.plan, [gain.token_ids for gain in gains])
-        gains = [_scored(gain) for gain in gains if gain.sequence.status is not SequenceStatus.FINISHED]
+        if draws.ahead:
+            for item, gain in zip(items, gains, strict=True):
+                if gain.token_ids:
+                    [item.sequence.token_ids[item.start + item.num_tokens]] = gain.token_ids
+        else:
+            self._scheduler.update(batch.plan, [gain.token_ids for gain in gains])
+        gains = [_scored(gain) for gain in gains if self._is_live(gain.sequence)]
         for gain in gains:
             if gain.end is not None:
                 self._scheduler.finish(gain.sequence)
@@ -682,7 +740,7 @@ class Engine(Generic[T]):
             token_ids.append(result.token_id(draw))
             if params.logprobs is not None:
                 logprobs.append(result.logprobs(draw, params.logprobs, params.structured is not None))
-            why = self._end(sequence, token_ids[-1], len(token_ids))
+            why = self._end(sequence, token_ids[-1], item.start + item.num_tokens + len(token_ids))
         return _Gain(sequence, tuple(token_ids), tuple(logprobs), why,
                      len(draft) if item.draft.kind == "prediction" else 0)
 
@@ -704,19 +762,21 @@ class Engine(Generic[T]):
         if not gain.token_ids and gain.end is not None:
             self._emit(step, sequence, finish_reason=gain.end[0])
 
-    def _end(self, sequence: Sequence, token_id: int, ahead: int) -> tuple[FinishReason, int | None] | None:
-        """Why a sequence ends with a token that was drawn, the `ahead`th of this step, whatever the text says; and the
-        stop id."""
+    def _end(self, sequence: Sequence, token_id: int, num_tokens: int) -> tuple[FinishReason, int | None] | None:
+        """Why a sequence ends with a token that was drawn and makes it so long, whatever the text says; and the stop
+        id."""
         params = sequence.params
         if self._is_end(sequence, token_id):
-            if sequence.matcher is not None and sequence.matcher.closes(sequence.num_output_tokens + ahead - 1):
+            output = num_tokens - sequence.num_prompt_tokens
+            if sequence.matcher is not None and sequence.matcher.closes(output - 1):
                 return FinishReason.LENGTH, None
             eos = token_id in self._eos_token_ids and not params.ignore_eos
             return FinishReason.STOP, None if eos else token_id
-        if sequence.num_output_tokens + ahead >= params.max_tokens \
-                or sequence.num_tokens + ahead >= self.config.max_model_len:
-            return FinishReason.LENGTH, None
-        return None
+        return (FinishReason.LENGTH, None) if self._is_full(sequence, num_tokens) else None
+
+    def _is_full(self, sequence: Sequence, num_tokens: int) -> bool:
+        return num_tokens - sequence.num_prompt_tokens >= sequence.params.max_tokens \
+            or num_tokens >= self.config.max_model_len
 
     def _is_end(self, sequence: Sequence, token_id: int) -> bool:
         params = sequence.params

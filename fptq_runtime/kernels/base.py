@@ -314,7 +314,7 @@ class StepInput:
     that a sequence had in its last step, or any where it begins at position 0.
     """
 
-    token_ids: Annotated[Int32Array, "M"]
+    token_ids: Annotated[Int32Array, "M"]  # below 0, where an earlier sample is given: -1 - d is what its draw d draws
     positions: Annotated[Int32Array, "M"]
     slot_mapping: Annotated[Int32Array, "M"]
     query_start_loc: Annotated[Int32Array, "S + 1"]
@@ -427,6 +427,17 @@ class SampleOutput:
         draws, width = batch.rows.size, int(batch.num_logprobs.max(initial=0))
         return cls(np.full(draws, -1, np.int32), np.empty(draws), np.empty((draws, width), np.int32),
                    np.empty((draws, width)))
+
+    def result(self) -> SampleOutput:
+        return self
+
+
+class PendingSample(Protocol):
+    """What a device draws, maybe later; the next step may read its tokens before the host does."""
+
+    def result(self) -> SampleOutput:
+        """Waits for it."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -561,14 +572,15 @@ class Executor(Protocol):
         """What the linears of a step with that many tokens and rows of logits must do at least."""
         ...
 
-    def step(self, batch: StepInput, reuse: bool = False) -> Logits:
+    def step(self, batch: StepInput, reuse: bool = False, sampled: Any = None) -> Logits:
         """Run one step and return logits [R, V]. They are the caller's to keep, except with `reuse`, which spares a
-        fresh array: then they hold until the next step."""
+        fresh array: then they hold until the next step. sampled: what the backend, which is asynchronous, gave for the
+        sample that the step's token ids refer to."""
         ...
 
 
 class Backend(Protocol):
-    """asynchronous: a step returns before it is computed, and `sample` waits for it."""
+    """asynchronous: a step and a sample return before they are computed, and a step may read an earlier sample."""
 
     name: str
     asynchronous: bool
@@ -593,7 +605,7 @@ class Backend(Protocol):
         its own, unless it is `sharing` that of another which this backend compiled for as many blocks."""
         ...
 
-    def sample(self, logits: Logits, batch: SampleInput) -> SampleOutput:
+    def sample(self, logits: Logits, batch: SampleInput) -> PendingSample:
         """Draw or score tokens, given rows of logits [R, V]; they are the same afterwards."""
         ...
 

@@ -292,7 +292,7 @@ class CpuExecutor:
     def work(self, tokens: int, rows: int) -> Work:
         return Work(*self.program.work(tokens, rows))
 
-    def step(self, batch: StepInput, reuse: bool = False) -> Float32Array:
+    def step(self, batch: StepInput, reuse: bool = False, sampled: None = None) -> Float32Array:
         """Logits [R, V]. Raises ValueError, and leaves the cache as it was, where an array or an index is wrong."""
         rows = batch.logits_rows.size
         logits = self._logits[:rows] if reuse else np.empty((rows, self.program.logits_width), np.float32)

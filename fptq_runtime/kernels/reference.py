@@ -169,7 +169,7 @@ class ReferenceExecutor:
     def work(self, tokens: int, rows: int) -> Work:
         return Work(0, 0)  # nothing to hold it against: it has no roofs
 
-    def step(self, batch: StepInput, reuse: bool = False) -> Float32Array:
+    def step(self, batch: StepInput, reuse: bool = False, sampled: None = None) -> Float32Array:
         started = time.perf_counter()
         with torch.inference_mode():
             logits: torch.Tensor = self._forward(ReferenceOps(batch, self.cache))

@@ -62,7 +62,7 @@ def generate_windows(decoder: Decoder, backend: Backend, tokenizer: Tokenizer, l
             computed = len(windows[active[0]])  # all of a batch grow together
             temperatures = [float(computed - prompt >= greedy[i]) for i in active]
             drawn = backend.sample(logits, _draws([seeds[i] for i in active], temperatures, computed,
-                                                  config.eos_token_ids)).token_ids
+                                                  config.eos_token_ids)).result().token_ids
             if drawn.min() < 0:
                 raise NotFiniteError("the model's logits are not finite; its weights may be damaged")
             for i, token in zip(active, drawn.tolist(), strict=True):

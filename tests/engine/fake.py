@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,7 +19,7 @@ from fptq_runtime.config import EngineConfig, ModelConfig
 from fptq_runtime.engine.engine import Engine
 from fptq_runtime.engine.output import RequestOutput
 from fptq_runtime.engine.request import SamplingParams
-from fptq_runtime.kernels.base import SampleInput, SampleOutput, StepInput, StepLimits
+from fptq_runtime.kernels.base import PendingSample, SampleInput, SampleOutput, StepInput, StepLimits
 from fptq_runtime.kernels.sampling import sample_reference
 from fptq_runtime.models.tokenizer import BYTE_ALPHABET
 
@@ -46,6 +47,23 @@ def _noise(token_ids: Sequence[int]) -> np.ndarray:
     return np.random.Generator(np.random.Philox(int.from_bytes(digest, "big"))).normal(size=VOCAB)
 
 
+class LateSample:
+    """A device's draws, which only it reads before somebody waits for them."""
+
+    def __init__(self, output: SampleOutput) -> None:
+        self._output = output
+        self.waited = False
+
+    def fill(self, token_ids: np.ndarray) -> np.ndarray:
+        assert not self.waited, "the host knew them before it asked for this step"
+        drawn = self._output.token_ids.clip(min=0)
+        return np.where(token_ids < 0, drawn[-1 - token_ids.clip(max=-1)] if drawn.size else 0, token_ids)
+
+    def result(self) -> SampleOutput:
+        self.waited = True
+        return self._output
+
+
 class FakeExecutor:
     """`before` may raise, `after` may spoil the logits; every batch is checked against the contract."""
 
@@ -53,6 +71,7 @@ class FakeExecutor:
         self.limits = limits
         self.cache = np.full(limits.num_blocks * limits.block_size, -1, dtype=np.int32)
         self.batches: list[StepInput] = []
+        self.fed = 0  # token ids that the host did not know
         self.before: Callable[[StepInput], None] = lambda batch: None
         self.after: Callable[[np.ndarray], np.ndarray] = lambda logits: logits
         self.model = logits_after
@@ -61,7 +80,11 @@ class FakeExecutor:
     def blocks(self) -> np.ndarray:
         return self.cache.reshape(self.limits.num_blocks, -1).view(np.uint8)
 
-    def step(self, batch: StepInput, reuse: bool = False) -> np.ndarray:
+    def step(self, batch: StepInput, reuse: bool = False, sampled: LateSample | None = None) -> np.ndarray:
+        if sampled is not None:
+            self.fed += int((batch.token_ids < 0).sum())
+            batch = replace(batch, token_ids=sampled.fill(batch.token_ids))
+        assert (batch.token_ids >= 0).all()
         self.before(batch)
         limits, size = self.limits, self.limits.block_size
         assert 0 < len(batch.token_ids) <= limits.max_tokens
@@ -105,8 +128,9 @@ class FakeBackend:
             executor.cache, executor.model = sharing.cache, lambda token_ids: -logits_after(token_ids)
         return executor
 
-    def sample(self, logits: np.ndarray, batch: SampleInput) -> SampleOutput:
-        return sample_reference(logits, batch)
+    def sample(self, logits: np.ndarray, batch: SampleInput) -> PendingSample:
+        output = sample_reference(logits, batch)
+        return LateSample(output) if self.asynchronous else output
 
     def describe(self) -> dict[str, str]:
         return {}

@@ -8,8 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any
@@ -25,7 +24,6 @@ from fptq_runtime.kernels.base import (
     ActivationQuant,
     Array,
     AttentionSpec,
-    DeviceLostError,
     Embedding,
     GatedDelta,
     Int32Array,
@@ -33,10 +31,10 @@ from fptq_runtime.kernels.base import (
     LowRank,
     Norm,
     Ops,
+    PendingSample,
     Roofs,
     Routing,
     SampleInput,
-    SampleOutput,
     ShortConv,
     StateSpace,
     StepInput,
@@ -56,11 +54,11 @@ from fptq_runtime.kernels.triton.attention import (
     rope_and_cache,
 )
 from fptq_runtime.kernels.triton.attention import attention as attend
-from fptq_runtime.kernels.triton.device import fastest, is_gpu
+from fptq_runtime.kernels.triton.device import device_watched, fastest, is_gpu
 from fptq_runtime.kernels.triton.experts import DeviceExperts, Routed, combine, prepare_routing, route, run_experts
 from fptq_runtime.kernels.triton.fused import DeviceNorm
 from fptq_runtime.kernels.triton.linear import DeviceLinear, describe, pack_linear, queue_linear, run_linear
-from fptq_runtime.kernels.triton.sampling import sample
+from fptq_runtime.kernels.triton.sampling import DeviceSample, sample, take_sampled
 from fptq_runtime.kernels.triton.sums import Sums
 from fptq_runtime.kernels.triton.values import DeviceBatch, Quantized, interpreted, take_rows
 
@@ -124,8 +122,8 @@ class TritonBackend:
         except torch.OutOfMemoryError as error:
             raise MemoryError(str(error)) from None
 
-    def sample(self, logits: torch.Tensor, batch: SampleInput) -> SampleOutput:
-        with torch.inference_mode(), _device_watched(self.device):
+    def sample(self, logits: torch.Tensor, batch: SampleInput) -> PendingSample:
+        with torch.inference_mode(), device_watched(self.device):
             return sample(logits, batch)
 
     def token_bytes(self, model: ModelConfig, dtype: KVCacheDtype) -> int:
@@ -215,11 +213,13 @@ class TritonExecutor:
     def work(self, tokens: int, rows: int) -> Work:
         return self._survey.work(tokens, rows)
 
-    def step(self, batch: StepInput, reuse: bool = False) -> torch.Tensor:
+    def step(self, batch: StepInput, reuse: bool = False, sampled: PendingSample | None = None) -> torch.Tensor:
         """Returns once the step is queued. Raises ValueError where it exceeds the limits."""
         shape, rows = self._shape(batch), batch.logits_rows.size
-        with torch.inference_mode(), _device_watched(self._device):
+        with torch.inference_mode(), device_watched(self._device):
             inputs = self._inputs.load(batch if shape.graph else _shorter_first(batch), shape)
+            if isinstance(sampled, DeviceSample):  # else nothing was drawn
+                take_sampled(inputs.token_ids, sampled.token_ids)
             with self._timer:
                 if not shape.graph:
                     return self._run(inputs)[:rows]
@@ -280,20 +280,6 @@ def _shorter_first(batch: StepInput) -> StepInput:
     taken = {"M": rows, "S": order, "S, blocks": order}
     arrays = {name: getattr(batch, name)[taken[shape]] for name, _, shape in arrays_of(StepInput) if shape in taken}
     return replace(batch, **arrays, query_start_loc=starts, logits_rows=places[batch.logits_rows])
-
-
-@contextmanager
-def _device_watched(device: torch.device) -> Iterator[None]:
-    """Raises DeviceLostError where what failed makes everything after it fail: most errors of a kernel do."""
-    try:
-        yield
-    except Exception as error:
-        if is_gpu(device):
-            try:
-                torch.cuda.synchronize(device)
-            except Exception:
-                raise DeviceLostError(f"the GPU no longer answers: {error}") from error
-        raise
 
 
 def bucket(seqs: int) -> int:

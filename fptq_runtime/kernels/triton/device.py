@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 
+from fptq_runtime.kernels.base import DeviceLostError
 from fptq_runtime.kernels.triton.values import interpreted
 
 LOWEST_CAPABILITY = (8, 0)  # Ampere: int8 and bfloat16 tensor cores
@@ -34,6 +36,20 @@ def problem() -> str | None:
 def is_gpu(device: torch.device) -> bool:
     """Whether work is queued there, and captured; the interpreter does it at once."""
     return device.type == "cuda"
+
+
+@contextmanager
+def device_watched(device: torch.device) -> Iterator[None]:
+    """Raises DeviceLostError where what failed makes everything after it fail: most errors of a kernel do."""
+    try:
+        yield
+    except Exception as error:
+        if is_gpu(device):
+            try:
+                torch.cuda.synchronize(device)
+            except Exception:
+                raise DeviceLostError(f"the GPU no longer answers: {error}") from error
+        raise
 
 
 def capability(device: torch.device) -> int:

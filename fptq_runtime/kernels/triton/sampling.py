@@ -6,6 +6,7 @@ alone decides, so that a draw does not depend on its neighbours.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,19 +17,48 @@ import triton
 import triton.language as tl
 
 from fptq_runtime.kernels.base import GREEDY_BELOW, SampleInput, SampleOutput
+from fptq_runtime.kernels.triton.device import device_watched, is_gpu
 
 CHUNK = 2048  # weights in one partial sum
-NUCLEUS = 1024  # candidates for top_p at first; rows whose nucleus is larger are drawn again among all
-_ABOVE_ALL, _BELOW_ALL = (1 << 63) - 1, -(1 << 63)
-_UNRESOLVED = -2
+WIDE = 8192  # at once, where one program reads all of a row
+NUCLEUS = 1024  # the largest logits, in whose order top_p is looked for; of a larger nucleus the least is bisected
+_BELOW_ALL = -(1 << 63)
 
 
-def sample(logits: torch.Tensor, batch: SampleInput) -> SampleOutput:
-    """kernels.base's contract, float32 logits [R, V] on any device. Waits for the device once, and once more for rows
-    that leave top_p to more than NUCLEUS tokens."""
-    out = SampleOutput.empty(batch)
-    if not batch.rows.size:
+class DeviceSample:
+    """token_ids: int64 [D], on the device."""
+
+    def __init__(self, token_ids: torch.Tensor, log_probabilities: Sequence[torch.Tensor],
+                 reported: npt.NDArray[np.intp], batch: SampleInput) -> None:
+        self.token_ids = token_ids
+        self._reported = reported
+        self._out = SampleOutput.empty(batch)
+        self._width = log_probabilities[-1].shape[1] if log_probabilities else 0
+        flat = torch.cat([part.double().flatten() for part in (token_ids, *log_probabilities)])
+        self._device, on_gpu = flat.device, is_gpu(flat.device)
+        self._copied = torch.cuda.Event() if on_gpu else None
+        self._flat = torch.empty(flat.shape, dtype=flat.dtype, pin_memory=on_gpu)
+        self._flat.copy_(flat, non_blocking=True)
+        if self._copied is not None:
+            self._copied.record()
+
+    def result(self) -> SampleOutput:
+        if self._copied is not None:
+            with device_watched(self._device):
+                self._copied.synchronize()
+        out, reported, width = self._out, self._reported, self._width
+        sizes = out.token_ids.size, reported.size, reported.size * width
+        ids, own, best_ids, values = np.split(self._flat.numpy(), np.cumsum(sizes))
+        out.token_ids[:], out.logprobs[reported] = ids, own
+        out.top_ids[reported, :width] = best_ids.reshape(reported.size, width)
+        out.top_logprobs[reported, :width] = values.reshape(reported.size, width)
         return out
+
+
+def sample(logits: torch.Tensor, batch: SampleInput) -> SampleOutput | DeviceSample:
+    """kernels.base's contract, float32 logits [R, V] on any device. Waits for nothing."""
+    if not batch.rows.size:
+        return SampleOutput.empty(batch)
     vocab = logits.shape[1]
     reported = np.flatnonzero(batch.num_logprobs >= 0)
     random = np.flatnonzero((batch.token_ids < 0) & (batch.parameters["temperature"] >= GREEDY_BELOW))
@@ -40,31 +70,19 @@ def sample(logits: torch.Tensor, batch: SampleInput) -> SampleOutput:
         peak_y, best = y.max(1)
         peak = torch.where(draws.token_ids >= 0, peak, peak + 0 * peak_y)  # not finite where either is not
     token_ids = torch.where(draws.token_ids >= 0, draws.token_ids, best)
-    among: Any = None
     if random.size:
-        among = _Random.of(y, draws, random, batch)
-        token_ids[draws.random] = among.draw(min(NUCLEUS, vocab))
-    finite = peak.isfinite()
-    token_ids = torch.where(finite, token_ids, -1)
-    if not reported.size:
-        out.token_ids[:] = token_ids.cpu().numpy()
-    else:
-        width = min(out.top_ids.shape[1], vocab)
-        parts = token_ids, *_log_probabilities(x, draws.reported, token_ids, width)
-        flat = torch.cat([part.double().flatten() for part in parts]).cpu().numpy()
-        ends = np.cumsum([batch.rows.size, reported.size, reported.size * width])
-        ids, own, best_ids, values = np.split(flat, ends)
-        out.token_ids[:], out.logprobs[reported] = ids, own
-        out.top_ids[reported, :width] = best_ids.reshape(reported.size, width)
-        out.top_logprobs[reported, :width] = values.reshape(reported.size, width)
-    wide = out.token_ids == _UNRESOLVED
-    if wide.any():
-        out.token_ids[random] = np.where(wide[random], among.draw(vocab).cpu().numpy(), out.token_ids[random])
-        again = np.flatnonzero(wide & (batch.num_logprobs >= 0))
-        if again.size:
-            rows, token_ids = (_to_device(part, x.device).long() for part in (again, out.token_ids))
-            out.logprobs[again] = _log_probabilities(x, rows, token_ids, 0)[0].cpu().numpy()
-    return out
+        token_ids[draws.random] = _Random.of(y, draws, random, batch).draw()
+    token_ids = torch.where(peak.isfinite(), token_ids, -1)
+    width = min(int(batch.num_logprobs.max()), vocab)
+    told = _log_probabilities(x, draws.reported, token_ids, width) if reported.size else ()
+    return DeviceSample(token_ids, told, reported, batch)
+
+
+def take_sampled(token_ids: torch.Tensor, sampled: torch.Tensor) -> None:
+    """In int32 token_ids [M], what draws `sampled` int64 [D] gave in the place of ids below 0, of which -1 - d stands
+    for draw d; 0 where that failed."""
+    count = token_ids.numel()
+    _take_sampled[(triton.cdiv(count, CHUNK),)](token_ids, sampled, count, CHUNK=CHUNK)
 
 
 @dataclass(frozen=True)
@@ -118,30 +136,33 @@ class _Random:
                    top_p, min_p, torch.where(top_k < vocab, top_k, 0), int(top_ks.max()),
                    bool((host["top_p"] < 1).any()))
 
-    def draw(self, candidates: int) -> torch.Tensor:
-        """Token ids int64 [n], looking for a nucleus among the largest `candidates`; _UNRESOLVED where it is larger."""
+    def draw(self) -> torch.Tensor:
+        """Token ids int64 [n]."""
+        vocab = self.y.shape[1]
         cutoffs = torch.full_like(self.seeds, _BELOW_ALL)
-        unresolved = None
         if self.most or self.nucleus:
-            width = triton.next_power_of_2(max(self.most, candidates if self.nucleus else 0))  # few different ones
-            width = min(width, self.y.shape[1])
+            width = triton.next_power_of_2(max(self.most, NUCLEUS if self.nucleus else 0))  # few different ones
+            width = min(width, vocab)
             largest = _keys(self.y).topk(width).values  # [n, width], descending
             kth = largest.gather(1, (self.top_ks - 1).clamp(min=0)[:, None])[:, 0]
             cutoffs = torch.where(self.top_ks > 0, kth, cutoffs)
             if self.nucleus:
-                counts = self._nucleus(largest, cutoffs, _totals(self._sums(cutoffs)))
-                inside = counts < width
-                last = largest.gather(1, counts.clamp(max=width - 1)[:, None])[:, 0]
-                nucleus = (self.shares < 1) & inside
-                unresolved = (self.shares < 1) & ~inside & (self.top_ks == 0) if width < self.y.shape[1] else None
-                cutoffs = torch.where(nucleus, torch.maximum(cutoffs, last), cutoffs)
+                largest = largest[:, : min(NUCLEUS, vocab)].contiguous()  # whatever a neighbour's top_k is
+                totals = _totals(self._sums(cutoffs))
+                counts = self._nucleus(largest, cutoffs, totals)
+                inside = counts < largest.shape[1]
+                last = largest.gather(1, counts.clamp(max=largest.shape[1] - 1)[:, None])[:, 0]
+                cutoffs = torch.where((self.shares < 1) & inside, torch.maximum(cutoffs, last), cutoffs)
+                if largest.shape[1] < vocab:
+                    _bisect[(self.y.shape[0],)](self.y, self.peak, self.temperatures, self.min_ps, cutoffs, self.shares,
+                                                totals, last, counts, vocab, largest.shape[1], WIDE=WIDE, num_warps=16)
         sums = self._sums(cutoffs)
         token_ids = torch.empty_like(self.seeds)
         _draw[(self.y.shape[0],)](
             self.y, self.peak, self.temperatures, self.min_ps, cutoffs, sums, self.seeds, self.positions, self.best,
-            token_ids, self.y.shape[1], sums.shape[1], CHUNK=CHUNK, CHUNKS=triton.next_power_of_2(sums.shape[1]),
+            token_ids, vocab, sums.shape[1], CHUNK=CHUNK, CHUNKS=triton.next_power_of_2(sums.shape[1]),
         )
-        return token_ids if unresolved is None else torch.where(unresolved, _UNRESOLVED, token_ids)
+        return token_ids
 
     def _sums(self, cutoffs: torch.Tensor) -> torch.Tensor:
         return _sums(self.y, self.peak, self.temperatures, self.min_ps, cutoffs)
@@ -248,20 +269,20 @@ def _mask(x, masks, rows, vocab, words, CHUNK: tl.constexpr):
 
 @triton.jit
 def _weights(y, peak, temperatures, min_ps, cutoffs, d, ids, vocab):
-    """Of tokens `ids` of row d, 0 where they are not kept. float64"""
+    """Of tokens `ids` of row d their keys, and their weights, 0 where they are not kept. float64"""
     x = tl.load(y + d.to(tl.int64) * vocab + ids, mask=ids < vocab, other=float("-inf"))
     bits = tl.where(x == 0.0, 0.0, x).to(tl.int32, bitcast=True)
     key = ((bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64) << 32) | (0x7FFFFFFF - ids).to(tl.int64)
     weights = tl.exp((x.to(tl.float64) - tl.load(peak + d).to(tl.float64)) / tl.load(temperatures + d))
     kept = (key >= tl.load(cutoffs + d)) & (weights >= tl.load(min_ps + d)) & (ids < vocab)
-    return tl.where(kept, weights, 0.0)
+    return key, tl.where(kept, weights, 0.0)
 
 
 @triton.jit
 def _chunk_sums(y, peak, temperatures, min_ps, cutoffs, sums, vocab, chunks,
                 CHUNK: tl.constexpr):
     d, c = tl.program_id(0), tl.program_id(1)
-    weights = _weights(y, peak, temperatures, min_ps, cutoffs, d, c * CHUNK + tl.arange(0, CHUNK), vocab)
+    _, weights = _weights(y, peak, temperatures, min_ps, cutoffs, d, c * CHUNK + tl.arange(0, CHUNK), vocab)
     tl.store(sums + d * chunks + c, tl.sum(weights, 0))
 
 
@@ -294,6 +315,34 @@ def _count_below(keys, peak, temperatures, min_ps, cutoffs, shares, totals, coun
 
 
 @triton.jit
+def _bisect(y, peak, temperatures, min_ps, cutoffs, shares, totals, last, counts, vocab, width, WIDE: tl.constexpr):
+    """Where a nucleus has more than the `width` largest keys, whose least is `last`: raises the row's cutoff to the
+    greatest key at which those that are not less hold its share."""
+    d = tl.program_id(0)
+    share = tl.load(shares + d)
+    if (share < 1) & (tl.load(counts + d) >= width):
+        target = share * tl.load(totals + d)
+        low, high = tl.load(cutoffs + d), tl.load(last + d)  # from low on there is enough, from high on too little
+        while high - 1 > low:
+            middle = (low >> 1) + (high >> 1) + (low & high & 1)
+            lanes = tl.zeros((WIDE,), tl.float64)
+            for start in range(0, vocab, WIDE):
+                key, weights = _weights(y, peak, temperatures, min_ps, cutoffs, d, start + tl.arange(0, WIDE), vocab)
+                lanes += tl.where(key >= middle, weights, 0.0)
+            held = tl.sum(lanes, 0)
+            low, high = tl.where(held < target, low, middle), tl.where(held < target, middle, high)
+        tl.store(cutoffs + d, low)
+
+
+@triton.jit
+def _take_sampled(token_ids, sampled, count, CHUNK: tl.constexpr):
+    i = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
+    ids = tl.load(token_ids + i, mask=i < count, other=0)
+    drawn = tl.load(sampled - 1 - ids, mask=ids < 0, other=0)
+    tl.store(token_ids + i, tl.maximum(drawn, 0).to(tl.int32), mask=ids < 0)
+
+
+@triton.jit
 def _draw(y, peak, temperatures, min_ps, cutoffs, sums, seeds, positions, best,
           token_ids, vocab, chunks, CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
     d, c = tl.program_id(0), tl.arange(0, CHUNKS)
@@ -301,7 +350,7 @@ def _draw(y, peak, temperatures, min_ps, cutoffs, sums, seeds, positions, best,
     target = _uniform(tl.load(seeds + d), tl.load(positions + d)) * tl.max(held, 0)
     chunk = tl.minimum(tl.sum((held <= target).to(tl.int32), 0), chunks - 1)
     ids = chunk * CHUNK + tl.arange(0, CHUNK)
-    weights = _weights(y, peak, temperatures, min_ps, cutoffs, d, ids, vocab)
+    _, weights = _weights(y, peak, temperatures, min_ps, cutoffs, d, ids, vocab)
     running = tl.sum(tl.where(c == chunk - 1, held, 0.0), 0) + tl.cumsum(weights, 0)
     first = tl.min(tl.where((weights > 0) & (running > target), ids, 0x7FFFFFFF), 0)
     last = tl.max(tl.where(weights > 0, ids, -1), 0)  # where the two sums of a chunk round differently

@@ -12,18 +12,22 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fptq_runtime.kernels.base import PendingSample, SampleInput, SampleOutput
 from fptq_runtime.kernels.triton import backend
+from fptq_runtime.kernels.triton import device as gpu
+from fptq_runtime.kernels.triton.sampling import DeviceSample, sample, take_sampled
 from fptq_runtime.kernels.triton.values import DeviceBatch
 
 Work = Callable[[], Any]
 
 
 class LateDevice(TorchDispatchMode):
-    """Steps, replays, clones and copies that do not block are queued; every other operation but a view waits."""
+    """Steps, replays, samples, clones and copies that do not block are queued; all else but a view waits."""
 
     def __init__(self) -> None:
         super().__init__()
         self.queued = self.done = 0
+        self.taken = 0  # steps that read what was drawn for the one before
         self._queue: deque[Work] = deque()
         self._graph: list[Work] | None = None  # that is captured
         self._at_once = False
@@ -106,6 +110,28 @@ class Stream:
         self.synchronize = device.wait
 
 
+class LateSample(DeviceSample):
+    """token_ids are what no step can compute with until they are drawn."""
+
+    def __init__(self, device: LateDevice, logits: torch.Tensor, batch: SampleInput) -> None:
+        with device.at_once():
+            self.token_ids = torch.full((batch.rows.size,), 1 << 30)
+        self._made: list[SampleOutput] = []
+        device.submit(lambda: self._draw(logits, batch))
+        self._drawn = Event(device)
+        self._drawn.record()
+
+    def _draw(self, logits: torch.Tensor, batch: SampleInput) -> None:
+        made = sample(logits, batch)
+        assert isinstance(made, DeviceSample)
+        self.token_ids.copy_(made.token_ids)
+        self._made.append(made.result())
+
+    def result(self) -> SampleOutput:
+        self._drawn.synchronize()
+        return self._made[0]
+
+
 @contextmanager
 def late_device(monkeypatch: pytest.MonkeyPatch, vocab: int) -> Iterator[LateDevice]:
     """The Triton backend on such a device, for models with that vocabulary."""
@@ -117,8 +143,18 @@ def late_device(monkeypatch: pytest.MonkeyPatch, vocab: int) -> Iterator[LateDev
         device.submit(lambda: logits.copy_(run(executor, inputs)))
         return logits
 
-    monkeypatch.setattr(backend, "is_gpu", lambda _: True)
+    def late_take(token_ids: torch.Tensor, sampled: torch.Tensor) -> None:
+        device.taken += 1
+        device.submit(lambda: take_sampled(token_ids, sampled))
+
+    def late_sample(logits: torch.Tensor, batch: SampleInput) -> PendingSample:
+        return LateSample(device, logits, batch) if batch.rows.size else SampleOutput.empty(batch)
+
+    for module in (backend, gpu):
+        monkeypatch.setattr(module, "is_gpu", lambda _: True)
     monkeypatch.setattr(backend.TritonExecutor, "_run", late_run)
+    monkeypatch.setattr(backend, "take_sampled", late_take)
+    monkeypatch.setattr(backend, "sample", late_sample)
     for name, fake in {"Event": lambda **_: Event(device), "CUDAGraph": lambda: Graph(device), "graph": device.capture,
                        "graph_pool_handle": lambda: None, "current_stream": lambda _: Stream(device),
                        "synchronize": lambda _: device.wait()}.items():

@@ -67,7 +67,7 @@ def test_an_engine_that_launches_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
         backend = TritonBackend()
         assert backend.asynchronous
         _, got = outputs(backend)
-        assert device.queued > len(sent)
+        assert device.taken > 5, "most steps read the tokens of the one before on the device"
     assert got == expected
 
 

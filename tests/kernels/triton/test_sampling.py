@@ -37,7 +37,7 @@ test_logprobs_of_a_draw_are_the_models_own = sampler.test_logprobs_of_a_draw_are
 
 
 def sample(logits: np.ndarray, batch: SampleInput) -> SampleOutput:
-    return sample_on_device(torch.from_numpy(logits), batch)
+    return sample_on_device(torch.from_numpy(logits), batch).result()
 
 
 @pytest.fixture(scope="module")
