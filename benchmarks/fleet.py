@@ -3,9 +3,10 @@
     python -m benchmarks.fleet ARTIFACT TRACE [--shrink 8] [--load 1.0] [--seconds 60] [--out OUT.json]
 
 Measures the profile with two `fptq bench` at once, each on one thread, since that is how the replicas will run; starts
-two `fptq serve` on one thread each; and sends them the first --seconds of the trace in turn, with prompts of random
-tokens and every length divided by --shrink, from this process. Then simulates the same requests. It all runs on one
-machine, so that two cores are needed, and a third for the client would do no harm.
+two `fptq serve` on one thread each; measures what a token takes there beside its step, with streams that are as many at
+both; and sends them the first --seconds of the trace in turn, with prompts of random tokens and every length divided by
+--shrink, from this process. Then simulates the same requests. It all runs on one machine, so that two cores are needed,
+and a third for the client would do no harm.
 """
 
 from __future__ import annotations
@@ -28,10 +29,11 @@ from typing import Any
 import numpy as np
 
 from benchmarks.load import Request, send
-from fptq_runtime.measure.plan import Arrival, Objective, Simulator, read_trace
+from fptq_runtime.measure.plan import Arrival, Objective, Simulator, StepCost, read_trace
 
 COMMAND = [sys.executable, "-m", "fptq_runtime.cli"]
 REPLICAS = 2
+STREAMS, STREAMED = 16, 128  # at each replica at once, and tokens of each
 PERCENTILES: dict[str, Objective] = {
     f"{metric}_p{percent}": Objective(metric, percent, 1e9)
     for metric in ("ttft", "itl") for percent in (50, 99)}
@@ -83,6 +85,16 @@ async def replay(urls: list[str], trace: list[Arrival], vocab: int) -> tuple[lis
     return done, time.monotonic() - started
 
 
+def delivery(urls: list[str], measured: dict[str, Any], vocab: int) -> float:
+    """Seconds that a token takes beside its step: of streams that decode together, the median gap less the step."""
+    together = [Arrival(0.0, 16, STREAMED)] * (STREAMS * REPLICAS)
+    done, _ = asyncio.run(replay(urls, together, vocab))
+    gap = statistics.median(gap for each in done for gap in each.between_tokens)
+    cost = StepCost.fit(measured)
+    step = float(np.interp(STREAMS, cost.rows, cost.seconds)) + cost.answer_pair * STREAMS * (16 + STREAMED / 2)
+    return max(0.0, gap - step) / STREAMS
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("artifact")
@@ -105,6 +117,7 @@ def main() -> None:
             wait_until_ready(url)
         busy_before, started = os.getloadavg()[0], time.monotonic()
         asyncio.run(replay(urls, trace[:REPLICAS], options.vocab))  # warms up
+        beside = delivery(urls, measured, options.vocab)
         done, seconds = asyncio.run(replay(urls, trace, options.vocab))
         real = {"tokens_per_s": sum(each.output_tokens for each in trace) / seconds}
         seen = {"ttft": [each.first_token for each in done],
@@ -116,12 +129,14 @@ def main() -> None:
             process.send_signal(signal.SIGTERM)
         for process, _ in servers:
             process.wait(60)
-    outcome = Simulator(measured, trace, list(PERCENTILES.values())).run(REPLICAS, "round-robin")
+    simulator = Simulator(measured, trace, list(PERCENTILES.values()), delivery=beside)
+    outcome = simulator.run(REPLICAS, "round-robin")
     said = {"tokens_per_s": outcome.tokens_per_s, **outcome.percentiles}
     result = {"artifact": Path(options.artifact).name, "machine": measured["machine"], "shrink": options.shrink,
               "load": options.load, "requests": len(trace), "load_average": [busy_before, os.getloadavg()[0]],
-              "measured": real, "predicted": said, "ratio": {name: said[name] / real[name] for name in real},
-              "profile": measured}
+              "delivery": beside, "measured": real, "predicted": said,
+              "ratio": {name: said[name] / real[name] for name in real}, "profile": measured}
+    print(f"a token takes {1000 * beside:.2f} ms beside its step")
     for name in real:
         print(f"{name:>12}  measured {real[name]:8.3f}  predicted {said[name]:8.3f}  "
               f"{said[name] / real[name] - 1:+.0%}")

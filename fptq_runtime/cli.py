@@ -1035,6 +1035,8 @@ def bench(artifact: str | None, shape: str | None, head_bits: str, activations: 
 @click.option("--max-model-len", type=Integer(1), help="In tokens (the model's own limit).")
 @click.option("--kv-cache-memory", type=Size(), default="512MiB", show_default=True)
 @click.option("--itl-target", type=Number(0, min_open=True), help="Seconds.")
+@click.option("--delivery", type=Number(0), default=0.0, show_default=True, help="Seconds that each token takes "
+              "beside its step, as text and over HTTP.")
 @click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="Write an SVG: the objectives by load.")
 @answers
 def plan(profile: Path, trace: Path, slo: str, limit: int | None, plot: Path | None, **options: Any) -> Answer:

@@ -2,8 +2,8 @@
 a clock that moves by what `fptq bench` measured that such steps take.
 
 The assumptions: a step takes what its rows and what these attend to take; nothing is guessed, and nothing refused, so
-that what a server would refuse waits here and breaks the objective; HTTP, tokenizing and text are free; every answer is
-as long as the trace says; no replica fails.
+that what a server would refuse waits here and breaks the objective; HTTP, tokenizing and text cost each token the same;
+every answer is as long as the trace says; no replica fails.
 """
 
 from __future__ import annotations
@@ -67,13 +67,14 @@ class Objective:
 
 @dataclass(frozen=True)
 class StepCost:
-    """Seconds of a step: of its rows, between those that were measured, and of each pair of a token and one that it
-    attends to, of prompts and of answers."""
+    """Seconds of a step: of its rows, between those that were measured, of each pair of a token and one that it attends
+    to, of prompts and of answers, and of handing out each token that it samples."""
 
     rows: npt.NDArray[np.float64]
     seconds: npt.NDArray[np.float64]
     prompt_pair: float
     answer_pair: float
+    delivery: float = 0.0
 
     @classmethod
     def fit(cls, profile: Mapping[str, Any]) -> StepCost:
@@ -113,15 +114,16 @@ class StepCost:
                    max(0.0, x[-1]))
 
     def __call__(self, plan: SchedulerOutput) -> float:
-        rows = prompt = answer = 0
+        rows = prompt = answer = sampled = 0
         for item in plan.scheduled:
             rows += item.num_tokens
+            sampled += item.samples
             if item.num_tokens == 1:
                 answer += item.start
             else:
                 prompt += item.num_tokens * (2 * item.start + item.num_tokens)
         return float(np.interp(rows, self.rows, self.seconds)) + self.prompt_pair * prompt / 2 \
-            + self.answer_pair * answer
+            + self.answer_pair * answer + self.delivery * sampled
 
 
 @dataclass
@@ -355,9 +357,10 @@ class Simulator:
 
     def __init__(self, profile: Mapping[str, Any], trace: Iterable[Arrival], objectives: Sequence[Objective], *,
                  max_num_seqs: int = 64, max_model_len: int | None = None, kv_cache_memory: int = 512 << 20,
-                 itl_target: float | None = None) -> None:
-        """Raises FptqError where the profile, the trace and the limits do not fit each other."""
-        self.cost = StepCost.fit(profile)
+                 itl_target: float | None = None, delivery: float = 0.0) -> None:
+        """delivery: seconds that a token takes beside its step. Raises FptqError where the profile, the trace and the
+        limits do not fit each other."""
+        self.cost = replace(StepCost.fit(profile), delivery=delivery)
         self.config = config = EngineConfig(
             max_model_len=max_model_len or int(profile["max_model_len"]), max_num_seqs=max_num_seqs,
             max_num_batched_tokens=int(profile["max_num_batched_tokens"]), kv_cache_memory=kv_cache_memory,

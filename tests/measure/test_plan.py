@@ -68,6 +68,14 @@ def test_one_request_takes_its_steps() -> None:
     assert (outcome.prompt_tokens, outcome.output_tokens, outcome.met) == (1100, 5, True)
 
 
+def test_tokens_take_time_beside_their_steps() -> None:
+    """The three steps of a prompt sample once; two answers at once are two tokens a step."""
+    outcome = Simulator(FLAT, [Arrival(0, 1100, 5)], FOREVER, delivery=0.01).run(1, "round-robin")
+    assert outcome.percentiles == pytest.approx({"ttft_p99": 0.31, "itl_p99": 0.11, "e2e_p50": 0.75})
+    both = Simulator(FLAT, [Arrival(0, 100, 5)] * 2, [Objective("itl", 50, 1e9)], delivery=0.01).run(1, "round-robin")
+    assert both.percentiles == pytest.approx({"itl_p50": 0.12})
+
+
 def test_a_queue_of_one_server_is_lindleys() -> None:
     """One sequence at a time and one step each: the wait is the recursion of a single server."""
     generator = np.random.default_rng(0)
