@@ -260,8 +260,9 @@ class Stem:
 class Model:
     """A family's answer to one config.json.
 
-    bare_prefix: what some checkpoints of the family leave out of every name. width_field: the config's name for the
-    MLP's width where it has one of its own. rewritten: what the config.json of an artifact says in place of the
+    bare_prefix: what some checkpoints of the family leave out of every name. loaded_prefix: what transformers has in
+    its place, where that is something else. width_field: the config's name for the MLP's width where it has one of its
+    own. rewritten: what the config.json of an artifact says in place of the
     source's. What config counts of blocks, it has from them.
     """
 
@@ -270,6 +271,7 @@ class Model:
     blocks: tuple[BlockSpec, ...]
     head: BlockSpec
     bare_prefix: str = "model."
+    loaded_prefix: str = ""
     width_field: str | None = "intermediate_size"
     rewritten: Mapping[str, Any] = field(default_factory=dict)
     ropes: tuple[RopeConfig, ...] = field(init=False)

@@ -77,7 +77,10 @@ def read_lora(path: Path, model: Model, bases: Bases = MappingProxyType({})) -> 
     for name in tensors.names:
         if (found := _TENSOR.fullmatch(name)) is None:
             raise AdapterError(f"{path}: {name} is no lora_A or lora_B of a linear layer; nothing else is applied")
-        modules.setdefault(found[1], {})[found[2]] = name
+        module = found[1]
+        if model.loaded_prefix and module.startswith(model.loaded_prefix):
+            module = model.bare_prefix + module.removeprefix(model.loaded_prefix)
+        modules.setdefault(module, {})[found[2]] = name
     parts: dict[tuple[str, str], tuple[LowRank, ...]] = {}
     for part in model.parts:
         for linear in part.linears:

@@ -58,7 +58,7 @@ def nemotron_h(fields: Fields) -> Model:
         StemSpec(f"{prefix}.embeddings"),
         tuple(block(index, kind) for index, kind in enumerate(kinds)),
         head_spec(norm("norm", f"{prefix}.norm_f"), "lm_head", config.vocab_size, hidden),
-        bare_prefix=f"{prefix}.", width_field=None,
+        bare_prefix=f"{prefix}.", loaded_prefix="model.", width_field=None,
     )
 
 

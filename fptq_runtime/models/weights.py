@@ -9,7 +9,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -127,13 +127,21 @@ def fuse(name: str, parts: Sequence[Linear], order: Array | None = None, experts
 
 
 def multiplied(linear: Linear, factor: Array) -> Linear:
-    """What makes `factor` [N] times what this does, of numpy's arrays or torch's."""
+    """What makes `factor` [N] times what this does, of numpy's arrays or torch's. Scales are float32 then: codes were
+    chosen by them as they are."""
     def times(array: Array) -> Array:
         rows = factor.reshape(-1, *[1] * (array.ndim - 1))
-        return array * (array.new_tensor(rows) if hasattr(array, "new_tensor") else rows)
+        if not hasattr(array, "new_tensor"):
+            return array * rows
+        wide = array.float()
+        return wide * wide.new_tensor(rows)
 
     weight = linear.weight
-    made = replace(weight, scale=times(weight.scale)) if isinstance(weight, QuantizedWeight) else times(weight)
+    if isinstance(weight, QuantizedWeight):
+        made: Any = replace(weight, scale=times(weight.scale))
+    else:
+        made = times(weight)
+        made = made.to(weight.dtype) if hasattr(weight, "new_tensor") else made
     return replace(linear, weight=made, bias=None if linear.bias is None else times(linear.bias),
                    low_rank=None if linear.low_rank is None else (linear.low_rank[0], times(linear.low_rank[1])))
 

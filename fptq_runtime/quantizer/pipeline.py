@@ -250,7 +250,9 @@ class _Run:
         config = {**self._walk.config, **self._walk.model.rewritten, "tie_word_embeddings": self._tied}
         config.pop("quantization_config", None)  # the source's
         if self._schemes:
-            config["quantization_config"] = quantization_config(self._schemes, self._walk.model.head_module, ignore)
+            model = self._walk.model
+            config["quantization_config"] = quantization_config(self._schemes, model.head_module, ignore,
+                                                                (model.bare_prefix, model.loaded_prefix))
         else:
             config["dtype"] = {"bf16": "bfloat16", "fp16": "float16"}[self._recipe.weights.dtype]
         self._writer.add_file("config.json", json.dumps(config, indent=2) + "\n")

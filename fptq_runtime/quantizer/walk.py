@@ -92,12 +92,15 @@ class Walk:
             self._exact = ahead
 
 
+COMMON = ("qkv", "o", "up", "down")  # linears that presets name, and some families lack
+
+
 def _check_patterns(model: Model, steps: Sequence[Step]) -> None:
     """Before any work is done."""
     names = tuple(name for block in model.blocks for linear in block.quantizable
                   for name in (*block.modules(linear), *called(linear, ())))
     for pattern in (pattern for step in steps for pattern in step.patterns()):
-        if not matches(pattern, names):
+        if pattern not in COMMON and not matches(pattern, names):
             raise RecipeError(f"no linear layer of this model matches {pattern!r}; they are named like {names[0]}")
 
 

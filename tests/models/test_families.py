@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
-from fptq_runtime.kernels.base import Array, Linear
+from fptq_runtime.kernels.base import Array, Linear, QuantizedWeight
 from fptq_runtime.models.block import LinearSpec
 from fptq_runtime.models.fields import ModelError
-from fptq_runtime.models.weights import fuse, unfuse
+from fptq_runtime.models.weights import fuse, multiplied, unfuse
 
 K = 12
 
@@ -49,3 +50,16 @@ def test_fused_is_each_parts_own(order: Array | None, ranks: tuple[int, ...], do
 def test_factors_of_some_parts_only_are_refused() -> None:
     with pytest.raises(ModelError, match="0, 1 are fused, but not all have low-rank factors"):
         fuse("up", [part("0", 4, 2, 0), part("1", 4, None, 1)], None)
+
+
+def test_scales_of_a_multiplied_linear_come_back_as_they_were_rounded() -> None:
+    """Codes were chosen by scales of bfloat16, which a multiplier (Falcon-H1's) must not round again."""
+    random, rows = torch.Generator().manual_seed(0), np.linspace(0.3, 3, 40).astype(np.float32)
+    scale = torch.rand((40, 4), generator=random).bfloat16()
+    weight = QuantizedWeight(torch.zeros((40, 16), dtype=torch.int32), scale, 4, 32)
+    spec = LinearSpec("in", ("a", "b"), (30, 10), 128, multiplier=rows)
+    stored = [part for _, part in unfuse(Linear("in", weight), spec)]
+    in_file = [Linear("", QuantizedWeight(part.weight.packed.numpy(), part.weight.scale.numpy(), 4, 32))
+               for part in stored]
+    loaded = multiplied(fuse("in", in_file), rows).weight.scale
+    np.testing.assert_allclose(loaded, scale.float().numpy(), rtol=2e-7)

@@ -92,6 +92,24 @@ def test_logits_are_pefts(name: str, backend_name: str, tmp_path: Path) -> None:
             assert np.array_equal(logits_array(alone.step(alone_step)), logits[i])
 
 
+@pytest.mark.parametrize("name", ["nemotron-h", "falcon-h1", "mamba"])
+def test_adapters_of_hybrids(name: str, tmp_path: Path) -> None:
+    """Under transformers' names for their modules, and of linears with multipliers."""
+    model = save_random(name, tmp_path / "model")
+    tokens = np.random.default_rng(0).integers(3, 211, LENGTH).tolist()
+    adapted = save_lora(model, tmp_path / "adapter", target_modules=r".*(in|q|k|v|o)_proj$")
+    with torch.no_grad():
+        expected = adapted(torch.tensor([tokens])).logits[0]
+    checkpoint, backend = Checkpoint(tmp_path / "model"), select_backend("native")
+    adapters = Adapters(checkpoint.model, load_model(checkpoint, backend), backend, 1)
+    adapters.load("a", tmp_path / "adapter")
+    slots = np.array([adapters.acquire("a", 1).slot], np.int32)
+    step = StepInput(**{**vars(StepInput.whole([tokens])), "adapters": slots})
+    limits = StepLimits.of(checkpoint.model_config, max_tokens=LENGTH, max_model_len=LENGTH, num_blocks=16, max_seqs=1)
+    logits = logits_array(backend.compile(adapters.decoder, limits).step(step))
+    assert np.abs(logits - expected.numpy()).max() <= 1e-4 * float(expected.abs().max())
+
+
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize(("rank", "n", "k"), [(1, 1, 1), (4, 64, 64), (7, 67, 90), (64, 200, 130), (512, 24, 33)])
 def test_every_isa_adds_a_part(isa: str, rank: int, n: int, k: int) -> None:

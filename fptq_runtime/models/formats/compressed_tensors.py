@@ -246,8 +246,10 @@ def linear_scheme(linear: Linear) -> LayerScheme | None:
                                                  type=act.type))
 
 
-def quantization_config(schemes: Mapping[str, LayerScheme], head: str, ignore: Sequence[str]) -> dict[str, Any]:
+def quantization_config(schemes: Mapping[str, LayerScheme], head: str, ignore: Sequence[str],
+                        renamed: tuple[str, str] = ("", "")) -> dict[str, Any]:
     """config.json's quantization_config for modules by name; `head` is the module that gets a group of its own.
+    renamed: a prefix of theirs, and what transformers has in its place where that is not empty.
 
     Every group says its format itself: without it the loader of transformers infers another and leaves the weights
     uninitialised.
@@ -270,6 +272,8 @@ def quantization_config(schemes: Mapping[str, LayerScheme], head: str, ignore: S
             "targets": {},
         })
         group["targets"] |= dict.fromkeys([_target(module)] if module != head or head == HEAD else [module, HEAD])
+        if renamed[1] and module.startswith(renamed[0]):
+            group["targets"][_target(renamed[1] + module.removeprefix(renamed[0]))] = None
     for group in groups.values():
         group["targets"] = list(group["targets"])
     formats = {group["format"] for group in groups.values()}
