@@ -149,7 +149,7 @@ def coverage() -> list[str]:
         "our reading of the hub's lists of models, in no order: "
         + ", ".join(name if full_name(name) in FAMILIES else f"**{name}**" for name in POPULAR) + ".",
         "",
-        "Missing among those are the bold ones; InternLM2, Exaone, MiniCPM, QWen, BaiChuan and ChatGLM, which "
+        "Missing among those are the bold ones; InternLM2, Exaone, MiniCPM, QWen, BaiChuan, ChatGLM and DeciLM, which "
         "transformers does not have, are compared with it under other names, and not in the table.",
     ]
 

@@ -178,21 +178,24 @@ class AttentionSpec:
 class Routing:
     """Which experts a token goes to by its router's logits, and what each one's output counts.
 
-    Scores are the softmax or the sigmoid of the logits. Of equal groups of experts the `top_groups` with the greatest
-    sums of their `group_best` best scores stay, of their experts the `top_k` of the best scores, the lower index on
-    ties; `bias` float32 [num_experts] is added to scores in these choices alone. An expert's output counts its score,
-    divided by the sum of all chosen where `normalise`, times `scale`.
+    Scores are the softmax or the sigmoid of the logits, or the logits themselves ("sparsemixer", arXiv 2409.12136: what
+    an expert counts is its softmax among itself and all that score less, without those that are further below it than
+    2 · `jitter` of the greater of its logit and their magnitude). Of equal groups of experts the `top_groups` with the
+    greatest sums of their `group_best` best scores stay, of their experts the `top_k` of the best scores, the lower
+    index on ties; `bias` float32 [num_experts] is added to scores in these choices alone. An expert's output counts its
+    score, divided by the sum of all chosen where `normalise`, times `scale`.
     """
 
     num_experts: int
     top_k: int
-    scoring: Literal["softmax", "sigmoid"] = "softmax"
+    scoring: Literal["softmax", "sigmoid", "sparsemixer"] = "softmax"
     normalise: bool = True
     scale: float = 1.0
     bias: Array | None = None
     groups: int = 1
     top_groups: int = 1
     group_best: int = 1
+    jitter: float = 0.0
 
 
 @dataclass

@@ -396,7 +396,13 @@ def matmul(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
 
 def choose_experts(logits: torch.Tensor, routing: Routing) -> tuple[torch.Tensor, torch.Tensor]:
     """Of each row of logits [rows, experts], the chosen experts, ascending, and their weights. Each [rows, top_k]"""
-    scores = logits.softmax(-1) if routing.scoring == "softmax" else logits.sigmoid()
+    match routing.scoring:
+        case "softmax":
+            scores = logits.softmax(-1)
+        case "sigmoid":
+            scores = logits.sigmoid()
+        case "sparsemixer":
+            scores = logits
     choice = scores if routing.bias is None else scores + routing.bias
     if routing.top_groups < routing.groups:
         grouped = choice.unflatten(-1, (routing.groups, -1))
@@ -404,10 +410,21 @@ def choose_experts(logits: torch.Tensor, routing: Routing) -> tuple[torch.Tensor
         left = torch.zeros_like(best, dtype=torch.bool).scatter_(-1, best[:, : routing.top_groups], True)
         choice = grouped.masked_fill(~left[:, :, None], float("-inf")).flatten(-2)
     experts = choice.sort(dim=-1, descending=True, stable=True).indices[:, : routing.top_k].sort(-1).values
-    weights = scores.gather(-1, experts)
+    sparse = routing.scoring == "sparsemixer"
+    weights = _share_of_near(logits, experts, routing.jitter) if sparse else scores.gather(-1, experts)
     if routing.normalise:
         weights = weights / weights.sum(-1, keepdim=True)
     return experts, weights * routing.scale
+
+
+def _share_of_near(logits: torch.Tensor, experts: torch.Tensor, jitter: float) -> torch.Tensor:
+    """The softmax of each expert's logit among itself and what is near below it. [rows, top_k]"""
+    own, index = logits.gather(-1, experts)[:, :, None], torch.arange(logits.shape[1], device=logits.device)
+    others = logits[:, None].expand(-1, experts.shape[1], -1)  # [rows, top_k, experts]
+    before = (others > own) | ((others == own) & (index < experts[:, :, None]))
+    far = (own - others) / others.abs().maximum(own) > 2 * jitter
+    near = others.masked_fill(before | far, float("-inf")).softmax(-1)
+    return near.gather(-1, experts[:, :, None])[:, :, 0]
 
 
 def to_torch(array: Array) -> torch.Tensor:

@@ -10,6 +10,7 @@ from fptq_runtime.models.arcee import arcee
 from fptq_runtime.models.block import Model
 from fptq_runtime.models.bloom import bloom
 from fptq_runtime.models.cohere import cohere, cohere2
+from fptq_runtime.models.decilm import decilm
 from fptq_runtime.models.deepseek import deepseek_v2, deepseek_v3, glm4_moe_lite
 from fptq_runtime.models.ernie4_5 import ernie4_5
 from fptq_runtime.models.exaone4 import exaone4
@@ -51,6 +52,7 @@ from fptq_runtime.models.opt import opt
 from fptq_runtime.models.persimmon import persimmon
 from fptq_runtime.models.phi import phi
 from fptq_runtime.models.phi3 import phi3
+from fptq_runtime.models.phimoe import phimoe
 from fptq_runtime.models.qwen2 import qwen2
 from fptq_runtime.models.qwen2_moe import qwen2_moe
 from fptq_runtime.models.qwen3 import qwen3
@@ -86,6 +88,7 @@ FAMILIES: Mapping[str, Callable[[Fields], Model]] = {
     "CodeGenForCausalLM": codegen,
     "Cohere2ForCausalLM": cohere2,
     "CohereForCausalLM": cohere,
+    "DeciLMForCausalLM": decilm,
     "Ernie4_5ForCausalLM": ernie4_5,
     "ExaoneForCausalLM": exaone,
     "Exaone4ForCausalLM": exaone4,
@@ -127,6 +130,8 @@ FAMILIES: Mapping[str, Callable[[Fields], Model]] = {
     "Qwen3NextForCausalLM": qwen3_next,
     "Qwen3_5MoeForCausalLM": qwen3_5_moe,
     "OlmoeForCausalLM": olmoe,
+    "PhimoeForCausalLM": phimoe,
+    "PhiMoEForCausalLM": phimoe,
     "Glm4MoeForCausalLM": glm4_moe,
     "DeepseekV2ForCausalLM": deepseek_v2,
     "DeepseekV3ForCausalLM": deepseek_v3,

@@ -57,6 +57,7 @@ FAMILIES = {
                      embedding_norm=True, heads=5, kv_heads=5, intermediate=100),
     "experts": Options(intermediate=40, routing=Routing(8, 3)),
     "experts bf16": Options(intermediate=40, routing=ROUTED, bias=True, dtype=torch.bfloat16),
+    "experts of sparsemixer": Options(intermediate=40, routing=Routing(8, 2, "sparsemixer", False, jitter=0.2)),
     "experts weight-only": Options(intermediate=64, routing=ROUTED, act="weight-only"),
     "one kv head": Options(heads=20, kv_heads=1, head_dim=8),
 }
@@ -282,7 +283,7 @@ def test_what_experts_read_is_checked() -> None:
     table = _native.Embedding(np.zeros((VOCAB, 8), np.float32))
     weight = _native.pack_float(np.zeros((4 * 64, 8), np.float32))
     facts: dict[str, Any] = {"num_experts": 4, "top_k": 2, "scoring": "softmax", "normalise": True, "scale": 1.0,
-                             "bias": [], "groups": 1, "top_groups": 1, "group_best": 1}
+                             "bias": [], "groups": 1, "top_groups": 1, "group_best": 1, "jitter": 0.0}
     routing = _native.Routing(**facts)
     x, other = program.embed(table), program.embed(table)
     with pytest.raises(ValueError, match="route reads rows of 4"):

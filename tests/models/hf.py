@@ -129,6 +129,12 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
                                 "use_sliding_window": True, "sliding_window": 20, "max_window_layers": 2}),
     "mixtral": ("mixtral", {**LLAMA, "intermediate_size": 32, "num_local_experts": 4, "num_experts_per_tok": 2,
                             "sliding_window": 20}),
+    "phimoe": ("phimoe", {**LLAMA, "intermediate_size": 32, "num_local_experts": 6, "router_jitter_noise": 0.3,
+                          "attention_bias": True, "lm_head_bias": True, "sliding_window": 20, "pad_token_id": 0,
+                          "rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, "short_mscale": 1.2,
+                                              "long_mscale": 1.2, "original_max_position_embeddings": 128,
+                                              "short_factor": [1.0, 1.1, 1.3, 1.6, 2.0, 2.2, 2.5, 3.0],
+                                              "long_factor": [1.0, 2.0, 3.0, 4.0, 6.0, 9.0, 9.0, 9.0]}}),
     "olmoe": ("olmoe", {**PLAIN, "intermediate_size": 32, "num_key_value_heads": 2, "num_experts": 8,
                         "num_experts_per_tok": 3, "norm_topk_prob": True, "pad_token_id": 0}),
     "glm4-moe": ("glm4_moe", {**LLAMA, "num_experts_per_tok": 3, "n_routed_experts": 12, "n_group": 4, "topk_group": 2,
@@ -219,7 +225,7 @@ FAMILIES |= {
     "falcon-h1-plain": ("falcon_h1", {**LLAMA, **MAMBA2, "mamba_d_ssm": None}),
 }
 STACKED = ("granite-moe", "gpt-oss", "granite-4-h")  # with experts in one tensor, which is all that transformers reads
-MIXTURES = ("qwen3-moe", "qwen3-moe-window", "qwen2-moe", "mixtral", "olmoe", "glm4-moe", "deepseek-v2",
+MIXTURES = ("qwen3-moe", "qwen3-moe-window", "qwen2-moe", "mixtral", "olmoe", "phimoe", "glm4-moe", "deepseek-v2",
             "deepseek-v3", "glm4-moe-lite", "qwen3-next", "qwen3.5-moe", "nemotron-h", *STACKED)  # of experts
 
 HYBRIDS = ("lfm2", "qwen3.5", "qwen3-next", "qwen3.5-moe", "mamba", "falcon-mamba", "granite-4-h", "granite-4-h-dense",

@@ -17,6 +17,7 @@ from transformers.models.mpt.modeling_mpt import build_mpt_alibi_tensor
 
 from fptq_runtime.artifact.io import verify
 from fptq_runtime.kernels.reference import ReferenceBackend
+from fptq_runtime.models.families import parse_config
 from fptq_runtime.models.fields import ModelError
 from fptq_runtime.models.loader import Checkpoint, CheckpointError, load_head
 from fptq_runtime.quantizer.pipeline import quantize
@@ -213,6 +214,55 @@ def test_a_normalised_head_that_is_quantized_is_refused(tmp_path: Path) -> None:
     change_config(tmp_path / "out", normalize_head=True)
     with pytest.raises(CheckpointError, match="lm_head: normalize_head"):
         load_head(Checkpoint(tmp_path / "out"))
+
+
+def test_layers_without_attention_or_mlp(tmp_path: Path) -> None:
+    """DeciLM. Llama computes the same where what is left out writes zeros, and narrow MLPs are filled up with them."""
+    factors = [8.0, None, 2.0, None, 4.0]  # of hidden_size · 2 / 3, up to multiples of 256
+    attends = [True, True, False, False, True]
+    widths = [512, None, 256, None, 256]
+    model = save_model("llama", tmp_path / "float", num_hidden_layers=5, intermediate_size=512)
+    tensors = load_file(tmp_path / "float" / "model.safetensors")
+    with torch.no_grad():
+        for index, layer in enumerate(model.model.layers):
+            prefix = f"model.layers.{index}."
+            if not attends[index]:
+                layer.self_attn.o_proj.weight.zero_()
+                tensors = {name: tensor for name, tensor in tensors.items()
+                           if not name.startswith((f"{prefix}self_attn", f"{prefix}input_layernorm"))}
+            width = widths[index]
+            layer.mlp.down_proj.weight[:, width or 0 :] = 0
+            if width is None:
+                tensors = {name: tensor for name, tensor in tensors.items()
+                           if not name.startswith((f"{prefix}mlp", f"{prefix}post_attention_layernorm"))}
+                continue
+            for name in ("gate_proj", "up_proj"):
+                tensors[f"{prefix}mlp.{name}.weight"] = tensors[f"{prefix}mlp.{name}.weight"][:width]
+            tensors[f"{prefix}mlp.down_proj.weight"] = tensors[f"{prefix}mlp.down_proj.weight"][:, :width]
+    store(tmp_path / "float", tensors, {
+        "architectures": ["DeciLMForCausalLM"], "model_type": "nemotron-nas", "intermediate_size": None,
+        "num_key_value_heads": None, "block_configs": [
+            {"attention": {"n_heads_in_group": 3 if attended else None, "no_op": not attended,
+                           "replace_with_linear": False, "num_sink_tokens": 0, "window_length": None},
+             "ffn": {"ffn_mult": factor, "no_op": factor is None, "replace_with_linear": False, "sparsify": None}}
+            for attended, factor in zip(attends, factors, strict=True)]})
+    assert_agrees(tmp_path / "float", model, list(range(3, 60)))
+    assert_quantizes(tmp_path)
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"attention": {"n_heads_in_group": 2}}, r"n_heads_in_group must be one divisor of 6 for all layers, not \[2, 3\]"),
+    ({"attention": {"n_heads_in_group": 3, "window_length": 64}}, r"block_configs\[1\].attention: window_length 64"),
+    ({"ffn": {"ffn_mult": 2.0, "replace_with_linear": True}}, r"block_configs\[1\].ffn: replace_with_linear True"),
+    ({"ffn": {"ffn_mult": 2.0, "moe": {}}}, r"block_configs\[1\].ffn.moe is not known"),
+    ({"ffn": None}, r"block_configs\[1\].ffn must be an object"),
+])
+def test_layers_that_decilm_cannot_have_here(change: dict[str, Any], message: str) -> None:
+    layer = {"attention": {"n_heads_in_group": 3}, "ffn": {"ffn_mult": 2.0}}
+    config = {"architectures": ["DeciLMForCausalLM"], "vocab_size": 64, "hidden_size": 96, "num_attention_heads": 6}
+    assert parse_config({**config, "block_configs": [layer, layer]}).config.num_kv_heads == 2
+    with pytest.raises(ModelError, match=message):
+        parse_config({**config, "block_configs": [layer, {**layer, **change}]})
 
 
 def test_minicpm_with_sparse_attention_is_refused(tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ ROTATED = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3F
 MIXTURES = {"MixtralForCausalLM", "Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM", "OlmoeForCausalLM",
             "Glm4MoeForCausalLM", "GraniteMoeForCausalLM", "GptOssForCausalLM", "DeepseekV2ForCausalLM",
             "DeepseekV3ForCausalLM", "Glm4MoeLiteForCausalLM", "Qwen3NextForCausalLM", "Qwen3_5MoeForCausalLM",
-            "NemotronHForCausalLM"}
+            "NemotronHForCausalLM", "PhimoeForCausalLM"}
 BEHIND = {"Olmo2ForCausalLM", "Olmo3ForCausalLM", "Exaone4ForCausalLM"}  # norms behind the linears alone
 GATED = ROTATED - {"ArceeForCausalLM", "Lfm2ForCausalLM", "MambaForCausalLM", "FalconMambaForCausalLM"} | BEHIND | {
     "Gemma2ForCausalLM", "Gemma3ForCausalLM", "StableLmForCausalLM", "Glm4ForCausalLM", "CohereForCausalLM",
@@ -48,7 +48,7 @@ ALL = GATED | MIXTURES | {
     "MptForCausalLM"}
 RENAMED = {  # tests/models/test_renamed.py
     "InternLM2ForCausalLM", "ExaoneForCausalLM", "MiniCPMForCausalLM", "QWenLMHeadModel", "BaiChuanForCausalLM",
-    "BaichuanForCausalLM", "ChatGLMModel", "ChatGLMForConditionalGeneration"}
+    "BaichuanForCausalLM", "ChatGLMModel", "ChatGLMForConditionalGeneration", "DeciLMForCausalLM"}
 PRE_NORMED = ALL - BEHIND - {"OlmoForCausalLM"}  # whose norms have no weights
 LAE = {"*": "lae"}
 
@@ -62,8 +62,8 @@ TRANSFORMS: dict[str, tuple[Step, set[str]]] = {  # and the architectures that i
     "aweq": (Aweq(), PRE_NORMED),
     "cle": (CrossLayer(), ALL - {"MambaForCausalLM", "FalconMambaForCausalLM"}),
     "awq": (Awq(), ALL),
-    "rotation": (Rotation(), ROTATED | MIXTURES),
-    "rotation-residual": (Rotation(heads=False, seed=1), ROTATED | MIXTURES),
+    "rotation": (Rotation(), ROTATED | MIXTURES - {"PhimoeForCausalLM"}),
+    "rotation-residual": (Rotation(heads=False, seed=1), ROTATED | MIXTURES - {"PhimoeForCausalLM"}),
     "ocs": (ChannelSplitting(), GATED),
     "ocs-channels": (ChannelSplitting(ratio=0.3, group_size=None), GATED),
 }
@@ -72,6 +72,7 @@ SHALLOW: dict[str, dict[str, Any]] = {  # their softmax is sharp: what float32 r
     "phi4-mini": {"num_hidden_layers": 2},  # the logits
     "nemotron": {"num_hidden_layers": 1},
     "gpt-oss": {"num_hidden_layers": 2},
+    "phimoe": {"num_hidden_layers": 1},
     "deepseek-v2": {"num_hidden_layers": 2},
     "qwen3-next": {"num_hidden_layers": 1, "layer_types": ["full_attention"]},
     "mamba": {"num_hidden_layers": 1, "expand": 1, "state_size": 6},
@@ -141,7 +142,7 @@ def test_transforms_combine(saved: Saved, order: int) -> None:
 
 
 def test_every_architecture_is_here() -> None:
-    assert set(BY_ARCHITECTURE) - RENAMED == ALL | {"MPTForCausalLM"}  # as MosaicML's own code has it
+    assert set(BY_ARCHITECTURE) - RENAMED == ALL | {"MPTForCausalLM", "PhiMoEForCausalLM"}  # as their own code has it
 
 
 @pytest.mark.parametrize("family", ["qwen2", "bloom"])

@@ -315,19 +315,22 @@ std::shared_ptr<ExpertsParameter> make_experts(std::string name, std::shared_ptr
 
 std::shared_ptr<RoutingParameter> make_routing(int num_experts, int top_k, const std::string& scoring, bool normalise,
                                                float scale, std::vector<float> bias, int groups, int top_groups,
-                                               int group_best) {
+                                               int group_best, float jitter) {
   if (num_experts < 1 || num_experts > 1 << 16 || top_k < 1 || top_k > num_experts)
     throw std::invalid_argument("top_k must be within 1..num_experts, not " + std::to_string(top_k) + " of " +
                                 std::to_string(num_experts));
-  if (scoring != "softmax" && scoring != "sigmoid")
-    throw std::invalid_argument("scoring must be softmax or sigmoid, not " + scoring);
+  const std::map<std::string, Scoring> known{
+      {"softmax", Scoring::kSoftmax}, {"sigmoid", Scoring::kSigmoid}, {"sparsemixer", Scoring::kSparsemixer}};
+  const auto found = known.find(scoring);
+  if (found == known.end())
+    throw std::invalid_argument("scoring must be softmax, sigmoid or sparsemixer, not " + scoring);
   if (!bias.empty() && bias.size() != static_cast<size_t>(num_experts))
     throw std::invalid_argument("a routing's bias must be [num_experts]");
   if (groups < 1 || num_experts % groups || top_groups < 1 || top_groups > groups || group_best < 1 ||
       group_best > num_experts / groups || top_k > top_groups * (num_experts / groups))
     throw std::invalid_argument("groups must be of equal size, and those that stay must have top_k experts");
-  return std::make_shared<RoutingParameter>(RoutingParameter{num_experts, top_k, scoring == "softmax", normalise, scale,
-                                                             std::move(bias), groups, top_groups, group_best});
+  return std::make_shared<RoutingParameter>(RoutingParameter{num_experts, top_k, found->second, normalise, scale,
+                                                             std::move(bias), groups, top_groups, group_best, jitter});
 }
 
 std::shared_ptr<ShortConvParameter> make_short_conv(std::string name, int channels, int taps, bool silu, bool gated,
@@ -483,7 +486,7 @@ NB_MODULE(_native, m) {
 
   nb::class_<RoutingParameter>(m, "Routing")
       .def(nb::new_(&make_routing), nb::kw_only(), "num_experts"_a, "top_k"_a, "scoring"_a, "normalise"_a, "scale"_a,
-           "bias"_a, "groups"_a, "top_groups"_a, "group_best"_a);
+           "bias"_a, "groups"_a, "top_groups"_a, "group_best"_a, "jitter"_a);
 
   nb::class_<AttentionParameter>(m, "Attention")
       .def(nb::new_(&make_attention), nb::kw_only(), "layer"_a, "num_heads"_a, "num_kv_heads"_a, "head_dim"_a,

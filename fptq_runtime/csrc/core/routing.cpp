@@ -23,19 +23,37 @@ void take_greatest(float* values, int n, int count, const F& f) {
   }
 }
 
+// The softmax of an expert's logit among itself and those near below it.
+float share_of_near(const float* logits, int n, int expert, float jitter) {
+  const float own = logits[expert];
+  float sum = 0;
+  for (int i = 0; i < n; ++i) {
+    const bool before = logits[i] > own || (logits[i] == own && i < expert);
+    const bool far = (own - logits[i]) / std::max(std::abs(logits[i]), own) > 2 * jitter;
+    if (!before && !far) sum += std::exp(logits[i] - own);
+  }
+  return 1 / sum;
+}
+
 }  // namespace
 
 void choose_experts(const RoutingParameter& routing, const float* logits, int32_t* experts, float* weights,
                     float* scratch) {
   const int n = routing.num_experts, size = n / routing.groups, k = routing.top_k;
   float *scores = scratch, *choice = scratch + n, *groups = scratch + 2 * n;
-  if (routing.softmax) {
-    float max = logits[0], sum = 0;
-    for (int i = 1; i < n; ++i) max = std::max(max, logits[i]);
-    for (int i = 0; i < n; ++i) sum += scores[i] = std::exp(logits[i] - max);
-    for (int i = 0; i < n; ++i) scores[i] /= sum;
-  } else {
-    for (int i = 0; i < n; ++i) scores[i] = 1 / (1 + std::exp(-logits[i]));
+  switch (routing.scoring) {
+    case Scoring::kSoftmax: {
+      float max = logits[0], sum = 0;
+      for (int i = 1; i < n; ++i) max = std::max(max, logits[i]);
+      for (int i = 0; i < n; ++i) sum += scores[i] = std::exp(logits[i] - max);
+      for (int i = 0; i < n; ++i) scores[i] /= sum;
+      break;
+    }
+    case Scoring::kSigmoid:
+      for (int i = 0; i < n; ++i) scores[i] = 1 / (1 + std::exp(-logits[i]));
+      break;
+    case Scoring::kSparsemixer:
+      std::copy_n(logits, n, scores);
   }
   const auto wanted = [&](int i) { return routing.bias.empty() ? scores[i] : scores[i] + routing.bias[i]; };
   for (int i = 0; i < n; ++i) choice[i] = wanted(i);
@@ -54,6 +72,8 @@ void choose_experts(const RoutingParameter& routing, const float* logits, int32_
   for (int i = 0; taken < k; ++i)  // of scores that are infinite or NaN
     if (std::find(experts, experts + taken, i) == experts + taken) experts[taken++] = i;
   std::sort(experts, experts + k);
+  if (routing.scoring == Scoring::kSparsemixer)
+    for (int i = 0; i < k; ++i) scores[experts[i]] = share_of_near(logits, n, experts[i], routing.jitter);
   float sum = 0;
   for (int i = 0; i < k; ++i) sum += scores[experts[i]];
   for (int i = 0; i < k; ++i)

@@ -7,12 +7,16 @@
 
 namespace fptq {
 
+enum class Scoring { kSoftmax, kSigmoid, kSparsemixer };
+
 struct RoutingParameter {
   int num_experts, top_k;
-  bool softmax, normalise;
+  Scoring scoring;
+  bool normalise;
   float scale;
   std::vector<float> bias;  // [num_experts] or empty
   int groups, top_groups, group_best;
+  float jitter;
 };
 
 // Of one row's logits [num_experts] the chosen experts, ascending, and their weights, [top_k] each. scratch:
