@@ -28,6 +28,8 @@ class Gptq(Weights):
     damp: of the Hessian's mean diagonal, added to its diagonal; ten times as much, up to three times over, where the
     Hessian is not positive definite, which the layer's reason then says.
     refits: how often the scales are fitted to the codes by least squares, and the weights rounded again with them.
+    descents: how often then, column after column, each code becomes the best given all others, and with `refits` the
+    scales are fitted again.
     asymmetric: aim for what the float model has at that place, W x̃, rather than W x (GPTAQ, arXiv 2504.02692), and go
     so much of the way there: one more pass over the calibration samples. Several linears of a block answer for the same
     drift, so that all of the way (true) suits `sequential` and many samples alone. drift_damp: `damp` of that fit, for
@@ -42,6 +44,7 @@ class Gptq(Weights):
     act_order: bool = True
     damp: PositiveFloat = 0.01
     refits: int = Field(default=0, ge=0, le=10)
+    descents: int = Field(default=0, ge=0, le=20)
     asymmetric: float = Field(default=0.0, ge=0, le=1)
     drift_damp: PositiveFloat = 0.1
     sequential: bool = False
@@ -66,7 +69,7 @@ class Gptq(Weights):
     def products(self, n: int, k: int, rows: int) -> float:
         moments = rows * k * k * (0.5 + self.wants_exact)
         again = (2 + 2 * self.wants_exact) * rows * n * k if self.sequential else 0
-        rounding = k * k * (n * (1 + 2 * self.wants_exact + 3 * self.refits) + k)
+        rounding = k * k * (n * (1 + 2 * self.wants_exact + 3 * (self.refits + self.descents)) + k)
         return super().products(n, k, rows) + moments + again + rounding
 
     def moments_bytes(self, k: int) -> int:
@@ -115,6 +118,10 @@ class Gptq(Weights):
         for _ in range(self.refits):
             scale = fit_scale(weight, codes, scale, hessian)
             codes = round_columns(weight, scale, num_bits, factor, order, self.grid)
+        for _ in range(self.descents):
+            codes = descend(weight, codes, scale, num_bits, hessian, self.grid)
+            if self.refits:
+                scale = fit_scale(weight, codes, scale, hessian)
         return codes, scale
 
     @staticmethod
@@ -170,6 +177,26 @@ def round_columns(weight: torch.Tensor, scale: torch.Tensor, num_bits: int, fact
             codes[j] = quantize(w, scales[j], num_bits, grid)
             errors[j] = wanted[j] - codes[j] * scales[j]
     return codes[order.argsort()].T.to(torch.int8 if grid == "int" else torch.float8_e4m3fn).contiguous()
+
+
+def descend(weight: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, num_bits: int, hessian: torch.Tensor,
+            grid: NumberType = "int") -> torch.Tensor:
+    """Codes [N, K] of no more squared error: each the best of the grid, given those of all other columns (coordinate
+    descent, as in QuantEase, arXiv 2309.01885). `hessian` has no zero on its diagonal."""
+    k = weight.shape[1]
+    chosen = codes.float().T.contiguous()  # [K, N], so that a column lies together
+    scales = scale.float().T.repeat_interleave(k // scale.shape[1], 0)
+    errors = weight.T - chosen * scales
+    for start in range(0, k, COLUMNS):
+        end = min(start + COLUMNS, k)
+        slopes = hessian[start:end] @ errors  # [columns, N]
+        for j in range(start, end):
+            old = chosen[j] * scales[j]
+            chosen[j] = quantize(old + slopes[j - start] / hessian[j, j], scales[j], num_bits, grid)
+            moved = chosen[j] * scales[j] - old
+            errors[j] -= moved
+            slopes[j - start :] -= hessian[j:end, j, None] * moved
+    return chosen.T.to(codes.dtype).contiguous()
 
 
 def fit_scale(weight: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -13,14 +14,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fptq_runtime.artifact.numerics import dequantize, quantize_weight, unpack_codes
+from fptq_runtime.artifact.numerics import code_range, dequantize, quantize, quantize_weight, unpack_codes
+from fptq_runtime.artifact.scheme import NumberType
 from fptq_runtime.kernels.base import Linear, QuantizedWeight, StepInput
 from fptq_runtime.models.block import Block
 from fptq_runtime.models.loader import Checkpoint
 from fptq_runtime.quantizer.calibrate import HiddenStates, InputStats, Moments, Rows, block_inputs
 from fptq_runtime.quantizer.steps.activations import Activations
 from fptq_runtime.quantizer.steps.base import QuantizationError, Rounding, Target
-from fptq_runtime.quantizer.steps.gptq import Gptq, fit_scale, round_columns, triangular_factor
+from fptq_runtime.quantizer.steps.gptq import Gptq, descend, fit_scale, round_columns, triangular_factor
 from fptq_runtime.quantizer.steps.weights import Weights
 from fptq_runtime.quantizer.walk import Walk
 from tests.quantizer.models import save_model
@@ -123,6 +125,48 @@ def test_fitted_scales_are_least_squares() -> None:
         by_group = torch.stack([x[:, g : g + 32] @ codes[row, g : g + 32].float() for g in (0, 32, 64)], 1)
         expected = np.linalg.lstsq(by_group.numpy(), (x @ weight[row]).numpy(), rcond=None)[0]
         np.testing.assert_allclose(fitted[row], expected, rtol=2e-2)
+
+
+@pytest.mark.parametrize("grid", ["int", "float"])
+def test_descending_ends_where_no_single_code_is_better(grid: NumberType) -> None:
+    """160 columns are more than one block. Oracle: every code of the grid tried in every place."""
+    torch.manual_seed(0)
+    weight, x = torch.randn(5, 160), correlated(300, 160, 0)
+    hessian = x.T @ x
+    codes, scale = quantize_weight(weight, 4, 32, None, torch.bfloat16, grid)
+
+    def errors(codes: torch.Tensor) -> torch.Tensor:
+        error = (weight - dequantize(codes, scale)).double()
+        return ((error @ hessian.double()) * error).sum(-1)
+
+    found = [errors(codes)]
+    for _ in range(40):
+        codes = descend(weight, codes, scale, 4, hessian, grid)
+        found.append(errors(codes))
+    assert codes.dtype == (torch.int8 if grid == "int" else torch.float8_e4m3fn)
+    assert all(bool((after <= before * (1 + 1e-5)).all()) for before, after in itertools.pairwise(found))
+    assert bool((found[-1] < 0.5 * found[0]).all())
+    low, high = code_range(4, grid)
+    for code in quantize(torch.linspace(low, high, 61), torch.ones(1), 4, grid).float().unique():
+        for j in range(160):
+            tried = codes.float()
+            tried[:, j] = code
+            assert bool((errors(tried.to(codes.dtype)) >= found[-1] * (1 - 1e-4)).all())
+
+
+def test_descents_lose_less() -> None:
+    """Than the rounding that they begin with, and again with scales that were fitted after each."""
+    torch.manual_seed(1)
+    weight, x = torch.randn(32, 96), correlated(400, 96, 1)
+    losses = []
+    for settings_ in ({}, {"descents": 3}, {"descents": 3, "refits": 2}):
+        target = target_of(weight, x)
+        Gptq(group_size=32, **settings_)._quantize(target)
+        quantized = target.linear.weight
+        assert isinstance(quantized, QuantizedWeight)
+        made = dequantize(unpack_codes(torch.as_tensor(quantized.packed), 4, 96), torch.as_tensor(quantized.scale))
+        losses.append(float((x @ (made - weight).T).square().sum()))
+    assert losses[2] < losses[1] < losses[0]
 
 
 def test_dead_inputs_get_zero_weights() -> None:
