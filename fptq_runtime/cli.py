@@ -414,9 +414,9 @@ def cli() -> None:
 @click.argument("model")
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--recipe", type=RecipeName(), default="fptq-best", show_default=True, help="A preset, or a YAML file.")
-@click.option("--calibration", type=ExistingFile("self", "tales", "random"), help="A text file; `self`: what the "
-              "model writes; `tales`: text that comes with fptq; `random`: vocabulary tokens (self, where the float "
-              "model fits the memory, else tales).")
+@click.option("--calibration", type=ExistingFile("self", "chat", "tales", "random"), help="A text file; `self`: "
+              "what the model writes; `chat`: that, and conversations with it; `tales`: text that comes with fptq; "
+              "`random`: vocabulary tokens (self, where the float model fits the memory, else tales).")
 @click.option("--num-samples", type=Integer(1), default=32, show_default=True, help="Calibration samples.")
 @click.option("--sample-length", type=Integer(2), help="Tokens of each (512, or the model's context).")
 @click.option("--lengths", type=ExistingFile(), help="A request trace or a histogram of lengths (CSV or JSON), which "
@@ -746,7 +746,7 @@ def evaluate(model: str, text: Path | None, text_tokens: int | None, choices: Pa
               "was quantized from MODEL before, or by another tool; may be given more than once.")
 @click.option("--protocol", type=click.Choice(["wikitext2"]), help="Measure as papers do, on the whole of --text, "
               "which is WikiText-2's raw test split, beside what they publish.")
-@click.option("--calibration", type=ExistingFile("self", "tales", "random"), help="As for `fptq quantize`.")
+@click.option("--calibration", type=ExistingFile("self", "chat", "tales", "random"), help="As for `fptq quantize`.")
 @click.option("--num-samples", type=Integer(1), default=32, show_default=True, help="Calibration samples.")
 @click.option("--text", type=TextFile(), help="What perplexity and KL are measured on (tales that calibration "
               "never sees).")
@@ -811,7 +811,7 @@ def compare(model: str, recipes: tuple[str, ...] | None, checkpoints: tuple[str,
 @click.option("--recipe", type=RecipeName(), default="fptq-best", show_default=True, help="A preset, or a YAML file.")
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), default="report", show_default=True,
               help="Where index.html, analysis.json and analysis.jsonl go; an interrupted analysis there goes on.")
-@click.option("--calibration", type=ExistingFile("self", "tales", "random"), help="As for `fptq quantize`.")
+@click.option("--calibration", type=ExistingFile("self", "chat", "tales", "random"), help="As for `fptq quantize`.")
 @click.option("--num-samples", type=Integer(1), default=32, show_default=True, help="Calibration samples.")
 @click.option("--text", type=TextFile(), help="What the loss is measured on (tales that calibration never sees).")
 @text_tokens_option(4096)

@@ -1,15 +1,18 @@
 """Calibration and training text without data: the model writes it. As in LLM-QAT (arXiv 2305.17888): a random first
-token, the next three to five greedy, the rest drawn from the model's own distribution."""
+token, the next three to five greedy, the rest drawn from the model's own distribution. Or a conversation, as in Magpie
+(arXiv 2406.08464): what the user says is drawn, too, behind what the chat template writes before it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import chain
+from dataclasses import dataclass
+from itertools import accumulate, chain
 
 import numpy as np
 
 from fptq_runtime.config import ModelConfig
 from fptq_runtime.kernels.base import PARAMETERS, Backend, Executor, Logits, SampleInput, StepInput, StepLimits
+from fptq_runtime.models.chat_template import ChatTemplateError
 from fptq_runtime.models.decoder import Decoder
 from fptq_runtime.models.loader import Checkpoint
 from fptq_runtime.models.tokenizer import Tokenizer
@@ -19,16 +22,46 @@ GREEDY_TOKENS = (3, 5)  # fewest and most
 BATCH = 32
 CACHE_BYTES = 1 << 30
 BLOCK_SIZE = 32
+QUESTION_TOKENS = 96  # the most of what the user says at a time
 
 
 class NotFiniteError(CalibrationError):
     """A model that cannot say which token comes next."""
 
 
+@dataclass(frozen=True)
+class Turns:
+    """What a chat template writes around what is said, in token ids: before the user's first words, between those and
+    the answer, and between an answer and the user's next."""
+
+    opening: tuple[int, ...]
+    answer: tuple[int, ...]
+    question: tuple[int, ...]
+
+
+def find_turns(tokenizer: Tokenizer) -> Turns | None:
+    """None without a chat template, or where it changes what is said."""
+    said = ["question 7319", "answer 7319", "question 7320"]  # nothing that a template says of itself
+    roles = ("user", "assistant", "user")
+    messages = [{"role": role, "content": text} for role, text in zip(roles, said, strict=True)]
+    try:
+        left = tokenizer.render_chat(messages, True).result()
+    except ChatTemplateError:
+        return None
+    parts = []
+    for text in said:
+        before, found, left = left.partition(text)
+        if not found:
+            return None
+        parts.append(tuple(tokenizer.encode(before, add_special_tokens=False)))
+    return Turns(*parts)
+
+
 def generate_windows(decoder: Decoder, backend: Backend, tokenizer: Tokenizer, lengths: Sequence[int], seed: int,
-                     written: Callable[[int], object] = lambda count: None) -> list[list[int]]:
-    """One window of each length, BOS included where the model uses one. The end-of-sequence token is never drawn.
-    `written` hears of every few tokens.
+                     written: Callable[[int], object] = lambda count: None, turns: Turns | None = None
+                     ) -> list[list[int]]:
+    """One window of each length, BOS included where the model uses one. The end-of-sequence token is never drawn, but
+    in every other window, with `turns`, which are conversations. `written` hears of every few tokens.
 
     A window depends on the seed, its index and its length alone. `decoder` must be loaded for `backend`. Raises
     CalibrationError where a length exceeds the model's context, and NotFiniteError.
@@ -45,6 +78,12 @@ def generate_windows(decoder: Decoder, backend: Backend, tokenizer: Tokenizer, l
     windows = [[*bos, int(g.integers(known))][:length] for g, length in zip(generators, lengths, strict=True)]
     greedy = [int(g.integers(GREEDY_TOKENS[0], GREEDY_TOKENS[1] + 1)) for g in generators]
     seeds = [int(g.integers(1 << 63)) for g in generators]
+    talks: dict[int, _Conversation] = {}
+    if turns is not None and len(turns.opening) > len(bos):
+        check_token_ids([turns.opening, turns.answer, turns.question], config.vocab_size)
+        for i in range(1, len(windows), 2):
+            windows[i] = [*turns.opening[: len(bos) + 1]][: lengths[i]]
+            talks[i], greedy[i] = _Conversation(turns, len(windows[i]), config.eos_token_ids), 0
 
     blocks = -(-longest // BLOCK_SIZE)
     bytes_each = blocks * BLOCK_SIZE * _token_bytes(config)
@@ -61,14 +100,38 @@ def generate_windows(decoder: Decoder, backend: Backend, tokenizer: Tokenizer, l
             logits = _step(executor, [windows[i] for i in active], computed, blocks)
             computed = len(windows[active[0]])  # all of a batch grow together
             temperatures = [float(computed - prompt >= greedy[i]) for i in active]
-            drawn = backend.sample(logits, _draws([seeds[i] for i in active], temperatures, computed,
-                                                  config.eos_token_ids)).result().token_ids
+            banned = [() if i in talks else config.eos_token_ids for i in active]
+            draws = _draws([seeds[i] for i in active], temperatures, computed, banned)
+            drawn = backend.sample(logits, draws).result().token_ids
             if drawn.min() < 0:
                 raise NotFiniteError("the model's logits are not finite; its weights may be damaged")
             for i, token in zip(active, drawn.tolist(), strict=True):
-                windows[i].append(token)
+                windows[i].append(talks[i].next(token) if i in talks else token)
             written(len(active))
     return windows
+
+
+class _Conversation:
+    """Whose turn it is in a window, and what the template writes between turns, in place of what is drawn."""
+
+    def __init__(self, turns: Turns, written: int, ends: Sequence[int]) -> None:
+        self._turns = turns
+        self._ends = ends
+        self._queued = list(turns.opening[written:])
+        self._asking = True
+        self._said = 0  # tokens of this turn
+
+    def next(self, drawn: int) -> int:
+        """What follows where the model would go on with `drawn`."""
+        if self._queued:
+            return self._queued.pop(0)
+        if drawn in self._ends or (self._asking and self._said == QUESTION_TOKENS):
+            self._queued = list(self._turns.answer if self._asking else self._turns.question)
+            self._asking, self._said = not self._asking, 0
+            if self._queued:
+                return self._queued.pop(0)
+        self._said += 1
+        return drawn
 
 
 def writing_bytes(checkpoint: Checkpoint, tokens: int) -> int:
@@ -100,7 +163,8 @@ def _step(executor: Executor, windows: Sequence[Sequence[int]], computed: int, b
     ))
 
 
-def _draws(seeds: Sequence[int], temperatures: Sequence[float], position: int, banned: Sequence[int]) -> SampleInput:
+def _draws(seeds: Sequence[int], temperatures: Sequence[float], position: int, banned: Sequence[Sequence[int]]
+           ) -> SampleInput:
     count, none = len(seeds), np.zeros(0, dtype=np.int32)
     parameters = [(seed, t, 1, 0, 1, 0, 0, 0) for seed, t in zip(seeds, temperatures, strict=True)]
     return SampleInput(
@@ -111,9 +175,9 @@ def _draws(seeds: Sequence[int], temperatures: Sequence[float], position: int, b
         num_logprobs=np.full(count, -1, dtype=np.int32),
         mask_rows=np.full(count, -1, dtype=np.int32),
         masks=np.zeros((0, 0), dtype=np.uint32),
-        bias_start=np.arange(count + 1, dtype=np.int32) * len(banned),
-        bias_ids=np.array([*chain.from_iterable([banned] * count)], dtype=np.int32),
-        bias_values=np.full(count * len(banned), -np.inf, dtype=np.float32),
+        bias_start=np.array([*accumulate(map(len, banned), initial=0)], dtype=np.int32),
+        bias_ids=np.array([*chain.from_iterable(banned)], dtype=np.int32),
+        bias_values=np.full(sum(map(len, banned)), -np.inf, dtype=np.float32),
         history_start=np.zeros(count + 1, dtype=np.int32),
         output_start=np.zeros(count, dtype=np.int32),
         history=none,

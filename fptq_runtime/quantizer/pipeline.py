@@ -97,7 +97,7 @@ def quantize(
     measured = text_windows(measured_on, tokenizer, config.max_position_embeddings, text_tokens)
     if progress and isinstance(calibration, Calibration):
         tokens = calibration.num_samples * calibration.length(config.max_position_embeddings)
-        writes = calibration.source == "self" or (calibration.source is None and recipe.reads_inputs)
+        writes = calibration.source in ("self", "chat") or (calibration.source is None and recipe.reads_inputs)
         tell(f"quantizing {source.name} takes {forecast(checkpoint, recipe, tokens, measured, writes)}")
     calibrated = (calibration if isinstance(calibration, CalibrationSet)
                   else calibration.draw(checkpoint, tokenizer, recipe.reads_inputs, progress))

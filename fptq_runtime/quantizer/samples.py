@@ -27,7 +27,7 @@ from fptq_runtime.quantizer.calibrate import (
     read_text,
     sample_windows,
 )
-from fptq_runtime.quantizer.generate import NotFiniteError, generate_windows, writing_bytes
+from fptq_runtime.quantizer.generate import NotFiniteError, Turns, find_turns, generate_windows, writing_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -53,8 +53,9 @@ class CalibrationSet:
 class Calibration:
     """What calibration's windows are drawn from, how many, and how long.
 
-    source: a text file, "random" for vocabulary tokens, "self" for what the model writes, "tales" for the packaged
-    text. None is "self" where that can matter and the float model fits the memory, else "tales".
+    source: a text file, "random" for vocabulary tokens, "self" for what the model writes, "chat" for that and, in every
+    other window, a conversation in its chat template, "tales" for the packaged text. None is "self" where that can
+    matter and the float model fits the memory, else "tales".
     num_samples: windows, at least one. sample_length: tokens of each, at least two; None is 512, or the model's context
     where that is less. lengths: a request trace or a histogram, as `read_lengths` takes it; as many windows of its
     lengths as have num_samples · sample_length tokens. seed: of every draw, `qat`'s included.
@@ -90,9 +91,13 @@ class Calibration:
         windows: list[list[int]] | None = None
         if source == "random":
             windows = random_windows(tokenizer, config.vocab_size, drawn, self.seed)
-        elif source == "self":
+        elif source in ("self", "chat"):
+            turns = find_turns(tokenizer) if source == "chat" else None
+            if source == "chat" and turns is None:
+                raise CalibrationError("calibration chat needs a chat template that writes what is said as it is, and "
+                                       "this model has none; use self")
             try:
-                windows = _written(checkpoint, tokenizer, drawn, self.seed, progress)
+                windows = _written(checkpoint, tokenizer, drawn, self.seed, turns, progress)
             except NotFiniteError:
                 if self.source is not None:
                     raise
@@ -116,14 +121,15 @@ def _fits(checkpoint: Checkpoint, tokens: int) -> bool:
     return False
 
 
-def _written(checkpoint: Checkpoint, tokenizer: Tokenizer, lengths: Sequence[int], seed: int, progress: bool
-             ) -> list[list[int]]:
+def _written(checkpoint: Checkpoint, tokenizer: Tokenizer, lengths: Sequence[int], seed: int,
+             turns: Turns | None, progress: bool) -> list[list[int]]:
     with progress_bar(total=sum(lengths), desc="writing", unit="token", shown=progress) as bar:
         if progress:
             tell(f"the model writes {len(lengths)} samples to calibrate on, {sum(lengths)} tokens; fptq quantize "
                  "--calibration tales does without")
         backend = select_backend()
-        return generate_windows(load_model(checkpoint, backend), backend, tokenizer, lengths, seed, bar.update)
+        return generate_windows(load_model(checkpoint, backend), backend, tokenizer, lengths, seed, bar.update,
+                                turns)
 
 
 @dataclass(frozen=True)

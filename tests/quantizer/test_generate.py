@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from fptq_runtime.models.loader import Checkpoint, load_model
 from fptq_runtime.models.tokenizer import Tokenizer
 from fptq_runtime.quantizer import generate
 from fptq_runtime.quantizer.calibrate import CalibrationError
-from fptq_runtime.quantizer.generate import generate_windows
+from fptq_runtime.quantizer.generate import Turns, find_turns, generate_windows
 from tests.quantizer.models import save_model
 
 LENGTHS = [20, 2, 33, 1, 20, 40, 7]
@@ -72,6 +73,50 @@ def test_native_backend(llama: tuple[Path, torch.nn.Module]) -> None:
     ours = made(llama[0], LENGTHS, backend=native)
     assert [window[:4] for window in ours] == [window[:4] for window in made(llama[0], LENGTHS)]
     assert [len(window) for window in ours] == LENGTHS
+
+
+TEMPLATE = ("{% for m in messages %}{{ '[' + m.role + ']' + m.content + ('/' if m.role == 'user' else eos_token) }}"
+            "{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}")
+
+
+def test_turns(llama: tuple[Path, torch.nn.Module]) -> None:
+    tokenizer = Tokenizer(llama[0], TEMPLATE)
+    turns = find_turns(tokenizer)
+    assert turns is not None
+    assert [tokenizer.decode(part, False) for part in (turns.opening, turns.answer, turns.question)] == [
+        "[user]", "/[assistant]", "</s>[user]"]
+    assert find_turns(Tokenizer(llama[0])) is None
+    for changed in ("{{ messages[0].content }}", "{{ messages[0].content.upper() }}", "{{ raise_exception('no') }}"):
+        assert find_turns(Tokenizer(llama[0], changed)) is None
+
+
+def test_conversations(llama: tuple[Path, torch.nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every other window is one: the template's words in their places, and none of the ends that this model often draws
+    anywhere else. The others are what they are without."""
+    monkeypatch.setattr(generate, "QUESTION_TOKENS", 9)
+    backend, tokenizer = ReferenceBackend(), Tokenizer(llama[0])
+    turns = Turns((1, 7, 8, 9), (10, 11, 12), (2, 13))
+    decoder, lengths = load_model(Checkpoint(llama[0]), backend), [120, 120, 3, 3, 120, 120, 60, 100]
+    ends = (2, *range(20, 260, 9))
+    decoder.config = replace(decoder.config, eos_token_ids=ends)
+    windows = generate_windows(decoder, backend, tokenizer, lengths, 0, turns=turns)
+    assert [len(window) for window in windows] == lengths
+    assert windows[::2] == generate_windows(decoder, backend, tokenizer, lengths, 0)[::2]
+    assert windows[3] == [1, 7, 8]
+    assert windows[1][4:13] != windows[5][4:13]
+    answered = 0
+    for window in (windows[1], windows[5], windows[7]):
+        rest, part, asking = window, turns.opening, True
+        while rest:
+            assert rest[: len(part)] == [*part[: len(rest)]]
+            rest = rest[len(part) :]
+            part = turns.answer if asking else turns.question
+            end = next((i for i in range(len(rest)) if (*rest[i : i + len(part)],) == part[: len(rest) - i]), len(rest))
+            assert not set(ends) & set(rest[:end])
+            assert not asking or end <= 9
+            answered += not asking and end < len(rest)
+            rest, asking = rest[end:], not asking
+    assert answered > 3
 
 
 def test_too_long(llama: tuple[Path, torch.nn.Module]) -> None:

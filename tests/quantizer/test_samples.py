@@ -54,6 +54,19 @@ def test_fewer_samples_are_the_first_of_more(llama: Path, text: Path, source: st
     assert calibrated(llama, given, 5, 24, seed=1).windows != fewer.windows
 
 
+def test_conversations_need_a_template(llama: Path) -> None:
+    """With one every other window is a conversation, and the others are what the model writes anyway."""
+    template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}</s>{% endfor %}{{ '[assistant]' }}"
+    tokenizer, free = Tokenizer(llama, template), calibrated(llama, "self", 4, 24)
+    made = Calibration("chat", 4, 24).draw(Checkpoint(llama), tokenizer)
+    assert made.tokens.name == "chat"
+    assert made.windows[::2] == free.windows[::2]
+    opening = tokenizer.encode("[user]", add_special_tokens=False)
+    assert all(window[: len(opening)] == opening for window in made.windows[1::2])
+    with pytest.raises(CalibrationError, match="calibration chat needs a chat template"):
+        calibrated(llama, "chat", 4, 24)
+
+
 @pytest.mark.parametrize("source", ["text", "random", "self"])
 def test_lengths_of_a_workload(llama: Path, text: Path, source: str, tmp_path: Path) -> None:
     """The context of 128 clips a quarter of the sequences; the tokens stay as many."""
