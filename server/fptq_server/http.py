@@ -144,14 +144,13 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def _turn_away(self, answer: Response) -> None:
         """Without a cycle of its own, which costs more than all else of a refusal."""
-        keep_alive = self.parser.get_http_version() != "1.0" and self.parser.should_keep_alive()
+        if self.parser.get_http_version() == "1.0" or not self.parser.should_keep_alive():
+            answer.headers["connection"] = "close"
         headers = [*self.server_state.default_headers, *answer.raw_headers]
-        if not keep_alive:
-            headers.append((b"connection", b"close"))
         lines = b"".join(b"%s: %s\r\n" % header for header in headers)
         self.transport.write(b"%s%s\r\n%s" % (STATUS_LINE[answer.status_code], lines, bytes(answer.body)))
         self.server_state.total_requests += 1
-        self._refused, self._ends = True, not keep_alive
+        self._refused, self._ends = True, "connection" in answer.headers
         if self._ends and self.expect_100_continue:
             self.transport.close()  # the body does not come
         else:
@@ -161,6 +160,12 @@ class BoundedProtocol(HttpToolsProtocol):
     def _idle(self) -> bool:
         """No answer is under way."""
         return self.cycle is None or self.cycle.response_complete
+
+    def shutdown(self) -> None:
+        if self._idle and self._in_message and not self._in_head:
+            self._ends = True
+        else:
+            super().shutdown()
 
     def on_body(self, body: bytes) -> None:
         if not self._refused:

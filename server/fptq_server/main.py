@@ -56,6 +56,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("fptq.server")
 
+SWITCH_SECONDS = 0.0005  # of Python's lock: by its own 5 ms the event loop waits for most of a step, and steps for it
 CLOSE_TIMEOUT = 10  # seconds that connections have to take their last bytes after the drain
 NOT_OF_EMBEDDINGS = (f"this model was not made to compare texts: it has no {MODULES}, as sentence-transformers' models "
                      "do")
@@ -89,6 +90,7 @@ def serve(path: Path | str, config: ServerConfig, *, model_names: Sequence[str] 
         options = {"backend": backend, "generation_config": generation_config, "chat_template": chat_template,
                    **engine_options}
         raise_open_files()
+        sys.setswitchinterval(SWITCH_SECONDS)
         if others or config.admin_port is not None:
             try:
                 serve_several([(names, path), *others], config, listener, models_memory, **options)

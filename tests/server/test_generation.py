@@ -157,6 +157,11 @@ def test_a_connection_goes_on_after_a_refusal(run_server: Callable[..., Any]) ->
                 place.leave()
             client.sendall(request)
             assert answer() == 200
+            served.engine.draining = True
+            client.sendall(request)
+            assert answer() == 503
+            assert file.read() == b"", "whoever asks again finds another server"
+            served.engine.draining = False
 
 
 def test_the_sdk_retries(client: openai.OpenAI, served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
