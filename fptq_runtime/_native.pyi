@@ -11,6 +11,11 @@ import fptq_runtime.kernels.base
 def available_isas() -> list[str]:
     """ISA paths that this build and this CPU have, best first."""
 
+def sources() -> str:
+    """
+    SHA-256 of what the kernels were compiled from: of one all ISAs compute the same bits.
+    """
+
 def kernel_names(isa: str) -> list[str]:
     """
     [ISA path, int4 GEMM, int8 GEMM, float GEMM]. Empty: the best path. Raises ValueError.
@@ -143,7 +148,7 @@ class GatedDelta:
     def __init__(self, name: str, key_heads: int, value_heads: int, key_dim: int, value_dim: int, eps: float, a_log: Sequence[float], dt_bias: Sequence[float], norm_weight: Sequence[float]) -> None: ...
 
 class StateSpace:
-    def __init__(self, name: str, heads: int, head_dim: int, groups: int, state: int, dt_min: float, dt_max: float, eps: float, gate_last: bool, a: Sequence[float], d: Sequence[float], dt_bias: Sequence[float], norm_weight: Sequence[float]) -> None: ...
+    def __init__(self, name: str, heads: int, head_dim: int, groups: int, state: int, dt_min: float, dt_max: float, eps: float, gate_last: bool, a_log: Sequence[float], d: Sequence[float], dt_bias: Sequence[float], norm_weight: Sequence[float]) -> None: ...
 
 class Program:
     def __init__(self, pool: ThreadPool, isa: str, *, max_tokens: int, max_seqs: int, max_logits_rows: int, max_model_len: int, num_blocks: int, block_size: int, kv_dtype: str, num_layers: int, num_kv_heads: int, head_dim: int, sharing: Program | None = None) -> None: ...

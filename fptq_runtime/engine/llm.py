@@ -200,7 +200,7 @@ def load_engine(path: str | Path, *, backend: str | Backend = "auto", device: st
     probes: Callable[[], Iterator[float]] | None = None
     if manifest is not None and manifest.format_version > 1 and activations == "checkpoint":
         golden, kv_dtype = Golden.read(Path(path) / GOLDEN), config.kv_cache_dtype
-        probes = lambda: (outcome.ratio for outcome in probe(  # noqa: E731
+        probes = lambda: (outcome.deviation for outcome in probe(  # noqa: E731
             decoder, kernels, golden, checkpoint.max_positions, kv_dtype))
     disk = None
     if kv_cache_disk is not None:

@@ -3,7 +3,8 @@ and compared with what `quantizer/record.py` recorded when the artifact was made
 
 A probe injects its input as the rows of an embedding and reads what one op, or one block, makes of them; none spans two
 blocks, so that depth amplifies nothing. What an integer kernel computes from given codes is exact, and tolerances are
-the rounding of float32 sums. Only a whole block may tip codes: its tolerance was measured by tipping them.
+the rounding of float32 sums. Only a whole block may tip codes: its tolerance was measured by tipping them. Of the
+kernels that let the artifact through when it was made nothing is tolerated: on every ISA they compute the same bits.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import json
 import logging
 import math
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -177,7 +178,7 @@ class Golden:
     no arrays of its own for it.
 
     short: where ropes choose their frequencies by how many positions are served, up to so many those hold of which the
-    names end with SHORT.
+    names end with SHORT. bits: what the backend with the fingerprint `kernels` computed, by probe eight digits a row.
     """
 
     short: int = 0
@@ -185,6 +186,8 @@ class Golden:
     attention: dict[str, AttentionFacts] = field(default_factory=dict)
     stem_ids: tuple[int, ...] = ()
     arrays: dict[str, Array] = field(default_factory=dict)
+    kernels: str = ""
+    bits: dict[str, str] = field(default_factory=dict)
 
     def to_bytes(self) -> bytes:
         """A safetensors file."""
@@ -196,6 +199,8 @@ class Golden:
             "attention": {name: [f.num_heads, f.num_kv_heads, f.head_dim, f.window, f.rope_positions]
                           for name, f in self.attention.items()},
             "stem_ids": self.stem_ids,
+            "kernels": self.kernels,
+            "bits": self.bits,
         }
         # safetensors writes bfloat16 from numpy but does not read it
         arrays = {name: np.ascontiguousarray(array.view(np.uint16) if array.dtype == bfloat16 else array)
@@ -217,6 +222,8 @@ class Golden:
                  for name, (heads, kv_heads, dim, window, positions) in facts["attention"].items()},
                 tuple(facts["stem_ids"]),
                 {name: array.view(bfloat16) if array.dtype == np.uint16 else array for name, array in arrays.items()},
+                facts.get("kernels", ""),
+                dict(facts.get("bits", {})),
             )
         except (OSError, SafetensorError, AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
             raise GateError(f"{path} is missing or malformed ({error}): quantize the model again") from None
@@ -224,16 +231,24 @@ class Golden:
 
 @dataclass(frozen=True)
 class Outcome:
-    """One probe's greatest deviation, as a multiple of what is tolerated there."""
+    """One probe's greatest deviation, as a multiple of what is tolerated there. probe, bits: its name and value in
+    Golden.bits. same: nothing else was recorded of these kernels."""
 
     kind: Kind
     name: str
     ratio: float
     where: str = ""
+    probe: str = ""
+    bits: str = ""
+    same: bool = True
+
+    @property
+    def deviation(self) -> float:
+        return self.ratio if self.same else math.inf
 
     @property
     def passes(self) -> bool:
-        return self.ratio <= 1
+        return self.deviation <= 1
 
 
 def check_artifact(path: Path, manifest: Manifest, decoder: Decoder, backend: Backend, max_positions: int,
@@ -253,15 +268,21 @@ def check_artifact(path: Path, manifest: Manifest, decoder: Decoder, backend: Ba
 def check(decoder: Decoder, backend: Backend, golden: Golden, max_positions: int,
           kv_dtype: KVCacheDtype = "int8", kinds: Sequence[Kind] | None = None) -> float:
     """Run the probes of some kinds, all by default. Returns the greatest deviation as a multiple of its tolerance;
-    raises GateError where that is above 1.
+    raises GateError where that is above 1, or bits are others than were recorded of these kernels.
 
     max_positions: how many the loaded rope tables hold. kv_dtype: of the cache that will serve, checked beside float32.
     """
-    outcomes = list(probe(decoder, backend, golden, max_positions, kv_dtype, kinds))
-    failed = [outcome for outcome in outcomes if not outcome.passes]
-    if failed:
-        raise GateError(_refusal(failed, len(outcomes), backend))
+    outcomes = passed(probe(decoder, backend, golden, max_positions, kv_dtype, kinds), backend)
     return max(outcome.ratio for outcome in outcomes)
+
+
+def passed(outcomes: Iterable[Outcome], backend: Backend) -> list[Outcome]:
+    """All of them; raises GateError where one does not pass."""
+    found = list(outcomes)
+    failed = [outcome for outcome in found if not outcome.passes]
+    if failed:
+        raise GateError(_refusal(failed, len(found), backend))
+    return found
 
 
 def _refusal(failed: Sequence[Outcome], count: int, backend: Backend) -> str:
@@ -273,6 +294,9 @@ def _refusal(failed: Sequence[Outcome], count: int, backend: Backend) -> str:
              "quantize again; else please report it with this line"
     if about.get("isa") not in (None, "generic"):
         advice = f"try FPTQ_ISA=generic; {advice}"
+    if worst.ratio <= 1:
+        return (f"{worst.name} ({worst.kind}) has other bits than the same kernels computed when the artifact was made"
+                f"{others}: this machine, or its build of the {kernels} kernels, is at fault; {advice}")
     return (f"{worst.name} ({worst.kind}{worst.where}) is {worst.ratio:.3g} times further from its golden values than "
             f"rounding explains{others}: the {kernels} kernels and the artifact disagree; {advice}")
 
@@ -307,6 +331,7 @@ class _Gate:
         self._attention = ""  # the layer whose recorded attention holds
         self._tables: dict[AttentionFacts, Any] = {}
         self._linears = 0
+        self._bits = golden.bits if golden.kernels == backend.fingerprint else {}
 
     def stem(self, stem: Stem) -> Iterator[_Probes]:
         yield "embedding", "stem", self.embedding(stem.embedding)
@@ -333,7 +358,7 @@ class _Gate:
     def embedding(self, table: Any) -> Iterator[Outcome]:
         ids = np.array(self._golden.stem_ids, np.int32)
         executor = self._backend.compile(lambda ops: ops.select_rows(ops.embed(table)), probe_limits(len(ids)))
-        yield _outcome("stem", "embedding", _run(executor, ids), self._golden.arrays["stem"], 0)
+        yield self._outcome("stem", "embedding", _run(executor, ids), self._golden.arrays["stem"], 0)
 
     def positions(self, table: Any) -> Iterator[Outcome]:
         expected = self._golden.arrays["positions"]
@@ -342,7 +367,7 @@ class _Gate:
         executor = self._backend.compile(
             lambda ops: ops.select_rows(ops.add(ops.embed(embedding), ops.embed_positions(table))),
             probe_limits(len(ids)))
-        yield _outcome("stem", "positions", _run(executor, ids), expected[: len(ids)], 0)
+        yield self._outcome("stem", "positions", _run(executor, ids), expected[: len(ids)], 0)
 
     def norm(self, name: str, norm: Any) -> Iterator[Outcome]:
         expected = self._golden.arrays[f"{name}.expected"]
@@ -350,7 +375,8 @@ class _Gate:
         executor = self._backend.compile(
             lambda ops: ops.select_rows(ops.norm(ops.embed(table), norm, None)), probe_limits(3))
         y = _run(executor, np.zeros(3, np.int32))
-        yield _outcome("norm", name, y, expected[None], self._golden.arrays[f"{name}.tolerance"].astype(np.float64))
+        yield self._outcome("norm", name, y, expected[None],
+                            self._golden.arrays[f"{name}.tolerance"].astype(np.float64))
 
     def linear(self, name: str, linear: Any) -> Iterator[Outcome]:
         """By one row, as when decoding, and by some that fill tiles of another height from linear to linear."""
@@ -385,7 +411,7 @@ class _Gate:
         tolerance = np.abs(factor) * allowed + 4 * ROUNDING * np.abs(bias)
         if self._backend.name == "reference":  # a group's products are floats too, at most so many times its sum
             tolerance *= math.sqrt(facts.group)
-        yield _outcome("linear", name, y, expected, tolerance)
+        yield self._outcome("linear", name, y, expected, tolerance)
 
     def rope(self, name: str, attention: Any) -> Iterator[Outcome]:
         """Queries at positions far apart, each in a sequence of its own."""
@@ -397,7 +423,7 @@ class _Gate:
             probe_limits(len(positions), facts, _layers(name), positions[-1] + 1, len(positions)))
         y = rotate(executor, positions)
         expected = self._golden.arrays[f"{self._attention}.rope{self._suffix}"][: len(positions)]
-        yield _outcome("rope", name, y, expected, SCALARS * np.abs(expected).max(-1, keepdims=True))
+        yield self._outcome("rope", name, y, expected, SCALARS * np.abs(expected).max(-1, keepdims=True))
 
     def attention(self, name: str, attention: Any, dtype: KVCacheDtype) -> Iterator[Outcome]:
         facts, arrays = self._golden.attention[self._attention], self._golden.arrays
@@ -412,7 +438,7 @@ class _Gate:
         expected = arrays[f"{self._attention}.attention{self._suffix}"][: len(rows)]
         rounded = arrays[f"{self._attention}.attention_tolerance{self._suffix}"][: len(rows), None]
         tolerance = ATTENDED * np.abs(expected).max(-1, keepdims=True) if dtype == "float32" else rounded
-        yield _outcome("attention", f"{name}, {dtype} cache", rows, expected, tolerance)
+        yield self._outcome("attention", f"{name}, {dtype} cache", rows, expected, tolerance)
         # torch, and numpy under Triton's interpreter, add in an order that depends on how many rows there are
         bound = 0 if self._backend.name == "native" else ATTENDED * np.abs(passes[0]).max()
         for way, other in zip(("in chunks", "token by token"), passes[1:], strict=True):
@@ -426,11 +452,23 @@ class _Gate:
         limits = StepLimits.of(self._config, max_tokens=len(x), max_model_len=len(x), num_blocks=-(-len(x) // BLOCK))
         executor = self._backend.compile(
             lambda ops: ops.select_rows(whole.forward(ops, ops.embed(table))), limits)
-        added = _run(executor, np.arange(len(x), dtype=np.int32)).astype(np.float64) - x
+        y = _run(executor, np.arange(len(x), dtype=np.int32))
+        added = y.astype(np.float64) - x
         expected = arrays[f"{name}.added{self._suffix}"][: len(x)].astype(np.float64)
         deviation = np.sqrt(np.square(added - expected).mean(-1))
-        yield _outcome("block", name, deviation[:, None], np.zeros((len(x), 1)),
-                       arrays[f"{name}.block_tolerance{self._suffix}"][: len(x), None].astype(np.float64))
+        outcome = _outcome("block", name, deviation[:, None], np.zeros((len(x), 1)),
+                           arrays[f"{name}.block_tolerance{self._suffix}"][: len(x), None].astype(np.float64))
+        yield self._compared(outcome, y)
+
+    def _outcome(self, kind: Kind, name: str, y: Array, expected: Array, tolerance: Any) -> Outcome:
+        return self._compared(_outcome(kind, name, y, expected, tolerance), y)
+
+    def _compared(self, outcome: Outcome, y: Array) -> Outcome:
+        """With y's bits, which fewer positions may leave fewer rows of than were recorded, or more."""
+        key = f"{outcome.kind} {outcome.name}{self._suffix}"
+        bits = "".join(f"{zlib.crc32(row.astype('<f4').tobytes()):08x}" for row in y)
+        known = self._bits.get(key, bits)
+        return replace(outcome, probe=key, bits=bits, same=bits.startswith(known) or known.startswith(bits))
 
     def _table(self, rows: Float32Array) -> Any:
         return self._backend.prepare(Embedding(np.ascontiguousarray(rows, np.float32)))

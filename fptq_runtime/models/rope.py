@@ -14,12 +14,18 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from fptq_runtime.kernels.base import Float32Array
+from fptq_runtime.kernels.base import Float32Array, Float64Array
 from fptq_runtime.models.fields import Fields, ModelError
 
 RopeType = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope", "proportional"]
 
-_CHUNK = 4096  # positions at a time, since sines are taken in double precision
+_CHUNK = 1 << 15  # angles at a time, since sines are taken in double precision: they stay in a core's cache
+# fdlibm's: π/2 in parts, of which the first two have 33 bits, and minimax polynomials within π/4 of 0
+_HALF_PI = (1.57079632673412561417, 6.07710050630396597660e-11, 2.02226624879595063154e-21)
+_SINE = (1.58969099521155010221e-10, -2.50507602534068634195e-08, 2.75573137070700676789e-06,
+         -1.98412698298579493134e-04, 8.33333333332248946124e-03, -1.66666666666666324348e-01)
+_COSINE = (-1.13596475577881948265e-11, 2.08757232129817482790e-09, -2.75573143513906633035e-07,
+           2.48015872894767294178e-05, -1.38888888888741095749e-03, 4.16666666666666019037e-02)
 
 
 @dataclass(frozen=True)
@@ -168,12 +174,37 @@ def rope_tables(rope: RopeConfig, max_positions: int) -> tuple[Float32Array, Flo
     transformers, which large positions feel."""
     frequencies = inverse_frequencies(rope, max_positions)
     cos, sin = (np.empty((max_positions, rope.dim // 2), np.float32) for _ in range(2))
-    for start in range(0, max_positions, _CHUNK):
-        positions = np.arange(start, min(start + _CHUNK, max_positions), dtype=np.float32)
-        angles = (positions[:, None] * frequencies).astype(np.float64)  # [P, dim / 2]
-        cos[start : start + _CHUNK] = np.cos(angles) * rope.attention_factor
-        sin[start : start + _CHUNK] = np.sin(angles) * rope.attention_factor
+    factor, rows = np.float32(rope.attention_factor), max(1, _CHUNK // len(frequencies))
+    for start in range(0, max_positions, rows):
+        positions = np.arange(start, min(start + rows, max_positions), dtype=np.float32)
+        turned = _turn((positions[:, None] * frequencies).astype(np.float64))  # [P, dim / 2]
+        for table, values in zip((cos, sin), turned, strict=True):
+            np.multiply(values, factor, out=table[start : start + rows], casting="same_kind")
     return cos, sin
+
+
+def _turn(angles: Float64Array) -> tuple[Float64Array, Float64Array]:
+    """cos and sin of angles >= 0 as a fixed sequence of correctly rounded operations: numpy's differ from one CPU to
+    another."""
+    quarters = np.rint(angles * (2 / math.pi))
+    rest = angles
+    for part in _HALF_PI:
+        rest = rest - quarters * part
+    square = rest * rest
+    sine, cosine = np.full_like(square, _SINE[0]), np.full_like(square, _COSINE[0])
+    for series, coefficients in ((sine, _SINE), (cosine, _COSINE)):
+        for coefficient in coefficients[1:]:
+            series *= square
+            series += coefficient
+    sine *= square * rest
+    sine += rest
+    cosine *= square * square
+    cosine -= 0.5 * square
+    cosine += 1
+    quadrant = quarters.astype(np.int64) & 3
+    odd = (quadrant & 1).astype(bool)
+    return (np.where(odd, sine, cosine) * (1 - ((quadrant + 1) & 2)),
+            np.where(odd, cosine, sine) * (1 - (quadrant & 2)))
 
 
 def inverse_frequencies(rope: RopeConfig, max_positions: int) -> Float32Array:
@@ -183,7 +214,7 @@ def inverse_frequencies(rope: RopeConfig, max_positions: int) -> Float32Array:
     if rope.rope_type == "dynamic" and rope.extends(max_positions):
         stretched = rope.factor * max_positions / rope.original_max_position_embeddings - (rope.factor - 1)
         theta *= stretched ** (rope.dim / (rope.dim - 2))
-    powers = np.power(theta, exponents.astype(np.float64)).astype(np.float32)
+    powers = np.array([theta**exponent for exponent in exponents.tolist()], np.float32)  # not numpy's, as in _turn
     inverse: Float32Array = np.float32(1) / powers
     match rope.rope_type:
         case "linear":

@@ -40,9 +40,10 @@ from fptq_runtime.models.gate import (
     LinearFacts,
     attend,
     attention_limits,
-    check,
     norm_row,
     part_name,
+    passed,
+    probe,
     probe_limits,
     rotate,
 )
@@ -62,14 +63,21 @@ def write_golden(writer: ArtifactWriter, prompt_token_ids: Sequence[int]) -> dic
     """Record what was written, after its tensors and config.json, and let this machine's kernels through the gate.
     Returns what the manifest says of it; raises GateError."""
     checkpoint = Checkpoint(writer.directory)
-    golden = record(checkpoint, prompt_token_ids)
-    writer.add_file(GOLDEN, golden.to_bytes())
-    schemes = checkpoint.linear_schemes
-    if not without_kernel(schemes):
-        backend = select_backend(schemes=schemes)
-        if backend.name != "reference":
-            check(load_model(checkpoint, backend), backend, golden, checkpoint.max_positions)
+    writer.add_file(GOLDEN, with_bits(record(checkpoint, prompt_token_ids), checkpoint).to_bytes())
     return golden_facts(prompt_token_ids)
+
+
+def with_bits(golden: Golden, checkpoint: Checkpoint) -> Golden:
+    """With what this machine's kernels compute, once it is found to be what was recorded. Raises GateError."""
+    schemes = checkpoint.linear_schemes
+    backend = None if without_kernel(schemes) else select_backend(schemes=schemes)
+    if backend is None or backend.name == "reference":
+        return golden
+    made, positions = load_model(checkpoint, backend), checkpoint.max_positions
+    outcomes = passed((*probe(made, backend, golden, positions), *probe(made, backend, golden, positions, "bf16",
+                                                                        ("attention",))), backend)
+    bits = {outcome.probe: outcome.bits for outcome in outcomes if outcome.probe}
+    return replace(golden, kernels=backend.fingerprint, bits=bits)
 
 
 def golden_facts(prompt_token_ids: Sequence[int]) -> dict[str, Any]:
@@ -82,7 +90,7 @@ def renew_golden(path: Path, manifest: Manifest) -> Manifest:
         raise ArtifactError(f"{path} has golden values of every block already, which are not replaced; if they are "
                             "refused, quantize the model again")
     prompt = manifest.golden["prompt_token_ids"]
-    return renew(path, record(Checkpoint(path), prompt).to_bytes(), golden_facts(prompt))
+    return renew(path, with_bits(record(Checkpoint(path), prompt), Checkpoint(path)).to_bytes(), golden_facts(prompt))
 
 
 @torch.inference_mode()

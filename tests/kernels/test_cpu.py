@@ -165,10 +165,10 @@ def in_company(backend: CpuBackend, options: Options, kv_dtype: KVCacheDtype, to
     (Options(act="dynamic", rank=3), "int8"),
     (replace(FAMILIES["bloom"], heads=4, kv_heads=4), "int8"),
 ])
-def test_bits_do_not_depend_on_company(options: Options, kv_dtype: KVCacheDtype, isa: str) -> None:
+def test_bits_do_not_depend_on_isa_or_company(options: Options, kv_dtype: KVCacheDtype, isa: str) -> None:
     token_ids = random_tokens(np.random.default_rng(0), 420)
     alone = Batcher(limits(options, kv_dtype), np.random.default_rng(9))
-    backend = CpuBackend(1, isa)
+    backend = CpuBackend(1, ISAS[0])
     executor = backend.compile(make_decoder(options, backend), limits(options, kv_dtype))
     expected = executor.step(alone.step([(alone.sequence(token_ids), len(token_ids))]))
     for seed, threads in ((1, 1), (2, 2), (3, 3)):

@@ -33,7 +33,7 @@ from fptq_runtime.models.loader import Checkpoint, load_head, load_model
 from fptq_runtime.quantizer import record as recording
 from fptq_runtime.quantizer.pipeline import quantize
 from fptq_runtime.quantizer.recipe import Recipe, load_recipe
-from fptq_runtime.quantizer.record import record
+from fptq_runtime.quantizer.record import record, with_bits
 from fptq_runtime.quantizer.samples import Calibration
 from fptq_runtime.quantizer.steps.activations import Activations
 from fptq_runtime.quantizer.steps.fptq import Fptq
@@ -95,6 +95,24 @@ def test_right_kernels_pass_every_recipe(recipe: str, tmp_path: Path) -> None:
 def test_right_kernels_pass_every_kind_of_block(family: str, tmp_path: Path) -> None:
     save_model(family, tmp_path / "float")
     passes_everywhere(tmp_path / "float", record(Checkpoint(tmp_path / "float"), PROMPT), kv_dtype="bf16")
+
+
+@pytest.mark.parametrize("isa", native.available_isas())
+def test_the_same_kernels_must_compute_the_same_bits(isa: str, mixed: Path) -> None:
+    """On any ISA, with any cache and as few positions as are served; what other kernels recorded is tolerated."""
+    golden, checkpoint, backend = Golden.read(mixed / GOLDEN), Checkpoint(mixed), CpuBackend(1, isa)
+    assert golden.kernels == backend.fingerprint
+    decoder = load_model(checkpoint, backend)
+    check(decoder, backend, golden, checkpoint.max_positions)
+    check(decoder, backend, golden, 100, "bf16")
+    check(decoder, backend, golden, 20, "float32")
+    for named in ("linear layers.1.qkv", "norm layers.0.mlp_norm", "rope layers.0", "block layers.2",
+                  "attention layers.0, int8 cache", "linear head.head"):
+        bits, (kind, name) = golden.bits[named], named.split(" ", 1)
+        other = replace(golden, bits={**golden.bits, named: f"{int(bits[:8], 16) ^ 1:08x}{bits[8:]}"})
+        with pytest.raises(GateError, match=rf"^{name} \({kind}\) has other bits than the same kernels"):
+            check(decoder, backend, other, checkpoint.max_positions)
+        check(decoder, backend, replace(other, kernels="native other"), checkpoint.max_positions)
 
 
 def test_ropes_that_depend_on_the_served_length_pass_on_both_sides(tmp_path: Path) -> None:
@@ -258,7 +276,8 @@ def test_old_artifacts_load_warn_and_are_renewed(off: float, mixed: Path, tmp_pa
     runner.invoke(cli.cli, ["verify", str(path), "--renew"], catch_exceptions=False)
     renewed = verify(path)
     assert renewed.format_version == 2 and GOLDEN in renewed.files
-    assert (path / GOLDEN).read_bytes() == record(Checkpoint(path), PROMPT).to_bytes()
+    golden = with_bits(record(Checkpoint(path), PROMPT), Checkpoint(path))
+    assert (path / GOLDEN).read_bytes() == golden.to_bytes()
     with pytest.raises(ArtifactError, match="already"):
         runner.invoke(cli.cli, ["verify", str(path), "--renew"], catch_exceptions=False)
 

@@ -22,6 +22,7 @@
 
 #include "core/arrays.h"
 #include "core/float_matrix.h"
+#include "core/math.h"
 #include "core/pack.h"
 #include "core/program.h"
 #include "core/sampler.h"
@@ -374,7 +375,7 @@ std::shared_ptr<GatedDeltaParameter> make_gated_delta(std::string name, int key_
 
 std::shared_ptr<StateSpaceParameter> make_state_space(std::string name, int heads, int head_dim, int groups, int state,
                                                       float dt_min, float dt_max, float eps, bool gate_last,
-                                                      std::vector<float> a, std::vector<float> d,
+                                                      std::vector<float> a_log, std::vector<float> d,
                                                       std::vector<float> dt_bias, std::vector<float> norm_weight) {
   if (heads < 1 || heads > 1 << 20 || groups < 1 || heads % groups)
     throw std::invalid_argument(name + ": heads must be a multiple of groups, not " + std::to_string(heads) + " of " +
@@ -383,15 +384,16 @@ std::shared_ptr<StateSpaceParameter> make_state_space(std::string name, int head
     throw std::invalid_argument(name + ": a head's state must be within 1.." + std::to_string(1 << 12) + " of 1.." +
                                 std::to_string(kMaxHeadDim));
   const size_t count = heads;
-  const bool own = a.size() != count;
-  if (own && (a.size() != count * state || head_dim != 1 || groups != 1))
-    throw std::invalid_argument(name + ": a must be [heads], or [state, heads] of heads with one channel");
+  const bool own = a_log.size() != count;
+  if (own && (a_log.size() != count * state || head_dim != 1 || groups != 1))
+    throw std::invalid_argument(name + ": a_log must be [heads], or [state, heads] of heads with one channel");
   if (d.size() != count || dt_bias.size() != count)
     throw std::invalid_argument(name + ": d and dt_bias must be [heads]");
   if (!norm_weight.empty() && norm_weight.size() != count * head_dim)
     throw std::invalid_argument(name + ": norm_weight must be [heads * head_dim]");
-  auto space = std::make_shared<StateSpaceParameter>(
-      StateSpaceParameter{std::move(name), std::move(a), std::move(d), std::move(dt_bias), std::move(norm_weight), {}});
+  for (float& each : a_log) each = static_cast<float>(-own_exp(each));
+  auto space = std::make_shared<StateSpaceParameter>(StateSpaceParameter{
+      std::move(name), std::move(a_log), std::move(d), std::move(dt_bias), std::move(norm_weight), {}});
   space->view = {heads,
                  head_dim,
                  groups,
@@ -415,6 +417,7 @@ NB_MODULE(_native, m) {
   using namespace fptq;
 
   m.def("available_isas", &available_isas, "ISA paths that this build and this CPU have, best first.");
+  m.def("sources", &sources, "SHA-256 of what the kernels were compiled from: of one all ISAs compute the same bits.");
   m.def(
       "kernel_names",
       [](const std::string& isa) {
@@ -502,7 +505,7 @@ NB_MODULE(_native, m) {
 
   nb::class_<StateSpaceParameter>(m, "StateSpace")
       .def(nb::new_(&make_state_space), "name"_a, "heads"_a, "head_dim"_a, "groups"_a, "state"_a, "dt_min"_a,
-           "dt_max"_a, "eps"_a, "gate_last"_a, "a"_a, "d"_a, "dt_bias"_a, "norm_weight"_a);
+           "dt_max"_a, "eps"_a, "gate_last"_a, "a_log"_a, "d"_a, "dt_bias"_a, "norm_weight"_a);
 
   nb::class_<Program>(m, "Program")
       .def(

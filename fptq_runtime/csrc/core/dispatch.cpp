@@ -69,6 +69,8 @@ std::vector<std::string> available_isas() {
   return names;
 }
 
+const char* sources() { return FPTQ_SOURCES; }
+
 const Kernels& kernels_for(const std::string& isa) {
   const auto& list = available();
   if (isa.empty()) return *list.front();

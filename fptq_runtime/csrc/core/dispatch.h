@@ -65,6 +65,9 @@ struct Kernels {
 // ISAs compiled in that this CPU and operating system run, best first; "generic" is always the last.
 std::vector<std::string> available_isas();
 
+// SHA-256 of what the kernels were compiled from.
+const char* sources();
+
 // The named ISA, or the best where `isa` is empty. Throws std::invalid_argument for an unknown or unavailable one.
 const Kernels& kernels_for(const std::string& isa);
 

@@ -11,6 +11,7 @@
 #include <stdexcept>
 #include <tuple>
 
+#include "core/math.h"
 #include "core/pack.h"
 
 namespace fptq {
@@ -987,7 +988,7 @@ int Program::gate(int x, int logit) {
     this_->each_row(out, step, [&](int row, int) {
       const size_t at = static_cast<size_t>(row) * in.width;
       const float* logit = logits + row * logits_width;
-      if (logits_width == 1) return this_->kernels_.scale_row(rows + at, 1 / (1 + std::exp(-*logit)), in.width, y + at);
+      if (logits_width == 1) return this_->kernels_.scale_row(rows + at, sigmoid(*logit), in.width, y + at);
       this_->kernels_.gate_row(rows + at, logit, in.width, y + at);
     });
   });

@@ -1,8 +1,9 @@
 #include "core/routing.h"
 
 #include <algorithm>
-#include <cmath>
 #include <limits>
+
+#include "core/math.h"
 
 namespace fptq {
 namespace {
@@ -30,7 +31,7 @@ float share_of_near(const float* logits, int n, int expert, float jitter) {
   for (int i = 0; i < n; ++i) {
     const bool before = logits[i] > own || (logits[i] == own && i < expert);
     const bool far = (own - logits[i]) / std::max(std::abs(logits[i]), own) > 2 * jitter;
-    if (!before && !far) sum += std::exp(logits[i] - own);
+    if (!before && !far) sum += static_cast<float>(own_exp(logits[i] - own));
   }
   return 1 / sum;
 }
@@ -45,12 +46,12 @@ void choose_experts(const RoutingParameter& routing, const float* logits, int32_
     case Scoring::kSoftmax: {
       float max = logits[0], sum = 0;
       for (int i = 1; i < n; ++i) max = std::max(max, logits[i]);
-      for (int i = 0; i < n; ++i) sum += scores[i] = std::exp(logits[i] - max);
+      for (int i = 0; i < n; ++i) sum += scores[i] = static_cast<float>(own_exp(logits[i] - max));
       for (int i = 0; i < n; ++i) scores[i] /= sum;
       break;
     }
     case Scoring::kSigmoid:
-      for (int i = 0; i < n; ++i) scores[i] = 1 / (1 + std::exp(-logits[i]));
+      for (int i = 0; i < n; ++i) scores[i] = sigmoid(logits[i]);
       break;
     case Scoring::kSparsemixer:
       std::copy_n(logits, n, scores);

@@ -8,44 +8,17 @@
 #include <numeric>
 #include <stdexcept>
 
+#include "core/math.h"
+
 namespace fptq {
 
 namespace {
 
-constexpr double kLog2E = 1.4426950408889634, kLn2High = 0x1.62e42fefap-1, kLn2Low = 0x1.cf79abc9e3b39p-41;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr double kGreedyBelow = 1e-5;
 constexpr int kBins = 1024;
 constexpr int kFewMembers = 256;  // so few are sorted rather than binned
 constexpr int kSlack = 16;        // what select_at_least may write beyond its results
-
-// Not the C library's exp and log: theirs round differently from one CPU to another.
-double exp_negative(double x) {
-  if (x < -700) return 0;
-  constexpr double kRound = 0x1.8p52 + 1023;  // the sum's low bits are n and the exponent's bias
-  const double biased = x * kLog2E + kRound, n = biased - kRound, r = x - n * kLn2High - n * kLn2Low;
-  constexpr double kFactorials[] = {
-      1 / 479001600.0, 1 / 39916800.0, 1 / 3628800.0, 1 / 362880.0, 1 / 40320.0, 1 / 5040.0, 1 / 720.0,
-      1 / 120.0,       1 / 24.0,       1 / 6.0,       0.5,          1,           1};
-  double p = 1 / 6227020800.0;
-  for (double c : kFactorials) p = p * r + c;
-  uint64_t power;
-  std::memcpy(&power, &biased, sizeof power);
-  power <<= 52;
-  double scale;
-  std::memcpy(&scale, &power, sizeof scale);
-  return p * scale;
-}
-
-double log_positive(double x) {
-  int exponent;
-  double m = std::frexp(x, &exponent);
-  if (m < 0.70710678118654752) m *= 2, --exponent;
-  const double s = (m - 1) / (m + 1), square = s * s;
-  double series = 0;
-  for (int i = 23; i > 0; i -= 2) series = series * square + 1.0 / i;
-  return 2 * s * series + exponent * kLn2Low + exponent * kLn2High;
-}
 
 // Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (2011): Philox4x64-10, its first word, as numpy has it.
 uint64_t philox(uint64_t key, uint64_t counter) {
@@ -107,7 +80,7 @@ class Sampler::Worker {
     if (num_top >= 0) {
       if (!scan(x, kLog2E)) return;
       top = top_;
-      log_sum = log_positive(total(1.0));
+      log_sum = own_log(total(1.0));
       if (num_top > 0) rank(x, num_top);
       for (int i = 0; i < num_top; ++i) {
         view.top_ids[static_cast<size_t>(d) * view.width + i] = ids_[order_[i]];
@@ -206,7 +179,7 @@ class Sampler::Worker {
   double total(double temperature) {
     double sum = 0;
     for (int b = 0; b < blocks_; ++b) {
-      scaled_[b] = sums_[b] == 0 ? 0 : sums_[b] * exp_negative((static_cast<double>(maxima_[b]) - top_) / temperature);
+      scaled_[b] = sums_[b] == 0 ? 0 : sums_[b] * own_exp((static_cast<double>(maxima_[b]) - top_) / temperature);
       sum += scaled_[b];
     }
     return sum;
@@ -230,7 +203,7 @@ class Sampler::Worker {
       return begin + invert(weights_.get(), n, left);
     }
     float bound = -FLT_MAX;
-    if (p.min_p > 0) bound = round_up_to_float(top_ + p.temperature * log_positive(p.min_p));
+    if (p.min_p > 0) bound = round_up_to_float(top_ + p.temperature * own_log(p.min_p));
     if (top_k) bound = std::max(bound, bound_of_best(x, static_cast<int>(p.top_k)));
     if (!cut) bound = bound_of_weight((1 - p.top_p) * all / vocab_, p.temperature);
     collect(x, bound);
@@ -292,7 +265,7 @@ class Sampler::Worker {
   // A value below that of every token of at least that weight, rounding allowed for.
   float bound_of_weight(double weight, double temperature) const {
     if (!(weight > 0)) return -FLT_MAX;
-    const double bound = top_ + temperature * (log_positive(weight) - 1e-3);
+    const double bound = top_ + temperature * (own_log(weight) - 1e-3);
     return round_up_to_float(bound - 1e-6 * (std::fabs(top_) + std::fabs(bound)));
   }
 

@@ -337,19 +337,26 @@ static inline void softmax(const AttentionView& a, const Chunk& chunk, const Til
     lows[i] = low < 0 ? 0 : low;
     highs[i] = high > kKvChunk ? kKvChunk : high;
   }
-  // f(key, visible) for the vectors of row i that hold such keys, `visible` null where they hold no others.
+  // f(key, part, visible) for the vectors of row i in blocks that hold such keys, `part` the vector's place in its
+  // block and `visible` null where a block holds no others.
   const auto each_key = [&](int i, const auto& f) {
     const int low = lows[i], high = highs[i];
     if (low >= high) return;
-    const auto part = [&](int key) {
-      const IntVec at = lane + key;
-      const IntVec visible = (at >= low) & (at < high);
-      f(key, &visible);
+    const auto some = [&](int key) {
+#pragma GCC unroll 4
+      for (int part = 0; part < kParts; ++part, key += kLanes) {
+        const IntVec at = lane + key;
+        const IntVec visible = (at >= low) & (at < high);
+        f(key, part, &visible);
+      }
     };
-    int key = low / kLanes * kLanes;
-    if (key < low) part(key), key += kLanes;
-    for (; key + kLanes <= high; key += kLanes) f(key, nullptr);
-    if (key < high) part(key);
+    int key = low / kKeyBlock * kKeyBlock;
+    if (key < low) some(key), key += kKeyBlock;
+    while (key + kKeyBlock <= high) {
+#pragma GCC unroll 4
+      for (int part = 0; part < kParts; ++part, key += kLanes) f(key, part, nullptr);
+    }
+    if (key < high) some(key);
   };
 
   const Vec cap = splat(a.softcap * kLog2e);
@@ -358,7 +365,7 @@ static inline void softmax(const AttentionView& a, const Chunk& chunk, const Til
     const Vec scale = splat(rows.scale[b.r + i]), slope = splat(rows.slope[b.r + i]);
     const IntVec zero = IntVec{} + rows.zero[b.r + i];
     Vec max = splat(-kInfinity);
-    each_key(i, [&](int key, const IntVec* visible) {
+    each_key(i, [&](int key, int, const IntVec* visible) {
       Vec x;
       if (Int8) x = __builtin_convertvector(load_int(b.product[i] + key) - zero, Vec) * load(chunk.k_scale + key);
       else x = load(b.score[i] + key);
@@ -374,14 +381,16 @@ static inline void softmax(const AttentionView& a, const Chunk& chunk, const Til
   }
   for (int i = 0; i < b.n; ++i) b.max[i] = FPTQ_NS::max(top[i]);
 
-  Vec total[kRowBlock];
+  static_assert(kKeyBlock == kSumLanes);
+  Sums total[kRowBlock];
   for (int i = 0; i < b.n; ++i) {
     const Vec max = splat(b.max[i]);
-    Vec sum = {}, p_top = {};
-    each_key(i, [&](int key, const IntVec* visible) {
+    Sums sum = {};
+    Vec p_top = {};
+    each_key(i, [&](int key, int part, const IntVec* visible) {
       Vec p = exp2(vmax(splat(-125.0f), load(b.score[i] + key) - max));
       if (visible) p = *visible ? p : Vec{};
-      sum = sum + p;
+      sum.part[part] = sum.part[part] + p;
       if (Int8) {
         p = p * load(chunk.v_scale + key);
         if (visible) p = *visible ? p : Vec{};  // a stale scale may be anything
@@ -409,7 +418,7 @@ static inline void softmax(const AttentionView& a, const Chunk& chunk, const Til
                        (chunk.last - chunk.first) * kKeyBlock * sizeof(Code));
     const Vec inverse = splat(1.0f / b.p_scale[i]);
     IntVec sum = {};
-    each_key(i, [&](int key, const IntVec*) {
+    each_key(i, [&](int key, int, const IntVec*) {
       const IntVec x = bits(fma(load(b.score[i] + key), inverse, splat(kRound))) - bits(splat(kRound));
       sum = sum + x;
       if (kPlanes == 2) {

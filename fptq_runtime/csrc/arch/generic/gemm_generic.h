@@ -63,10 +63,11 @@ void add_groups(const Tile& t, int groups, int steps) {
       }
     }
     for (int r = 0; r < R; ++r) {
-      for (int j = 0; j < kPanelCols; ++j) {
+      for (int j = 0; j < kPanelCols; j += kLanes) {
         const int high = Bits == 4 && j / 16 % 2 ? 16 : 1;  // the packed scale of a high column is divided by 16
-        float& f = t.f[r * kPanelCols + j];
-        f = __builtin_fmaf(static_cast<float>(acc[r][j] * high), t.scales[g * kPanelCols + j], f);
+        float* f = t.f + r * kPanelCols + j;
+        const Vec sum = __builtin_convertvector(load_int(acc[r] + j) * high, Vec);
+        store(f, fma(sum, load(t.scales + g * kPanelCols + j), load(f)));
       }
     }
   }
@@ -95,9 +96,9 @@ void add_products(const FloatTile& t, int k) {
     const char* w = static_cast<const char*>(t.w) + i * kPanelCols * float_bytes(Type);
     for (int j = 0; j < kPanelCols; j += kLanes) store(v + j, widen<Type>(w + j * float_bytes(Type)));
     for (int r = 0; r < R; ++r) {
-      const float x = t.x[r * t.ldx + i];
+      const Vec x = splat(t.x[r * t.ldx + i]);
       float* f = t.f + r * kPanelCols;
-      for (int j = 0; j < kPanelCols; ++j) f[j] = __builtin_fmaf(v[j], x, f[j]);
+      for (int j = 0; j < kPanelCols; j += kLanes) store(f + j, fma(load(v + j), x, load(f + j)));
     }
   }
 }

@@ -30,29 +30,30 @@ static inline Vec widen_factor(const char* p) {
   }
 }
 
-// t[i][r] = scales[r] · Σ x[i][k] · down[r][k] for Ranks of them, over two vectors in turn.
+// t[i][r] = scales[r] · Σ x[i][k] · down[r][k] for Ranks of them, over sixteen partial sums each.
 template <FactorType Type, int Rows, int Ranks>
 static inline void low_rank_dots(const LowRankView& v, const float* const* x, int r, float* t) {
   const char* down = static_cast<const char*>(v.down) + static_cast<ptrdiff_t>(r) * v.k * factor_bytes(Type);
-  Vec acc[Ranks][Rows][2] = {};
-  for (int k = 0; k < v.k; k += 2 * kLanes) {
-    for (int j = 0; j < 2; ++j) {
+  Sums acc[Ranks][Rows] = {};
+  for (int k = 0; k < v.k; k += kSumLanes) {
+#pragma GCC unroll 4
+    for (int j = 0; j < kParts; ++j) {
       Vec rows[Rows];
       for (int i = 0; i < Rows; ++i) rows[i] = load(x[i] + k + j * kLanes);
       for (int q = 0; q < Ranks; ++q) {
         const Vec w =
             widen_factor<Type>(down + (static_cast<ptrdiff_t>(q) * v.k + k + j * kLanes) * factor_bytes(Type));
-        for (int i = 0; i < Rows; ++i) acc[q][i][j] = fma(w, rows[i], acc[q][i][j]);
+        for (int i = 0; i < Rows; ++i) acc[q][i].part[j] = fma(w, rows[i], acc[q][i].part[j]);
       }
     }
   }
   for (int q = 0; q < Ranks; ++q)
-    for (int i = 0; i < Rows; ++i) t[i * v.rank + r + q] = v.scales[r + q] * sum(acc[q][i][0] + acc[q][i][1]);
+    for (int i = 0; i < Rows; ++i) t[i * v.rank + r + q] = v.scales[r + q] * sum(acc[q][i]);
 }
 
 template <FactorType Type, int Rows>
 static void low_rank_down(const LowRankView& v, const float* const* x, float* t) {
-  constexpr int kRanks = Rows > 2 ? 2 : 4;
+  constexpr int kRanks = kLanes < 16 ? (Rows > 2 ? 1 : 4 / Rows) : Rows > 2 ? 4 : 8 / Rows;  // of registers
   int r = 0;
   for (; r + kRanks <= v.rank; r += kRanks) low_rank_dots<Type, Rows, kRanks>(v, x, r, t);
   for (; r < v.rank; ++r) low_rank_dots<Type, Rows, 1>(v, x, r, t);
@@ -95,7 +96,7 @@ static void low_rank(const LowRankView& v, const float* const* x, float* const* 
 }
 
 static void low_rank_rows(const LowRankView& v, const float* const* x, float* const* y, int rows, float* t) {
-  static_assert(kLowRankRows == 4 && kLowRankPad % (2 * kLanes) == 0 && kLowRankColumns % kLanes == 0);
+  static_assert(kLowRankRows == 4 && kLowRankPad % kSumLanes == 0 && kLowRankColumns % kLanes == 0);
   const auto run = rows == 1 ? low_rank<1> : rows == 2 ? low_rank<2> : rows == 3 ? low_rank<3> : low_rank<4>;
   run(v, x, y, t);
 }

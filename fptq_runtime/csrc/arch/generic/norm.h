@@ -1,5 +1,5 @@
 // Row kernels: embedding gather, norms, activations. Included by arch/kernels.cpp only.
-// Sums run in a fixed pattern of lanes, so a row's bits depend on nothing but the row.
+// Sums run in one pattern of lanes on every ISA, so a row's bits depend on nothing but the row.
 #pragma once
 
 #include "arch/generic/simd.h"
@@ -23,17 +23,24 @@ static void widen_row(const void* x, FloatType type, int n, float* out) {
 // Folds a row with acc = f(vector, acc) into four accumulators and sums them; the tail's padding is left out.
 template <class F>
 static inline float reduce(const float* x, int n, F f) {
-  Vec acc[4] = {};
+  Sums acc[4] = {};
   int i = 0;
-  for (; i + 4 * kLanes <= n; i += 4 * kLanes)
-    for (int j = 0; j < 4; ++j) acc[j] = f(load(x + i + j * kLanes), acc[j]);
-  for (int j = 0; i + kLanes <= n; i += kLanes, ++j) acc[j] = f(load(x + i), acc[j]);
+  const auto add = [&](Sums& to) {
+#pragma GCC unroll 4
+    for (int p = 0; p < kParts; ++p, i += kLanes) to.part[p] = f(load(x + i), to.part[p]);
+  };
+  while (i + 4 * kSumLanes <= n)
+    for (Sums& to : acc) add(to);
+  for (int j = 0; i + kSumLanes <= n; ++j) add(acc[j]);
   float rest = 0;
-  if (i < n) {
-    const Vec tail = f(load_part(x + i, n - i), Vec{});
-    for (int j = 0; j < n - i; ++j) rest += tail[j];
+  for (; i < n; i += kLanes) {
+    const int lanes = n - i < kLanes ? n - i : kLanes;
+    const Vec tail = f(load_part(x + i, lanes), Vec{});
+    for (int j = 0; j < lanes; ++j) rest += tail[j];
   }
-  return sum((acc[0] + acc[1]) + (acc[2] + acc[3])) + rest;
+  for (int p = 0; p < kParts; ++p)
+    acc[0].part[p] = (acc[0].part[p] + acc[1].part[p]) + (acc[2].part[p] + acc[3].part[p]);
+  return sum(acc[0]) + rest;
 }
 
 // Calls f(offset, lanes) for each vector of a row of n.

@@ -66,7 +66,7 @@ static void gated_delta(const GatedDeltaView& delta, const float* x, const float
                values = static_cast<size_t>(delta.value_heads) * value_dim;
   const size_t key = static_cast<size_t>(head / (delta.value_heads / delta.key_heads)) * dim,
                value = static_cast<size_t>(head) * value_dim;
-  const float rate = __builtin_expf(delta.a_log[head]);
+  const float rate = exp(delta.a_log[head]);
   float q[kMaxHeadDim], k[kMaxHeadDim];
   const auto unit = [&](const float* from, float factor, float* to) {
     const float square = reduce(from, dim, [](Vec v, Vec acc) { return fma(v, v, acc); });
@@ -76,8 +76,8 @@ static void gated_delta(const GatedDeltaView& delta, const float* x, const float
     unit(x + key, 1 / __builtin_sqrtf(dim), q);
     unit(x + keys + key, 1, k);
     const float a = ba[delta.value_heads + head] + delta.dt_bias[head];
-    const float decay = __builtin_expf(-rate * (a > 20 ? a : __builtin_log1pf(__builtin_expf(a))));
-    const float beta = 1 / (1 + __builtin_expf(-ba[head]));
+    const float decay = exp(-rate * softplus(splat(a))[0]);
+    const float beta = 1 / (1 + exp(-ba[head]));
     const float* v = x + 2 * keys + value;
     float* y = out + value;
     int c = 0;
@@ -125,18 +125,17 @@ static void state_part(const StateSpaceView& space, const float* x, int rows, in
   const int size = Own && space.heads - begin < padded ? space.heads - begin : space.part();
   const int group = Own ? 0 : part / (space.heads / space.groups), head = Own ? begin : part;
   const size_t channels = space.channels(), in_group = static_cast<size_t>(space.groups) * space.state;
-  float dt[kMaxHeadDim];
+  float dt[kMaxHeadDim] = {};
   for (int t = 0; t < rows; ++t, x += space.width(), out += channels) {
     const float* b = x + channels + group * space.state;
     const float* z = x + channels + 2 * in_group;
-    const auto step = [&](int at) {
-      const float raw = z[channels + at] + space.dt_bias[at];
-      const float soft = raw > 20 ? raw : __builtin_log1pf(__builtin_expf(raw));
-      return soft < space.dt_min ? space.dt_min : soft > space.dt_max ? space.dt_max : soft;
-    };
-    const float shared = step(head);
-    for (int i = 0; i < padded; ++i) dt[i] = Own && i < size ? step(head + i) : shared;
-    const float decay = Own ? 0 : __builtin_expf(shared * space.a[head]);
+    each_vector(Own ? size : 1, [&](int i, int lanes) {
+      const Vec raw = load_lanes(z + channels + head + i, lanes) + load_lanes(space.dt_bias + head + i, lanes);
+      store_lanes(dt + i, vmax(splat(space.dt_min), vmin(splat(space.dt_max), softplus(raw))), lanes);
+    });
+    if (!Own)
+      for (int i = 1; i < padded; ++i) dt[i] = dt[0];
+    const float decay = Own ? 0 : exp(dt[0] * space.a[head]);
     const float *c = b + in_group, *a = space.a + head, *d = space.d + head;
     int i = 0;
     for (; i + 4 * kLanes <= size; i += 4 * kLanes)

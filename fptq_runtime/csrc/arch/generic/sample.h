@@ -1,5 +1,5 @@
-// The sampler's loops over a vocabulary. Included by arch/kernels.cpp only. No fused multiply-add, and sums over 16
-// lanes whatever the native width: every ISA gives the same bits.
+// The sampler's loops over a vocabulary. Included by arch/kernels.cpp only. No fused multiply-add, as numpy
+// has none: kernels/sampling.py gives the same bits.
 #pragma once
 
 #include "arch/generic/simd.h"
@@ -8,7 +8,6 @@
 namespace fptq {
 namespace FPTQ_NS {
 
-constexpr int kSumLanes = 16, kParts = kSumLanes / kLanes;
 constexpr int kAbreast = 4;  // vectors computed abreast: one alone would wait for its own results most of the time
 constexpr int kStride = 64;  // values that are whole numbers of those on any ISA
 
@@ -65,21 +64,17 @@ static inline float largest(const float* x, int n, NanLanes& nan) {
 template <bool kStore>
 static inline float sum_weights(const float* x, int n, float top, float log2_scale, float* w) {
   const Vec tops = splat(top), scales = splat(log2_scale);
-  Vec sums[kParts] = {};
+  Sums sums = {};
   for (int i = 0; i < n; i += kAbreast * kLanes) {
     Vec t[kAbreast];
     for (int j = 0; j < kAbreast; ++j) t[j] = (load(x + i + j * kLanes) - tops) * scales;
     exp2_negative(t);
     for (int j = 0; j < kAbreast; ++j) {
       if constexpr (kStore) store(w + i + j * kLanes, t[j]);
-      sums[j % kParts] += t[j];
+      sums.part[j % kParts] += t[j];
     }
   }
-  float lanes[kSumLanes];
-  for (int j = 0; j < kParts; ++j) store(lanes + j * kLanes, sums[j]);
-  for (int half = kSumLanes / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-  return lanes[0];
+  return sum(sums);
 }
 
 static inline float sum_block(const float* x, int n, float top, float log2_scale) {

@@ -60,7 +60,27 @@ static inline Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
 static inline Vec vmax(Vec a, Vec b) { return _mm256_max_ps(a, b); }
 static inline Vec vmin(Vec a, Vec b) { return _mm256_min_ps(a, b); }
 #else
-static inline Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
+static inline Vec fma(Vec a, Vec b, Vec c) {
+  const auto each = [&] {
+    Vec y;
+    for (int i = 0; i < kLanes; ++i) y[i] = __builtin_fmaf(a[i], b[i], c[i]);
+    return y;
+  };
+#if defined(__x86_64__)
+  // Without the instruction: in doubles, where products are exact. A sum rounds twice, which differs from once only
+  // where it looks half way between two floats, or where the float is subnormal.
+  const __m128d low = _mm_cvtps_pd(a) * _mm_cvtps_pd(b) + _mm_cvtps_pd(c);
+  const auto upper = [](Vec v) { return _mm_cvtps_pd(_mm_movehl_ps(v, v)); };
+  const __m128d high = upper(a) * upper(b) + upper(c);
+  const Vec y = _mm_movelh_ps(_mm_cvtpd_ps(low), _mm_cvtpd_ps(high));
+  const IntVec ends = reinterpret_cast<IntVec>(_mm_shuffle_ps(_mm_castpd_ps(low), _mm_castpd_ps(high), 0x88));
+  const IntVec size = reinterpret_cast<IntVec>(y) & 0x7fffffff;
+  const IntVec doubt = ((ends & 0x1fffffff) == 0x10000000) | ((size > 0) & (size <= 0x00800000));
+  return __builtin_expect(_mm_movemask_ps(reinterpret_cast<Vec>(doubt)), 0) ? each() : y;
+#else
+  return each();
+#endif
+}
 static inline Vec vmax(Vec a, Vec b) { return a > b ? a : b; }
 static inline Vec vmin(Vec a, Vec b) { return a < b ? a : b; }
 #endif
@@ -140,6 +160,20 @@ static inline float sum(Vec v) {
 
 static inline float max(Vec v) {
   return fold(v, [](auto a, auto b) { return a > b ? a : b; });
+}
+
+// Sixteen partial sums whatever the native width, so that every ISA adds in one order.
+constexpr int kSumLanes = 16, kParts = kSumLanes / kLanes;
+struct Sums {
+  Vec part[kParts];
+};
+
+static inline float sum(Sums s) {
+#pragma GCC unroll 2
+  for (int half = kParts / 2; half > 0; half /= 2)
+#pragma GCC unroll 2
+    for (int i = 0; i < half; ++i) s.part[i] = s.part[i] + s.part[i + half];
+  return sum(s.part[0]);
 }
 
 static inline int32_t sum(IntVec v) {
@@ -230,6 +264,19 @@ static inline Vec exp2(Vec x) {
 }
 
 static inline float exp2(float x) { return exp2(splat(x))[0]; }
+static inline float exp(float x) { return exp(splat(x))[0]; }
+
+// log(1 + e^x) within 2 ulp: max(x, 0) and log(1 + t), t = e^-|x|, which is 2 artanh(s), s = t / (2 + t) <= 1/3, an odd
+// minimax polynomial (relative error 6e-9). NaN stays NaN.
+static inline Vec softplus(Vec x) {
+  const Vec t = exp(reinterpret_cast<Vec>(bits(x) | INT32_MIN));
+  const Vec s = t / (t + splat(2.0f)), z = s * s;
+  Vec p = splat(1.400608271e-1f);
+  p = fma(p, z, splat(1.400088519e-1f));
+  p = fma(p, z, splat(2.001076490e-1f));
+  p = fma(p, z, splat(3.333320916e-1f));
+  return vmax(splat(0.0f), x) + fma(p * z, s + s, s + s);
+}
 
 static inline float from_bf16(uint16_t x) {
   const uint32_t bits = static_cast<uint32_t>(x) << 16;
