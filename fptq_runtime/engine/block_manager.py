@@ -16,8 +16,10 @@ from hashlib import blake2b
 
 from fptq_runtime.engine.block_store import BlockStore
 from fptq_runtime.engine.sequence import Sequence, SequenceStatus
+from fptq_runtime.engine.state_cache import StateCache
 
 LOAD_SECONDS = 2.0  # that a prompt waits for the store; then it is computed
+LEAST_KEPT = 64  # tokens: to compute fewer again costs no more than to keep a state
 
 
 @dataclass
@@ -32,13 +34,15 @@ class _Load:
 
 
 class BlockManager:
-    """store: what holds published blocks beside the cache."""
+    """store: what holds published blocks beside the cache. states: of recurrent layers, without one of which at its end
+    no prefix is shared."""
 
     def __init__(self, num_blocks: int, block_size: int, enable_prefix_caching: bool,
-                 store: BlockStore | None = None) -> None:
+                 store: BlockStore | None = None, states: StateCache | None = None) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.enable_prefix_caching = enable_prefix_caching
+        self.states = states
         self._store = store
         self._ref_counts = [0] * num_blocks
         self._blank = list(range(num_blocks - 1, -1, -1))  # free, nothing worth keeping; a stack
@@ -69,10 +73,17 @@ class BlockManager:
         return -(-num_tokens // self.block_size)
 
     def find_prefix(self, sequence: Sequence) -> list[int]:
-        """Cached blocks of the longest known prefix that leaves at least one token to compute."""
+        """Cached blocks of the longest prefix to go on from that leaves at least one token to compute."""
+        blocks = self._cached(sequence)
+        while self.states is not None and blocks and sequence.block_hashes[len(blocks) - 1] not in self.states:
+            del blocks[-1]
+        return blocks
+
+    def _cached(self, sequence: Sequence) -> list[int]:
+        """Of the longest known prefix, whether it has a state or not."""
         if not self.enable_prefix_caching:
             return []
-        blocks = []
+        blocks: list[int] = []
         for index in range((sequence.num_tokens - 1) // self.block_size):
             block = self._block_of.get(self._block_hash(sequence, index))
             if block is None:
@@ -101,6 +112,26 @@ class BlockManager:
             self._ref_counts[block] = 1
             sequence.block_table.append(block)
         return True
+
+    def state_stops(self, sequence: Sequence, start: int) -> tuple[int, ...]:
+        """After how many tokens, of those from `start` on, a sequence's state is worth keeping: where what is known of
+        it ends, since there another text went on otherwise, and at its last block's end, where the next turn of a chat
+        goes on."""
+        if self.states is None or not self.enable_prefix_caching:
+            return ()
+        ends = {len(self._cached(sequence)), (sequence.num_tokens - 1) // self.block_size}
+        return tuple(sorted(end * self.block_size for end in ends if end * self.block_size - start >= LEAST_KEPT))
+
+    def keep_state(self, sequence: Sequence) -> None:
+        """At the end of the last of its blocks that is full, where it is now."""
+        assert self.states is not None
+        index = sequence.num_computed_tokens // self.block_size - 1
+        self.states.keep(self._block_hash(sequence, index), sequence.state_slot)
+
+    def restore_state(self, sequence: Sequence) -> None:
+        """Of the shared blocks that it begins with, where there are any."""
+        if self.states is not None and sequence.block_table:
+            self.states.restore(sequence.block_hashes[len(sequence.block_table) - 1], sequence.state_slot)
 
     def publish(self, sequence: Sequence, num_computed_before: int) -> None:
         """Offer for sharing the blocks that became full since num_computed_before tokens were computed."""
@@ -181,6 +212,8 @@ class BlockManager:
         assert self._block_of == {digest: block for block, digest in self._hash_of.items()}, "the cache maps differ"
         assert not self._hash_of.keys() & set(self._blank), "a blank block is cached"
         assert self._evictable.keys() <= self._hash_of.keys(), "an evictable block is not cached"
+        if self.states is not None:
+            self.states.check_integrity()
 
     def _take(self) -> int:
         """A free block, of those that hold a prefix the oldest."""

@@ -31,6 +31,7 @@ from fptq_runtime.engine.scheduler import ScheduledSequence, Scheduler, Schedule
 from fptq_runtime.engine.sequence import Sequence, SequenceStatus
 from fptq_runtime.engine.sizing import format_bytes, step_limits
 from fptq_runtime.engine.speculation import Candidate, Draft, Speculator
+from fptq_runtime.engine.state_cache import StateCache
 from fptq_runtime.engine.stats import FinishedStats, StepStats
 from fptq_runtime.errors import FptqError
 from fptq_runtime.kernels.base import (
@@ -155,10 +156,15 @@ class Engine(Generic[T]):
                  probes: abc.Callable[[], abc.Iterator[float]] | None = None, kv_disk: KVDisk | None = None,
                  adapters: Adapters | None = None, draft: Decoder | None = None,
                  identity: abc.Mapping[str, Any] | None = None) -> None:
+        token_bytes = sum(backend.token_bytes(model.config, config.kv_cache_dtype)
+                          for model in (decoder, draft) if model is not None)
+        limits = step_limits(decoder.config, config, token_bytes)
+        states = None
         if decoder.config.state_bytes:
-            logger.info("recurrent layers keep %s of each running sequence, as of its last token alone: no prefix is "
-                        "cached, and no token guessed", format_bytes(decoder.config.state_bytes))
-            config = replace(config, enable_prefix_caching=False, speculation=False)
+            logger.info("recurrent layers keep %s of each running sequence, and of %d cached prefixes; no token is "
+                        "guessed", format_bytes(decoder.config.state_bytes), limits.kept_states)
+            states = StateCache(range(limits.max_seqs, limits.num_states))
+            config = replace(config, enable_prefix_caching=limits.kept_states > 0, speculation=False)
         self.config = config
         self.probes = probes
         self.model_config = decoder.config
@@ -166,9 +172,6 @@ class Engine(Generic[T]):
         self.backend = backend
         self.tokenizer = tokenizer
         self._eos_token_ids = frozenset(decoder.config.eos_token_ids if eos_token_ids is None else eos_token_ids)
-        token_bytes = sum(backend.token_bytes(model.config, config.kv_cache_dtype)
-                          for model in (decoder, draft) if model is not None)
-        limits = step_limits(decoder.config, config, token_bytes)
         self._limits = limits
         self.num_blocks = limits.num_blocks
         self.adapters = adapters
@@ -177,7 +180,8 @@ class Engine(Generic[T]):
         self._draft_model = None if draft is None or not config.speculation else DraftModel(draft, backend, limits)
         self._drafting = 0.0  # seconds, of steps that were accounted for
         self._scheduler = Scheduler(
-            BlockManager(limits.num_blocks, config.block_size, config.enable_prefix_caching, self._open(kv_disk)),
+            BlockManager(limits.num_blocks, config.block_size, config.enable_prefix_caching, self._open(kv_disk),
+                         states),
             limits.max_seqs,
             limits.max_tokens,
             limits.max_logits_rows - limits.max_seqs,
@@ -491,6 +495,8 @@ class Engine(Generic[T]):
             if (self._scheduler.running or self._scheduler.waiting) and not self._awaits_store:
                 raise RuntimeError("sequences are left but none can be scheduled")
             return _Batch(plan, None)
+        for source, target in plan.state_copies:
+            self._executor.copy_state(source, target)
         try:
             return self._compute(plan, sample)
         except DeviceLostError:

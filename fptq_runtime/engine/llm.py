@@ -161,7 +161,7 @@ def load_engine(path: str | Path, *, backend: str | Backend = "auto", device: st
     limits = step_limits(model, config, token_bytes)  # says what is wrong with it before minutes of loading
     if free is None:
         weights = sum(weight_bytes(Path(each)) for each in (path, draft) if each is not None)
-        check_memory(weights, config.kv_cache_memory, available_memory())
+        check_memory(weights, config.kv_cache_memory, limits.num_states * model.state_bytes, available_memory())
     prompt = None if manifest is None or manifest.format_version > 1 else manifest.golden.get("prompt_token_ids")
     checkpoint.max_positions = min(model.max_position_embeddings,
                                    max(config.max_model_len, len(prompt) if isinstance(prompt, list) else 0))

@@ -47,6 +47,7 @@ class SchedulerOutput:
     scheduled: list[ScheduledSequence] = field(default_factory=list)
     admitted: list[Sequence] = field(default_factory=list)  # for the first time; those resumed are not among them
     preempted: list[Sequence] = field(default_factory=list)
+    state_copies: list[tuple[int, int]] = field(default_factory=list)  # from slot to slot, before all else, in order
 
     @property
     def num_tokens(self) -> int:
@@ -148,6 +149,8 @@ class Scheduler:
                 self._ends = {tenant: end for tenant, end in self._ends.items() if end > self._now}
             tokens -= item.num_tokens
             prompt_logits -= item.num_logits if sequence.needs_prompt_logits else 0
+        if output.scheduled and self.blocks.states is not None:
+            output.state_copies, self.blocks.states.copies = self.blocks.states.copies, []
         return output
 
     def restore(self) -> None:
@@ -204,6 +207,8 @@ class Scheduler:
             sequence.token_ids.extend(token_ids)
             sequence.num_computed_tokens = item.start + item.num_tokens + max(0, len(token_ids) - 1)
             self.blocks.publish(sequence, item.start)
+            if sequence.num_computed_tokens in sequence.state_stops:
+                self.blocks.keep_state(sequence)
 
     def check_integrity(self) -> None:
         """Raise AssertionError where an invariant is broken. For tests."""
@@ -233,6 +238,7 @@ class Scheduler:
             self.lacks_blocks = True
             return None
         sequence.num_computed_tokens = len(prefix) * self.blocks.block_size
+        sequence.state_stops = self.blocks.state_stops(sequence, sequence.num_computed_tokens)
         item = _chunk(sequence, tokens, prompt_logits)
         if item is None:
             sequence.num_computed_tokens = 0
@@ -240,9 +246,10 @@ class Scheduler:
         if sequence.num_preemptions == 0:
             sequence.num_cached_tokens = sequence.num_computed_tokens
         self.blocks.share(sequence, prefix)
-        self.blocks.allocate(sequence, item.start + item.num_tokens)
         sequence.status = SequenceStatus.RUNNING
         sequence.state_slot = self._state_slots.pop()
+        self.blocks.restore_state(sequence)
+        self.blocks.allocate(sequence, item.start + item.num_tokens)
         return item
 
     def _promised(self) -> int:
@@ -270,7 +277,8 @@ class Scheduler:
 def _chunk(sequence: Sequence, max_tokens: int, max_prompt_logits: int) -> ScheduledSequence | None:
     """The next tokens of a sequence, or None where a budget allows none."""
     start = sequence.num_computed_tokens
-    num_tokens = min(sequence.num_tokens - start, max_tokens)
+    stop = next((stop for stop in sequence.state_stops if stop > start), sequence.num_tokens)
+    num_tokens = min(stop - start, max_tokens)
     if sequence.needs_prompt_logits:
         num_tokens = min(num_tokens, max_prompt_logits)
     if num_tokens < 1:

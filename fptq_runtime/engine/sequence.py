@@ -59,6 +59,7 @@ class Sequence:
         self.num_preemptions = 0
         self.block_table = array("i")  # copied into every step's input, hence not a list
         self.state_slot = -1  # while it runs: where recurrent layers keep its state
+        self.state_stops: tuple[int, ...] = ()  # in tokens, ascending: a chunk ends there, and its state is kept
         self.block_hashes: list[bytes] = []  # of the full blocks hashed so far
         self.status = SequenceStatus.WAITING
         self.arrival_time = arrival_time

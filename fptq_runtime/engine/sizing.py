@@ -10,6 +10,9 @@ from fptq_runtime.kernels.base import StepLimits
 # Rows of logits for echoed prompts are few enough that their buffer stays below this; a vocabulary of 150,000 gets
 # 111 rows a step, one of 32,000 all of a default step.
 MAX_LOGITS_BYTES = 64 << 20
+# States of cached prefixes, for models with recurrent layers: this part of the KV cache's memory, beside it.
+KEPT_SHARE = 2
+MAX_KEPT = 1024
 
 
 def cache_tokens(token_bytes: int, block_size: int, memory: int) -> int:
@@ -36,10 +39,11 @@ def step_limits(model: ModelConfig, config: EngineConfig, token_bytes: int) -> S
     max_tokens = min(config.max_num_batched_tokens, config.max_num_seqs * config.max_model_len)
     prompt_logits = max(1, min(max_tokens, MAX_LOGITS_BYTES // (4 * model.vocab_size)))
     max_seqs = min(config.max_num_seqs, max_tokens)
+    kept = config.kv_cache_memory // KEPT_SHARE // model.state_bytes if model.state_bytes else 0
     return StepLimits.of(
         model, max_tokens=max_tokens, max_seqs=max_seqs, max_logits_rows=max_seqs + prompt_logits,
         max_model_len=config.max_model_len, num_blocks=tokens // config.block_size, block_size=config.block_size,
-        kv_dtype=config.kv_cache_dtype,
+        kv_dtype=config.kv_cache_dtype, kept_states=min(kept, MAX_KEPT) * config.enable_prefix_caching,
     )
 
 
@@ -58,15 +62,20 @@ def device_cache_memory(free_before: int, free_now: int, utilization: float, ste
     return memory
 
 
-def check_memory(weights: int, cache: int, available: int | None) -> None:
-    """Raises FptqError where weights and a cache of so many bytes are more than is available: nobody refuses them
-    later, but the system ends the process once it fills them."""
-    if available is None or weights + cache <= available:
+def check_memory(weights: int, cache: int, states: int, available: int | None) -> None:
+    """Raises FptqError where weights, a cache and states of recurrent layers of so many bytes are more than is
+    available: nobody refuses them later, but the system ends the process once it fills them."""
+    if available is None or weights + cache + states <= available:
         return
-    taken = f"the weights take {format_bytes(weights)} and the KV cache {format_bytes(cache)}, but only " \
-            f"{format_bytes(available)} of memory are available (/proc/meminfo and the cgroup's limit)"
+    taken = f"the weights take {format_bytes(weights)}" + \
+            f", states of recurrent layers {format_bytes(states)}" * (states > 0) + \
+            f" and the KV cache {format_bytes(cache)}, but only {format_bytes(available)} of memory are available " \
+            "(/proc/meminfo and the cgroup's limit)"
     if weights >= available:
         raise FptqError(f"{taken}: the model is too large for this machine or container")
+    if states:
+        raise FptqError(f"{taken}; lower max_num_seqs or kv_cache_memory, or free memory", "max_num_seqs",
+                        "kv_cache_memory")
     raise FptqError(f"{taken}; lower kv_cache_memory, below {(available - weights) >> 20}MiB, or free memory",
                     "kv_cache_memory")
 

@@ -313,8 +313,8 @@ class StepInput:
 
     Rows query_start_loc[s] to query_start_loc[s + 1] belong to sequence s, at consecutive positions that end with
     seq_lens[s] - 1. slot = block · block_size + offset within the block; -1, on a device: the row is kept nowhere.
-    state_slots: where recurrent layers keep each sequence's state, below StepLimits.max_seqs and no two alike; the one
-    that a sequence had in its last step, or any where it begins at position 0.
+    state_slots: where recurrent layers keep each sequence's state, below StepLimits.num_states and no two alike: as of
+    its tokens before these, or anything where it begins at position 0.
     """
 
     token_ids: Annotated[Int32Array, "M"]  # below 0, where an earlier sample is given: -1 - d is what its draw d draws
@@ -356,7 +356,8 @@ class StepInput:
 
 @dataclass(frozen=True)
 class StepLimits:
-    """The largest step an executor must take, and its KV cache, of so many layers that attend."""
+    """The largest step an executor must take, and its KV cache, of so many layers that attend. kept_states: slots for
+    states of recurrent layers, beside one for each of max_seqs."""
 
     max_tokens: int
     max_seqs: int
@@ -368,13 +369,20 @@ class StepLimits:
     num_layers: int
     num_kv_heads: int
     head_dim: int
+    kept_states: int = 0
 
     @classmethod
     def of(cls, model: ModelConfig, *, max_tokens: int, max_model_len: int, num_blocks: int, max_seqs: int = 1,
-           max_logits_rows: int | None = None, block_size: int = 16, kv_dtype: KVCacheDtype = "float32") -> StepLimits:
+           max_logits_rows: int | None = None, block_size: int = 16, kv_dtype: KVCacheDtype = "float32",
+           kept_states: int = 0) -> StepLimits:
         """For a model. max_logits_rows: as many as tokens unless given."""
         return cls(max_tokens, max_seqs, max_tokens if max_logits_rows is None else max_logits_rows, max_model_len,
-                   num_blocks, block_size, kv_dtype, model.cached_layers, model.num_kv_heads, model.head_dim)
+                   num_blocks, block_size, kv_dtype, model.cached_layers, model.num_kv_heads, model.head_dim,
+                   kept_states)
+
+    @property
+    def num_states(self) -> int:
+        return self.max_seqs + self.kept_states
 
 
 PARAMETERS = np.dtype([
@@ -569,6 +577,10 @@ class Executor(Protocol):
     @property
     def blocks(self) -> UInt8Array | None:
         """The KV cache by block, [num_blocks, bytes], to read and write between steps; None where it cannot be."""
+        ...
+
+    def copy_state(self, source: int, target: int) -> None:
+        """Between steps: have recurrent layers keep in slot `target` what they keep in slot `source`."""
         ...
 
     def work(self, tokens: int, rows: int) -> Work:

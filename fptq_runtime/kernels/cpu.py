@@ -289,6 +289,10 @@ class CpuExecutor:
     def blocks(self) -> UInt8Array:
         return self.program.blocks
 
+    def copy_state(self, source: int, target: int) -> None:
+        """Raises ValueError where there is no such slot."""
+        self.program.copy_state(source, target)
+
     def work(self, tokens: int, rows: int) -> Work:
         return Work(*self.program.work(tokens, rows))
 

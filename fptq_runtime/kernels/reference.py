@@ -139,7 +139,7 @@ class ReferenceCache:
         self.dtype: KVCacheDtype = limits.kv_dtype
         self.keys = torch.zeros(shape)
         self.values = torch.zeros(shape)
-        self._max_seqs = limits.max_seqs
+        self._num_states = limits.num_states
         self._states: dict[str, torch.Tensor] = {}
 
     def write(self, layer: int, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
@@ -149,8 +149,13 @@ class ReferenceCache:
     def state(self, recurrent: Recurrent, slot: int) -> torch.Tensor:
         """Of one sequence, to be written in place. [state_floats]"""
         if recurrent.name not in self._states:
-            self._states[recurrent.name] = torch.zeros(self._max_seqs, recurrent.state_floats)
+            self._states[recurrent.name] = torch.zeros(self._num_states, recurrent.state_floats)
         return self._states[recurrent.name][slot]
+
+    @torch.inference_mode()
+    def copy_state(self, source: int, target: int) -> None:
+        for states in self._states.values():
+            states[target] = states[source]
 
     def read(self, layer: int, block_table: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of positions 0 to length - 1. Each [length, heads, dim]"""
@@ -165,6 +170,9 @@ class ReferenceExecutor:
         self.cache = cache
         self.seconds = {"forward": 0.0}
         self.blocks = None
+
+    def copy_state(self, source: int, target: int) -> None:
+        self.cache.copy_state(source, target)
 
     def work(self, tokens: int, rows: int) -> Work:
         return Work(0, 0)  # nothing to hold it against: it has no roofs

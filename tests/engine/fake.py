@@ -65,7 +65,8 @@ class LateSample:
 
 
 class FakeExecutor:
-    """`before` may raise, `after` may spoil the logits; every batch is checked against the contract."""
+    """`before` may raise, `after` may spoil the logits; every batch is checked against the contract. Where states of
+    prefixes are kept, a slot's state is the text that it has seen, and must be what stands in the cache."""
 
     def __init__(self, limits: StepLimits) -> None:
         self.limits = limits
@@ -75,10 +76,26 @@ class FakeExecutor:
         self.before: Callable[[StepInput], None] = lambda batch: None
         self.after: Callable[[np.ndarray], np.ndarray] = lambda logits: logits
         self.model = logits_after
+        self.states: dict[int, list[int]] = {}
 
     @property
     def blocks(self) -> np.ndarray:
         return self.cache.reshape(self.limits.num_blocks, -1).view(np.uint8)
+
+    def copy_state(self, source: int, target: int) -> None:
+        assert max(source, target) < self.limits.num_states
+        self.states[target] = list(self.states[source])
+
+    def _move_states(self, batch: StepInput) -> None:
+        size = self.limits.block_size
+        for s, (slot, length) in enumerate(zip(batch.state_slots.tolist(), batch.seq_lens.tolist(), strict=True)):
+            first, last = batch.query_start_loc[s : s + 2]
+            start = length - int(last - first)
+            positions = np.arange(start)
+            text = self.cache[batch.block_tables[s, positions // size] * size + positions % size].tolist()
+            assert slot < self.limits.max_seqs
+            assert (self.states[slot] if start else []) == text, "the state has seen another text"
+            self.states[slot] = [*text, *batch.token_ids[first:last].tolist()]
 
     def step(self, batch: StepInput, reuse: bool = False, sampled: LateSample | None = None) -> np.ndarray:
         if sampled is not None:
@@ -96,6 +113,8 @@ class FakeExecutor:
             assert array.dtype == np.int32
             assert array.flags.c_contiguous
         self.batches.append(batch)
+        if limits.kept_states:
+            self._move_states(batch)
         self.cache[batch.slot_mapping] = batch.token_ids
         rows = []
         for row in batch.logits_rows:

@@ -73,9 +73,9 @@ def test_sizes_are_rounded_up() -> None:
 
 
 def test_what_fits_into_memory() -> None:
-    check_memory(3 << 30, 1 << 30, 4 << 30)
-    check_memory(3 << 30, 1 << 30, None)
+    check_memory(3 << 30, 1 << 30, 0, 4 << 30)
+    check_memory(3 << 30, 1 << 30, 0, None)
     with pytest.raises(FptqError, match=r"weights take 3 GiB and the KV cache 1 GiB, but only 3.5 GiB .* below 512MiB"):
-        check_memory(3 << 30, 1 << 30, 7 << 29)
+        check_memory(3 << 30, 1 << 30, 0, 7 << 29)
     with pytest.raises(FptqError, match="too large for this machine or container"):
-        check_memory(3 << 30, 1, 2 << 30)
+        check_memory(3 << 30, 1, 0, 2 << 30)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from fptq_runtime.kernels.base import (
     StepLimits,
 )
 from fptq_runtime.kernels.cpu import CpuBackend
+from fptq_runtime.kernels.reference import ReferenceBackend
 from tests.kernels.small import Batcher
 
 ISAS = _native.available_isas()
@@ -37,17 +39,20 @@ LIMITS = StepLimits(max_tokens=TOKENS, max_seqs=5, max_logits_rows=TOKENS, max_m
 
 def compiled(op: Recurrent, table: Float32Array, isa: str, threads: int = 1) -> Any:
     """An executor in which token t reads row t of the table; of a `GatedDelta` the row ends with b | a."""
-    backend = CpuBackend(threads, isa)
+    return compiled_by(CpuBackend(threads, isa), op, table, LIMITS)
+
+
+def compiled_by(backend: Any, op: Recurrent, table: Float32Array, limits: StepLimits) -> Any:
     embedding, prepared = backend.prepare(Embedding(table)), backend.prepare(op)
     if isinstance(op, ShortConv):
-        return backend.compile(lambda ops: ops.select_rows(ops.short_conv(ops.embed(embedding), prepared)), LIMITS)
+        return backend.compile(lambda ops: ops.select_rows(ops.short_conv(ops.embed(embedding), prepared)), limits)
     if isinstance(op, StateSpace):
-        return backend.compile(lambda ops: ops.select_rows(ops.state_space(ops.embed(embedding), prepared)), LIMITS)
+        return backend.compile(lambda ops: ops.select_rows(ops.state_space(ops.embed(embedding), prepared)), limits)
     width = 2 * (op.key_size + op.value_size)
     wide, narrow = (backend.prepare(Embedding(np.ascontiguousarray(part)))
                     for part in (table[:, :width], table[:, width:]))
     return backend.compile(lambda ops: ops.select_rows(ops.gated_delta(ops.embed(wide), ops.embed(narrow), prepared)),
-                           LIMITS)
+                           limits)
 
 
 def a_conv(channels: int, taps: int, more: int = 0, **options: bool) -> tuple[ShortConv, Float32Array]:
@@ -181,3 +186,23 @@ def test_states_of_others_are_refused(change: Callable[[StepInput], dict[str, An
     with pytest.raises(ValueError, match=words):
         executor.step(StepInput(**{**vars(step), **change(step)}))
     executor.step(step)  # nothing was written
+
+
+@pytest.mark.parametrize(("op", "table"), [CONVS[0], DELTAS[0], SPACES[0]])
+def test_a_copied_state_goes_on_as_its_source_does(op: Recurrent, table: Float32Array) -> None:
+    limits = replace(LIMITS, kept_states=2)
+    for backend in (CpuBackend(1), ReferenceBackend()):
+        executor = compiled_by(backend, op, table, limits)
+        batcher = Batcher(limits, np.random.default_rng(0))
+        first, second = batcher.sequence(range(30)), batcher.sequence(range(30))
+        batcher.free_slots = []
+        first.state_slot, second.state_slot = 0, 1
+        executor.step(batcher.step([(first, 12)]))
+        executor.copy_state(0, 6)
+        expected = executor.step(batcher.step([(first, 18)]))
+        executor.copy_state(6, 1)
+        second.computed = 12
+        assert np.array_equal(executor.step(batcher.step([(second, 18)])), expected)
+    for source, target in ((7, 0), (0, -1)):
+        with pytest.raises(ValueError, match=r"is (7|-1), not within 0..6"):
+            compiled_by(CpuBackend(1), op, table, limits).copy_state(source, target)

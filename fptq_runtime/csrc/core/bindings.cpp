@@ -512,15 +512,15 @@ NB_MODULE(_native, m) {
           "__init__",
           [](Program* self, std::shared_ptr<ThreadPool> pool, const std::string& isa, int max_tokens, int max_seqs,
              int max_logits_rows, int max_model_len, int num_blocks, int block_size, const std::string& kv_dtype,
-             int num_layers, int num_kv_heads, int head_dim, const Program* sharing) {
+             int num_layers, int num_kv_heads, int head_dim, int kept_states, const Program* sharing) {
             new (self) Program(std::move(pool), isa,
                                Limits{max_tokens, max_seqs, max_logits_rows, max_model_len, num_blocks, block_size,
-                                      kv_type(kv_dtype), num_layers, num_kv_heads, head_dim},
+                                      kv_type(kv_dtype), num_layers, num_kv_heads, head_dim, kept_states},
                                sharing);
           },
           "pool"_a, "isa"_a, nb::kw_only(), "max_tokens"_a, "max_seqs"_a, "max_logits_rows"_a, "max_model_len"_a,
           "num_blocks"_a, "block_size"_a, "kv_dtype"_a, "num_layers"_a, "num_kv_heads"_a, "head_dim"_a,
-          "sharing"_a.none() = nb::none())
+          "kept_states"_a = 0, "sharing"_a.none() = nb::none())
       .def("embed", &Program::embed, "table"_a)
       .def("embed_positions", &Program::embed_positions, "table"_a)
       .def("columns", &Program::columns, "xs"_a, "index"_a)
@@ -549,6 +549,7 @@ NB_MODULE(_native, m) {
       .def("combine", &Program::combine, "x"_a, "routed"_a, "residual"_a.none())
       .def("gate", &Program::gate, "x"_a, "logit"_a)
       .def("finish", &Program::finish, "logits"_a)
+      .def("copy_state", &Program::copy_state, "source"_a, "target"_a)
       .def_prop_ro("logits_width", &Program::logits_width)
       .def_prop_ro(
           "blocks",

@@ -73,6 +73,8 @@ Program::Program(std::shared_ptr<ThreadPool> pool, const std::string& isa, const
   };
   positive("max_tokens", limits.max_tokens);
   positive("max_seqs", limits.max_seqs);
+  if (limits.kept_states < 0 || limits.kept_states > kMaxCount)
+    refuse("kept_states must be within 0..", kMaxCount, ", not ", limits.kept_states);
   positive("max_logits_rows", limits.max_logits_rows);
   positive("max_model_len", limits.max_model_len);
   positive("num_blocks", limits.num_blocks);
@@ -731,8 +733,9 @@ void Program::attend(const AttentionParameter& attention, const float* q, float*
 
 template <class F>
 void Program::record_states(size_t floats, int parts, double work, F f) {
-  state_lengths_.resize(limits_.max_seqs);
-  float* states = reinterpret_cast<float*>(allocate(floats * limits_.max_seqs * sizeof(float)));
+  state_lengths_.resize(limits_.num_states());
+  float* states = reinterpret_cast<float*>(allocate(floats * limits_.num_states() * sizeof(float)));
+  states_.push_back({states, floats});
   record([=, this_ = this](const StepView& step) {
     const auto state = [&](int s) { return states + floats * step.state_slots[s]; };
     const auto count = [&](int s) { return step.query_start_loc[s + 1] - step.query_start_loc[s]; };
@@ -1088,13 +1091,13 @@ void Program::check(const StepView& step) const {
   if (vocab_)
     for (int row = 0; row < step.tokens; ++row) check_range("token_ids", row, step.token_ids[row], vocab_);
   for (int row = 0; row < step.rows; ++row) check_range("logits_rows", row, step.logits_rows[row], step.tokens);
-  for (int s = 0; s < step.seqs; ++s) check_range("state_slots", s, step.state_slots[s], limits_.max_seqs);
+  for (int s = 0; s < step.seqs; ++s) check_range("state_slots", s, step.state_slots[s], limits_.num_states());
   for (int s = 0; s < step.seqs; ++s) check_range("adapters", s, step.adapters[s], adapter_slots_);
   if (!state_lengths_.empty()) check_states(step);
 }
 
 void Program::check_states(const StepView& step) const {
-  std::vector<bool> taken(limits_.max_seqs);
+  std::vector<bool> taken(limits_.num_states());
   for (int s = 0; s < step.seqs; ++s) {
     const int slot = step.state_slots[s],
               start = step.seq_lens[s] - step.query_start_loc[s + 1] + step.query_start_loc[s];
@@ -1103,6 +1106,17 @@ void Program::check_states(const StepView& step) const {
     if (start && state_lengths_[slot] != start)
       refuse("state_slots[", s, "] is ", slot, ", where ", state_lengths_[slot], " tokens were seen, not ", start);
   }
+}
+
+void Program::copy_state(int source, int target) {
+  check_range("source", 0, source, limits_.num_states());
+  check_range("target", 0, target, limits_.num_states());
+  if (state_lengths_.empty() || source == target) return;
+  std::lock_guard<std::mutex> lock(pool_->mutex());
+  for (const States& states : states_)
+    std::memcpy(states.data + states.floats * target, states.data + states.floats * source,
+                states.floats * sizeof(float));
+  state_lengths_[target] = state_lengths_[source];
 }
 
 void Program::step(const StepView& step) {

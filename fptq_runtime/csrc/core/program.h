@@ -96,7 +96,9 @@ struct StateSpaceParameter {
 struct Limits {
   int max_tokens, max_seqs, max_logits_rows, max_model_len, num_blocks, block_size;
   KvType kv_type;
-  int num_layers, num_kv_heads, head_dim;
+  int num_layers, num_kv_heads, head_dim, kept_states;
+
+  int num_states() const { return max_seqs + kept_states; }
 };
 
 // kernels/base.py's StepInput, and the logits. A size is -1 until an array sets it.
@@ -164,6 +166,8 @@ class Program {
 
   // Checks every index, then runs. Throws std::invalid_argument, and then nothing was written.
   void step(const StepView& step);
+  // Between steps: what recurrent ops keep in slot `source` they keep in slot `target`, too.
+  void copy_state(int source, int target);
 
   // Spent in all steps so far, by kind of op ("attention", "linear N x K", …).
   std::map<std::string, double> seconds() const;
@@ -277,6 +281,11 @@ class Program {
   Work token_work_{}, row_work_{};  // of one token, of one logits row; the bytes are a step's
   std::vector<ExpertWork> expert_work_;
   int last_tokens_ = -1, last_rows_ = -1;
+  struct States {
+    float* data;    // [num_states][floats]
+    size_t floats;  // of a slot
+  };
+  std::vector<States> states_;      // of each recurrent op
   std::vector<int> state_lengths_;  // tokens that each slot's states have seen; empty without recurrent ops
   std::vector<std::unique_ptr<Route>> routes_;
   std::vector<ExpertTile> expert_tiles_;

@@ -226,6 +226,9 @@ class TritonExecutor:
                 logits = self._replay(shape, inputs)[:rows]
             return logits if reuse or not self._graphs else logits.clone()
 
+    def copy_state(self, source: int, target: int) -> None:
+        """There is none: `prepare` refuses recurrent layers."""
+
     def _shape(self, batch: StepInput) -> _Shape:
         """Steps in which every sequence has one token are padded to a few sizes, each of which gets a graph."""
         tokens, seqs, rows = batch.token_ids.size, batch.seq_lens.size, batch.logits_rows.size
