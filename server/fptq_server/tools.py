@@ -78,13 +78,14 @@ def make_tools(functions: Sequence[Mapping[str, Any]], choice: str | None, only:
     """choice: any is Anthropic's and Mistral's word for required. Raises APIError where it has nothing to choose
     from."""
     choice = "required" if choice == "any" else choice
-    names = [tool["function"]["name"] for tool in functions]
-    for i, name in enumerate(names):
+    names: set[str] = set()
+    for i, name in enumerate(tool["function"]["name"] for tool in functions):
         if not NAME.fullmatch(name):
             raise APIError(400, f"tools.{i}: the name {name!r} must have 1 to 128 letters, digits or any of _-.:/",
                            param=f"tools.{i}")
-        if name in names[:i]:
+        if name in names:
             raise APIError(400, f"tools.{i}: there are two functions {name}", param=f"tools.{i}")
+        names.add(name)
     if only is not None and only not in names:
         raise APIError(400, f"{param} names the function {only}, which is not among the tools", param=param)
     if choice == "required" and not names:
