@@ -82,8 +82,8 @@ class Recipe(BaseModel):
 
 PRESETS = (
     Recipe(name="fptq-max", steps=(
-        Rotation(optional=True), Activations(scheme="dynamic"), Gptq(group_size=64, asymmetric=0.25, refits=2),
-        Distill())),
+        Rotation(optional=True), Activations(scheme="dynamic"),
+        Gptq(group_size=64, asymmetric=0.25, refits=2, descents=4), Distill())),
     Recipe(name="fptq-best", steps=(
         Rotation(optional=True), Fptq(safety=1.0), Gptq(asymmetric=0.25, refits=2))),
     Recipe(name="fptq", steps=(Rotation(optional=True), Fptq(), Gptq(asymmetric=0.25))),

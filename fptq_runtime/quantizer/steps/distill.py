@@ -19,6 +19,7 @@ from fptq_runtime.models.block import Block, prepare_block
 from fptq_runtime.models.decoder import Decoder
 from fptq_runtime.models.loader import load_model
 from fptq_runtime.progress import progress_bar
+from fptq_runtime.quantizer.calibrate import in_bf16
 from fptq_runtime.quantizer.steps.base import QuantizationError, RefineWork, Step, TuneWork, refuse_too_large
 
 PARAMETER_BYTES = 16  # float32: the teacher's, the student's as rounded, as trained, and its gradient
@@ -59,7 +60,7 @@ class Distill(Step):
         refuse_too_large(self.type, work.checkpoint, PARAMETER_BYTES)
 
     def refine(self, work: RefineWork) -> None:
-        teacher = load_model(work.checkpoint, ReferenceBackend())
+        teacher = _fast(load_model(work.checkpoint, ReferenceBackend()))
         student = _Student(work.decoder, self.kv_dtype)
         optimizer = torch.optim.Adam(student.parameters, betas=(0.9, 0.95))
         steps = -(-len(work.windows) // self.batch_size)
@@ -133,7 +134,12 @@ class _Student:
             return linear
         assert isinstance(linear.weight, torch.Tensor)
         grouped = linear.weight.reshape(*factor.shape, -1) * factor[..., None]
-        return replace(linear, weight=grouped.reshape(linear.weight.shape))
+        return in_bf16(replace(linear, weight=grouped.reshape(linear.weight.shape)))
+
+
+def _fast(decoder: Decoder) -> Decoder:
+    *blocks, head = (part.with_linears(lambda _, linear: in_bf16(linear)) for part in (*decoder.blocks, decoder.head))
+    return Decoder(decoder.config, decoder.stem, blocks, head)
 
 
 def backward(student: Callable[[StepInput], torch.Tensor], teacher: Decoder, windows: Sequence[Sequence[int]],
