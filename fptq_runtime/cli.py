@@ -34,6 +34,7 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 _Value = TypeVar("_Value", int, float)
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 PROTOCOL_RECIPES = ("smoothquant", "fptq", "fptq-best")  # what papers have figures of
+EXTRAS = {"ray": "ray", "torch": "quantize", "transformers": "quantize"}  # what brings a package that serving needs not
 _ORIGINS = "fptq.origins"  # key of Context.meta: where a parameter's value comes from, where that is no flag
 
 
@@ -82,8 +83,8 @@ def _describe(error: Exception) -> str:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     if isinstance(error, MemoryError):
         return "out of memory"
-    if isinstance(error, ModuleNotFoundError) and error.name in ("torch", "transformers"):
-        return f"this needs {error.name}, which is not installed: pip install 'fptq-serve[quantize]'"
+    if isinstance(error, ModuleNotFoundError) and error.name in EXTRAS:
+        return f"this needs {error.name}, which is not installed: pip install 'fptq-serve[{EXTRAS[error.name]}]'"
     if isinstance(error, (FptqError, OSError)):
         return _one_line(str(error))
     return _one_line(f"internal error: {type(error).__name__}: {error} (FPTQ_DEBUG=1 shows where)")
@@ -553,6 +554,9 @@ def _tells_what_is_left(out: Path) -> Iterator[None]:
 @click.option("--admin-key", help="What --admin-port asks for.")
 @click.option("--models-memory", type=Size(), help="What several models may take together (what is available); the one "
               "used longest ago makes room.")
+@click.option("--ray", is_flag=True, help="Serve by replicas on Ray: of this machine, or of the cluster at "
+              "RAY_ADDRESS.")
+@click.option("--replicas", metavar="MIN:MAX", help="How many with --ray, as many as the load wants (1).")
 @click.option("--public-metrics", is_flag=True, help="/metrics asks for no key.")
 @click.option("--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True,
               help="json: an object a line.")
@@ -568,7 +572,7 @@ def _tells_what_is_left(out: Path) -> Iterator[None]:
 @click.option("--scrub-interval", type=Number(0), default=3600.0, show_default=True,
               help="Seconds in which the artifact's files are read and hashed once while serving; 0: never.")
 def serve(artifact: tuple[str, ...], recipe: str | None, model_names: tuple[str, ...], generation_config: str,
-          lora: tuple[str, ...], max_loras: int, **options: Any) -> None:
+          lora: tuple[str, ...], max_loras: int, ray: bool, replicas: str | None, **options: Any) -> None:
     """Serve ARTIFACT over HTTP, or several, each as NAME=ARTIFACT where it is to have another name than its own.
 
     Each option is a variable, too, as FPTQ_MAX_MODEL_LEN for --max-model-len, and a key of --config's file. Flags go
@@ -585,6 +589,12 @@ def serve(artifact: tuple[str, ...], recipe: str | None, model_names: tuple[str,
         raise click.UsageError("--lora, --allow-runtime-lora-updating and --draft are for one ARTIFACT")
     for _, each in named:
         find_model(each, otherwise="" if each.endswith(".gguf") else f"; `fptq quantize MODEL {each}` makes one")
+    if replicas is not None and not ray:
+        raise click.UsageError("--replicas is for --ray")
+    if ray:
+        from fptq_server.ray_serve import parse_replicas, serve_on_ray
+
+        wanted = parse_replicas(replicas or 1)
     from fptq_server.config import ServerConfig
     from fptq_server.main import listen, serve
 
@@ -611,12 +621,18 @@ def serve(artifact: tuple[str, ...], recipe: str | None, model_names: tuple[str,
         name = Path(artifact).name or name
         return name, quantized(path, recipe, name)
 
-    with listen(config) as listener:  # before the model is fetched or made, which can take minutes
+    def found() -> list[tuple[tuple[str, ...], Path]]:
         models = []
         for name, each in named:
             own, path = ready(each)
             models.append(((name,) if name else model_names or (own,), path))
-        (names, path), *others = models
+        return models
+
+    if ray:
+        serve_on_ray(found(), config, wanted, **options)
+        return
+    with listen(config) as listener:  # before the model is fetched or made, which can take minutes
+        (names, path), *others = found()
         serve(path, config, model_names=names, others=others, listener=listener, **options)
 
 

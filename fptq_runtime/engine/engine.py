@@ -239,6 +239,12 @@ class Engine(Generic[T]):
     def num_waiting(self) -> int:
         return len(self._scheduler.waiting) + len(self._inbox)
 
+    @property
+    def queued_tokens(self) -> float:
+        """Of what waits: prompt tokens to compute, and tokens expected of them."""
+        with self._lock:
+            return sum(line.prompt + line.output for line in self._queued.values())
+
     def add_request(self, request_id: str, prompt_token_ids: abc.Sequence[int], params: SamplingParams,
                     origin: Origin = ANYONE, adapter: str = "") -> None:
         """Queue a request, for an adapter by its name, if any. Raises RequestError, AdapterError or GrammarError where
