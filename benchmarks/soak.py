@@ -483,7 +483,8 @@ def rows(result: dict[str, Any]) -> list[tuple[str, str, bool]]:
     tried = sum(count for count, _ in retries)
     right = sum(count * share for count, share in retries) / tried if tried else 0.0
     return [
-        (f"{minutes:.0f} minutes at 1.5 × capacity, {soaked['sent']} requests: none hung", f"{hung} hung", hung == 0),
+        (f"{minutes:g} minute{'s' * (minutes != 1)} at 1.5 × capacity, {soaked['sent']} requests: none hung",
+         f"{hung} hung", hung == 0),
         (f"{greedy} finished greedy requests: each as alone", f"{bad} wrong", bad == 0),
         ("refused by 429 with Retry-After, and nothing else",
          f"{soaked['refused'] + over['refused']} refused, {errors} other errors", errors == 0),
