@@ -29,6 +29,7 @@ from fptq_runtime.quantizer.steps.weights import Weights
 
 RANKED_TOKENS = 4096  # of the text, that sensitivity is measured on
 ATTEMPTS = 3  # to quantize for good, since a linear's neighbours are calibrated on what is before them
+SCHEMES_BYTES = 1 << 10  # that config.json takes at most for linears of other widths, beside their weights
 
 Place = tuple[int, str]  # a layer and the name of its linear
 Bits = Literal[8, 16]
@@ -104,7 +105,8 @@ def quantize_within(
         modules = {record.name: record.modules[0] for record in base.layers}
         bar.set_description("ranking linears")
         upgrades = _plan(captured, ranked, recipe, modules, bar)
-        most = _affordable(upgrades, None if budget.extra_bytes is None else budget.extra_bytes * base.size)
+        most = _affordable(upgrades, None if budget.extra_bytes is None
+                           else budget.extra_bytes * base.size - SCHEMES_BYTES)
         bar.set_description("spending")
         search = _Search(captured, windows, recipe.weights, bar)
         original, before = search.perplexity(None), search.perplexity([])
