@@ -350,7 +350,8 @@ def test_flags_variables_and_the_file_say_the_same(served: Served, tmp_path: Pat
                                                    ) -> None:
     """Each option by each way, and what is left out has its default."""
     monkeypatch.setattr("fptq_server.main.listen", lambda config: contextlib.nullcontext())
-    assert {name.replace("_", "-") for name in cli.settings()} == {"artifact", *GIVEN}
+    elsewhere = {"ray", "replicas"}  # which serve in another way: server/test_ray_serve.py
+    assert {name.replace("_", "-") for name in cli.settings()} == {"artifact", *elsewhere, *GIVEN}
     file = tmp_path / "serve.yaml"
     file.write_text(yaml.safe_dump({"artifact": "demo"} | {name: value for name, (_, value) in GIVEN.items()}))
     flags = [part for name, (text, _) in GIVEN.items() for part in (f"--{name}", text) if part is not None]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import threading
 import time
 from collections import deque
@@ -203,8 +204,8 @@ class AsyncEngine:
         self._round = None
         self._next_round = time.monotonic() + self._probe_interval
         if self._worst > 1 and (self.deviation or 0) <= 1:
-            logger.error("this machine does not compute what was recorded: %.3g times what rounding explains",
-                         self._worst)
+            logger.error("this machine does not compute what was recorded: %s", "other bits on the same kernels"
+                         if math.isinf(self._worst) else f"{self._worst:.3g} times what rounding explains")
         self.deviation = self._worst
         if self._on_deviation is not None:
             self._on_deviation(self._worst)

@@ -74,15 +74,19 @@ class BlockManager:
 
     def find_prefix(self, sequence: Sequence) -> list[int]:
         """Cached blocks of the longest prefix to go on from that leaves at least one token to compute."""
+        if not self._shares(sequence):
+            return []
         blocks = self._cached(sequence)
         while self.states is not None and blocks and sequence.block_hashes[len(blocks) - 1] not in self.states:
             del blocks[-1]
         return blocks
 
+    def _shares(self, sequence: Sequence) -> bool:
+        """Prefixes with others. Embeddings are computed by another executor, whose states nobody copies."""
+        return self.enable_prefix_caching and (self.states is None or sequence.params.pooling is None)
+
     def _cached(self, sequence: Sequence) -> list[int]:
         """Of the longest known prefix, whether it has a state or not."""
-        if not self.enable_prefix_caching:
-            return []
         blocks: list[int] = []
         for index in range((sequence.num_tokens - 1) // self.block_size):
             block = self._block_of.get(self._block_hash(sequence, index))
@@ -117,7 +121,7 @@ class BlockManager:
         """After how many tokens, of those from `start` on, a sequence's state is worth keeping: where what is known of
         it ends, since there another text went on otherwise, and at its last block's end, where the next turn of a chat
         goes on."""
-        if self.states is None or not self.enable_prefix_caching:
+        if self.states is None or not self._shares(sequence):
             return ()
         ends = {len(self._cached(sequence)), (sequence.num_tokens - 1) // self.block_size}
         return tuple(sorted(end * self.block_size for end in ends if end * self.block_size - start >= LEAST_KEPT))

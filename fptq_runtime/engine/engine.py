@@ -224,7 +224,7 @@ class Engine(Generic[T]):
     @cached_property
     def _hidden_executor(self) -> Executor:
         """Computes hidden states, over the same cache; made with the first request for some."""
-        limits = replace(self._limits, max_logits_rows=self._limits.max_tokens)
+        limits = replace(self._limits, max_logits_rows=self._limits.max_tokens, kept_states=0)
         return self.backend.compile(self._decoder.hidden, limits, self._executor)
 
     @property
@@ -403,7 +403,8 @@ class Engine(Generic[T]):
             following = replace(following, masks=self._ask_masks(following.plan))
         elif self.backend.asynchronous:
             following = self._launch()
-        self._launched = following if following is not None and following.plan.scheduled else None
+        keeps = following is not None and (following.plan.scheduled or following.failed)
+        self._launched = following if keeps else None
         self._report(step, gains)
         self._account(step, batch.plan, time.monotonic() - started)
         return step.outputs, step.stats
@@ -455,8 +456,8 @@ class Engine(Generic[T]):
         if disk is None:
             return None
         if self.model_config.state_bytes:
-            raise FptqError(f"kv_cache_disk keeps cached prefixes, which {self.model_config.architecture} cannot have: "
-                            "its recurrent layers would need their states as well", "kv_cache_disk")
+            raise FptqError("kv_cache_disk keeps keys and values, without the states of recurrent layers that cached "
+                            f"prefixes of {self.model_config.architecture} need as well", "kv_cache_disk")
         if not self.config.enable_prefix_caching:
             raise FptqError("kv_cache_disk keeps cached prefixes, and no_prefix_cache says that there are none",
                             "kv_cache_disk")

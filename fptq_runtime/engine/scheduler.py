@@ -261,7 +261,8 @@ class Scheduler:
         if not self.blocks.enable_prefix_caching or sequence.params.n == 1:
             return False
         shareable = (sequence.num_prompt_tokens - 1) // self.blocks.block_size * self.blocks.block_size
-        return any(r.request_id == sequence.request_id and r.num_computed_tokens < shareable for r in self.running)
+        return any(r.request_id == sequence.request_id and r.num_computed_tokens < shareable
+                   and (self.blocks.states is None or shareable in r.state_stops) for r in self.running)
 
     def preempt(self, sequence: Sequence) -> None:
         """Take out what runs. Its tokens stay; their keys, values and states are computed again."""

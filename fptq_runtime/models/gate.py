@@ -13,6 +13,7 @@ import itertools
 import json
 import logging
 import math
+import re
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -223,10 +224,18 @@ class Golden:
                 tuple(facts["stem_ids"]),
                 {name: array.view(bfloat16) if array.dtype == np.uint16 else array for name, array in arrays.items()},
                 facts.get("kernels", ""),
-                dict(facts.get("bits", {})),
+                _bits(facts.get("bits", {})),
             )
         except (OSError, SafetensorError, AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
             raise GateError(f"{path} is missing or malformed ({error}): quantize the model again") from None
+
+
+def _bits(facts: dict[str, str]) -> dict[str, str]:
+    """Raises ValueError or TypeError where one is no row of checksums."""
+    for name, value in facts.items():
+        if not re.fullmatch("([0-9a-f]{8})+", value):
+            raise ValueError(f"bits of {name} are no checksums")
+    return dict(facts)
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ class Turns:
 
 
 def find_turns(tokenizer: Tokenizer) -> Turns | None:
-    """None without a chat template, or where it changes what is said."""
+    """None without a chat template, or where it changes what is said or writes nothing between turns."""
     said = ["question 7319", "answer 7319", "question 7320"]  # nothing that a template says of itself
     roles = ("user", "assistant", "user")
     messages = [{"role": role, "content": text} for role, text in zip(roles, said, strict=True)]
@@ -54,14 +54,16 @@ def find_turns(tokenizer: Tokenizer) -> Turns | None:
         if not found:
             return None
         parts.append(tuple(tokenizer.encode(before, add_special_tokens=False)))
-    return Turns(*parts)
+    turns = Turns(*parts)
+    return turns if len(turns.opening) > len(bos_prefix(tokenizer)) and turns.answer and turns.question else None
 
 
 def generate_windows(decoder: Decoder, backend: Backend, tokenizer: Tokenizer, lengths: Sequence[int], seed: int,
-                     written: Callable[[int], object] = lambda count: None, turns: Turns | None = None
-                     ) -> list[list[int]]:
+                     written: Callable[[int], object] = lambda count: None, turns: Turns | None = None,
+                     ends: Sequence[int] = ()) -> list[list[int]]:
     """One window of each length, BOS included where the model uses one. The end-of-sequence token is never drawn, but
-    in every other window, with `turns`, which are conversations. `written` hears of every few tokens.
+    in every other window, with `turns`, which are conversations, whose turns end with one of `ends`, too. `written`
+    hears of every few tokens.
 
     A window depends on the seed, its index and its length alone. `decoder` must be loaded for `backend`. Raises
     CalibrationError where a length exceeds the model's context, and NotFiniteError.
@@ -79,11 +81,11 @@ def generate_windows(decoder: Decoder, backend: Backend, tokenizer: Tokenizer, l
     greedy = [int(g.integers(GREEDY_TOKENS[0], GREEDY_TOKENS[1] + 1)) for g in generators]
     seeds = [int(g.integers(1 << 63)) for g in generators]
     talks: dict[int, _Conversation] = {}
-    if turns is not None and len(turns.opening) > len(bos):
+    if turns is not None:
         check_token_ids([turns.opening, turns.answer, turns.question], config.vocab_size)
         for i in range(1, len(windows), 2):
             windows[i] = [*turns.opening[: len(bos) + 1]][: lengths[i]]
-            talks[i], greedy[i] = _Conversation(turns, len(windows[i]), config.eos_token_ids), 0
+            talks[i], greedy[i] = _Conversation(turns, len(windows[i]), (*config.eos_token_ids, *ends)), 0
 
     blocks = -(-longest // BLOCK_SIZE)
     bytes_each = blocks * BLOCK_SIZE * _token_bytes(config)

@@ -18,7 +18,7 @@ from fptq_runtime.artifact.io import LengthsRecord, TextRecord
 from fptq_runtime.kernels.select import select_backend
 from fptq_runtime.memory import available_memory
 from fptq_runtime.models.loader import Checkpoint, load_model
-from fptq_runtime.models.tokenizer import Tokenizer
+from fptq_runtime.models.tokenizer import Tokenizer, eos_token_ids
 from fptq_runtime.progress import progress_bar, tell
 from fptq_runtime.quantizer.calibrate import (
     CalibrationError,
@@ -128,8 +128,10 @@ def _written(checkpoint: Checkpoint, tokenizer: Tokenizer, lengths: Sequence[int
             tell(f"the model writes {len(lengths)} samples to calibrate on, {sum(lengths)} tokens; fptq quantize "
                  "--calibration tales does without")
         backend = select_backend()
+        config = checkpoint.model_config
+        ends = eos_token_ids(checkpoint.path, config.eos_token_ids, tokenizer, config.vocab_size) if turns else ()
         return generate_windows(load_model(checkpoint, backend), backend, tokenizer, lengths, seed, bar.update,
-                                turns)
+                                turns, ends)
 
 
 @dataclass(frozen=True)

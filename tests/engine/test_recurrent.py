@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from fptq_runtime import quantize
@@ -80,8 +81,25 @@ def test_each_request_gives_what_it_gives_alone(artifact: Path, num_tokens: int,
         assert gist(events[name]) == gist(run(alone)["solo", 0])
 
 
+@pytest.mark.parametrize("pooling", ["last", "mean"])
+def test_embeddings_and_answers_of_one_text_do_not_meet(artifact: Path, pooling: Any) -> None:
+    """They are computed by two executors, each with states of its own."""
+    engine, text = engine_for(artifact), [7 + i % 200 for i in range(80)]
+    alone = engine_for(artifact, enable_prefix_caching=False)
+    embed = SamplingParams(max_tokens=0, pooling=pooling)
+    for params in (embed, embed, GREEDY, embed, GREEDY):
+        for each in (engine, alone):
+            each.add_request("one", text, params)
+        got, expected = run(engine)["one", 0], run(alone)["one", 0]
+        if params is GREEDY:
+            assert gist(got) == gist(expected)
+        else:
+            assert got[-1].embedding is not None and np.array_equal(got[-1].embedding, expected[-1].embedding)
+    assert got[-1].num_cached_tokens == 64
+
+
 def test_prefixes_on_disk_are_refused(artifact: Path, tmp_path: Path) -> None:
-    with pytest.raises(FptqError, match=r"kv_cache_disk keeps cached prefixes, which \w+ForCausalLM cannot have"):
+    with pytest.raises(FptqError, match=r"without the states .* prefixes of \w+ForCausalLM need"):
         engine_for(artifact, kv_cache_disk=tmp_path)
 
 
