@@ -62,14 +62,15 @@ CHUNK = 1 << 22  # elements of a weight in double precision at a time
 def write_golden(writer: ArtifactWriter, prompt_token_ids: Sequence[int]) -> dict[str, Any]:
     """Record what was written, after its tensors and config.json, and let this machine's kernels through the gate.
     Returns what the manifest says of it; raises GateError."""
-    checkpoint = Checkpoint(writer.directory)
-    writer.add_file(GOLDEN, with_bits(record(checkpoint, prompt_token_ids), checkpoint).to_bytes())
+    writer.add_file(GOLDEN, vouched(writer.directory, prompt_token_ids).to_bytes())
     return golden_facts(prompt_token_ids)
 
 
-def with_bits(golden: Golden, checkpoint: Checkpoint) -> Golden:
-    """With what this machine's kernels compute, once it is found to be what was recorded. Raises GateError."""
-    schemes = checkpoint.linear_schemes
+def vouched(path: Path, prompt_token_ids: Sequence[int]) -> Golden:
+    """What is recorded of an artifact, with the bits that this machine's kernels compute, once these are found to pass.
+    Raises GateError."""
+    checkpoint = Checkpoint(path)
+    golden, schemes = record(checkpoint, prompt_token_ids), checkpoint.linear_schemes
     backend = None if without_kernel(schemes) else select_backend(schemes=schemes)
     if backend is None or backend.name == "reference":
         return golden
@@ -85,12 +86,13 @@ def golden_facts(prompt_token_ids: Sequence[int]) -> dict[str, Any]:
 
 
 def renew_golden(path: Path, manifest: Manifest) -> Manifest:
-    """New golden values for an artifact of format 1 whose files were verified. Raises ArtifactError."""
+    """New golden values for an artifact of format 1 whose files were verified. Raises ArtifactError, and GateError
+    where this machine's kernels do not compute them."""
     if manifest.format_version > 1:
         raise ArtifactError(f"{path} has golden values of every block already, which are not replaced; if they are "
                             "refused, quantize the model again")
     prompt = manifest.golden["prompt_token_ids"]
-    return renew(path, with_bits(record(Checkpoint(path), prompt), Checkpoint(path)).to_bytes(), golden_facts(prompt))
+    return renew(path, vouched(path, prompt).to_bytes(), golden_facts(prompt))
 
 
 @torch.inference_mode()

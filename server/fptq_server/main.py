@@ -43,7 +43,7 @@ from fptq_server.defaults import sampling_defaults, sampling_in_force
 from fptq_server.http import BoundedProtocol
 from fptq_server.keys import ApiKeys
 from fptq_server.logs import start_logging
-from fptq_server.pool import Plan
+from fptq_server.pool import ModelPool, Plan, ServedModel
 from fptq_server.record import peer
 from fptq_server.tracing import tracing_of_environment
 
@@ -126,15 +126,10 @@ def serve_several(models: Sequence[tuple[Sequence[str], Path]], config: ServerCo
     """`serve` of what a pool holds. memory: bytes for those that are awake, what is available unless given. options:
     load_app's."""
     from fptq_server.app import create_admin_app, create_pool_app
-    from fptq_server.pool import ModelPool, ServedModel
     from fptq_server.response_store import ResponseStore
 
     store = ResponseStore(config.responses_db)
-
-    def load(model: ServedModel) -> Loaded:
-        return load_app(model.path, config, model.names, store=store, metrics=model.metrics, **options)
-
-    pool = ModelPool(models, lambda path: plan(path, options), load, memory or available_memory() or sys.maxsize)
+    pool = make_pool(models, config, store, memory, options)
     tracing = tracing_of_environment(pool.default.id)
 
     async def run(admin: socket.socket | None) -> None:
@@ -156,6 +151,17 @@ def serve_several(models: Sequence[tuple[Sequence[str], Path]], config: ServerCo
 
     with nullcontext() if config.admin_port is None else bind(config.host, config.admin_port, "--admin-port") as admin:
         asyncio.run(run(admin))
+
+
+def make_pool(models: Sequence[tuple[Sequence[str], Path]], config: ServerConfig, store: ResponseStore,
+              memory: int | None, options: Mapping[str, Any]) -> ModelPool:
+    """Of models that `load_app` loads, whose responses are in one store. memory and options: as `serve_several` has
+    them."""
+
+    def load(model: ServedModel) -> Loaded:
+        return load_app(model.path, config, model.names, store=store, metrics=model.metrics, **options)
+
+    return ModelPool(models, lambda path: plan(path, options), load, memory or available_memory() or sys.maxsize)
 
 
 def plan(path: Path, options: Mapping[str, Any]) -> Plan:

@@ -15,7 +15,6 @@ import queue
 import random
 import shutil
 import signal
-import sys
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -250,21 +249,14 @@ class Replica:
     async def __init__(  # type: ignore[misc]  # Serve awaits it
             self, models: Sequence[tuple[Sequence[str], Path]], config: ServerConfig, memory: int | None,
             options: Mapping[str, Any]) -> None:
-        from fptq_runtime.memory import available_memory
         from fptq_server.app import create_pool_app
-        from fptq_server.main import load_app, plan, raise_open_files
-        from fptq_server.pool import ModelPool, ServedModel
+        from fptq_server.main import make_pool, raise_open_files
         from fptq_server.response_store import ResponseStore
 
         start_logging(config.log_format)
         raise_open_files()
         store = ResponseStore(config.responses_db)
-
-        def load(model: ServedModel) -> Any:
-            return load_app(model.path, config, model.names, store=store, metrics=model.metrics, **options)
-
-        self._pool = ModelPool(models, lambda path: plan(path, options), load,
-                               memory or available_memory() or sys.maxsize)
+        self._pool = make_pool(models, config, store, memory, options)
         await self._pool.start()
         first = self._pool.default.instance
         assert first is not None

@@ -33,7 +33,7 @@ from fptq_runtime.models.loader import Checkpoint, load_head, load_model
 from fptq_runtime.quantizer import record as recording
 from fptq_runtime.quantizer.pipeline import quantize
 from fptq_runtime.quantizer.recipe import Recipe, load_recipe
-from fptq_runtime.quantizer.record import record, with_bits
+from fptq_runtime.quantizer.record import record, vouched
 from fptq_runtime.quantizer.samples import Calibration
 from fptq_runtime.quantizer.steps.activations import Activations
 from fptq_runtime.quantizer.steps.fptq import Fptq
@@ -276,7 +276,7 @@ def test_old_artifacts_load_warn_and_are_renewed(off: float, mixed: Path, tmp_pa
     runner.invoke(cli.cli, ["verify", str(path), "--renew"], catch_exceptions=False)
     renewed = verify(path)
     assert renewed.format_version == 2 and GOLDEN in renewed.files
-    golden = with_bits(record(Checkpoint(path), PROMPT), Checkpoint(path))
+    golden = vouched(path, PROMPT)
     assert (path / GOLDEN).read_bytes() == golden.to_bytes()
     with pytest.raises(ArtifactError, match="already"):
         runner.invoke(cli.cli, ["verify", str(path), "--renew"], catch_exceptions=False)
